@@ -1,0 +1,28 @@
+"""Fine-tune LLaVA with LoRA while HiMAP prunes image tokens inside the decoder.
+
+Importing this package loads nothing heavy and patches nothing: the public names below are imported when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "PruningStage": "himap_train.pruning.schedule",
+    "PruningSchedule": "himap_train.pruning.schedule",
+    "load_llava": "himap_train.models.llava",
+    "install_pruning": "himap_train.models.llava",
+    "remove_pruning": "himap_train.models.llava",
+    "record_pruning": "himap_train.models.llava",
+    "load_checkpoint": "himap_train.checkpoint",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'himap_train' has no attribute {name!r}; public names: {', '.join(__all__)}")

@@ -1,0 +1,1 @@
+"""From LLaVA JSON, JSONL and Hugging Face data sets to padded batches."""

@@ -1,0 +1,1 @@
+"""LLaVA with tokens dropped between decoder layers, LoRA, and the embedded model."""

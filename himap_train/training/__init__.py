@@ -1,0 +1,1 @@
+"""The LightningModule, its optimizer, loss and callbacks."""
