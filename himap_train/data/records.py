@@ -1,0 +1,77 @@
+"""One form of record for every source: a conversation about no, one or several images.
+
+Sources (LLaVA JSON, JSONL, Hugging Face data sets, the embedded scenes) yield `Conversation`; everything behind them
+knows only this form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+from PIL import Image
+
+IMAGE_PLACEHOLDER = "<image>"
+"""Marks the place of an image in a turn, as LLaVA's data does, whatever token the checkpoint uses for it."""
+
+Role = Literal["user", "assistant", "system"]
+ImageSource = Image.Image | Path | bytes
+"""A decoded image, a file, or the bytes of a file. `encode` decodes the last two, so it happens in the workers."""
+
+
+class RecordError(ValueError):
+    """A record that cannot be used: malformed, or its image is missing or broken. Reported, skipped up to a limit."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says. `<image>` in the text marks where an image belongs."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One record. The n-th `<image>` in the turns, read in order, stands for `images[n]`.
+
+    Attributes:
+        id: name of the record, used in messages and in the lists of evaluated answers.
+        images: the images in the order of their places; empty for text-only.
+        turns: an optional system turn, then user and assistant in turn.
+        meta: further facts as strings; `meta["type"]` is the question type in the embedded data.
+    """
+
+    id: str
+    images: tuple[ImageSource, ...]
+    turns: tuple[Turn, ...]
+    meta: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def answer(self) -> str:
+        """Text of the last assistant turn, the reference answer in evaluation; empty if there is none."""
+        return next((turn.text for turn in reversed(self.turns) if turn.role == "assistant"), "")
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A map-style source of conversations. `__getitem__` raises RecordError for a record that cannot be used."""
+
+    def __len__(self) -> int:
+        """Number of records."""
+        ...
+
+    def __getitem__(self, index: int) -> Conversation:
+        """The record at `index`, 0 <= index < len."""
+        ...
+
+
+@runtime_checkable
+class StreamingSource(Protocol):
+    """A source that can only be read from start to end."""
+
+    def __iter__(self) -> Iterator[Conversation]:
+        """All records, in order."""
+        ...
