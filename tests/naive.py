@@ -1,0 +1,176 @@
+"""The oracle: a decoder that removes nothing and masks dropped image tokens as keys. Slow, obvious, one row at a time.
+
+It uses the stock model's weights and rotary table, and nothing of the package but the schedule's plain fields. The
+ranking rules are those of the design: a stage at layer `l` ranks by the attention of layer `l - 1`; T tokens a row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+
+@dataclass
+class NaiveOutput:
+    """Of a padded batch: `hidden` (B, S, D), zero at padding and dropped columns; `kept[stage][row]`: columns left."""
+
+    hidden: Tensor
+    kept: list[list[Tensor]]
+
+
+def naive_forward(
+    model: LlavaForConditionalGeneration,
+    schedule: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    image_features: list[Tensor] | None = None,
+    labels: Tensor | None = None,
+    prompt: int | None = None,
+    kept: list[list[Tensor]] | None = None,
+) -> NaiveOutput:
+    """Columns from `prompt` on were decoded: they rank nothing. `kept` takes the choice as given, as for random."""
+    embeds = model.get_input_embeddings()(input_ids)
+    is_image = input_ids == model.config.image_token_id
+    if image_features:
+        embeds = embeds.masked_scatter(is_image[..., None], torch.cat(image_features).to(embeds.dtype))
+    hidden = torch.zeros_like(embeds)
+    chosen: list[list[Tensor]] = [[] for _ in schedule.stages]
+    for b in range(len(input_ids)):
+        columns = attention_mask[b].nonzero()[:, 0]  # a row without its padding
+        prompt_length = len(columns) if prompt is None else int((columns < prompt).sum())
+        row_labels = None if labels is None else labels[b, columns]
+        forced = None if kept is None else [torch.isin(columns, stage[b]) for stage in kept]
+        states, alive = naive_row(
+            model, schedule, embeds[b, columns], is_image[b, columns], row_labels, prompt_length, forced
+        )
+        last = alive[-1] if alive else torch.ones(len(columns), dtype=torch.bool)
+        hidden[b, columns[last]] = states[last]
+        for stage, stays in zip(chosen, alive, strict=True):
+            stage.append(columns[:prompt_length][stays[:prompt_length]])
+    return NaiveOutput(hidden, chosen)
+
+
+def naive_row(
+    model: LlavaForConditionalGeneration,
+    schedule: Any,
+    hidden: Tensor,
+    is_image: Tensor,
+    labels: Tensor | None,
+    prompt: int,
+    forced: list[Tensor] | None,
+) -> tuple[Tensor, list[Tensor]]:
+    """One row (T, D) without padding -> final states (T, D) and, per stage, which tokens are alive after it (T,)."""
+    decoder = model.model.language_model
+    positions, alive = torch.arange(len(hidden)), torch.ones(len(hidden), dtype=torch.bool)
+    weights, history = torch.zeros(0), []
+    for index, layer in enumerate(decoder.layers):
+        for number, stage in enumerate(schedule.stages):
+            if stage.layer != index:
+                continue
+            if forced is not None:
+                alive = forced[number] | (torch.arange(len(hidden)) >= prompt)
+            else:
+                alive = alive & ~dropped_tokens(stage, weights.detach(), is_image, labels, prompt, alive)
+            if schedule.positions == "renumber":
+                positions = alive.long().cumsum(0) - 1
+            history.append(alive)
+        hidden, weights = naive_layer(layer, decoder.rotary_emb, hidden, positions, alive)
+    return decoder.norm(hidden), history
+
+
+def naive_layer(layer: Any, rotary: Any, x: Tensor, positions: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, D) -> (T, D) and the attention averaged over heads (T, T): row = query, column = key."""
+    attention, normed = layer.self_attn, layer.input_layernorm(x)
+    cos, sin = (table[0] for table in rotary(x[None], positions[None]))
+
+    def heads(projected: Tensor) -> Tensor:
+        return projected.view(len(x), -1, attention.head_dim).transpose(0, 1)
+
+    def rotate(h: Tensor) -> Tensor:
+        left, right = h.chunk(2, dim=-1)
+        return h * cos + torch.cat([-right, left], dim=-1) * sin
+
+    q, k, v = (
+        rotate(heads(attention.q_proj(normed))),
+        rotate(heads(attention.k_proj(normed))),
+        heads(attention.v_proj(normed)),
+    )
+    k, v = (h.repeat_interleave(len(q) // len(h), dim=0) for h in (k, v))
+    visible = torch.ones(len(x), len(x), dtype=torch.bool).tril() & alive[None, :]
+    visible |= torch.eye(len(x), dtype=torch.bool)  # a dropped row is ignored later, but must not be NaN
+    bias = torch.zeros(len(x), len(x), dtype=x.dtype).masked_fill(~visible, -math.inf)
+    weights = (q @ k.transpose(1, 2) / math.sqrt(attention.head_dim) + bias).softmax(dim=-1)
+    x = x + attention.o_proj((weights @ v).transpose(0, 1).reshape(len(x), -1))
+    return x + layer.mlp(layer.post_attention_layernorm(x)), weights.mean(dim=0)
+
+
+def dropped_tokens(
+    stage: Any, weights: Tensor, is_image: Tensor, labels: Tensor | None, prompt: int, alive: Tensor
+) -> Tensor:
+    """Which tokens (T,) leave at this stage. Images of one turn are ranked by that turn's prompt alone."""
+    supervised = [labels is not None and int(labels[p]) != -100 for p in range(prompt)]
+    starts = [p for p in range(prompt) if supervised[p] and (p == 0 or not supervised[p - 1])]
+    turn = [sum(start < p for start in starts) for p in range(prompt)]  # of positions that are not supervised
+    drop = torch.zeros(len(alive), dtype=torch.bool)
+    for group in sorted({turn[p] for p in range(prompt) if is_image[p]}):
+        tokens = [p for p in range(prompt) if is_image[p] and turn[p] == group]
+        current = [p for p in tokens if alive[p]]
+        in_turn = [p for p in range(prompt) if turn[p] == group and not supervised[p]]
+        text = [p for p in in_turn if not is_image[p] and p > tokens[0]] or [in_turn[-1]]
+        protected = [p for p in current if (supervised[p + 1] if p + 1 < prompt else labels is None)]
+        count = max(kept_count(stage, len(tokens)), len(protected))
+        if count < len(current):
+            scores = naive_scores(stage.criterion, weights, current, text, count)
+            by_score = sorted(current, key=lambda p: (p not in protected, -scores[p], p))
+            drop[by_score[count:]] = True
+    return drop
+
+
+def kept_count(stage: Any, original: int) -> int:
+    """Round half up of the original count, at least one unless the ratio is 0."""
+    if stage.keep_count is not None:
+        return stage.keep_count
+    return 0 if stage.keep_ratio == 0 else max(1, math.floor(stage.keep_ratio * original + 0.5))
+
+
+def naive_scores(criterion: str, weights: Tensor, image: list[int], text: list[int], count: int) -> dict[int, float]:
+    """Image token -> importance."""
+    if criterion == "uniform":
+        n = len(image)
+        return {p: float((i + 1) * count // n > i * count // n) for i, p in enumerate(image)}
+    if criterion == "image_debiased":
+        return {p: sum(float(weights[row, p]) for row in image) / sum(row >= p for row in image) for p in image}
+    rows = {"instruction": text, "last_token": text[-1:], "image": image}[criterion]
+    return {p: sum(float(weights[row, p]) for row in rows) for p in image}
+
+
+def naive_logits(model: LlavaForConditionalGeneration, hidden: Tensor) -> Tensor:
+    """(..., D) -> (..., vocabulary)."""
+    return model.lm_head(hidden)
+
+
+def naive_loss(model: LlavaForConditionalGeneration, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over the supervised positions, each predicted by the row before it."""
+    terms = [
+        -naive_logits(model, hidden[b, p - 1]).log_softmax(dim=-1)[labels[b, p]]
+        for b in range(len(labels))
+        for p in range(1, labels.shape[1])
+        if int(labels[b, p]) != -100
+    ]
+    return torch.stack(terms).mean()
+
+
+def naive_generate(model: LlavaForConditionalGeneration, schedule: Any, inputs: dict[str, Any], steps: int) -> Tensor:
+    """Greedy continuation (B, steps); every step runs the whole sequence again with the prompt's choice."""
+    ids, mask, prompt = inputs["input_ids"], inputs["attention_mask"], inputs["input_ids"].shape[1]
+    for _ in range(steps):
+        with torch.no_grad():
+            out = naive_forward(model, schedule, ids, mask, inputs.get("image_features"), prompt=prompt)
+        ids = torch.cat([ids, naive_logits(model, out.hidden[:, -1]).argmax(dim=-1, keepdim=True)], dim=1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    return ids[:, prompt:]
