@@ -1,1 +1,1 @@
-"""Metrics and the evaluation of a model under a schedule."""
+"""Answering a data set and scoring the answers."""

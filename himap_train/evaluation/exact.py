@@ -1,0 +1,40 @@
+"""Exact match: the answer is one of the accepted answers."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+
+from himap_train.evaluation.sample_metric import SampleMetric
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def plain(text: str) -> str:
+    """Lower case, single spaces, without a final full stop."""
+    return " ".join(text.lower().split()).rstrip(".").strip()
+
+
+def without_punctuation(text: str) -> str:
+    """Lower case, single spaces, ASCII punctuation removed."""
+    return " ".join(text.lower().translate(_PUNCTUATION).split())
+
+
+class ExactMatch(SampleMetric):
+    """Share of answers that equal an accepted answer, ignoring case, spaces at the ends and a final full stop."""
+
+    name = "exact"
+
+    def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
+        """1.0 for a match, else 0.0."""
+        return (float(plain(prediction) in {plain(answer) for answer in answers}),)
+
+
+class GQA(SampleMetric):
+    """GQA (Hudson and Manning 2019): exact match that ignores case and punctuation."""
+
+    name = "gqa"
+
+    def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
+        """1.0 for a match, else 0.0."""
+        return (float(without_punctuation(prediction) in {without_punctuation(answer) for answer in answers}),)

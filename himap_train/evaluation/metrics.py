@@ -1,0 +1,42 @@
+"""The metrics by name. A new one is a small SampleMetric and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from himap_train.evaluation.choice import CircularChoice, MultipleChoice
+from himap_train.evaluation.exact import GQA, ExactMatch
+from himap_train.evaluation.sample_metric import SampleMetric
+from himap_train.evaluation.text import ANLS, RelaxedAccuracy
+from himap_train.evaluation.vqa import TextVQAAccuracy, VQAAccuracy
+from himap_train.evaluation.yes_no import MME, POPE
+
+METRICS: dict[str, type[SampleMetric]] = {
+    metric.name: metric
+    for metric in (
+        ExactMatch,
+        GQA,
+        VQAAccuracy,
+        TextVQAAccuracy,
+        POPE,
+        MME,
+        RelaxedAccuracy,
+        ANLS,
+        MultipleChoice,
+        CircularChoice,
+    )
+}
+
+
+def make_metrics(names: Sequence[str]) -> list[SampleMetric]:
+    """New metrics, in the order of the names; the first gives an evaluation its score.
+
+    Raises:
+        ValueError: no name, or one that does not exist.
+    """
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not names:
+        raise ValueError(
+            f"unknown metric {unknown}; choose from {', '.join(METRICS)}" if unknown else "name at least one metric"
+        )
+    return [METRICS[name]() for name in names]

@@ -1,0 +1,69 @@
+"""Answers read off documents and charts: ANLS for DocVQA (Biten et al. 2019), relaxed accuracy for ChartQA (Methani et
+al. 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torchmetrics.functional.text import edit_distance
+
+from himap_train.evaluation.sample_metric import SampleMetric
+
+ANLS_THRESHOLD = 0.5
+RELAXED_TOLERANCE = 0.05
+
+
+def anls_score(prediction: str, answers: Sequence[str]) -> float:
+    """Average normalised Levenshtein similarity of one answer: the best over the references, 0 below a similarity of
+    0.5 (0.5 itself counts).
+
+    The distance is taken between lower-case texts with single spaces, and divided by the length of the longer *raw*
+    text, as DocVQA's evaluation does.
+    """
+    similarities = []
+    for answer in answers:
+        distance = edit_distance([_collapse(prediction)], [_collapse(answer)], reduction="sum")
+        similarities.append(1 - float(distance) / (max(len(prediction), len(answer)) or 1))
+    best = max(similarities)
+    return best if best >= ANLS_THRESHOLD else 0.0
+
+
+def _collapse(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        return None
+
+
+def relaxed_match(prediction: str, answer: str) -> bool:
+    """Numbers may be off by 5 % of the target; everything else, and a target of 0, must be equal but for case."""
+    prediction, answer = prediction.strip(), answer.strip()
+    said, target = _number(prediction), _number(answer)
+    if said is not None and target:
+        return abs(said - target) / abs(target) <= RELAXED_TOLERANCE
+    return prediction.lower() == answer.lower()
+
+
+class ANLS(SampleMetric):
+    """DocVQA's score."""
+
+    name = "anls"
+
+    def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
+        """The similarity in [0.5, 1], or 0."""
+        return (anls_score(prediction, answers),)
+
+
+class RelaxedAccuracy(SampleMetric):
+    """ChartQA's accuracy. Types are its human and augmented halves."""
+
+    name = "relaxed"
+
+    def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
+        """1.0 for a match with one of the answers."""
+        return (float(any(relaxed_match(prediction, answer) for answer in answers)),)

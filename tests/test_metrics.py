@@ -1,0 +1,340 @@
+"""Every metric against examples worked out by hand from its definition."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import socket
+
+import pytest
+import torch
+
+from himap_train.evaluation.choice import CircularChoice, MultipleChoice, extract_letter
+from himap_train.evaluation.exact import GQA, ExactMatch
+from himap_train.evaluation.metrics import METRICS, make_metrics
+from himap_train.evaluation.statistics import mean_and_standard_error
+from himap_train.evaluation.text import ANLS, RelaxedAccuracy, anls_score, relaxed_match
+from himap_train.evaluation.vqa import TextVQAAccuracy, VQAAccuracy, normalise, vqa_score
+from himap_train.evaluation.yes_no import MME, POPE, mme_answer, pope_answer
+
+
+def fill(metric, cases, clusters=None):
+    """`cases`: (prediction, answers, type or meta) each."""
+    predictions, answers, kinds = zip(*cases, strict=True)
+    meta = [kind if isinstance(kind, dict) else {"type": kind} for kind in kinds]
+    metric.update(predictions, answers, meta, [str(i) for i in range(len(cases))], clusters)
+    return metric
+
+
+def figures(metric):
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+def test_exact_match_overall_and_per_type():
+    cases = [
+        (" Cat. ", ["cat"], "place"),
+        ("dog", ["cat"], "place"),
+        ("two", ["2", "two"], "count"),
+        ("", ["no"], "exist"),
+    ]
+    found = figures(fill(ExactMatch(), cases))
+    assert found == {"exact": 0.5, "exact/count": 1.0, "exact/exist": 0.0, "exact/place": 0.5}
+
+
+def test_gqa_ignores_case_and_punctuation():
+    assert figures(fill(GQA(), [("T-shirt.", ["tshirt"], "q"), ("left of", ["left"], "q")]))["gqa"] == 0.5
+
+
+# ---- VQA ----
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The cat!", "cat"),
+        ("Two dogs, a man", "2 dogs man"),  # the comma stands before a space: it goes
+        ("black/white", "black white"),  # between letters a mark becomes a space
+        ("1,000 men/women", "1000 menwomen"),  # a comma between digits makes every mark go without a space
+        ("dont", "don't"),
+        ("couldntve", "couldntve"),  # two apostrophes missing: not in the official list
+        ("2.5", "2.5"),
+        ("no. 1.", "no 1"),  # the typo in the official pattern: a full stop after a digit goes too
+        ("zero\nnone", "0 0"),
+    ],
+)
+def test_vqa_normalisation(text, expected):
+    assert normalise(text) == expected
+
+
+def test_vqa_accuracy_leaves_out_each_annotator_in_turn():
+    # Two of ten said "cat". Leaving one of the two out: 1/3 (twice); leaving another out: 2/3 (eight times).
+    assert vqa_score("cat", ["cat"] * 2 + ["dog"] * 8) == pytest.approx((2 * 1 / 3 + 8 * 2 / 3) / 10)
+    # Three of ten: 2/3 three times, full seven times: 0.9. Four of ten is full.
+    assert vqa_score("cat", ["cat"] * 3 + ["dog"] * 7) == pytest.approx(0.9)
+    assert vqa_score("cat", ["cat"] * 4 + ["dog"] * 6) == 1.0
+    assert vqa_score("cow", ["cat"] * 4 + ["dog"] * 6) == 0.0
+
+
+def test_vqa_metric_normalises_both_sides():
+    answers = ["a cat"] * 3 + ["the Dog"] * 7
+    assert figures(fill(VQAAccuracy(), [("The cat.", answers, "q"), ("dog", answers, "q")]))["vqa"] == pytest.approx(
+        0.95
+    )
+
+
+def test_textvqa_splits_words_first():
+    # VQA: the comma between letters becomes a space. TextVQA takes it away before that.
+    case = [("red,blue", ["redblue"] * 10, "q")]
+    assert figures(fill(VQAAccuracy(), case))["vqa"] == 0.0
+    assert figures(fill(TextVQAAccuracy(), case))["textvqa"] == 1.0
+
+
+# ---- yes / no ----
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Yes", "yes"),
+        ("No", "no"),
+        ("no, it does not", "no"),
+        ("There is not a dog. Yes.", "no"),
+        ("There is a dog. No cat.", "yes"),  # only the first sentence
+        ("None of them", "yes"),  # not one of the words
+        ("NO", "yes"),  # the published parser knows No and no only
+        ("No, there", "no"),
+    ],
+)
+def test_pope_parser(text, answer):
+    assert pope_answer(text) == answer
+
+
+def test_pope_figures():
+    # random: said yes yes no no, truth yes no yes no -> tp 1 fp 1 fn 1 tn 1; popular: said yes yes, truth yes yes
+    said_true = [("Yes", "yes"), ("Yes", "no"), ("No", "yes"), ("No", "no")]
+    cases = [(said, [true], "random") for said, true in said_true] + [("Yes", ["yes"], "popular")] * 2
+    found = figures(fill(POPE(), cases))
+    assert found["pope_accuracy"] == pytest.approx(4 / 6)
+    assert found["pope_precision"] == pytest.approx(3 / 4)
+    assert found["pope_recall"] == pytest.approx(3 / 4)
+    assert found["pope_f1"] == pytest.approx(3 / 4)
+    assert found["pope_yes_ratio"] == pytest.approx(4 / 6)
+    assert found["pope_f1/random"] == pytest.approx(0.5)
+    assert found["pope_f1_mean_of_splits"] == pytest.approx((0.5 + 1.0) / 2)
+
+
+def test_pope_yes_ratio_is_that_of_the_predictions():
+    found = figures(fill(POPE(), [("No", ["yes"], ""), ("No", ["no"], "")]))
+    assert found["pope_yes_ratio"] == 0.0
+    assert found["pope_f1"] == found["pope_precision"] == found["pope_recall"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("Yes.", "yes"), ("no", "no"), ("  No, it", "no"), ("I do not", "other"), ("Not", "no"), ("", "other")],
+)
+def test_mme_parser(text, answer):
+    assert mme_answer(text) == answer
+
+
+def test_mme_accuracy_plus_needs_both_questions_of_an_image():
+    cases = [("yes", ["Yes"], "count"), ("no", ["No"], "count"), ("yes", ["yes"], "count"), ("maybe", ["no"], "count")]
+    cases += [("no", ["yes"], "code_reasoning"), ("no", ["no"], "code_reasoning")]
+    found = figures(fill(MME(), cases, clusters=["a", "a", "b", "b", "c", "c"]))
+    assert found["mme_acc/count"] == 75.0
+    assert found["mme_acc_plus/count"] == 50.0
+    assert found["mme_perception"] == 125.0
+    assert found["mme_cognition"] == 50.0
+
+
+def test_yes_no_metrics_refuse_other_references():
+    with pytest.raises(ValueError, match="'cat' is neither yes nor no"):
+        fill(POPE(), [("yes", ["cat"], "q")])
+
+
+# ---- text ----
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        ("abcd", ["abxy"], 0.5),  # two of four wrong: exactly the threshold, counts
+        ("abc", ["axy"], 0.0),  # one third similar: below
+        ("hello", ["hallo"], 0.8),
+        ("HELLO  world", ["hello world"], 1.0),
+        ("x", ["hello", "x"], 1.0),  # the best reference
+        ("", [""], 1.0),
+    ],
+)
+def test_anls(prediction, answers, expected):
+    assert anls_score(prediction, answers) == pytest.approx(expected)
+
+
+def test_anls_divides_by_the_raw_length():
+    # Distance 1 after collapsing "a  b" to "a b"; the raw text has four characters: 1 - 1/4, not 1 - 1/3.
+    assert anls_score("a  b", ["a c"]) == pytest.approx(0.75)
+    assert figures(fill(ANLS(), [("hello", ["hallo"], ""), ("", ["hallo"], "")]))["anls"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "match"),
+    [
+        ("105", "100", True),
+        ("105.1", "100", False),
+        ("-95", "-100", True),
+        ("10.4%", "0.1", True),  # 0.104 is 4 % off
+        ("10", "10%", False),
+        ("0.0", "0", False),  # target 0: equality of the strings
+        ("0", "0", True),
+        ("Red ", "red", True),
+        ("1e2", "100", True),
+        ("many", "100", False),
+    ],
+)
+def test_relaxed(prediction, answer, match):
+    assert relaxed_match(prediction, answer) is match
+    assert figures(fill(RelaxedAccuracy(), [(prediction, [answer], "human")]))["relaxed/human"] == float(match)
+
+
+# ---- multiple choice ----
+
+OPTIONS = {"A": "a cat", "B": "a dog", "C": "a dog and a cat"}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "letter"),
+    [
+        ("B", "B"),
+        ("(B)", "B"),
+        ("B. a dog", "B"),
+        ("B) yes", "B"),
+        ("The answer is B", "B"),
+        ("A dog is here now", ""),  # an article, and "a dog" is contained, but so is no other text: see below
+        ("B or C", ""),
+        ("a dog", "B"),
+        ("a dog and a cat", "C"),  # contains the other two, but is this one
+        ("It shows a dog", "B"),
+        ("D", ""),
+        ("", ""),
+        ("Bats", ""),
+    ],
+)
+def test_extract_letter(prediction, letter):
+    expected = "B" if prediction == "A dog is here now" else letter
+    assert extract_letter(prediction, OPTIONS) == expected
+
+
+def test_extract_letter_without_options():
+    assert extract_letter("C.", {}) == "C"
+    assert extract_letter("I think it is D", {}) == "D"
+    assert extract_letter("nothing", {}) == ""
+
+
+def test_multiple_choice_takes_letter_or_text_as_reference():
+    cases = [("A", ["A"], OPTIONS | {"type": "ai2d"}), ("A", ["a dog"], OPTIONS), ("(C)", ["C"], {})]
+    assert figures(fill(MultipleChoice(), cases))["choice"] == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="'a cow' names no option"):
+        fill(MultipleChoice(), [("A", ["a cow"], OPTIONS)])
+
+
+def test_circular_needs_every_rotation():
+    # Question 7: right under both rotations. Question 8: wrong under one of three. MMBench numbers rotations by steps
+    # of a million.
+    right, wrong = ("A", ["A"]), ("A", ["B"])
+    indices = [(right, 7), (right, 8), (right, 1_000_007), (wrong, 1_000_008), (right, 2_000_008)]
+    metric = fill(CircularChoice(), [(*case, {"index": str(i), "type": "t" + str(i % 10)}) for case, i in indices])
+    assert figures(metric) == {"circular": 0.5, "circular/t7": 1.0, "circular/t8": 0.0}
+    assert metric.summary()[0].count == 2
+    with pytest.raises(ValueError, match="question_id"):
+        fill(CircularChoice(), [(*right, {})])
+
+
+# ---- statistics and accumulation ----
+
+
+def test_standard_error_of_independent_samples_is_the_binomial_one():
+    scores = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    mean, error = mean_and_standard_error(scores, torch.arange(4))
+    assert mean == 0.75
+    assert error == pytest.approx(math.sqrt(0.75 * 0.25 / 3))  # p (1 - p) / (n - 1)
+
+
+def test_standard_error_of_whole_clusters_counts_clusters_not_samples():
+    # Ten copies of each of four values say no more than the four values.
+    scores, clusters = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.arange(4)
+    once = mean_and_standard_error(scores, clusters)
+    ten_times = mean_and_standard_error(scores.repeat(10), clusters.repeat(10))
+    assert ten_times == pytest.approx(once)
+    assert math.isnan(mean_and_standard_error(scores, torch.zeros(4))[1])
+    with pytest.raises(ValueError, match="no sample"):
+        mean_and_standard_error(torch.zeros(0), torch.zeros(0))
+
+
+def test_a_repeated_key_is_counted_once():
+    metric = ExactMatch()
+    metric.update(["cat", "dog"], [["cat"], ["cat"]], [{}, {}], ["1", "2"])
+    metric.update(["cat", "cat"], [["cat"], ["cat"]], [{}, {}], ["1", "3"])
+    assert metric.compute()["exact"].item() == pytest.approx(2 / 3)
+    assert metric.summary()[0].count == 3
+    metric.reset()
+    with pytest.raises(ValueError, match="no sample was scored"):
+        metric.summary()
+
+
+def test_type_names_longer_than_the_row_are_refused():
+    with pytest.raises(ValueError, match="64 at most"):
+        fill(ExactMatch(), [("a", ["a"], "x" * 65)])
+
+
+def test_metrics_by_name():
+    assert [metric.name for metric in make_metrics(["pope", "exact"])] == ["pope", "exact"]
+    assert len(METRICS) == 10
+    with pytest.raises(ValueError, match="unknown metric .'exakt'.; choose from exact, gqa"):
+        make_metrics(["exakt"])
+    with pytest.raises(ValueError, match="at least one"):
+        make_metrics([])
+
+
+def _rank(rank, world, port, results):
+    """One of two processes:
+
+    they share an image of MME, one sample is answered by both, and the last process has no sample at all.
+    """
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+    metric = MME()
+    mine = {0: [0, 2, 4], 1: [1, 3, 0], 2: []}[rank]
+    said = ["yes", "no", "yes", "yes", "yes"]
+    if mine:
+        keys, clusters = [str(i) for i in mine], ["abc"[i // 2] for i in mine]
+        metric.update(
+            [said[i] for i in mine],
+            [[("yes", "no")[i % 2]] for i in mine],
+            [{"type": "count"}] * len(mine),
+            keys,
+            clusters,
+        )
+    summary = metric.summary()[0]
+    results.put((rank, {name: value.item() for name, value in metric.compute().items()}, summary.count, len(mine)))
+    torch.distributed.destroy_process_group()
+
+
+def test_rows_of_several_processes_are_joined():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    processes = [context.Process(target=_rank, args=(rank, 3, port, results)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    for _, values, count, _ in found:
+        assert count == 5
+        assert values["mme_acc/count"] == pytest.approx(80.0)  # four of five right: sample 3 is wrong
+        assert values["mme_acc_plus/count"] == pytest.approx(
+            200 / 3
+        )  # images a and c, whose questions sit on different processes
