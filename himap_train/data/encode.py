@@ -1,0 +1,169 @@
+"""A conversation -> what the model is trained on: token ids with image tokens in place, labels and pixel values.
+
+`encode_prompt` gives exactly the ids that stand before the last answer in `encode` (see tokens.py), so teacher forcing
+and prefill prune alike (DESIGN.md, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+import torch
+from PIL import Image
+
+from himap_train.data.images import AspectRatio, open_image, to_pixel_values
+from himap_train.data.records import Conversation, RecordError
+from himap_train.data.tokens import ConversationTokenizer
+
+IGNORED = -100
+"""Label of a position that is not supervised."""
+
+
+class Sample(TypedDict):
+    """One encoded conversation. S tokens, image tokens included; N images.
+
+    `labels` stand at the positions of the tokens themselves (the model's loss shifts them), -100 where not supervised.
+    `answer` (the reference) is there only for a prompt to generate from, `labels` only otherwise.
+    """
+
+    id: str
+    meta: dict[str, str]
+    input_ids: torch.Tensor  # (S,)
+    pixel_values: torch.Tensor | None  # (N, 3, H, W)
+    labels: NotRequired[torch.Tensor]  # (S,)
+    dropped_exchanges: NotRequired[int]  # questions with their answers that did not fit into max_length
+    answer: NotRequired[str]
+
+
+class SampleTooLongError(RecordError):
+    """Not even the first question with its answer fits into max_length."""
+
+
+class Encoder:
+    """Encodes conversations for one checkpoint.
+
+    Args:
+        processor: the checkpoint's LlavaProcessor.
+        max_length: most tokens of a sample, image tokens included; None for no limit.
+        image_aspect_ratio: "as_processor", or "pad" to make images square first as LLaVA-1.5 was trained.
+
+    Raises:
+        ValueError: the processor has no chat template.
+    """
+
+    def __init__(
+        self, processor: Any, max_length: int | None = None, image_aspect_ratio: AspectRatio = "as_processor"
+    ) -> None:
+        self.processor = processor
+        self.max_length = max_length
+        self.image_aspect_ratio = image_aspect_ratio
+        self._tokenizer = ConversationTokenizer(processor)
+        self._image_id: int = processor.image_token_id
+        self._image_tokens: dict[tuple[int, int] | None, int] = {}
+
+    def encode(self, conversation: Conversation) -> Sample:
+        """The whole conversation, every answer and its end token supervised.
+
+        What does not fit into max_length is dropped from the end in whole questions with their answers, so no image is
+        cut. A question after the last answer is left out.
+
+        Raises:
+            RecordError: the conversation or one of its images cannot be used.
+            SampleTooLongError: not even the first question with its answer fits.
+        """
+        exchanges = self._tokenizer(conversation)
+        pixel_values, counts = self._pixels(conversation)
+        ids: list[int] = []
+        labels: list[int] = []
+        images = kept = 0
+        for exchange in exchanges:
+            used = exchange.prompt.count(self._image_id)
+            prompt = self._expand(exchange.prompt, counts[images : images + used])
+            length = len(ids) + len(prompt) + len(exchange.answer)
+            if self.max_length is not None and length > self.max_length:
+                break
+            ids += prompt + exchange.answer
+            labels += [IGNORED] * len(prompt) + exchange.answer
+            images, kept = images + used, kept + 1
+        if not kept:
+            raise SampleTooLongError(self._too_long(conversation, length, sum(counts[:used])))
+        return {
+            "id": conversation.id,
+            "meta": conversation.meta,
+            "input_ids": torch.tensor(ids),
+            "labels": torch.tensor(labels),
+            "pixel_values": pixel_values[:images] if pixel_values is not None and images else None,
+            "dropped_exchanges": len(exchanges) - kept,
+        }
+
+    def encode_prompt(self, conversation: Conversation) -> Sample:
+        """Everything up to the last answer, with the generation prompt; the reference answer beside it.
+
+        Raises:
+            RecordError: the conversation or one of its images cannot be used, or the prompt is longer than max_length.
+        """
+        exchanges = self._tokenizer(conversation, prompt=True)
+        pixel_values, counts = self._pixels(conversation)
+        joined = [token for exchange in exchanges for token in exchange.prompt + exchange.answer]
+        ids = self._expand(joined, counts)
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise SampleTooLongError(self._too_long(conversation, len(ids), sum(counts)))
+        return {
+            "id": conversation.id,
+            "meta": conversation.meta,
+            "input_ids": torch.tensor(ids),
+            "pixel_values": pixel_values,
+            "answer": conversation.answer,
+        }
+
+    def image_tokens(self, size: tuple[int, int]) -> int:
+        """Number of image tokens of an image of this (width, height), without decoding one."""
+        crops = getattr(self.processor.image_processor, "do_center_crop", False)
+        key = None if crops or self.image_aspect_ratio == "pad" else size
+        if key not in self._image_tokens:
+            blank = to_pixel_values([Image.new("RGB", size)], self.processor.image_processor, self.image_aspect_ratio)
+            self._image_tokens[key] = self._count(blank, 0)
+        return self._image_tokens[key]
+
+    def _pixels(self, conversation: Conversation) -> tuple[torch.Tensor | None, list[int]]:
+        """((N, 3, H, W) or None, image tokens of each image)."""
+        if not conversation.images:
+            return None, []
+        images = [open_image(image, f"sample {conversation.id!r}") for image in conversation.images]
+        pixel_values = to_pixel_values(images, self.processor.image_processor, self.image_aspect_ratio)
+        return pixel_values, [self._count(pixel_values, index) for index in range(len(images))]
+
+    def _count(self, pixel_values: torch.Tensor, index: int) -> int:
+        """Image tokens of one image: as many as LlavaProcessor itself puts into a text."""
+        text = self.processor.replace_image_token({"pixel_values": pixel_values}, index)
+        return text.count(self.processor.image_token)
+
+    def _expand(self, ids: list[int], counts: list[int]) -> list[int]:
+        remaining = iter(counts)
+        return [out for token in ids for out in ([token] * next(remaining) if token == self._image_id else [token])]
+
+    def _too_long(self, conversation: Conversation, length: int, image_tokens: int) -> str:
+        return (
+            f"sample {conversation.id!r}: the first question and answer take {length} tokens ({image_tokens} of "
+            f"them image tokens), max_length is {self.max_length}; set a larger max_length or shorten the sample"
+        )
+
+
+def encode(
+    conversation: Conversation,
+    processor: Any,
+    max_length: int | None = None,
+    image_aspect_ratio: AspectRatio = "as_processor",
+) -> Sample:
+    """`Encoder.encode` for a single conversation."""
+    return Encoder(processor, max_length, image_aspect_ratio).encode(conversation)
+
+
+def encode_prompt(
+    conversation: Conversation,
+    processor: Any,
+    max_length: int | None = None,
+    image_aspect_ratio: AspectRatio = "as_processor",
+) -> Sample:
+    """`Encoder.encode_prompt` for a single conversation."""
+    return Encoder(processor, max_length, image_aspect_ratio).encode_prompt(conversation)

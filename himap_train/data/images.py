@@ -1,0 +1,107 @@
+"""Images: where a record's file may lie, how it is opened, and what the vision tower is given.
+
+Paths come from other people's data, so they are resolved (symbolic links included) and refused when they leave the
+image folder.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from himap_train.data.records import ImageSource, RecordError
+
+AspectRatio = Literal["as_processor", "pad"]
+_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def resolve_image_path(name: str, folder: Path, where: str) -> Path:
+    """The file that `name` means inside `folder`.
+
+    Args:
+        name: path as the record has it, relative to `folder`.
+        folder: the image folder.
+        where: the record, for the message.
+
+    Raises:
+        RecordError: the path leaves the folder (`..`, absolute, or through a symbolic link). Nothing is opened.
+    """
+    if not name.strip() or "\0" in name:
+        raise RecordError(f"{where}: the image path is {name!r}; give a file below {folder}, or leave `image` out")
+    root = folder.resolve()
+    path = (root / name).resolve()
+    if not path.is_relative_to(root):
+        raise RecordError(
+            f"{where}: image path {name!r} leaves the image folder {folder} (it leads to {path}); "
+            "set image_folder to a folder that holds all images"
+        )
+    return path
+
+
+def open_image(source: ImageSource, where: str) -> Image.Image:
+    """Decodes one image as RGB, turned upright by its EXIF orientation.
+
+    Raises:
+        RecordError: missing, not an image, or broken; names the record and the file.
+    """
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(_readable(source))
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except _BROKEN as error:
+        raise RecordError(f"{where}: {_what_is_wrong(source, error)}") from error
+
+
+def image_size(source: ImageSource, where: str) -> tuple[int, int]:
+    """(width, height) in pixels, reading no more than the header of a file.
+
+    Raises:
+        RecordError: missing, or the header is not that of an image.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            return source.size
+        with Image.open(_readable(source)) as image:
+            return image.size
+    except _BROKEN as error:
+        raise RecordError(f"{where}: {_what_is_wrong(source, error)}") from error
+
+
+def pad_to_square(image: Image.Image, image_mean: Sequence[float]) -> Image.Image:
+    """Pads the shorter side on both ends with the mean colour, as LLaVA-1.5 does ("expand2square")."""
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    canvas = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in image_mean))
+    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+    return canvas
+
+
+def to_pixel_values(images: Sequence[Image.Image], image_processor: Any, aspect_ratio: AspectRatio) -> torch.Tensor:
+    """RGB images -> (number of images, 3, H, W), by the checkpoint's image processor.
+
+    `"pad"` makes the image square first, so the processor's centre crop cuts nothing off; `"as_processor"` does not.
+    """
+    if aspect_ratio == "pad":
+        images = [pad_to_square(image, image_processor.image_mean) for image in images]
+    elif aspect_ratio != "as_processor":
+        raise ValueError(f"image_aspect_ratio is {aspect_ratio!r}; expected 'as_processor' or 'pad'")
+    return image_processor(list(images), return_tensors="pt")["pixel_values"]
+
+
+def _readable(source: Path | bytes) -> Path | io.BytesIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+def _what_is_wrong(source: ImageSource, error: Exception) -> str:
+    name = str(source) if isinstance(source, Path) else "the image stored in the record"
+    if isinstance(error, FileNotFoundError):
+        return f"image file {name} does not exist; check image_folder and the record's `image`"
+    if isinstance(error, UnidentifiedImageError):
+        return f"{name} is not an image file that can be read"
+    return f"{name} is broken ({type(error).__name__}: {error})"

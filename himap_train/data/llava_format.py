@@ -1,0 +1,93 @@
+"""One record in the form of LLaVA-Instruct-150K and 665K -> Conversation.
+
+`{"id": ..., "image": "a.jpg" | ["a.jpg", ...] | absent, "conversations": [{"from": "human" | "gpt", "value": ...}]}`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from himap_train.data.images import resolve_image_path
+from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Role, Turn
+
+ROLES: dict[str, Role] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+_OWN_KEYS = ("id", "image", "images", "conversations")
+
+
+def parse_llava_record(record: Any, index: int, file: str, image_folder: Path) -> Conversation:
+    """Checks one record and gives it the common form; image files are not opened here.
+
+    Args:
+        record: the decoded JSON value.
+        index: 0-based place in the file.
+        file: name of the file, for messages.
+        image_folder: folder that image paths are relative to.
+
+    Raises:
+        RecordError: not the format (names file, record, key, what was found), or an image path that leaves the folder.
+    """
+    where = f"{file}, record {index}"
+    if not isinstance(record, Mapping):
+        raise RecordError(f"{where}: expected an object with `conversations`, found {_kind(record)}")
+    name = str(record.get("id", index))
+    where = f"{where} (id {name!r})"
+    turns = _turns(record, where)
+    images = tuple(resolve_image_path(path, image_folder, where) for path in _image_names(record, where))
+    meta = {key: str(value) for key, value in record.items() if key not in _OWN_KEYS and _is_plain(value)}
+    return Conversation(name, images, turns, meta)
+
+
+def length_hint(record: Any) -> tuple[int, int]:
+    """(characters of text, images) of a record, for grouping by length; (0, 0) for one that cannot be used."""
+    if not isinstance(record, Mapping) or not isinstance(turns := record.get("conversations"), list):
+        return 0, 0
+    values = [turn.get("value") for turn in turns if isinstance(turn, Mapping)]
+    texts = [value for value in values if isinstance(value, str)]
+    return sum(map(len, texts)), sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+
+
+def _turns(record: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
+    turns = record.get("conversations")
+    if not isinstance(turns, list):
+        found = f"{_kind(turns)}" if "conversations" in record else f"the keys {sorted(map(str, record))}"
+        raise RecordError(f"{where}: expected the key `conversations` with a list of turns, found {found}")
+    return tuple(_turn(turn, f"{where}: conversations[{number}]") for number, turn in enumerate(turns))
+
+
+def _turn(turn: Any, where: str) -> Turn:
+    if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
+        found = f"the keys {sorted(map(str, turn))}" if isinstance(turn, Mapping) else _kind(turn)
+        raise RecordError(f"{where}: expected the keys `from` and `value`, found {found}")
+    if turn["from"] not in ROLES:
+        raise RecordError(f"{where}: `from` is {turn['from']!r}; expected one of {', '.join(ROLES)}")
+    if not isinstance(turn["value"], str):
+        raise RecordError(f"{where}: `value` is {_kind(turn['value'])}; expected text")
+    return Turn(ROLES[turn["from"]], turn["value"])
+
+
+def _image_names(record: Mapping[str, Any], where: str) -> list[str]:
+    """`image` (or `images`) as a list; absent, null and [] are text-only."""
+    key = "image" if "image" in record else "images"
+    value = record.get(key)
+    names = [] if value is None else value if isinstance(value, list) else [value]
+    for name in names:
+        if not isinstance(name, str):
+            raise RecordError(f"{where}: `{key}` is {_kind(value)}; expected a path or a list of paths")
+    return names
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool)
+
+
+def _kind(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,0 +1,95 @@
+"""A conversation -> token ids of its questions and answers, images still one token each.
+
+Prompts and answers are tokenized one after the other, each with what stands before it as context, and joined. So the
+ids of a prompt never depend on the answer that follows it, whatever the tokenizer would merge at the border.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from himap_train.data.records import Conversation, RecordError
+from himap_train.data.segments import Exchange, Template
+from himap_train.data.turns import check_turns, to_messages
+
+
+@dataclass(frozen=True)
+class TokenizedExchange:
+    """Ids of a prompt, one image token id for each image, and of its answer with the end token."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+class ConversationTokenizer:
+    """Tokenizes conversations for one checkpoint.
+
+    Args:
+        processor: the checkpoint's LlavaProcessor.
+
+    Raises:
+        ValueError: the processor has no chat template.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._template = Template(processor)
+        self._image_id: int = processor.image_token_id
+
+    def __call__(self, conversation: Conversation, prompt: bool = False) -> list[TokenizedExchange]:
+        """Ids of every question and answer, one image token for each image; images are not opened.
+
+        Args:
+            conversation: from any source.
+            prompt: for generation: the last answer, if there is one, is left out.
+
+        Raises:
+            RecordError: the conversation cannot be used.
+        """
+        check_turns(conversation, training=not prompt)
+        messages = to_messages(conversation)
+        if prompt and messages[-1]["role"] == "assistant":
+            messages = messages[:-1]
+        exchanges = self._join(self._template.exchanges(messages, conversation.id, open_end=prompt))
+        found = sum(ids.count(self._image_id) for exchange in exchanges for ids in (exchange.prompt, exchange.answer))
+        shown = sum(part["type"] == "image" for message in messages for part in message["content"])
+        if messages[-1]["role"] == "user" and not prompt:
+            shown -= sum(part["type"] == "image" for part in messages[-1]["content"])
+        if found != shown:
+            raise RecordError(
+                f"sample {conversation.id!r}: {shown} image(s) but {found} image token(s) after the chat template; "
+                f"either the text itself has {self._processor.image_token!r}, or the template drops or repeats images"
+            )
+        return exchanges
+
+    def _join(self, exchanges: list[Exchange]) -> list[TokenizedExchange]:
+        result: list[TokenizedExchange] = []
+        before = ""
+        for exchange in exchanges:
+            prompt = self._continue(before, exchange.prompt) if before else self._start(exchange.prompt)
+            end = exchange.end.lstrip(" ")
+            answer: list[int] = []
+            if end:
+                text = exchange.answer + exchange.end.removesuffix(end)
+                answer = [*self._continue(exchange.prompt, text), self._processor.tokenizer.convert_tokens_to_ids(end)]
+            result.append(TokenizedExchange(prompt, answer))
+            before = end
+        return result
+
+    def _ids(self, text: str) -> list[int]:
+        return self._processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _start(self, text: str) -> list[int]:
+        """Ids of the first prompt, with bos where the tokenizer sets one and the template did not."""
+        tokenizer = self._processor.tokenizer
+        if tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token):
+            return self._ids(text)
+        ids, plain = tokenizer(text)["input_ids"], self._ids(text)
+        eos = [tokenizer.eos_token_id]
+        return ids[:-1] if ids[-1:] == eos != plain[-1:] else ids
+
+    def _continue(self, before: str, text: str) -> list[int]:
+        """Ids of `text` where it stands, after `before`; alone where a token would cross the border."""
+        left, both = self._ids(before), self._ids(before + text)
+        return both[len(left) :] if both[: len(left)] == left else self._ids(text)
