@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "PruningStage": "himap_train.pruning.schedule",
     "PruningSchedule": "himap_train.pruning.schedule",
-    "load_llava": "himap_train.models.llava",
+    "load_llava": "himap_train.models.loading",
     "install_pruning": "himap_train.models.llava",
     "remove_pruning": "himap_train.models.llava",
     "record_pruning": "himap_train.models.llava",

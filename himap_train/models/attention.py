@@ -1,0 +1,121 @@
+"""Attention that hands the ranking rows to a collector and then runs the stock kernel.
+
+The scores are read from the queries and keys that the layer itself computes, so LoRA, rotary embedding, per-head norms,
+ZeRO-3 and quantised weights are in them, no projection runs twice and no attention map of the whole sequence exists.
+transformers looks attention functions up by name: ours are registered under `himap_<stock name>`, always together with
+the stock mask function, because a name without one means no mask at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flash_attention import get_target_dtype
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_mask
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from himap_train.pruning.schedule import PruningStage
+from himap_train.pruning.scoring import RankingRows, attention_rows, scores_from_attention
+
+PREFIX = "himap_"
+AttentionResult = tuple[Tensor, Tensor | None]
+
+
+class ScoreCollector:
+    """Scores one stage's tokens from the attention of the layer that it is passed to.
+
+    One object for one call of one layer. Where gradient checkpointing runs that layer again, the scores have been taken
+    and are not computed a second time.
+    """
+
+    def __init__(self, stage: PruningStage, rows: RankingRows, valid: Tensor) -> None:
+        self.stage = stage
+        self.rows = rows
+        self.valid = valid
+        self._scores: Tensor | None = None
+
+    @torch.no_grad()
+    def collect(self, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Read (B, H, L, D) queries and (B, K, L, D) keys with the rotary embedding applied."""
+        if self._scores is None:
+            attention = attention_rows(query, key, self.rows.index, self.valid, scaling)
+            self._scores = scores_from_attention(self.stage.criterion, attention, self.rows)
+
+    def scores(self) -> Tensor:
+        """(B, L) fp32.
+
+        Raises:
+            RuntimeError: If the layer never called the attention function.
+        """
+        if self._scores is None:
+            raise RuntimeError(
+                f"layer {self.stage.layer - 1} did not report its attention to the stage at layer {self.stage.layer}; "
+                "its attention implementation was changed after install_pruning: call install_pruning again"
+            )
+        return self._scores
+
+
+def _flash_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> AttentionResult:
+    """FlashAttention 2 by its own name: the stock wrapper takes the name from the config, where ours stands."""
+    out = _flash_attention_forward(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attention_mask,
+        query_length=query.shape[2],
+        is_causal=True,
+        dropout=kwargs.get("dropout", 0.0),
+        softmax_scale=kwargs.get("scaling"),
+        sliding_window=kwargs.get("sliding_window"),
+        target_dtype=get_target_dtype(query, module),
+        attn_implementation="flash_attention_2",
+    )
+    return out, None
+
+
+# Llama, Mistral and Qwen2 have the same eager function, each in its own file.
+_STOCK: dict[str, tuple[Callable[..., AttentionResult], Callable[..., Tensor | None]]] = {
+    "sdpa": (sdpa_attention_forward, sdpa_mask),
+    "eager": (eager_attention_forward, eager_mask),
+    "flash_attention_2": (_flash_attention, flash_attention_mask),
+}
+ATTENTION_IMPLEMENTATIONS = tuple(_STOCK)
+
+
+def register_attention(name: str) -> str:
+    """Make the collecting twin of a stock attention function known to transformers, and return its name.
+
+    Raises:
+        ValueError: If there is no twin for it.
+    """
+    if name not in _STOCK:
+        raise ValueError(
+            f"attention implementation {name!r} cannot be pruned; load the model with attn_implementation="
+            f"one of {', '.join(ATTENTION_IMPLEMENTATIONS)}"
+        )
+    forward, mask = _STOCK[name]
+
+    def collecting_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        score_collector: ScoreCollector | None = None,
+        **kwargs: Any,
+    ) -> AttentionResult:
+        if score_collector is not None:
+            score_collector.collect(query, key, kwargs["scaling"])
+        return forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(PREFIX + name, collecting_attention)
+    AttentionMaskInterface.register(PREFIX + name, mask)
+    return PREFIX + name

@@ -1,0 +1,96 @@
+"""What decoding must remember about a pruned prefill, kept on the cache so that it follows beams and batch reordering.
+
+Layers from a stage on hold fewer tokens than the layers before it, and rows that kept fewer tokens than the longest
+end in padding slots. The first layer of each stage carries which slots are real; the other layers of the stage share
+them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+class StageCacheLayer(DynamicLayer):
+    """Key-value cache of a stage's first layer, with the facts of the stage.
+
+    Attributes:
+        slots: (B, L) bool, which cached tokens are real; None where all are.
+        dropped: (B,) long, how many tokens of the row have left before this layer.
+        renumber: Whether positions from this layer on are counted without the dropped tokens.
+    """
+
+    def __init__(self, slots: Tensor | None, dropped: Tensor, renumber: bool) -> None:
+        super().__init__()
+        self.slots = slots
+        self.dropped = dropped
+        self.renumber = renumber
+
+    def append(self, new: Tensor | None, number: int, batch: int) -> Tensor | None:
+        """Slots with `number` new tokens (all real where `new` (B, number) is None) behind them: (B, L + number)."""
+        if self.slots is None and new is None:
+            return None
+        device = self.dropped.device
+        if self.slots is None:
+            self.slots = torch.ones(batch, self.get_seq_length(), dtype=torch.bool, device=device)
+        real = torch.ones(batch, number, dtype=torch.bool, device=device) if new is None else new
+        self.slots = torch.cat([self.slots, real], dim=1)
+        return self.slots
+
+    def _move(self, index: Tensor) -> None:
+        index = index.to(self.dropped.device)
+        self.dropped = self.dropped[index]
+        self.slots = None if self.slots is None else self.slots[index]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Rows follow their beams."""
+        super().reorder_cache(beam_idx)
+        self._move(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        super().batch_repeat_interleave(repeats)
+        self._move(torch.arange(self.dropped.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows."""
+        super().batch_select_indices(indices)
+        self._move(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens."""
+        super().crop(tokens_to_remove)
+        if self.slots is not None and tokens_to_remove != 0:
+            self.slots = self.slots[:, : -abs(tokens_to_remove)]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.slots = None
+
+
+def check_cache(cache: Cache) -> None:
+    """Refuse caches that cannot hold layers of different lengths.
+
+    Raises:
+        ValueError: With the way out.
+    """
+    if not isinstance(cache, Cache) or any(not isinstance(layer, DynamicLayer) for layer in cache.layers):
+        raise ValueError(
+            f"a pruned prefill cannot fill a {type(cache).__name__}: its layers all have one length; "
+            "leave `cache_implementation` unset or pass a DynamicCache"
+        )
+
+
+def mark_stage(cache: Cache, layer: int, slots: Tensor | None, dropped: Tensor, renumber: bool) -> None:
+    """Make `layer` of an empty cache a stage's first layer."""
+    while len(cache.layers) <= layer:
+        cache.layers.append(DynamicLayer())
+    cache.layers[layer] = StageCacheLayer(slots, dropped, renumber)
+
+
+def stage_of(cache: Cache, layer: int) -> StageCacheLayer | None:
+    """The stage that begins at `layer` of a cache which a pruned prefill filled."""
+    found = cache.layers[layer] if layer < len(cache.layers) else None
+    return found if isinstance(found, StageCacheLayer) else None

@@ -1,0 +1,298 @@
+"""The decoder's layer loop with tokens dropped between layers: the one place where that happens.
+
+Copied from transformers 5.23 `LlamaModel.forward` (`MistralModel` and `Qwen2Model` differ in their masks alone); what
+is HiMAP's is marked. Training, evaluation, `generate()` and export all run `pruned_forward`; it never reads
+`self.training`.
+
+After the first removal every row is packed to the left, so its padding lies behind it and a causal kernel without any
+mask is exact. A token keeps its original position number, which lives in its rotary embedding; numbers with gaps are
+never shown to transformers' mask functions, which would read them as packed sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaModel, MistralModel, Qwen2Model
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import merge_with_config_defaults
+
+from himap_train.models.attention import ScoreCollector
+from himap_train.models.cache import check_cache, mark_stage, stage_of
+from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
+from himap_train.pruning.schedule import PruningSchedule, PruningStage
+from himap_train.pruning.scoring import ranking_rows, scores_without_attention
+from himap_train.pruning.selection import compact, gather_tokens, keep_counts, scatter_back, select
+
+DECODERS: tuple[type[nn.Module], ...] = (LlamaModel, MistralModel, Qwen2Model)
+
+
+@dataclass
+class PruneCounts:
+    """Image tokens of one forward pass, summed over the batch: all of them, and those left after each stage."""
+
+    image_tokens: int
+    kept: list[int]
+
+
+@dataclass
+class PruningTrace:
+    """What the last prefill or training forward kept.
+
+    Attributes:
+        kept: Per stage a list with, per batch row, an ascending 1-D LongTensor of the columns of the batch as passed in
+            that stay: all token kinds, no padding.
+    """
+
+    kept: list[list[Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class InstalledPruning:
+    """What `install_pruning` leaves on a text decoder. Written by a forward pass, read by nothing in its backward."""
+
+    schedule: PruningSchedule
+    stock_attention: str
+    last: PruneCounts | None = None
+    traces: list[PruningTrace] = field(default_factory=list)
+
+
+@dataclass
+class _Tokens:
+    """What the layers run on. After a removal `positions` is None: see the module's docstring."""
+
+    hidden: Tensor
+    rotary: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    positions: Tensor | None
+
+
+@merge_with_config_defaults
+def pruned_forward(
+    self: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    image_token_mask: Tensor | None = None,
+    supervised_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> BaseModelOutputWithPast:
+    """Forward of a text decoder under the schedule installed on it.
+
+    Args:
+        self: The text decoder.
+        input_ids: (B, S), or `inputs_embeds`.
+        attention_mask: (B, S + cached), 0 at padding on either side.
+        position_ids: (B, S) or (1, S).
+        past_key_values: Empty for a prefill; filled by our prefill when decoding.
+        inputs_embeds: (B, S, D).
+        use_cache: As in transformers.
+        image_token_mask: (B, S) bool. HiMAP: needed in a prefill.
+        supervised_mask: (B, S) bool, `labels != -100`. HiMAP: what is predicted must not choose what is looked at.
+        **kwargs: Passed to the layers.
+
+    Returns:
+        As the stock decoder: full length, dropped rows zero.
+
+    Raises:
+        ValueError: On inputs that cannot be pruned correctly.
+    """
+    pruning: InstalledPruning = self.himap_pruning
+    if not pruning.schedule.stages:
+        return type(self).forward(
+            self,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    if inputs_embeds is None:
+        inputs_embeds = self.embed_tokens(input_ids)
+    if use_cache and past_key_values is None:
+        past_key_values = DynamicCache(config=self.config)
+    cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+    _check_inputs(self, attention_mask, past_key_values, cached + inputs_embeds.shape[1], kwargs)
+    if position_ids is None:
+        position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + cached
+    mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+    rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+    tokens = _Tokens(inputs_embeds, rotary, mask, position_ids)
+    states: list[Tensor] | None = [] if kwargs.pop("output_hidden_states", False) else None
+    call = {"past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
+    if cached:
+        hidden = _decode(self, tokens, attention_mask, image_token_mask, states, call)
+    else:
+        layout, counts = build_layout(_image_mask(image_token_mask, inputs_embeds), attention_mask, supervised_mask)
+        hidden = _prefill(self, tokens, layout, counts, states, call)
+    return BaseModelOutputWithPast(
+        last_hidden_state=hidden,
+        past_key_values=past_key_values,
+        hidden_states=None if states is None else (*states, hidden),
+    )
+
+
+def _prefill(
+    decoder: Any,
+    tokens: _Tokens,
+    layout: TokenLayout,
+    counts: TokenCounts,
+    states: list[Tensor] | None,
+    call: dict[str, Any],
+) -> Tensor:
+    """HiMAP: all layers with the removals between them; (B, S, D), dropped rows zero."""
+    pruning: InstalledPruning = decoder.himap_pruning
+    stages = {stage.layer: stage for stage in pruning.schedule.stages}
+    length = tokens.hidden.shape[1]
+    seen, layouts = PruneCounts(int(counts.image.sum()), []), []
+    start = _first_positions(tokens, layout) if pruning.schedule.positions == "renumber" else None
+    collector: ScoreCollector | None = None
+    for number, layer in enumerate(decoder.layers):
+        if stage := stages.get(number):
+            kept = keep_counts(stage, counts)
+            if not torch.equal(kept, counts.current):
+                if collector is not None:
+                    scores = collector.scores()
+                else:
+                    scores = scores_without_attention(stage.criterion, layout, counts, kept)
+                keep, counts = select(scores, layout, kept), replace(counts, current=kept)
+                tokens, layout = _remove(decoder, number, tokens, layout, keep, counts, start, call["past_key_values"])
+            seen.kept.append(int(kept.sum()))
+            layouts.append(layout)
+        if states is not None:
+            states.append(scatter_back(tokens.hidden, layout, length))
+        collector = _collector(stages.get(number + 1), layout, counts)
+        tokens.hidden = _run(layer, tokens, call | ({"score_collector": collector} if collector else {}))
+    pruning.last = seen
+    for trace in pruning.traces:
+        trace.kept = [[row[real].cpu() for row, real in zip(at.columns, at.valid, strict=True)] for at in layouts]
+    return scatter_back(decoder.norm(tokens.hidden), layout, length)
+
+
+def _collector(stage: PruningStage | None, layout: TokenLayout, counts: TokenCounts) -> ScoreCollector | None:
+    """HiMAP: what the layer before a stage reports to; None where nothing will be ranked."""
+    if stage is None or not stage.needs_attention or torch.equal(keep_counts(stage, counts), counts.current):
+        return None
+    return ScoreCollector(stage, ranking_rows(stage, layout, counts), layout.valid)
+
+
+def _remove(
+    decoder: Any,
+    number: int,
+    tokens: _Tokens,
+    layout: TokenLayout,
+    keep: Tensor,
+    counts: TokenCounts,
+    start: Tensor | None,
+    cache: Cache | None,
+) -> tuple[_Tokens, TokenLayout]:
+    """HiMAP: one gather moves everything that belongs to a token; rows come out packed to the left.
+
+    With `start` (B, 1) positions are counted anew from there, without it every token keeps its own.
+    """
+    device, lengths = keep.device, counts.lengths
+    longest = int(lengths.max())
+    index = compact(keep, longest)
+    valid = torch.arange(longest, device=device) < lengths.to(device, non_blocking=True).unsqueeze(1)
+    hidden = gather_tokens(tokens.hidden, index)
+    layout = layout.gather(index, valid)
+    if start is not None:
+        rotary = decoder.rotary_emb(hidden, position_ids=start + torch.arange(longest, device=device))
+    else:
+        rotary = (gather_tokens(tokens.rotary[0], index), gather_tokens(tokens.rotary[1], index))
+    mask = create_causal_mask(decoder.config, hidden, None, cache, None, layer_idx=number)
+    if cache is not None:
+        dropped = (counts.image - counts.current).sum(1).to(device, non_blocking=True)
+        slots = None if int(lengths.min()) == longest else valid
+        mark_stage(cache, number, slots, dropped, renumber=start is not None)
+    return _Tokens(hidden, rotary, mask, None), layout
+
+
+def _first_positions(tokens: _Tokens, layout: TokenLayout) -> Tensor:
+    """Position number of each row's first real token: (B, 1)."""
+    first = layout.valid.long().argmax(1, keepdim=True)
+    return tokens.positions.expand(first.shape[0], -1).gather(1, first)
+
+
+def _decode(
+    decoder: Any,
+    tokens: _Tokens,
+    attention_mask: Tensor | None,
+    image_token_mask: Tensor | None,
+    states: list[Tensor] | None,
+    call: dict[str, Any],
+) -> Tensor:
+    """HiMAP: new tokens behind a cache whose layers hold what each stage kept; nothing is removed any more."""
+    batch, new = tokens.hidden.shape[:2]
+    if new > 1 and image_token_mask is not None and bool(image_token_mask.any()):
+        raise ValueError(
+            "there are image tokens behind a filled KV cache; tokens are chosen once, in the prefill: "
+            "pass the whole conversation without past_key_values"
+        )
+    cache, positions = call["past_key_values"], tokens.positions
+    new_slots = None if attention_mask is None else attention_mask[:, -new:].bool()
+    for number, layer in enumerate(decoder.layers):
+        if stage := stage_of(cache, number):
+            slots = stage.append(new_slots, new, batch)
+            tokens.mask = create_causal_mask(decoder.config, tokens.hidden, slots, cache, None, layer_idx=number)
+            tokens.positions = None
+            if stage.renumber:
+                shifted = positions - stage.dropped.unsqueeze(1)
+                tokens.rotary = decoder.rotary_emb(tokens.hidden, position_ids=shifted)
+        if states is not None:
+            states.append(tokens.hidden)
+        tokens.hidden = _run(layer, tokens, call)
+    return decoder.norm(tokens.hidden)
+
+
+def _run(layer: nn.Module, tokens: _Tokens, call: dict[str, Any]) -> Tensor:
+    return layer(
+        tokens.hidden,
+        attention_mask=tokens.mask,
+        position_embeddings=tokens.rotary,
+        position_ids=tokens.positions,
+        **call,
+    )
+
+
+def _image_mask(image_token_mask: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+    if image_token_mask is None:
+        raise ValueError(
+            "the decoder is pruned but was not told where the image tokens are; call the LlavaForConditionalGeneration "
+            "with input_ids, or pass image_token_mask (B, S) with inputs_embeds"
+        )
+    if image_token_mask.shape != inputs_embeds.shape[:2]:
+        raise ValueError(
+            f"image_token_mask has shape {tuple(image_token_mask.shape)}, the batch {tuple(inputs_embeds.shape[:2])}; "
+            "pass one entry per token"
+        )
+    return image_token_mask.to(inputs_embeds.device)
+
+
+def _check_inputs(
+    decoder: Any, attention_mask: Any, cache: Cache | None, total_length: int, kwargs: dict[str, Any]
+) -> None:
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
+        raise ValueError("a pruned decoder builds its own masks: pass attention_mask as (batch, length), 0 at padding")
+    if kwargs.pop("output_attentions", False):
+        raise ValueError("output_attentions is not available under pruning: the layers have different lengths")
+    if cache is not None:
+        check_cache(cache)
+    window = getattr(decoder.config, "sliding_window", None)
+    if window is not None and total_length > window:
+        raise ValueError(
+            f"the sequence has {total_length} tokens, more than the decoder's sliding window of {window}; "
+            "a window over pruned tokens is not defined: shorten the sequence"
+        )

@@ -1,0 +1,104 @@
+"""Load a stock Hugging Face LLaVA and its processor from a folder, the hub or this package."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+EMBEDDED = "embedded"
+
+
+def load_llava(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", attn_implementation: str | None = None
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Load a LLaVA as it is, in evaluation mode.
+
+    Args:
+        path: A local folder, a model id on the Hugging Face hub, or "embedded" for the small LLaVA in this package.
+        dtype: As stored ("auto"), or a torch dtype or its name.
+        attn_implementation: "sdpa", "eager" or "flash_attention_2"; None lets transformers choose.
+
+    Returns:
+        The model and its processor.
+
+    Raises:
+        FileNotFoundError: If the weights cannot be reached; the message names the ways out.
+        ValueError: If the checkpoint is no LLaVA.
+    """
+    folder = resolve_model(path)
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, LlavaConfig):
+        raise ValueError(
+            f"{path} holds a {config.model_type!r} model; expected 'llava' with a Llama, Mistral or Qwen2 decoder "
+            "(original LLaVA checkpoints have a converted twin on the hub, such as llava-hf/llava-1.5-7b-hf)"
+        )
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
+    return model.eval(), load_processor(folder, config)
+
+
+def load_processor(folder: str | Path, config: LlavaConfig) -> LlavaProcessor:
+    """The checkpoint's processor; facts about image tokens that old checkpoints leave out come from the model's config.
+
+    Raises:
+        ValueError: If the folder has no processor.
+    """
+    try:
+        processor = LlavaProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no usable processor ({error}); copy processor_config.json, tokenizer.json and "
+            "chat_template.jinja of the original checkpoint into it"
+        ) from error
+    defaults: dict[str, Any] = {
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": 1,  # CLIP's class token
+    }
+    for name, value in defaults.items():
+        if not getattr(processor, name, None):
+            setattr(processor, name, value)
+    return processor
+
+
+def resolve_model(path: str | Path) -> str:
+    """What `from_pretrained` is given for `path`, once it is known that something is there.
+
+    Raises:
+        FileNotFoundError: If it is no folder with a config.json and the hub does not give one within seconds.
+    """
+    if str(path) == EMBEDDED:
+        from himap_train.models.embedded import embedded_model_path
+
+        return str(embedded_model_path())
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            found = sorted(entry.name for entry in Path(path).iterdir())[:8]
+            raise FileNotFoundError(
+                f"{path} has no config.json (it holds {', '.join(found) or 'nothing'}); {_WAYS_OUT}"
+            )
+        return str(path)
+    if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
+        raise FileNotFoundError(f"there is no folder {path}, and it is no hub id of the form owner/name; {_WAYS_OUT}")
+    try:
+        hf_hub_download(str(path), "config.json", etag_timeout=5)
+    except (GatedRepoError, RepositoryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"the hub does not give {path} ({type(error).__name__}); check the name, or log in with "
+            f"`hf auth login` if it is gated; {_WAYS_OUT}"
+        ) from error
+    except Exception as error:  # huggingface_hub raises many kinds for "no network"; all mean the same here
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise FileNotFoundError(f"{path} is neither in the local cache nor reachable{offline}; {_WAYS_OUT}") from error
+    return str(path)
+
+
+_WAYS_OUT = (
+    "give a local folder with the weights (download it elsewhere with `hf download llava-hf/llava-1.5-7b-hf "
+    "--local-dir DIR`), or try the model in this package: python recipes/finetune.py --config configs/quickstart.yaml"
+)

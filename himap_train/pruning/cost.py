@@ -1,0 +1,124 @@
+"""FLOPs, KV-cache bytes and token counts of a schedule: the only such formula in the project.
+
+One decoder layer over t tokens (hidden width d, gated MLP of width m, g = key-value heads / heads) costs
+`(2 + 2 g) t d^2 + 2 t^2 d + 3 t d m` multiply-adds; FLOPs are twice that. Attention is counted in full, as kernels and
+PyTorch's counter do, although half of it is masked. The ranking rows of a stage add `2 R t d`.
+
+The HiMAP paper (Eq. 10) counts image tokens alone and an ungated MLP, `4 n d^2 + 2 n^2 d + 2 n d m`, and calls
+multiply-adds FLOPs; `image_only_flops_ratio` is that ratio, for comparison with published tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from himap_train.pruning.schedule import PruningSchedule, PruningStage
+from himap_train.pruning.selection import keep_from_ratio
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of one sample's prefill, and of the cache that it leaves.
+
+    Attributes:
+        flops: Whole decoder, text tokens and ranking included, `lm_head` left out.
+        dense_flops: The same without pruning.
+        flops_ratio: `flops / dense_flops`.
+        image_only_flops_ratio: The paper's Eq. 10, image tokens alone.
+        kv_bytes: Keys and values of all layers after the prefill.
+        kv_bytes_ratio: Against the dense cache.
+        image_tokens_per_layer: Image tokens that each layer runs on.
+    """
+
+    flops: float
+    dense_flops: float
+    flops_ratio: float
+    image_only_flops_ratio: float
+    kv_bytes: int
+    kv_bytes_ratio: float
+    image_tokens_per_layer: tuple[int, ...]
+
+
+def image_tokens_per_layer(schedule: PruningSchedule, num_layers: int, image_tokens: int) -> tuple[int, ...]:
+    """How many image tokens each layer runs on."""
+    stages = {stage.layer: stage for stage in schedule.stages}
+    current, per_layer = image_tokens, []
+    for layer in range(num_layers):
+        if layer in stages:
+            current = min(_kept(stages[layer], image_tokens), current)
+        per_layer.append(current)
+    return tuple(per_layer)
+
+
+def schedule_cost(
+    schedule: PruningSchedule, config: Any, image_tokens: int = 576, text_tokens: int = 115, bytes_per_value: int = 2
+) -> Cost:
+    """Cost of a schedule on a model.
+
+    Args:
+        schedule: What is removed where.
+        config: Hugging Face configuration of a LLaVA or of a Llama-like text decoder.
+        image_tokens: Image tokens of the sample.
+        text_tokens: All other tokens; the ranking rows of `instruction` are taken to be all of them (an upper bound).
+        bytes_per_value: 2 for bf16 and fp16 caches, 4 for fp32.
+
+    Raises:
+        ValueError: If a stage lies outside the decoder.
+    """
+    config = getattr(config, "text_config", config)
+    schedule.validate_for(config.num_hidden_layers)
+    layers = image_tokens_per_layer(schedule, config.num_hidden_layers, image_tokens)
+    dense = (image_tokens,) * config.num_hidden_layers
+    flops = sum(layer_flops(config, n + text_tokens) for n in layers)
+    flops += sum(_ranking_flops(stage, config, layers[stage.layer - 1], text_tokens) for stage in schedule.stages)
+    dense_flops = sum(layer_flops(config, n + text_tokens) for n in dense)
+    per_token = 2 * _kv_width(config) * bytes_per_value
+    kv_bytes, dense_kv_bytes = (per_token * sum(n + text_tokens for n in counts) for counts in (layers, dense))
+    return Cost(
+        flops=flops,
+        dense_flops=dense_flops,
+        flops_ratio=flops / dense_flops,
+        image_only_flops_ratio=sum(_paper_macs(config, n) for n in layers)
+        / max(sum(_paper_macs(config, n) for n in dense), 1),
+        kv_bytes=kv_bytes,
+        kv_bytes_ratio=kv_bytes / dense_kv_bytes,
+        image_tokens_per_layer=layers,
+    )
+
+
+def layer_flops(config: Any, tokens: int) -> float:
+    """FLOPs (two per multiply-add) of one decoder layer over `tokens` tokens."""
+    width, mlp = config.hidden_size, config.intermediate_size
+    heads = config.num_attention_heads * _head_width(config)
+    projections = (2 * heads + 2 * _kv_width(config)) * tokens * width
+    return 2.0 * (projections + 2 * tokens**2 * heads + 3 * tokens * width * mlp)
+
+
+def _ranking_flops(stage: PruningStage, config: Any, image_tokens: int, text_tokens: int) -> float:
+    """Attention logits of the ranking rows at the layer before the stage."""
+    if not stage.needs_attention:
+        return 0.0
+    rows = {"instruction": text_tokens, "last_token": 1}.get(stage.criterion, image_tokens)
+    return 2.0 * rows * (image_tokens + text_tokens) * config.num_attention_heads * _head_width(config)
+
+
+def _paper_macs(config: Any, n: int) -> int:
+    width = config.hidden_size
+    return 4 * n * width**2 + 2 * n**2 * width + 2 * n * width * config.intermediate_size
+
+
+def _kept(stage: PruningStage, image_tokens: int) -> int:
+    if stage.keep_count is not None:
+        return stage.keep_count
+    return int(keep_from_ratio(float(stage.keep_ratio or 0.0), torch.tensor(image_tokens)))
+
+
+def _head_width(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _kv_width(config: Any) -> int:
+    return (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * _head_width(config)

@@ -1,0 +1,117 @@
+"""How important is each image token: one small function per criterion, and the few rows of attention that they need.
+
+The criteria of HiMAP (CVPR 2025, section 4): `instruction` is Eq. 8, the attention that image token v receives from the
+instruction, summed over its rows; `image` is Eq. 9 as its text and the released code have it, a column sum over the
+image rows. `last_token` is FastV's (arXiv 2403.06764). All average over heads and read the layer before the stage.
+
+Shapes: B rows, L current columns, R ranking rows (queries), H heads, K key-value heads, D head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from himap_train.pruning.layout import TokenCounts, TokenLayout
+from himap_train.pruning.schedule import PruningStage
+from himap_train.pruning.selection import compact
+
+
+@dataclass(frozen=True)
+class RankingRows:
+    """Which queries rank, and what each of them may rank.
+
+    Attributes:
+        index: (B, R) column of the current layout of each ranking row.
+        may_rank: (B, R, L) bool: the row is real, the token is an image token of the same group.
+    """
+
+    index: Tensor
+    may_rank: Tensor
+
+
+def ranking_rows(stage: PruningStage, layout: TokenLayout, counts: TokenCounts) -> RankingRows:
+    """The rows whose attention a stage reads. Their number R follows from `counts`, without asking the device."""
+    if stage.criterion == "last_token":
+        index, real = _last_rows(layout, groups=counts.image.shape[1])
+    else:
+        by_image = stage.criterion in ("image", "image_debiased")
+        rows, number = (layout.image, counts.current.sum(1)) if by_image else (layout.ranking, counts.ranking)
+        index = compact(rows, max(int(number.max()), 1))
+        real = torch.arange(index.shape[1], device=index.device) < rows.sum(1, keepdim=True)
+    same_group = layout.group.gather(1, index).unsqueeze(2) == layout.group.unsqueeze(1)
+    return RankingRows(index, real.unsqueeze(2) & same_group & layout.image.unsqueeze(1))
+
+
+def _last_rows(layout: TokenLayout, groups: int) -> tuple[Tensor, Tensor]:
+    """The last ranking row of each group: index (B, G), and whether there is one, (B, G) bool."""
+    one_based = torch.arange(1, layout.group.shape[1] + 1, device=layout.group.device)
+    last = torch.stack([(one_based * (layout.ranking & (layout.group == g))).amax(1) for g in range(groups)], dim=1)
+    return (last - 1).clamp(min=0), last > 0
+
+
+def attention_rows(
+    query: Tensor, key: Tensor, rows: Tensor, valid: Tensor, scaling: float, head_chunk: int = 8
+) -> Tensor:
+    """Causal softmax attention of a few query rows, averaged over heads.
+
+    Args:
+        query: (B, H, L, D), rotary embedding applied.
+        key: (B, K, L, D) with H a multiple of K, rotary embedding applied.
+        rows: (B, R) columns of the ranking queries.
+        valid: (B, L) bool, false at padding.
+        scaling: What the layer multiplies the logits with.
+        head_chunk: Query heads in memory at once; bounds the memory to B * head_chunk * R * L floats.
+
+    Returns:
+        (B, R, L) fp32, each row summing to one.
+    """
+    batch, heads, length, width = query.shape
+    share = heads // key.shape[1]
+    index = rows[:, None, :, None].expand(-1, heads, -1, width)
+    query = query.gather(2, index)
+    hidden = (torch.arange(length, device=rows.device) > rows.unsqueeze(2)) | ~valid.unsqueeze(1)
+    total = query.new_zeros(batch, rows.shape[1], length, dtype=torch.float32)
+    step = max(head_chunk // share, 1)
+    for start in range(0, key.shape[1], step):
+        some_keys = key[:, start : start + step].unsqueeze(2)
+        some = query[:, start * share : (start + step) * share].unflatten(1, (-1, share))
+        logits = (some @ some_keys.transpose(-1, -2)).float().mul_(scaling)
+        logits.masked_fill_(hidden[:, None, None], -torch.inf)
+        total += logits.softmax(-1).sum((1, 2))
+    return total.div_(heads)
+
+
+def scores_from_attention(criterion: str, attention: Tensor, rows: RankingRows) -> Tensor:
+    """Score of every column from the attention (B, R, L) of the ranking rows: (B, L) fp32."""
+    total = (attention * rows.may_rank).sum(1)
+    if criterion != "image_debiased":
+        return total
+    # Under a causal mask the first image token is seen by all image rows, the last by one: divide by how many see it.
+    columns = torch.arange(attention.shape[2], device=attention.device)
+    seen_by = (rows.may_rank & (rows.index.unsqueeze(2) >= columns)).sum(1)
+    return total / seen_by.clamp(min=1)
+
+
+def scores_without_attention(criterion: str, layout: TokenLayout, counts: TokenCounts, kept: Tensor) -> Tensor:
+    """`random`: drawn anew each time from torch's generator; `uniform`: evenly spaced, k of n. (B, L) fp32.
+
+    Args:
+        criterion: "random" or "uniform".
+        layout: The current layout.
+        counts: Its counts.
+        kept: (B, G) how many will stay.
+    """
+    if criterion == "random":
+        return torch.rand(layout.image.shape, device=layout.image.device)
+    group = layout.group.clamp(max=kept.shape[1] - 1)
+    kept_here = kept.to(group.device, non_blocking=True).gather(1, group)
+    left_here = counts.current.to(group.device, non_blocking=True).gather(1, group).clamp(min=1)
+    place = torch.zeros_like(group)
+    for number in range(kept.shape[1]):
+        members = layout.image & (layout.group == number)
+        place = torch.where(members, members.long().cumsum(1) - 1, place)
+    chosen = (place + 1) * kept_here // left_here - place * kept_here // left_here
+    return chosen.float()

@@ -1,0 +1,81 @@
+"""Which tokens stay, and moving everything that belongs to a token with one index.
+
+Shapes: B rows, L current columns, L' columns after the removal, G groups (see `layout`), S columns as passed in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from himap_train.pruning.layout import TokenCounts, TokenLayout
+from himap_train.pruning.schedule import PruningStage
+
+
+def keep_counts(stage: PruningStage, counts: TokenCounts) -> Tensor:
+    """How many image tokens stay: (B, G) long on the host.
+
+    Rounds half up, keeps at least one token unless the ratio is 0, and never fewer than must stay nor more than are
+    left.
+    """
+    if stage.keep_count is not None:
+        kept = torch.full_like(counts.image, stage.keep_count)
+    else:
+        kept = keep_from_ratio(float(stage.keep_ratio or 0.0), counts.image)
+    return torch.minimum(torch.maximum(kept, counts.protected), counts.current)
+
+
+def keep_from_ratio(ratio: float, image_tokens: Tensor) -> Tensor:
+    """`round_half_up(ratio * image_tokens)`, at least 1 unless the ratio is 0. Long, of the shape of `image_tokens`."""
+    rounded = torch.floor(image_tokens.double() * ratio + 0.5).long()
+    return rounded.clamp(min=1) if ratio > 0 else rounded
+
+
+def select(scores: Tensor, layout: TokenLayout, kept: Tensor) -> Tensor:
+    """The `kept` highest-scored image tokens of every row and group, ties to the earlier one, and all text.
+
+    Args:
+        scores: (B, L); only the entries of image tokens are read.
+        layout: The current layout.
+        kept: (B, G) long, how many stay.
+
+    Returns:
+        (B, L) bool, the tokens that stay.
+    """
+    keep = layout.valid & ~layout.image
+    scores = scores.masked_fill(layout.protected, torch.inf)
+    for number, places in enumerate(kept.to(scores.device, non_blocking=True).unbind(1)):
+        candidates = layout.image & (layout.group == number)
+        order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        places = places.unsqueeze(1)
+        chosen = torch.arange(order.shape[1], device=order.device) < places
+        keep |= torch.zeros_like(keep).scatter(1, order, chosen) & candidates
+    return keep
+
+
+def compact(keep: Tensor, length: int) -> Tensor:
+    """Index (B, length) of the tokens to `keep` (B, L) in their order, packed left; the rest points at column 0."""
+    place = torch.where(keep, keep.long().cumsum(1) - 1, length)
+    columns = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
+    index = columns.new_zeros(keep.shape[0], length + 1)
+    return index.scatter(1, place, columns)[:, :length]
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, L') of `tokens` (B, L, ...); a batch of one is shared by all rows. Returns (B, L', ...)."""
+    batch, length = tokens.shape[:2]
+    if batch == 1 and index.shape[0] > 1:
+        flat = index
+    else:
+        flat = index + torch.arange(index.shape[0], device=index.device).unsqueeze(1) * length
+    return tokens.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, index.shape)
+
+
+def scatter_back(tokens: Tensor, layout: TokenLayout, length: int) -> Tensor:
+    """Put `tokens` (B, L, D) back at their columns of a batch of `length` columns; dropped rows are zero. (B, S, D)."""
+    batch, _, width = tokens.shape
+    # Padding goes to one spare row behind the batch, which the view then leaves out.
+    start = torch.arange(batch, device=tokens.device).unsqueeze(1) * length
+    flat = torch.where(layout.valid, layout.columns + start, batch * length).flatten()
+    full = tokens.new_zeros(batch * length + 1, width)
+    return full.index_copy(0, flat, tokens.flatten(0, 1))[: batch * length].unflatten(0, (batch, length))
