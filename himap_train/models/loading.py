@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -86,6 +86,9 @@ def resolve_model(path: str | Path) -> str:
     if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
         raise FileNotFoundError(f"there is no folder {path}, and it is no hub id of the form owner/name; {_WAYS_OUT}")
     try:
+        if not isinstance(try_to_load_from_cache(str(path), "config.json"), str):
+            # One attempt: the client itself tries again for half a minute where there is no network.
+            get_session().head(constants.ENDPOINT, timeout=5)
         hf_hub_download(str(path), "config.json", etag_timeout=5)
     except (GatedRepoError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(
