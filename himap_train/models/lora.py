@@ -1,0 +1,145 @@
+"""LoRA on the text decoder, and what happens to the projector beside it.
+
+PEFT matches a *string* target against whole module names and a *list* against their endings. CLIP's projections end in
+`q_proj` too, so a list (or PEFT's own "all-linear") would train the vision tower as well. Here every choice becomes one
+regular expression that is anchored in the decoder's layers, and what it would hit is checked before PEFT sees it.
+
+LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685; the decoder-only targets are those of LLaVA-1.5's LoRA recipe.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Literal, get_args
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+Projector = Literal["train", "lora", "freeze"]
+
+DECODER_LINEAR = "decoder-linear"
+_DECODER = r"(?:.*\.)?language_model\.layers\.\d+\."
+_PROJECTOR = r"(?:.*\.)?multi_modal_projector\.linear_\d+"
+
+
+def attach_lora(
+    model: LlavaForConditionalGeneration,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    targets: str | list[str] = DECODER_LINEAR,
+    projector: Projector = "train",
+) -> PeftModel:
+    """Wrap `model` with LoRA; everything else is frozen, the vision tower always.
+
+    Args:
+        model: A stock LLaVA, pruned or not. Its decoder layers get LoRA in place.
+        r: Rank. alpha: The update is scaled by `alpha / r`.
+        alpha: See `r`.
+        dropout: Dropout on the input of each LoRA branch, active in `train()` only.
+        targets: `"decoder-linear"` is every linear layer of the decoder's layers; a list holds endings such as
+            `["q_proj", "v_proj"]`, looked for in the decoder's layers only; another string is a regular expression
+            over whole module names.
+        projector: `"train"` trains a full copy (PEFT `modules_to_save`), `"lora"` gives it LoRA of the same rank,
+            `"freeze"` leaves it.
+
+    Raises:
+        ValueError: The targets match nothing (lists what there is) or reach outside the decoder, or a number is out of
+            range.
+    """
+    if r < 1 or alpha <= 0 or not 0.0 <= dropout < 1.0:
+        raise ValueError(
+            f"LoRA needs r >= 1, alpha > 0 and 0 <= dropout < 1; got r={r}, alpha={alpha}, dropout={dropout}"
+        )
+    if projector not in get_args(Projector):
+        raise ValueError(f"projector={projector!r} is not one of {', '.join(map(repr, get_args(Projector)))}")
+    pattern = _target_pattern(model, targets)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT annotates int and divides by r
+        lora_dropout=dropout,
+        target_modules=f"(?:{pattern})|(?:{_PROJECTOR})" if projector == "lora" else pattern,
+        modules_to_save=["multi_modal_projector"] if projector == "train" else None,
+        bias="none",
+    )
+    peft_model = get_peft_model(model, config)
+    assert isinstance(peft_model, PeftModel)
+    # PEFT casts LoRA weights of a half-precision model to fp32 by itself, but not the projector's copy: with weights in
+    # bfloat16 a step of 2e-5 would be rounded away.
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    return peft_model
+
+
+def _target_pattern(model: nn.Module, targets: str | list[str]) -> str:
+    """One regular expression over whole module names, checked against the model."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    in_decoder = [name for name in linear if re.match(_DECODER, name)]
+    if isinstance(targets, str) and targets != DECODER_LINEAR:
+        pattern = targets
+    else:
+        endings = {name.rsplit(".", 1)[-1] for name in in_decoder} if targets == DECODER_LINEAR else set(targets)
+        pattern = _ending_pattern(endings)
+        unmatched = [
+            ending for ending in endings if not any(re.fullmatch(_ending_pattern({ending}), n) for n in linear)
+        ]
+        if unmatched:
+            raise ValueError(f"LoRA targets {sorted(unmatched)} match nothing; {_available(in_decoder)}")
+    try:
+        hits = [name for name in linear if re.fullmatch(pattern, name)]
+    except re.error as error:
+        raise ValueError(f"LoRA targets {targets!r} are not a valid regular expression: {error}") from error
+    if not hits:
+        raise ValueError(f"LoRA targets {targets!r} match nothing; {_available(in_decoder)}")
+    outside = [name for name in hits if not re.match(_DECODER, name) and not name.endswith("lm_head")]
+    if outside:
+        raise ValueError(
+            f"LoRA targets {targets!r} reach {len(outside)} layers outside the decoder, the first is {outside[0]!r}; "
+            "start the expression with `.*language_model.*`. For the projector use projector='lora'."
+        )
+    return pattern
+
+
+def _ending_pattern(endings: Iterable[str]) -> str:
+    """Modules below the decoder's layers whose name ends with one of `endings`."""
+    return rf"{_DECODER}(?:[\w.]+\.)?(?:{'|'.join(re.escape(ending) for ending in sorted(endings))})"
+
+
+def _available(in_decoder: list[str]) -> str:
+    """What a user may choose from, e.g. `the decoder has the linear layers down_proj, k_proj, ...`."""
+    endings = sorted({name.rsplit(".", 1)[-1] for name in in_decoder})
+    return f"the decoder has the linear layers {', '.join(endings)}"
+
+
+def parameter_group(name: str) -> str:
+    """The part of the model that a parameter name belongs to: lora, projector, vision tower, decoder or other."""
+    if "multi_modal_projector" in name:
+        return "projector"
+    if "lora_" in name:
+        return "lora"
+    if "vision_tower" in name:
+        return "vision tower"
+    return "decoder" if "language_model" in name else "other"
+
+
+def trainable_report(model: nn.Module) -> str:
+    """One line a part: how many of its parameters are trained. The frozen original of a trained copy is not counted."""
+    total: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if ".original_module." in name:
+            continue
+        group = parameter_group(name)
+        total[group] += parameter.numel()
+        trained[group] += parameter.numel() if parameter.requires_grad else 0
+    lines = [f"  {group:<13}{trained[group]:>15,} of {count:>15,}" for group, count in sorted(total.items())]
+    share = 100 * trained.total() / max(total.total(), 1)
+    return "\n".join(
+        ["trained parameters", *lines, f"  {'all':<13}{trained.total():>15,} of {total.total():>15,} ({share:.2f} %)"]
+    )

@@ -1,0 +1,55 @@
+"""Optimizer groups and the learning-rate schedule of LLaVA-1.5's fine-tuning."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_cosine_schedule_with_warmup
+
+from himap_train.models.lora import parameter_group
+
+
+def parameter_groups(
+    model: nn.Module, *, lora_lr: float, projector_lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Trainable parameters as AdamW groups: LoRA and projector with their own rate, biases and norms without decay.
+
+    Each group has a `name` (for learning-rate plots). LoRA on the projector runs at the projector's rate.
+
+    Raises:
+        ValueError: Nothing is trainable.
+    """
+    rates = {"lora": lora_lr, "projector": projector_lr}
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part = parameter_group(name)
+        if part not in rates:
+            raise ValueError(f"{name} is trainable but belongs to neither LoRA nor projector; it has no learning rate")
+        decays = parameter.ndim > 1
+        key = part if decays else f"{part}-no-decay"
+        empty = {"params": [], "lr": rates[part], "weight_decay": weight_decay if decays else 0.0, "name": key}
+        groups.setdefault(key, empty)["params"].append(parameter)
+    if not groups:
+        raise ValueError("nothing is trainable: attach LoRA or train the projector")
+    return list(groups.values())
+
+
+def cosine_with_warmup(optimizer: torch.optim.Optimizer, total_steps: float, warmup_ratio: float) -> LambdaLR:
+    """Linear warm-up over `warmup_ratio` of the optimizer steps (rounded up, as LLaVA does), then a cosine to zero.
+
+    Raises:
+        ValueError: The number of steps is not known, as with streamed data and no `max_steps`.
+    """
+    if math.isinf(total_steps) or total_steps < 1:
+        raise ValueError(
+            f"the cosine schedule needs the number of optimizer steps and found {total_steps}; streamed data has no "
+            "length, so set trainer.max_steps"
+        )
+    warmup = math.ceil(warmup_ratio * total_steps)
+    return get_cosine_schedule_with_warmup(optimizer, warmup, int(total_steps))
