@@ -92,7 +92,13 @@ def test_every_criterion_equals_the_oracle(criterion: str, positions: str) -> No
 def test_random_keeps_its_count_and_the_states_follow(positions: str) -> None:
     model = tiny_llava()
     case, plan = make_case(model, RAGGED, "left"), schedule("random", "random", positions)
-    states, kept = run(install_pruning(model, plan), case)
+    install_pruning(model, plan)
+    drawn = []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        states, kept = run(model, case)
+        drawn.append(kept[1][2].tolist())
+    assert drawn[0] == drawn[2] != drawn[1]
     images = [[int((case.input_ids[b, row] == 4).sum()) for b, row in enumerate(stage)] for stage in kept]
     assert images == [[8, 0, 13, 4, 6], [2, 0, 3, 1, 2]]
     with torch.no_grad():
@@ -130,7 +136,7 @@ def test_schedules_equal_the_oracle(stages: tuple[tuple[int, str, dict[str, floa
     assert_equals_naive(model, plan, make_case(model, RAGGED_ANSWERS, "right", seed=2), labels=True)
 
 
-@pytest.mark.parametrize("criterion", ["instruction", "image", "random", "uniform"])
+@pytest.mark.parametrize("criterion", ["instruction", "image", "uniform"])
 @pytest.mark.parametrize("labels", [False, True], ids=["prompt", "labels"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_of_a_batch_equal_the_row_alone(side: str, labels: bool, criterion: str) -> None:
@@ -146,7 +152,7 @@ def test_rows_of_a_batch_equal_the_row_alone(side: str, labels: bool, criterion:
         assert_same_kept([[stage[b]] for stage in kept], [[columns[stage[0]]] for stage in alone_kept])
 
 
-@pytest.mark.parametrize("criterion", ["instruction", "last_token", "image", "image_debiased", "random"])
+@pytest.mark.parametrize("criterion", ["instruction", "last_token", "image", "image_debiased", "uniform"])
 @pytest.mark.parametrize("prompt", ["t3 i16 t5", "t2 i9 t3 i16 t2", "t4 i16"])
 def test_teacher_forcing_keeps_what_the_prefill_keeps(prompt: str, criterion: str) -> None:
     model = tiny_llava()
