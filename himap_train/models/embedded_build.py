@@ -1,0 +1,130 @@
+"""Build the embedded LLaVA from nothing: tokenizer, processor and an untrained model of stock Hugging Face classes.
+
+Only `recipes/train_embedded.py` and tests need this; everybody else loads the trained folder (`embedded.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+IMAGE_SIZE, PATCH_SIZE = 96, 8
+IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2  # 144
+WIDTH = 128
+SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+# LLaVA-1.5's conversation, as llava-hf writes it; an answer ends with </s>, and owns the space before it as the
+# tokenizer's words do.
+_TEXT = "message['content'] | selectattr('type', 'equalto', 'text')"
+_IMAGES = "message['content'] | selectattr('type', 'equalto', 'image')"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ 'ASSISTANT:' }}{% generation %}{{ ' ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in " + _TEXT + " %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ '</s>' }}{% endgeneration %}"
+    "{% else %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
+    "{% for part in " + _IMAGES + " %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in " + _TEXT + " %}{{ part['text'] + ' ' }}{% endfor %}{% endif %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+
+def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that takes any text, with one token for each of `words` after a space.
+
+    A capitalised word is one token also where no space stands before it, at the start of a turn. The merges of a word
+    join its letters from left to right. Those of the spaced words come first: their pieces always start at the space,
+    so no merge of another word can break into one; likewise at a capital letter.
+    """
+    words = ["USER", "ASSISTANT", *words]
+    space = chr(0x120)  # stands for a space in byte-level vocabularies
+    forms = [space + word for word in words] + [word for word in words if word[0].isupper()]
+    pieces = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    vocab = {token: index for index, token in enumerate(pieces)}
+    merges: list[tuple[str, str]] = []
+    for form in forms:
+        for end in range(1, len(form)):
+            if form[: end + 1] not in vocab:
+                vocab[form[: end + 1]] = len(vocab)
+                merges.append((form[:end], form[end]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        model_max_length=2048,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor(words: Iterable[str]) -> LlavaProcessor:
+    """LlavaProcessor for 96x96 images of 144 tokens."""
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    half = [0.5, 0.5, 0.5]
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size=size, do_center_crop=False, crop_size=size, image_mean=half, image_std=half
+        ),
+        tokenizer=build_tokenizer(words),
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model(vocab_size: int, layers: int = 8, seed: int = 0) -> LlavaForConditionalGeneration:
+    """An untrained LLaVA, all 128 wide: CLIP tower of 5 layers, projector, Llama decoder of `layers` layers."""
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {"hidden_size": WIDTH, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            **shape,
+            intermediate_size=4 * WIDTH,
+            num_hidden_layers=5,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            projection_dim=WIDTH,
+        ),
+        text_config=LlamaConfig(
+            **shape,
+            vocab_size=vocab_size,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=layers,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            initializer_range=0.05,  # 0.02 starts a decoder this narrow with almost no signal
+            tie_word_embeddings=False,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        image_token_index=SPECIAL_TOKENS.index("<image>"),
+        image_seq_length=IMAGE_TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=2, do_sample=False)
+    return model

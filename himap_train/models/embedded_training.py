@@ -1,0 +1,186 @@
+"""Losses and batches that train the embedded LLaVA.
+
+Shapes: B scenes, T image tokens (144), S text rows, D width (128), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AttentionInterface, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from himap_train.data.scene_text import COLOURS, COLUMNS, DIGITS, KINDS, PLURALS, ROWS, WORDS, Scene
+from himap_train.models.embedded_build import IMAGE_SIZE, PATCH_SIZE, WIDTH
+
+# The dense labels of a patch, and the words that the rows of the class head become.
+HEADS: dict[str, tuple[str, ...]] = {
+    "kind": (*KINDS, "card", "nothing"),
+    "colour": COLOURS,
+    "digit": DIGITS,
+    "row": ROWS,
+    "column": COLUMNS,
+}
+HEAD_WORDS = tuple(word for words in HEADS.values() for word in words)
+_GRID = IMAGE_SIZE // PATCH_SIZE
+_PER_CELL = _GRID // len(ROWS)
+
+
+def pixels(images: Sequence[Image.Image]) -> Tensor:
+    """(B, 3, 96, 96) as the processor makes them: values -1 to 1."""
+    array = np.stack([np.asarray(image) for image in images])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def patch_labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
+    """For each head the class of every patch's place, (B, T); -100 where a place has no colour or digit."""
+    cells = {name: np.full((len(scenes), len(ROWS), len(COLUMNS)), -100) for name in HEADS}
+    for b, scene in enumerate(scenes):
+        for place, item in enumerate(scene.cells):
+            row, column = divmod(place, len(COLUMNS))
+            facts = {"kind": scene.kind_at(place), "row": ROWS[row], "column": COLUMNS[column]}
+            facts |= {"colour": item.colour, "digit": item.digit} if item and item.colour else {}
+            for name, word in facts.items():
+                cells[name][b, row, column] = HEADS[name].index(word)
+    grid = {name: c.repeat(_PER_CELL, 1).repeat(_PER_CELL, 2) for name, c in cells.items()}
+    return {name: torch.from_numpy(g.reshape(len(scenes), -1)) for name, g in grid.items()}
+
+
+def image_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
+    """What the decoder gets for an image, (B, T, D): tower, without its class token, then projector."""
+    hidden = model.model.vision_tower(pixel_values).last_hidden_state[:, 1:]
+    return model.model.multi_modal_projector(hidden)
+
+
+class PatchHeads(nn.Module):
+    """One linear classifier a label over the projector's output; its rows later start the word embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, len(HEAD_WORDS), bias=False)
+
+    def forward(self, features: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """Sum of the heads' cross-entropies, and for each head the fraction of patches that are right."""
+        loss, right = features.new_zeros(()), {}
+        for (name, _), logits in zip(
+            HEADS.items(), self.linear(features).float().split([len(w) for w in HEADS.values()], dim=-1), strict=True
+        ):
+            target = labels[name]
+            loss = loss + nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+            valid = target != -100
+            right[name] = (logits.argmax(-1) == target)[valid].float().mean().item()
+        return loss, right
+
+
+def bf16_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """Plain attention whose softmax stays in the inputs' type. (B, heads, L, d) -> (B, L, heads, d).
+
+    On a CPU in bf16, the backward of scaled_dot_product_attention and the fp32 softmax of "eager" each cost more than
+    all matrix products.
+    """
+    with torch.autocast("cpu", enabled=False):
+        scores = torch.matmul(query * scaling, key.transpose(2, 3))
+        scores = scores if attention_mask is None else scores + attention_mask
+        return torch.matmul(scores.softmax(-1), value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("bf16_plain", bf16_attention)
+
+
+@torch.no_grad()
+def start_words(
+    model: LlavaForConditionalGeneration, heads: PatchHeads, tokenizer: PreTrainedTokenizerFast, features: Tensor
+) -> None:
+    """Start word embeddings and output rows from the patch heads, and bring both to one scale.
+
+    It is what CLIP's training does for the words of a real LLaVA. Without it the decoder has to find out by chance
+    which word belongs to which feature, and stays at chance for long.
+
+    `features` (B, T, D) of some images tell their scale.
+    """
+    scale = 0.5 / features.pow(2).mean().sqrt()
+    projector = model.model.multi_modal_projector.linear_2
+    projector.weight *= scale
+    projector.bias *= scale
+    embedding, output = model.get_input_embeddings().weight, model.lm_head.weight
+    nn.init.normal_(embedding, std=0.5)
+    nn.init.normal_(output, std=0.02)
+    singular = {plural: kind for kind, plural in PLURALS.items()}
+    for word in WORDS:
+        if (head := singular.get(word, word)) in HEAD_WORDS:
+            row = heads.linear.weight[HEAD_WORDS.index(head)]
+            row = row / row.pow(2).mean().sqrt()
+            (token,) = tokenizer.encode(f" {word}", add_special_tokens=False)
+            embedding[token] = 0.5 * row
+            output[token] = 0.03 * row
+
+
+def branches(tokenizer: PreTrainedTokenizerFast, texts: Sequence[Sequence[tuple[str, str]]]) -> dict[str, Tensor]:
+    """Questions about one image as branches of one sequence: all see the image, none sees another.
+
+    So one pass over an image trains many questions, each exactly as if it stood alone.
+
+    `texts` holds for each scene its (question, answer) pairs.
+
+    Returns:
+        Four tensors (B, S): `input_ids`; `labels`, the token that follows where it is part of an answer, else -100;
+        `branch`, which branch a row belongs to, -1 is padding; `position_ids`, counted from the end of the image's
+        prefix.
+    """
+    rows: list[dict[str, list[int]]] = []
+    for pairs in texts:
+        row: dict[str, list[int]] = {"input_ids": [], "labels": [], "branch": [], "position_ids": []}
+        for number, (question, answer) in enumerate(pairs):
+            prompt = tokenizer.encode(f"{question} ASSISTANT:", add_special_tokens=False)
+            reply = tokenizer.encode(f" {answer}</s>", add_special_tokens=False)
+            row["input_ids"] += prompt + reply[:-1]
+            row["labels"] += [-100] * (len(prompt) - 1) + reply
+            row["branch"] += [number] * (len(prompt) + len(reply) - 1)
+            row["position_ids"] += range(len(prompt) + len(reply) - 1)
+        rows.append(row)
+    # Few different lengths: each new shape costs the CPU kernels a set-up.
+    length = -(-max(len(row["branch"]) for row in rows) // 16) * 16
+    empty = {"input_ids": 0, "labels": -100, "branch": -1, "position_ids": 0}
+    return {k: torch.tensor([row[k] + [e] * (length - len(row[k])) for row in rows]) for k, e in empty.items()}
+
+
+def branch_mask(branch: Tensor, prefix: int) -> Tensor:
+    """Additive attention mask (B, 1, prefix + S, prefix + S): causal, and between branches closed."""
+    batch, rows = branch.shape
+    segment = torch.cat([branch.new_full((batch, prefix), -2), branch], dim=1)
+    open_ = (segment[:, None, :] == -2) | (segment[:, :, None] == segment[:, None, :])
+    causal = torch.ones(prefix + rows, prefix + rows, dtype=torch.bool).tril()
+    closed = ~(open_ & causal)[:, None]
+    return torch.zeros(closed.shape).masked_fill_(closed, torch.finfo(torch.bfloat16).min)
+
+
+def answer_logits(
+    model: LlavaForConditionalGeneration, features: Tensor, prefix_ids: Sequence[int], batch: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, V) at the rows that predict answers, and their targets (N,).
+
+    `features` (B, T, D) of the images; `prefix_ids`, the template up to the first question, with T image
+    placeholders; `batch` as `branches` returns it.
+    """
+    ids, prefix = torch.tensor(prefix_ids).expand(len(features), -1), len(prefix_ids)
+    embed = model.get_input_embeddings()
+    before = embed(ids).to(features.dtype).masked_scatter((ids == model.config.image_token_id)[..., None], features)
+    hidden = model.model.language_model(
+        inputs_embeds=torch.cat([before, embed(batch["input_ids"]).to(features.dtype)], dim=1),
+        attention_mask=branch_mask(batch["branch"], prefix).to(features.dtype),
+        position_ids=torch.cat([torch.arange(prefix).expand(len(ids), -1), prefix + batch["position_ids"]], dim=1),
+        use_cache=False,
+    ).last_hidden_state[:, prefix:]
+    wanted = batch["labels"] != -100
+    return model.lm_head(hidden[wanted]).float(), batch["labels"][wanted]
