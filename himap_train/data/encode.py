@@ -116,6 +116,10 @@ class Encoder:
             "answer": conversation.answer,
         }
 
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of bare text, without template."""
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     def image_tokens(self, size: tuple[int, int]) -> int:
         """Number of image tokens of an image of this (width, height), without decoding one."""
         crops = getattr(self.processor.image_processor, "do_center_crop", False)

@@ -39,7 +39,9 @@ def parse_llava_record(record: Any, index: int, file: str, image_folder: Path) -
         raise RecordError(f"{where}: expected an object with `conversations`, found {_kind(record)}")
     name = str(record.get("id", index))
     where = f"{where} (id {name!r})"
-    turns = _turns(record, where)
+    if "conversations" not in record:
+        raise RecordError(f"{where}: no key `conversations`, found the keys {sorted(map(str, record))}")
+    turns = parse_turns(record["conversations"], where)
     images = tuple(resolve_image_path(path, image_folder, where) for path in _image_names(record, where))
     meta = {key: str(value) for key, value in record.items() if key not in _OWN_KEYS and _is_plain(value)}
     return Conversation(name, images, turns, meta)
@@ -54,12 +56,11 @@ def length_hint(record: Any) -> tuple[int, int]:
     return sum(map(len, texts)), sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
 
 
-def _turns(record: Mapping[str, Any], where: str) -> tuple[Turn, ...]:
-    turns = record.get("conversations")
-    if not isinstance(turns, list):
-        found = f"{_kind(turns)}" if "conversations" in record else f"the keys {sorted(map(str, record))}"
-        raise RecordError(f"{where}: expected the key `conversations` with a list of turns, found {found}")
-    return tuple(_turn(turn, f"{where}: conversations[{number}]") for number, turn in enumerate(turns))
+def parse_turns(conversations: Any, where: str) -> tuple[Turn, ...]:
+    """The value of `conversations` -> turns. Raises RecordError naming the turn and key that is not as expected."""
+    if not isinstance(conversations, list):
+        raise RecordError(f"{where}: `conversations` is {_kind(conversations)}; expected a list of turns")
+    return tuple(_turn(turn, f"{where}: conversations[{number}]") for number, turn in enumerate(conversations))
 
 
 def _turn(turn: Any, where: str) -> Turn:

@@ -6,7 +6,7 @@ knows only this form.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -72,6 +72,6 @@ class Source(Protocol):
 class StreamingSource(Protocol):
     """A source that can only be read from start to end."""
 
-    def __iter__(self) -> Iterator[Conversation]:
-        """All records, in order."""
+    def records(self) -> Iterator[Callable[[], Conversation]]:
+        """All records in order, each to be called for the conversation; that raises RecordError for a broken one."""
         ...

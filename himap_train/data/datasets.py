@@ -1,0 +1,89 @@
+"""Sources as torch data sets: records are read, decoded and encoded in the loader's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from himap_train.data.encode import Sample
+from himap_train.data.records import Conversation, RecordError, Source, StreamingSource
+from himap_train.data.skips import SkipLog
+
+Encode = Callable[[Conversation], Sample]
+SUBSTITUTE = "substitute_for"
+"""Key in a sample's `meta`: the index of the broken record in whose place it stands."""
+
+
+class EncodedRecords(Dataset[Sample]):
+    """Map-style. A record that cannot be used is replaced by the next one that can, marked in its `meta`.
+
+    Args:
+        source: the records. If it has an attribute `epoch`, that is set from the key.
+        encode: `Encoder.encode` or `Encoder.encode_prompt`.
+        skips: counts what is replaced.
+        limit: use only the first records.
+    """
+
+    def __init__(self, source: Source, encode: Encode, skips: SkipLog, limit: int | None = None) -> None:
+        self._source, self._encode, self._skips = source, encode, skips
+        self._length = len(source) if limit is None else min(limit, len(source))
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return self._length
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The sample of (epoch, index)."""
+        epoch, wanted = key
+        if hasattr(self._source, "epoch"):
+            self._source.epoch = epoch
+        for step in range(self._length):
+            index = (wanted + step) % self._length
+            try:
+                sample = self._encode(self._source[index])
+            except RecordError as error:
+                self._skips.add(index, error)
+                continue
+            return {**sample, "meta": {**sample["meta"], SUBSTITUTE: str(wanted)}} if step else sample
+        raise RuntimeError(f"none of the {self._length} records can be used")
+
+
+class EncodedStream(IterableDataset[Sample]):
+    """Stream. Records that cannot be used are left out. Processes and their workers take turns.
+
+    Args:
+        source: the records, in order.
+        encode: `Encoder.encode` or `Encoder.encode_prompt`.
+        skips: counts what is left out.
+        limit: use only the first records.
+        num_replicas: number of processes.
+        rank: of this process.
+    """
+
+    def __init__(
+        self,
+        source: StreamingSource,
+        encode: Encode,
+        skips: SkipLog,
+        limit: int | None = None,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self._source, self._encode, self._skips, self._limit = source, encode, skips, limit
+        self._num_replicas, self._rank = num_replicas, rank
+
+    def __iter__(self) -> Iterator[Sample]:
+        """This worker's share of the stream."""
+        worker = get_worker_info()
+        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
+        turn = self._rank * workers + number
+        for index, record in enumerate(self._source.records()):
+            if index == self._limit:
+                return
+            if index % (self._num_replicas * workers) != turn:
+                continue
+            try:
+                yield self._encode(record())
+            except RecordError as error:
+                self._skips.add(index, error)

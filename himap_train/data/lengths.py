@@ -1,0 +1,60 @@
+"""How long each record will be in tokens, estimated from its number of characters and images: enough to group by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from himap_train.data.encode import Encoder
+from himap_train.data.images import image_size
+from himap_train.data.records import Conversation, RecordError, Source
+
+_PROBES = 64  # records that are tokenized to learn how many characters make a token
+
+
+def estimate_lengths(source: Source, encoder: Encoder, limit: int | None = None) -> np.ndarray:
+    """Estimated tokens of the first `limit` records, image tokens included; at most the encoder's max_length.
+
+    Args:
+        source: with a method `length_hint(index) -> (characters, images)` no record is parsed and no image touched.
+        encoder: for the tokenizer and the image tokens.
+        limit: only that many records.
+
+    Returns:
+        (n,) int64; 0 for records that cannot be used.
+    """
+    size = len(source) if limit is None else min(limit, len(source))
+    hints = np.array([_hint(source, index) for index in range(size)], dtype=np.int64).reshape(size, 2)
+    per_token, image_tokens = _probe(source, encoder, size)
+    lengths = np.ceil(hints[:, 0] / per_token).astype(np.int64) + hints[:, 1] * image_tokens
+    return lengths if encoder.max_length is None else lengths.clip(max=encoder.max_length)
+
+
+def _hint(source: Any, index: int) -> tuple[int, int]:
+    if hasattr(source, "length_hint"):
+        return source.length_hint(index)
+    try:
+        conversation = source[index]
+    except RecordError:
+        return 0, 0
+    return _characters(conversation), len(conversation.images)
+
+
+def _probe(source: Source, encoder: Encoder, size: int) -> tuple[float, int]:
+    """(characters a token, tokens an image) over records spread over the source."""
+    characters = tokens = image_tokens = 0
+    for index in np.unique(np.linspace(0, size - 1, min(size, _PROBES)).astype(int)):
+        try:
+            conversation = source[int(index)]
+            characters += _characters(conversation)
+            tokens += sum(len(encoder.text_ids(turn.text)) for turn in conversation.turns)
+            for image in conversation.images:
+                image_tokens = max(image_tokens, encoder.image_tokens(image_size(image, conversation.id)))
+        except RecordError:
+            continue
+    return max(characters, 1) / max(tokens, 1), image_tokens
+
+
+def _characters(conversation: Conversation) -> int:
+    return sum(len(turn.text) for turn in conversation.turns)

@@ -1,0 +1,98 @@
+"""The data loader of a run: knows where in which epoch it is, so that a resumed run goes on with the very next batch.
+
+It wraps torch's DataLoader rather than being one: Lightning would give a DataLoader a sampler of its own on several
+devices, while the order here (`BatchOrder`) already is shared between processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from himap_train.data.batches import Batch, PaddingSide, collate
+from himap_train.data.datasets import SUBSTITUTE, EncodedRecords
+from himap_train.data.encode import Sample
+from himap_train.data.sampling import BatchOrder
+
+
+@dataclass(frozen=True)
+class Collate:
+    """`collate` with its settings, for worker processes.
+
+    Attributes:
+        keep_substitutes: training takes a good record for a broken one; an evaluation must not count a record twice.
+    """
+
+    pad_token_id: int
+    padding_side: PaddingSide = "right"
+    pad_to_multiple_of: int | None = None
+    keep_substitutes: bool = True
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """Pads; a batch of nothing but substitutes keeps one, so that every process has as many batches."""
+        own = [sample for sample in samples if self.keep_substitutes or SUBSTITUTE not in sample["meta"]]
+        return collate(own or samples[:1], self.pad_token_id, self.padding_side, self.pad_to_multiple_of)
+
+
+def worker_options(num_workers: int) -> dict[str, Any]:
+    """DataLoader arguments for this number of worker processes."""
+    return {
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+    }
+
+
+class BatchLoader:
+    """Iterates over the batches of one epoch; stateful as Lightning's loops understand it.
+
+    Args:
+        dataset: encoded records.
+        order: which records make up which batch.
+        collate_fn: samples -> batch.
+        num_workers: processes that read and encode; 0 does it in this one.
+        trained: how many batches of the running epoch have been trained on; by default, what was handed out, which is
+            one more when a run is interrupted within a step.
+    """
+
+    def __init__(
+        self,
+        dataset: EncodedRecords,
+        order: BatchOrder,
+        collate_fn: Collate,
+        num_workers: int = 0,
+        trained: Callable[[], int] | None = None,
+    ) -> None:
+        self.sampler = order  # the name under which Lightning looks for set_epoch
+        self._loader = DataLoader(dataset, batch_sampler=order, collate_fn=collate_fn, **worker_options(num_workers))
+        self._trained = trained
+        self._handed_out = 0
+        self._resume: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the epoch after a resume, otherwise all of it.
+
+        A generator on purpose: Lightning asks for the iterator before it sets the epoch.
+        """
+        epoch, done = self._resume or (0, 0)
+        self._resume = None
+        self._handed_out = self.sampler.start_batch = done if epoch == self.sampler.epoch else 0
+        for batch in self._loader:
+            self._handed_out += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and batches done in it."""
+        return {"epoch": self.sampler.epoch, "batches": self._trained() if self._trained else self._handed_out}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Makes the next iteration go on from there, if it is of the same epoch."""
+        self._resume = (state["epoch"], state["batches"])

@@ -1,0 +1,200 @@
+"""The data of a run as a LightningDataModule; the arguments of its `__init__` are the keys of `data:` in a config."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from himap_train.data.batches import pad_token_id_of
+from himap_train.data.datasets import EncodedRecords, EncodedStream
+from himap_train.data.encode import Encoder
+from himap_train.data.images import AspectRatio
+from himap_train.data.lengths import estimate_lengths
+from himap_train.data.loader import BatchLoader, Collate, worker_options
+from himap_train.data.records import Source, StreamingSource
+from himap_train.data.sampling import BatchOrder
+from himap_train.data.skips import SkipLog
+from himap_train.data.sources import open_source
+
+logger = logging.getLogger(__name__)
+
+
+class LlavaDataModule(LightningDataModule):
+    """Conversations about images, encoded for one checkpoint and batched.
+
+    Args:
+        train: data to train on: a LLaVA file (*.json, *.jsonl), a Hugging Face data set (folder, or name on the hub,
+            with `:split` behind it), or `embedded:train`.
+        validation: data to validate on, in the same forms; null for none.
+        test: data to test on, in the same forms; null for none.
+        image_folder: folder that the image paths in the data start from; by default the folder of the data file.
+        batch_size: conversations in a training batch of one device.
+        eval_batch_size: in a validation or test batch; by default batch_size.
+        max_length: most tokens of a conversation, image tokens included. Longer ones lose their last questions with
+            their answers, never part of an image.
+        num_workers: processes that read images and tokenize; 0 does it between the training steps.
+        group_by_length: make batches of conversations of similar length, which saves padding.
+        max_skipped: how many broken records may be skipped: a number, or below 1 a fraction of the records.
+        train_limit: train on the first records only.
+        validation_limit: validate on the first records only.
+        test_limit: test on the first records only.
+        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained; "as_processor" leaves it to the
+            checkpoint's image processor, which may cut off the sides.
+        seed: of the order of the training data.
+        pad_to_multiple_of: round the length of batches up to a multiple; 8 suits GPUs.
+        streaming: read a Hugging Face data set for training without storing it. In the order of the data; a run that is
+            interrupted within an epoch starts the epoch again. On several devices also limit the batches of an epoch.
+    """
+
+    def __init__(
+        self,
+        train: str = "embedded:train",
+        validation: str | None = "embedded:validation",
+        test: str | None = None,
+        image_folder: str | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int | None = 2048,
+        num_workers: int = 0,
+        group_by_length: bool = False,
+        max_skipped: int | float = 0.01,
+        train_limit: int | None = None,
+        validation_limit: int | None = None,
+        test_limit: int | None = None,
+        image_aspect_ratio: AspectRatio = "as_processor",
+        seed: int = 0,
+        pad_to_multiple_of: int | None = None,
+        streaming: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_at_least_one(batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
+        _check_at_least_one(train_limit=train_limit, validation_limit=validation_limit, test_limit=test_limit)
+        self.processor: Any = None
+        """The checkpoint's processor; the recipe sets it before `setup`."""
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.max_length, self.image_aspect_ratio = max_length, image_aspect_ratio
+        self.num_workers, self.group_by_length, self.max_skipped = num_workers, group_by_length, max_skipped
+        self.seed, self.pad_to_multiple_of, self.streaming = seed, pad_to_multiple_of, streaming
+        self.image_folder = image_folder
+        self._specs = {"train": train, "validation": validation, "test": test}
+        self._limits = {"train": train_limit, "validation": validation_limit, "test": test_limit}
+        self._sources: dict[str, Source | StreamingSource] = {}
+        self._encoder: Encoder | None = None
+        self.skips: dict[str, SkipLog] = {}
+        """For "train", "validation" and "test" which records were skipped so far."""
+
+    def source(self, split: str) -> Source | StreamingSource | None:
+        """The conversations of "train", "validation" or "test", opened when first asked for; None if there are none."""
+        spec = self._specs[split]
+        if spec is not None and split not in self._sources:
+            self._sources[split] = open_source(spec, self.image_folder, split, self.streaming and split == "train")
+        return self._sources.get(split)
+
+    def limit(self, split: str) -> int | None:
+        """How many records of a split are used; None for all."""
+        return self._limits[split]
+
+    def setup(self, stage: str) -> None:
+        """Opens what the stage ("fit", "validate", "test") needs, so that bad data ends the run before it starts.
+
+        Raises:
+            RuntimeError: no processor was set.
+            FileNotFoundError, ValueError, ConnectionError: see `open_source`.
+        """
+        if self.processor is None:
+            raise RuntimeError(
+                "LlavaDataModule needs the checkpoint's processor: set datamodule.processor before the run"
+            )
+        self._encoder = Encoder(self.processor, self.max_length, self.image_aspect_ratio)
+        for split in {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}.get(stage, ()):
+            self.source(split)
+
+    def train_dataloader(self) -> BatchLoader | DataLoader[Any]:
+        """Right-padded batches with labels, in an order that depends on (seed, epoch) alone."""
+        source, encoder = self.source("train"), self._ready_encoder()
+        replicas, rank = self._replicas()
+        if not isinstance(source, Source):
+            assert source is not None
+            skips = self.skips["train"] = SkipLog(None, self.max_skipped)
+            stream = EncodedStream(source, encoder.encode, skips, self._limits["train"], replicas, rank)
+            return DataLoader(stream, self.batch_size, collate_fn=self._collate(), **worker_options(self.num_workers))
+        lengths = estimate_lengths(source, encoder, self._limits["train"]) if self.group_by_length else None
+        dataset = self._dataset("train", source, encoder)
+        order = BatchOrder(len(dataset), self.batch_size, lengths, seed=self.seed, num_replicas=replicas, rank=rank)
+        return BatchLoader(
+            dataset, order, self._collate(), self.num_workers, self._trained_batches if self.trainer else None
+        )
+
+    def val_dataloader(self) -> BatchLoader | list[Any]:
+        """Batches as for training, in the order of the data; a broken record is left out, not replaced."""
+        return self._evaluation("validation")
+
+    def test_dataloader(self) -> BatchLoader | list[Any]:
+        """As for validation."""
+        return self._evaluation("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of the training data depends on; the place in it is the loader's own state."""
+        source = self.source("train")
+        return {
+            "train": self._specs["train"],
+            "records": len(source) if isinstance(source, Source) else None,
+            "train_limit": self._limits["train"],
+            "batch_size": self.batch_size,
+            "devices": self._replicas()[0],
+            "seed": self.seed,
+            "group_by_length": self.group_by_length,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warns when a resumed run cannot go on in the order of the run before."""
+        now = self.state_dict()
+        changed = [
+            f"{key}: {old!r} then, {now.get(key)!r} now" for key, old in state_dict.items() if old != now.get(key)
+        ]
+        if changed:
+            logger.warning(
+                "resumed with other data settings (%s): the order of the training data is another one, so within the "
+                "running epoch some samples come twice and some not at all",
+                "; ".join(changed),
+            )
+
+    def _evaluation(self, split: str) -> BatchLoader | list[Any]:
+        source, encoder = self.source(split), self._ready_encoder()
+        if not isinstance(source, Source):
+            return []
+        replicas, rank = self._replicas()
+        dataset = self._dataset(split, source, encoder)
+        order = BatchOrder(len(dataset), self.eval_batch_size, shuffle=False, num_replicas=replicas, rank=rank)
+        return BatchLoader(dataset, order, self._collate(keep_substitutes=False), self.num_workers)
+
+    def _dataset(self, split: str, source: Source, encoder: Encoder) -> EncodedRecords:
+        self.skips[split] = SkipLog(len(source), self.max_skipped)
+        return EncodedRecords(source, encoder.encode, self.skips[split], self._limits[split])
+
+    def _collate(self, keep_substitutes: bool = True) -> Collate:
+        pad = pad_token_id_of(self.processor.tokenizer)
+        return Collate(pad, "right", self.pad_to_multiple_of, keep_substitutes)
+
+    def _ready_encoder(self) -> Encoder:
+        if self._encoder is None:
+            raise RuntimeError("LlavaDataModule.setup has not run yet; call setup(stage) first")
+        return self._encoder
+
+    def _replicas(self) -> tuple[int, int]:
+        """(number of devices, rank of this one)."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+
+    def _trained_batches(self) -> int:
+        assert self.trainer is not None
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return int(progress.processed)
+
+
+def _check_at_least_one(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise ValueError(f"data.{name} is {value}; expected at least 1")

@@ -1,0 +1,68 @@
+"""Broken records among thousands: counted across worker processes, reported one by one, and refused above a limit."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+
+from himap_train.data.records import RecordError
+
+logger = logging.getLogger(__name__)
+_DEFAULT_STREAM_LIMIT = 100
+
+
+class TooManySkippedError(RuntimeError):
+    """More records had to be skipped than max_skipped allows."""
+
+
+class SkipLog:
+    """Remembers which records were skipped, in memory that all workers of one data loader share.
+
+    Args:
+        size: number of records; None for a stream.
+        max_skipped: most records that may be skipped: a number, or below 1 a fraction of all records (rounded up). Of a
+            stream, whose length is not known, a fraction allows 100.
+
+    Raises:
+        ValueError: max_skipped is negative.
+    """
+
+    def __init__(self, size: int | None, max_skipped: int | float = 0.01) -> None:
+        if max_skipped < 0:
+            raise ValueError(f"max_skipped is {max_skipped}; expected a number of records, or a fraction below 1")
+        self._size = size
+        self.limit = self._limit(size, max_skipped)
+        self._skipped = torch.zeros(1 if size is None else size, dtype=torch.int32).share_memory_()
+
+    @property
+    def count(self) -> int:
+        """Different records skipped so far."""
+        return int(self._skipped.sum())
+
+    def add(self, index: int, error: RecordError) -> None:
+        """Reports one skipped record.
+
+        Raises:
+            TooManySkippedError: one too many.
+        """
+        if self._size is None:
+            self._skipped[0] += 1
+        elif self._skipped[index]:
+            return
+        else:
+            self._skipped[index] = 1
+        count = self.count
+        if count > self.limit:
+            raise TooManySkippedError(
+                f"{count} records cannot be used, max_skipped allows {self.limit}; the last: {error}. Repair the data "
+                "(himap_train.data.check.check_source lists what is wrong), or set a larger max_skipped"
+            ) from error
+        logger.warning("skipped record %d (%d of at most %d): %s", index, count, self.limit, error)
+
+    @staticmethod
+    def _limit(size: int | None, max_skipped: int | float) -> int:
+        if max_skipped >= 1 or max_skipped == 0:
+            return int(max_skipped)
+        return _DEFAULT_STREAM_LIMIT if size is None else math.ceil(size * max_skipped)

@@ -1,0 +1,102 @@
+"""From a name in a config to a source: the embedded scenes, a LLaVA JSON or JSONL file, a Hugging Face data set."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from himap_train.data.hub import load_from_hub
+from himap_train.data.huggingface import HuggingFaceRecords, HuggingFaceStream
+from himap_train.data.jsonl import Jsonl
+from himap_train.data.llava_json import LlavaJson
+from himap_train.data.records import Source, StreamingSource
+
+_HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
+_SCENE_OPTIONS = ("scenes", "seed", "questions_per_scene", "turns")
+_FORMS = (
+    "a LLaVA file *.json or *.jsonl, a folder or *.parquet file with a Hugging Face data set (folder:split for one "
+    "of its splits), the name of one on the hub (owner/name or owner/name:split), or embedded:train|validation|test"
+)
+
+
+def open_source(
+    spec: str | Path, image_folder: str | Path | None = None, split: str = "train", streaming: bool = False
+) -> Source | StreamingSource:
+    """Opens a source of conversations.
+
+    Args:
+        spec: a LLaVA file (`*.json`, or `*.jsonl` for files larger than memory); a folder (from `save_to_disk`, or with
+            parquet or JSON files) or `*.parquet` file with a Hugging Face data set; the name of one on the hub;
+            `embedded:train|validation|test` for the scenes in the package, with options as in
+            `embedded:train?scenes=5000&turns=2`. A Hugging Face split stands after a colon: `owner/name:test`.
+        image_folder: where image paths start; by default the folder of the data file.
+        split: of a Hugging Face data set when spec names none.
+        streaming: read a Hugging Face data set from start to end without storing it.
+
+    Raises:
+        FileNotFoundError: no such file, folder or image folder.
+        ValueError: not one of these forms, or the file is not in the format.
+        ConnectionError: the hub cannot be reached; comes within seconds.
+    """
+    text = str(spec)
+    if text.startswith("embedded:"):
+        return _scenes(text)
+    path, split = _path_and_split(text, split)
+    if path.suffix == ".json":
+        return LlavaJson(path, image_folder)
+    if path.suffix == ".jsonl":
+        return Jsonl(path, image_folder)
+    root = Path(image_folder) if image_folder else None
+    if path.is_dir() or path.suffix == ".parquet":
+        dataset = _local(path, split, streaming)
+        root = root or (path if path.is_dir() else path.parent)
+    elif _HUB_NAME.fullmatch(str(path)):
+        dataset = load_from_hub(str(path), split, streaming)
+    else:
+        raise FileNotFoundError(f"data {text!r} is not there (current folder: {Path.cwd()}); expected {_FORMS}")
+    return (HuggingFaceStream if streaming else HuggingFaceRecords)(dataset, text, root)
+
+
+def _scenes(spec: str) -> Source:
+    """`embedded:split?option=number&...` -> the embedded scenes."""
+    from himap_train.data.scenes import SceneQuestions
+
+    split, _, query = spec.removeprefix("embedded:").partition("?")
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    for key, value in options.items():
+        if key not in _SCENE_OPTIONS or not value.isdecimal():
+            raise ValueError(
+                f"{spec!r}: option {key}={value}; expected a number for one of {', '.join(_SCENE_OPTIONS)}"
+            )
+    return SceneQuestions(split, **{key: int(value) for key, value in options.items()})
+
+
+def _path_and_split(text: str, split: str) -> tuple[Path, str]:
+    if ":" in text and not Path(text).exists():
+        name, _, split = text.partition(":")
+        return Path(name), split
+    return Path(text), split
+
+
+def _local(path: Path, split: str, streaming: bool) -> Any:
+    import datasets
+
+    if not path.exists():
+        raise FileNotFoundError(f"data file {path} does not exist (current folder: {Path.cwd()})")
+    try:
+        if path.suffix == ".parquet":
+            return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
+        if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
+            return datasets.load_dataset(str(path), split=split, streaming=streaming)
+        loaded = datasets.load_from_disk(str(path))
+    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{path} cannot be read as a Hugging Face data set: {error}; expected {_FORMS}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        if split not in loaded:
+            raise ValueError(
+                f"{path} has no split {split!r}; it has {', '.join(loaded)}. Name one: {path}:{next(iter(loaded))}"
+            )
+        loaded = loaded[split]
+    return loaded.to_iterable_dataset() if streaming else loaded
