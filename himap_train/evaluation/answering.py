@@ -1,0 +1,84 @@
+"""One batch of questions answered greedily by `generate`, under whatever schedule is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from himap_train.data.batches import pad_token_id_of
+from himap_train.models.llava import base_llava, pruning_of
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.training.guard import check_pruned
+
+
+@dataclass
+class TokenCount:
+    """Tokens of all prompts that were run: image tokens, text tokens, image tokens kept after each stage; samples."""
+
+    image: int = 0
+    text: int = 0
+    kept: list[int] = field(default_factory=list)
+    samples: int = 0
+
+    def add(self, other: TokenCount) -> None:
+        """Take in another count under the same schedule."""
+        self.image += other.image
+        self.text += other.text
+        self.samples += other.samples
+        self.kept = [a + b for a, b in zip(self.kept or [0] * len(other.kept), other.kept, strict=True)]
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; afterwards each module is in the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def answer_batch(
+    model: nn.Module, processor: Any, batch: Mapping[str, Any], max_new_tokens: int
+) -> tuple[list[str], TokenCount]:
+    """Greedy answers, stripped, and the tokens that were run.
+
+    Args:
+        model: LLaVA or PeftModel around one.
+        processor: Its processor.
+        batch: Left-padded prompts: input_ids (B, S), attention_mask (B, S), pixel_values (images, 3, H, W) or None.
+        max_new_tokens: Where an answer is cut if the model does not end it.
+
+    Raises:
+        RuntimeError: A schedule is installed but the images of this batch were not pruned.
+    """
+    base, generator = base_llava(model), cast(Any, model)
+    names = ("input_ids", "attention_mask", "pixel_values")
+    inputs = {name: batch[name].to(base.device) for name in names if batch.get(name) is not None}
+    pruning = pruning_of(model)
+    before = pruning.last if pruning else None
+    output = generator.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        pad_token_id=pad_token_id_of(processor.tokenizer),
+    )
+    image_tokens = inputs["input_ids"] == base.config.image_token_id
+    check_pruned(pruning.schedule if pruning else PruningSchedule(), pruning_of(model), before, image_tokens)
+    count = TokenCount(int(image_tokens.sum()), samples=len(output))
+    count.text = int(inputs["attention_mask"].sum()) - count.image
+    if pruning:
+        stages = len(pruning.schedule.stages)
+        count.kept = list(pruning.last.kept) if pruning.last and count.image else [0] * stages
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)], count

@@ -1,0 +1,82 @@
+"""One model on one data set under several schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from himap_train.data.records import Source, StreamingSource
+from himap_train.evaluation.evaluate import evaluate
+from himap_train.evaluation.result import EvaluationResult
+from himap_train.models.llava import base_llava, install_pruning, pruning_of, remove_pruning
+from himap_train.pruning.cost import Cost
+from himap_train.pruning.schedule import PruningSchedule
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a name, what was measured, and what the schedule costs (None for data without images)."""
+
+    name: str
+    result: EvaluationResult
+    cost: Cost | None
+    schedule: PruningSchedule = PruningSchedule()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types."""
+        return {
+            "name": self.name,
+            "schedule": self.schedule.to_dict(),
+            **self.result.to_dict(),
+            "cost": asdict(self.cost) if self.cost else None,
+        }
+
+
+def evaluate_row(name: str, model: nn.Module, processor: Any, source: Source | StreamingSource, **settings: Any) -> Row:
+    """`evaluate` under the schedule that is installed, with the cost of a sample of mean length.
+
+    Args:
+        name: Of the row.
+        model: As in `evaluate`.
+        processor: As in `evaluate`.
+        source: As in `evaluate`.
+        **settings: Those of `evaluate`.
+    """
+    result = evaluate(model, processor, source, **settings)
+    pruning = pruning_of(model)
+    schedule = pruning.schedule if pruning else PruningSchedule()
+    cost = None
+    if result.image_tokens:
+        tokens = {"image_tokens": round(result.image_tokens), "text_tokens": round(result.text_tokens)}
+        cost = schedule.cost(base_llava(model).config, **tokens)
+    return Row(name, result, cost, schedule)
+
+
+def compare(
+    model: nn.Module,
+    processor: Any,
+    source: Source | StreamingSource,
+    schedules: Mapping[str, PruningSchedule | None],
+    **settings: Any,
+) -> list[Row]:
+    """A row for each named schedule (None is the stock model); afterwards the model has the schedule that it had.
+
+    Args:
+        model: As in `evaluate`.
+        processor: As in `evaluate`.
+        source: A map-style source, or one that can be iterated anew each time.
+        schedules: Name to schedule, in the order of the table.
+        **settings: Those of `evaluate`.
+    """
+    before = pruning_of(model)
+    rows = []
+    try:
+        for name, schedule in schedules.items():
+            remove_pruning(model) if schedule is None else install_pruning(model, schedule)
+            rows.append(evaluate_row(name, model, processor, source, **settings))
+    finally:
+        remove_pruning(model) if before is None else install_pruning(model, before.schedule)
+    return rows

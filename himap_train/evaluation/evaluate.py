@@ -1,0 +1,162 @@
+"""`evaluate`: a model answers a data set under the schedule that is installed on it, and the answers are scored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from himap_train.data.batches import collate, pad_token_id_of
+from himap_train.data.encode import Encoder, Sample
+from himap_train.data.images import AspectRatio
+from himap_train.data.records import RecordError, Source, StreamingSource
+from himap_train.data.skips import SkipLog
+from himap_train.evaluation.answering import TokenCount, answer_batch, evaluation_mode
+from himap_train.evaluation.metrics import make_metrics
+from himap_train.evaluation.questions import Question, question_batches, source_length
+from himap_train.evaluation.result import EvaluationResult, Prediction
+from himap_train.evaluation.sample_metric import SampleMetric
+from himap_train.models.llava import base_llava
+
+
+def evaluate(
+    model: nn.Module,
+    processor: Any,
+    source: Source | StreamingSource,
+    *,
+    batch_size: int = 64,
+    max_new_tokens: int = 16,
+    metrics: Sequence[str] = ("exact",),
+    limit: int | None = None,
+    image_aspect_ratio: AspectRatio = "as_processor",
+    max_skipped: int | float = 0.01,
+    progress: bool = True,
+) -> EvaluationResult:
+    """Answer every question of `source` greedily and score the answers.
+
+    Runs whatever schedule is installed on the model. Under `torch.distributed` each process answers its share and all
+    return the same result.
+
+    Args:
+        model: LLaVA or PeftModel around one; its training mode is given back as it was.
+        processor: Its processor.
+        source: Conversations; the last assistant turn is the reference.
+        batch_size: Questions a batch.
+        max_new_tokens: Where an answer is cut.
+        metrics: Names from `METRICS`; the first gives the score.
+        limit: Use so many records at most, from the start of the source.
+        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
+        max_skipped: Records that may be unusable: a number, or a fraction below 1. They are reported and not scored.
+        progress: Show a bar.
+
+    Raises:
+        RuntimeError: The schedule did not act.
+        TooManySkippedError: More unusable records than `max_skipped`.
+        ValueError: Unknown metric, or nothing to score.
+    """
+    start = time.perf_counter()
+    base: Any = base_llava(model)
+    scorers = [scorer.to(base.device) for scorer in make_metrics(metrics)]
+    total = source_length(source, limit)
+    encoder = Encoder(processor, base.config.text_config.max_position_embeddings - max_new_tokens, image_aspect_ratio)
+    tokens, predictions, skipped = TokenCount(), [], _Skips(total, max_skipped)
+    with evaluation_mode(model), _bar(total, progress) as advance:
+        for read in question_batches(source, batch_size, limit, skipped.add):
+            batch, samples = _encoded(read, encoder, skipped)
+            if samples:
+                padded = collate(samples, pad_token_id_of(processor.tokenizer), padding_side="left")
+                texts, count = answer_batch(model, processor, padded, max_new_tokens)
+                tokens.add(count)
+                predictions += _score(scorers, batch, texts)
+            advance(len(read))
+    tokens, predictions, reasons = _gathered(tokens, predictions, skipped.reasons)
+    overall, types = scorers[0].summary()
+    return EvaluationResult(
+        metric=scorers[0].name,
+        overall=overall,
+        types=types,
+        figures={name: value.item() for scorer in scorers for name, value in scorer.compute().items()},
+        image_tokens=tokens.image / tokens.samples,
+        text_tokens=tokens.text / tokens.samples,
+        kept=tuple(kept / tokens.samples for kept in tokens.kept),
+        seconds=time.perf_counter() - start,
+        predictions=predictions,
+        skipped=reasons,
+    )
+
+
+class _Skips:
+    """Reports each record that cannot be used, keeps the reasons, and gives up when there are too many."""
+
+    def __init__(self, total: int | None, max_skipped: int | float) -> None:
+        self.reasons: list[str] = []
+        self._log = SkipLog(total, max_skipped)
+
+    def add(self, index: int, error: RecordError) -> None:
+        self._log.add(index, error)
+        self.reasons.append(str(error))
+
+
+def _encoded(batch: list[Question], encoder: Encoder, skipped: _Skips) -> tuple[list[Question], list[Sample]]:
+    """The questions that can be used, and their samples."""
+    good, samples = [], []
+    for question in batch:
+        try:
+            sample, _ = encoder.encode_prompt(question.conversation), question.answers
+        except RecordError as error:
+            skipped.add(question.index, error)
+        else:
+            good.append(question)
+            samples.append(sample)
+    return good, samples
+
+
+def _score(scorers: list[SampleMetric], batch: list[Question], texts: list[str]) -> list[Prediction]:
+    answers = [question.answers for question in batch]
+    meta = [question.conversation.meta for question in batch]
+    keys, clusters = [str(question.index) for question in batch], [question.cluster for question in batch]
+    for scorer in scorers:
+        scorer.update(texts, answers, meta, keys, clusters)
+    return [
+        Prediction(
+            index=question.index,
+            id=question.conversation.id,
+            type=question.conversation.meta.get("type", ""),
+            prompt=question.text,
+            prediction=text,
+            answers=question.answers,
+            score=scorers[0].measure(text, question.answers, question.conversation.meta)[0],
+        )
+        for question, text in zip(batch, texts, strict=True)
+    ]
+
+
+def _gathered(
+    tokens: TokenCount, predictions: list[Prediction], skipped: list[str]
+) -> tuple[TokenCount, list[Prediction], list[str]]:
+    """Those of all processes; a prediction that several made once, in the order of the source."""
+    parts = [(tokens, predictions, skipped)]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        parts = [parts[0]] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, (tokens, predictions, skipped))
+    total = TokenCount()
+    for count, _, _ in parts:
+        if count.samples:
+            total.add(count)
+    found = {prediction.index: prediction for _, part, _ in parts for prediction in part}
+    reasons = sorted({reason for _, _, part in parts for reason in part})
+    return total, [found[index] for index in sorted(found)], reasons
+
+
+@contextmanager
+def _bar(total: int | None, shown: bool) -> Iterator[Any]:
+    columns = TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
+        task = bar.add_task("evaluating", total=total)
+        yield lambda count: bar.advance(task, count)

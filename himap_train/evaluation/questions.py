@@ -1,0 +1,108 @@
+"""From a source of conversations to batches of questions, with little padding and each process its share.
+
+The source is read in windows of some batches; inside a window conversations are sorted by length, so a batch holds
+questions of like length and a source that can only be streamed is never held as a whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from himap_train.data.records import Conversation, RecordError, Source, StreamingSource
+
+WINDOW_BATCHES = 16
+
+
+@dataclass(frozen=True)
+class Question:
+    """One conversation of the source and its place there, which no other has."""
+
+    index: int
+    conversation: Conversation
+
+    @property
+    def text(self) -> str:
+        """The last user turn, which is what is asked."""
+        return next((turn.text for turn in reversed(self.conversation.turns) if turn.role == "user"), "")
+
+    @property
+    def answers(self) -> list[str]:
+        """The accepted answers: `meta["answers"]`, a JSON list, where the record has it, else the last answer.
+
+        Raises:
+            RecordError: There is none.
+        """
+        if "answers" in self.conversation.meta:
+            return [str(answer) for answer in json.loads(self.conversation.meta["answers"])]
+        if not self.conversation.answer:
+            raise RecordError(f"sample {self.conversation.id!r} has no answer to compare with")
+        return [self.conversation.answer]
+
+    @property
+    def cluster(self) -> str:
+        """What it is about: `meta["scene"]`, else the file of its first image, else itself."""
+        if "scene" in self.conversation.meta:
+            return self.conversation.meta["scene"]
+        images = self.conversation.images
+        return str(images[0]) if images and isinstance(images[0], Path) else f"#{self.index}"
+
+
+def question_batches(
+    source: Source | StreamingSource, batch_size: int, limit: int | None, skip: Callable[[int, RecordError], None]
+) -> Iterator[list[Question]]:
+    """Batches of at most `batch_size` questions, each window's longest first.
+
+    With `torch.distributed` each process gets its share. All shares of a window have the same number of samples, so
+    that models whose weights are spread over processes stay in step: the last are filled by repeating the first ones.
+
+    Args:
+        source: Map-style or streaming.
+        batch_size: Questions a batch.
+        limit: Read so many records at most.
+        skip: Called with index and error for a record that cannot be used.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    records = islice(_records(source), limit)
+    while window := list(islice(records, WINDOW_BATCHES * batch_size * world)):
+        window += [window[i % len(window)] for i in range(-len(window) % world)]
+        questions = []
+        for index, read in window[rank::world]:
+            try:
+                questions.append(Question(index, read()))
+            except RecordError as error:
+                skip(index, error)
+        questions.sort(key=_length, reverse=True)
+        for start in range(0, len(questions), batch_size):
+            yield questions[start : start + batch_size]
+
+
+def source_length(source: Source | StreamingSource, limit: int | None) -> int | None:
+    """Number of records that will be read, None if a stream does not know."""
+    if not isinstance(source, Source):
+        return limit
+    return len(source) if limit is None else min(len(source), limit)
+
+
+def _records(source: Source | StreamingSource) -> Iterator[tuple[int, Callable[[], Conversation]]]:
+    """Index and a function that reads the record; other processes' records of a map-style source are never read."""
+    if isinstance(source, Source):
+        yield from ((index, partial(source.__getitem__, index)) for index in range(len(source)))
+    else:
+        yield from ((index, partial(_given, conversation)) for index, conversation in enumerate(source))
+
+
+def _given(conversation: Conversation) -> Conversation:
+    return conversation
+
+
+def _length(question: Question) -> tuple[int, int]:
+    conversation = question.conversation
+    return len(conversation.images), sum(len(turn.text) for turn in conversation.turns)

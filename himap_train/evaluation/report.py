@@ -1,0 +1,102 @@
+"""Rows of measurements as a table on the screen, as Markdown, JSON and a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from himap_train.evaluation.chart import draw_chart
+from himap_train.evaluation.compare import Row
+from himap_train.evaluation.sample_metric import GroupScore
+
+FILES = ("metrics.json", "table.md", "accuracy.png")
+
+
+def save_table(rows: Sequence[Row], folder: Path | str, facts: dict[str, Any] | None = None) -> str:
+    """Write metrics.json, table.md and accuracy.png.
+
+    Args:
+        rows: The lines of the table.
+        folder: Made if it is not there.
+        facts: Further entries of metrics.json (the checkpoint, the data, versions).
+
+    Returns:
+        The table as Markdown.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = markdown_table(rows)
+    content = json_ready({**(facts or {}), "rows": [row.to_dict() for row in rows]})
+    (folder / "metrics.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    draw_chart(rows).savefig(folder / "accuracy.png", dpi=120)
+    return text
+
+
+def print_table(rows: Sequence[Row], title: str | None = None) -> None:
+    """The table on standard output."""
+    header, *lines = _cells(rows)
+    table = Table(title=title)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number == 0 else "right")
+    for line in lines:
+        table.add_row(*line)
+    Console().print(table)
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """The table as GitHub Markdown, ending with what its numbers are."""
+    header, *lines = _cells(rows)
+    marks = [":--", *["--:"] * (len(header) - 1)]
+    table = "".join(f"| {' | '.join(line)} |\n" for line in (header, marks, *lines))
+    result = rows[0].result
+    return f"{table}\n{result.metric} score in %, ± standard error of the mean over {result.overall.count} samples.\n"
+
+
+def json_ready(value: Any) -> Any:
+    """Tuples as lists, and null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def type_names(rows: Sequence[Row]) -> list[str]:
+    """Types that any row has, sorted."""
+    return sorted({name for row in rows for name in row.result.types})
+
+
+def _cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Header and one line of text a row."""
+    if not rows:
+        raise ValueError("there are no rows to make a table of")
+    types = type_names(rows)
+    header = ["", "overall", *types, "image tokens", "flops_ratio", "image_only_flops_ratio"]
+    lines = []
+    for row in rows:
+        scores = [_score(row.result.types.get(name)) for name in types]
+        cost = [f"{row.cost.flops_ratio:.3f}", f"{row.cost.image_only_flops_ratio:.3f}"] if row.cost else ["", ""]
+        lines.append([row.name, _score(row.result.overall, spread=True), *scores, tokens_text(row), *cost])
+    return [header, *lines]
+
+
+def tokens_text(row: Row) -> str:
+    """Image tokens of a sample and what each stage leaves: "144 -> 72 -> 18"; means where samples differ."""
+    numbers = [row.result.image_tokens, *row.result.kept]
+    return " -> ".join(f"{number:.0f}" if abs(number - round(number)) < 0.05 else f"{number:.1f}" for number in numbers)
+
+
+def _score(score: GroupScore | None, spread: bool = False) -> str:
+    if score is None:
+        return ""
+    error = f" ± {100 * score.standard_error:.1f}" if spread and math.isfinite(score.standard_error) else ""
+    return f"{100 * score.score:.1f}{error}"
