@@ -54,7 +54,11 @@ def image_tokens_per_layer(schedule: PruningSchedule, num_layers: int, image_tok
 
 
 def schedule_cost(
-    schedule: PruningSchedule, config: Any, image_tokens: int = 576, text_tokens: int = 115, bytes_per_value: int = 2
+    schedule: PruningSchedule,
+    config: Any,
+    image_tokens: int = 576,
+    text_tokens: int = 115,
+    bytes_per_value: int | None = None,
 ) -> Cost:
     """Cost of a schedule on a model.
 
@@ -63,7 +67,7 @@ def schedule_cost(
         config: Hugging Face configuration of a LLaVA or of a Llama-like text decoder.
         image_tokens: Image tokens of the sample.
         text_tokens: All other tokens; the ranking rows of `instruction` are taken to be all of them (an upper bound).
-        bytes_per_value: 2 for bf16 and fp16 caches, 4 for fp32.
+        bytes_per_value: Of the cache; None takes the config's dtype, or 2 (bf16, fp16) where it names none.
 
     Raises:
         ValueError: If a stage lies outside the decoder.
@@ -75,6 +79,9 @@ def schedule_cost(
     flops = sum(layer_flops(config, n + text_tokens) for n in layers)
     flops += sum(_ranking_flops(stage, config, layers[stage.layer - 1], text_tokens) for stage in schedule.stages)
     dense_flops = sum(layer_flops(config, n + text_tokens) for n in dense)
+    if bytes_per_value is None:
+        dtype = getattr(config, "dtype", None)
+        bytes_per_value = dtype.itemsize if isinstance(dtype, torch.dtype) else 2
     per_token = 2 * _kv_width(config) * bytes_per_value
     kv_bytes, dense_kv_bytes = (per_token * sum(n + text_tokens for n in counts) for counts in (layers, dense))
     return Cost(

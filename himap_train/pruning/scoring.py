@@ -79,7 +79,8 @@ def attention_rows(
         some_keys = key[:, start : start + step].unsqueeze(2)
         some = query[:, start * share : (start + step) * share].unflatten(1, (-1, share))
         logits = (some @ some_keys.transpose(-1, -2)).float().mul_(scaling)
-        logits.masked_fill_(hidden[:, None, None], -torch.inf)
+        # Not -inf: an index that only fills up a row may point at padding that sees nothing, and 0 * nan is nan.
+        logits.masked_fill_(hidden[:, None, None], torch.finfo(torch.float32).min)
         total += logits.softmax(-1).sum((1, 2))
     return total.div_(heads)
 
