@@ -40,7 +40,7 @@ def trainable(reentrant: bool | None, text: str = "llama", attn: str = "sdpa") -
 
 def with_leaves(case: Case) -> Case:
     """Image features that collect a gradient, as the projector's output does."""
-    case.features = [feature.clone().requires_grad_() for feature in case.features]
+    case.features = [feature.detach().clone().requires_grad_() for feature in case.features]
     return case
 
 
@@ -173,7 +173,7 @@ def test_hidden_states_have_the_same_gradients() -> None:
 def test_checkpointing_really_recomputes(reentrant: bool) -> None:
     model = install_pruning(trainable(reentrant), himap())
     lengths: list[int] = []
-    model.model.language_model.layers[4].mlp.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
+    model.model.language_model.layers[4].mlp.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
     case = make_case(model, ["t3 i16 t4 a3"])
     loss = model(**case.inputs(labels=True)).loss
     assert lengths == [3 + 4 + 4 + 3]  # short in the forward: tokens are gone
