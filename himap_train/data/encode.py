@@ -6,6 +6,7 @@ and prefill prune alike (DESIGN.md, section 3).
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any, NotRequired, TypedDict
 
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 
 from himap_train.data.images import AspectRatio, open_image, to_pixel_values
 from himap_train.data.records import Conversation, RecordError
-from himap_train.data.tokens import ConversationTokenizer
+from himap_train.data.tokens import ConversationTokenizer, TokenizedExchange
 
 IGNORED = -100
 """Label of a position that is not supervised."""
@@ -73,20 +74,16 @@ class Encoder:
         """
         exchanges = self._tokenizer(conversation)
         pixel_values, counts = self._pixels(conversation)
+        kept = self.fitting(conversation, self.ends(exchanges, counts))
         ids: list[int] = []
         labels: list[int] = []
-        images = kept = 0
-        for exchange in exchanges:
+        images = 0
+        for exchange in exchanges[:kept]:
             used = exchange.prompt.count(self._image_id)
             prompt = self._expand(exchange.prompt, counts[images : images + used])
-            length = len(ids) + len(prompt) + len(exchange.answer)
-            if self.max_length is not None and length > self.max_length:
-                break
             ids += prompt + exchange.answer
             labels += [IGNORED] * len(prompt) + exchange.answer
-            images, kept = images + used, kept + 1
-        if not kept:
-            raise SampleTooLongError(self._too_long(conversation, length, sum(counts[:used])))
+            images += used
         return {
             "id": conversation.id,
             "meta": conversation.meta,
@@ -107,7 +104,7 @@ class Encoder:
         joined = [token for exchange in exchanges for token in exchange.prompt + exchange.answer]
         ids = self._expand(joined, counts)
         if self.max_length is not None and len(ids) > self.max_length:
-            raise SampleTooLongError(self._too_long(conversation, len(ids), sum(counts)))
+            raise SampleTooLongError(self._too_long(conversation, "the prompt takes", len(ids)))
         return {
             "id": conversation.id,
             "meta": conversation.meta,
@@ -129,6 +126,35 @@ class Encoder:
             self._image_tokens[key] = self._count(blank, 0)
         return self._image_tokens[key]
 
+    def ends(self, exchanges: list[TokenizedExchange], counts: list[int]) -> list[int]:
+        """Length of the sample up to the end of each exchange.
+
+        Args:
+            exchanges: from the tokenizer.
+            counts: image tokens of each image.
+        """
+        remaining, total, ends = iter(counts), 0, []
+        for exchange in exchanges:
+            images = exchange.prompt.count(self._image_id)
+            total += len(exchange.prompt) + len(exchange.answer) - images + sum(islice(remaining, images))
+            ends.append(total)
+        return ends
+
+    def fitting(self, conversation: Conversation, ends: list[int]) -> int:
+        """How many exchanges fit into max_length.
+
+        Args:
+            conversation: for the message.
+            ends: from `ends`.
+
+        Raises:
+            SampleTooLongError: not even the first.
+        """
+        fit = sum(self.max_length is None or end <= self.max_length for end in ends)
+        if not fit:
+            raise SampleTooLongError(self._too_long(conversation, "the first question and answer take", ends[0]))
+        return fit
+
     def _pixels(self, conversation: Conversation) -> tuple[torch.Tensor | None, list[int]]:
         """((N, 3, H, W) or None, image tokens of each image)."""
         if not conversation.images:
@@ -146,10 +172,10 @@ class Encoder:
         remaining = iter(counts)
         return [out for token in ids for out in ([token] * next(remaining) if token == self._image_id else [token])]
 
-    def _too_long(self, conversation: Conversation, length: int, image_tokens: int) -> str:
+    def _too_long(self, conversation: Conversation, what: str, length: int) -> str:
         return (
-            f"sample {conversation.id!r}: the first question and answer take {length} tokens ({image_tokens} of "
-            f"them image tokens), max_length is {self.max_length}; set a larger max_length or shorten the sample"
+            f"sample {conversation.id!r}: {what} {length} tokens, image tokens included, and max_length is "
+            f"{self.max_length}; set a larger max_length or shorten the sample"
         )
 
 

@@ -7,7 +7,9 @@ image folder.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,14 +35,19 @@ def resolve_image_path(name: str, folder: Path, where: str) -> Path:
     """
     if not name.strip() or "\0" in name:
         raise RecordError(f"{where}: the image path is {name!r}; give a file below {folder}, or leave `image` out")
-    root = folder.resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
+    root = _resolved(folder)
+    path = os.path.realpath(os.path.join(root, name))
+    if not path.startswith(root + os.sep):
         raise RecordError(
             f"{where}: image path {name!r} leaves the image folder {folder} (it leads to {path}); "
             "set image_folder to a folder that holds all images"
         )
-    return path
+    return Path(path)
+
+
+@lru_cache(maxsize=16)
+def _resolved(folder: Path) -> str:
+    return os.path.realpath(folder).rstrip(os.sep)  # "" for the root of the file system
 
 
 def open_image(source: ImageSource, where: str) -> Image.Image:

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from himap_train.data.batches import Batch, PaddingSide, collate
-from himap_train.data.datasets import SUBSTITUTE, EncodedRecords
+from himap_train.data.datasets import SUBSTITUTE, EncodedRecords, EncodedStream
 from himap_train.data.encode import Sample
 from himap_train.data.sampling import BatchOrder
 
@@ -45,6 +45,11 @@ def worker_options(num_workers: int) -> dict[str, Any]:
         "persistent_workers": num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
     }
+
+
+def stream_loader(stream: EncodedStream, batch_size: int, collate_fn: Collate, num_workers: int) -> DataLoader[Sample]:
+    """Batches of a stream, in its order."""
+    return DataLoader(stream, batch_size, collate_fn=collate_fn, **worker_options(num_workers))
 
 
 class BatchLoader:

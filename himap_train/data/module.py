@@ -9,12 +9,14 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from himap_train.data.batches import pad_token_id_of
+from himap_train.data.check import check_source
 from himap_train.data.datasets import EncodedRecords, EncodedStream
 from himap_train.data.encode import Encoder
 from himap_train.data.images import AspectRatio
 from himap_train.data.lengths import estimate_lengths
-from himap_train.data.loader import BatchLoader, Collate, worker_options
+from himap_train.data.loader import BatchLoader, Collate, stream_loader
 from himap_train.data.records import Source, StreamingSource
+from himap_train.data.report import DataReport
 from himap_train.data.sampling import BatchOrder
 from himap_train.data.skips import SkipLog
 from himap_train.data.sources import open_source
@@ -80,7 +82,8 @@ class LlavaDataModule(LightningDataModule):
         self.seed, self.pad_to_multiple_of, self.streaming = seed, pad_to_multiple_of, streaming
         self.image_folder = image_folder
         self._specs = {"train": train, "validation": validation, "test": test}
-        self._limits = {"train": train_limit, "validation": validation_limit, "test": test_limit}
+        self.limits = {"train": train_limit, "validation": validation_limit, "test": test_limit}
+        """How many records of each split are used; None for all."""
         self._sources: dict[str, Source | StreamingSource] = {}
         self._encoder: Encoder | None = None
         self.skips: dict[str, SkipLog] = {}
@@ -92,10 +95,6 @@ class LlavaDataModule(LightningDataModule):
         if spec is not None and split not in self._sources:
             self._sources[split] = open_source(spec, self.image_folder, split, self.streaming and split == "train")
         return self._sources.get(split)
-
-    def limit(self, split: str) -> int | None:
-        """How many records of a split are used; None for all."""
-        return self._limits[split]
 
     def setup(self, stage: str) -> None:
         """Opens what the stage ("fit", "validate", "test") needs, so that bad data ends the run before it starts.
@@ -112,18 +111,26 @@ class LlavaDataModule(LightningDataModule):
         for split in {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}.get(stage, ()):
             self.source(split)
 
+    def check(self, split: str = "train", limit: int | None = 2000) -> DataReport | None:
+        """The data check of a split, see `check_source`; None when there is nothing to check or it is a stream."""
+        source, encoder = self.source(split), self._ready_encoder()
+        if not isinstance(source, Source):
+            return None
+        options = (encoder.max_length, limit, self.limits[split], encoder.image_aspect_ratio)
+        return check_source(source, self.processor, *options, name=str(self._specs[split]))
+
     def train_dataloader(self) -> BatchLoader | DataLoader[Any]:
-        """Right-padded batches with labels, in an order that depends on (seed, epoch) alone."""
+        """Right-padded batches with labels, in an order that only (seed, epoch) decides."""
         source, encoder = self.source("train"), self._ready_encoder()
         replicas, rank = self._replicas()
         if not isinstance(source, Source):
             assert source is not None
             skips = self.skips["train"] = SkipLog(None, self.max_skipped)
-            stream = EncodedStream(source, encoder.encode, skips, self._limits["train"], replicas, rank)
-            return DataLoader(stream, self.batch_size, collate_fn=self._collate(), **worker_options(self.num_workers))
-        lengths = estimate_lengths(source, encoder, self._limits["train"]) if self.group_by_length else None
+            stream = EncodedStream(source, encoder.encode, skips, self.limits["train"], replicas, rank)
+            return stream_loader(stream, self.batch_size, self._collate(), self.num_workers)
+        lengths = estimate_lengths(source, encoder, self.limits["train"]) if self.group_by_length else None
         dataset = self._dataset("train", source, encoder)
-        order = BatchOrder(len(dataset), self.batch_size, lengths, seed=self.seed, num_replicas=replicas, rank=rank)
+        order = BatchOrder(len(dataset), self.batch_size, lengths, True, self.seed, replicas, rank)
         return BatchLoader(
             dataset, order, self._collate(), self.num_workers, self._trained_batches if self.trainer else None
         )
@@ -142,7 +149,7 @@ class LlavaDataModule(LightningDataModule):
         return {
             "train": self._specs["train"],
             "records": len(source) if isinstance(source, Source) else None,
-            "train_limit": self._limits["train"],
+            "train_limit": self.limits["train"],
             "batch_size": self.batch_size,
             "devices": self._replicas()[0],
             "seed": self.seed,
@@ -172,8 +179,8 @@ class LlavaDataModule(LightningDataModule):
         return BatchLoader(dataset, order, self._collate(keep_substitutes=False), self.num_workers)
 
     def _dataset(self, split: str, source: Source, encoder: Encoder) -> EncodedRecords:
-        self.skips[split] = SkipLog(len(source), self.max_skipped)
-        return EncodedRecords(source, encoder.encode, self.skips[split], self._limits[split])
+        self.skips[split] = SkipLog(len(source), self.max_skipped, self.limits[split])
+        return EncodedRecords(source, encoder.encode, self.skips[split], self.limits[split])
 
     def _collate(self, keep_substitutes: bool = True) -> Collate:
         pad = pad_token_id_of(self.processor.tokenizer)

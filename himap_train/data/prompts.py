@@ -44,7 +44,7 @@ def prompt_loader(
         Loader of batches with `answers` and without `labels`.
     """
     encoder = Encoder(processor, max_length, image_aspect_ratio)
-    dataset = EncodedRecords(source, encoder.encode_prompt, SkipLog(len(source), max_skipped), limit)
+    dataset = EncodedRecords(source, encoder.encode_prompt, SkipLog(len(source), max_skipped, limit), limit)
     order = BatchOrder(len(dataset), batch_size, shuffle=False, num_replicas=num_replicas, rank=rank)
     collate = Collate(pad_token_id_of(processor.tokenizer), "left", keep_substitutes=False)
     return BatchLoader(dataset, order, collate, num_workers)

@@ -24,16 +24,16 @@ class SkipLog:
         size: number of records; None for a stream.
         max_skipped: most records that may be skipped: a number, or below 1 a fraction of all records (rounded up). Of a
             stream, whose length is not known, a fraction allows 100.
+        used: how many of the records are used, if not all.
 
     Raises:
         ValueError: max_skipped is negative.
     """
 
-    def __init__(self, size: int | None, max_skipped: int | float = 0.01) -> None:
-        if max_skipped < 0:
-            raise ValueError(f"max_skipped is {max_skipped}; expected a number of records, or a fraction below 1")
+    def __init__(self, size: int | None, max_skipped: int | float = 0.01, used: int | None = None) -> None:
         self._size = size
-        self.limit = self._limit(size, max_skipped)
+        used = size if used is None or size is None else min(used, size)
+        self.limit = skip_limit(used, max_skipped)
         self._skipped = torch.zeros(1 if size is None else size, dtype=torch.int32).share_memory_()
 
     @property
@@ -61,8 +61,15 @@ class SkipLog:
             ) from error
         logger.warning("skipped record %d (%d of at most %d): %s", index, count, self.limit, error)
 
-    @staticmethod
-    def _limit(size: int | None, max_skipped: int | float) -> int:
-        if max_skipped >= 1 or max_skipped == 0:
-            return int(max_skipped)
-        return _DEFAULT_STREAM_LIMIT if size is None else math.ceil(size * max_skipped)
+
+def skip_limit(size: int | None, max_skipped: int | float) -> int:
+    """Most records that may be skipped; see SkipLog.
+
+    Raises:
+        ValueError: max_skipped is negative.
+    """
+    if max_skipped < 0:
+        raise ValueError(f"max_skipped is {max_skipped}; expected a number of records, or a fraction below 1")
+    if max_skipped >= 1 or max_skipped == 0:
+        return int(max_skipped)
+    return _DEFAULT_STREAM_LIMIT if size is None else math.ceil(size * max_skipped)
