@@ -11,6 +11,7 @@ from torch import nn
 from himap_train.data.records import Source, StreamingSource
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.result import EvaluationResult
+from himap_train.evaluation.schedule_argument import installed_schedule
 from himap_train.models.llava import base_llava, install_pruning, pruning_of, remove_pruning
 from himap_train.pruning.cost import Cost
 from himap_train.pruning.schedule import PruningSchedule
@@ -46,8 +47,7 @@ def evaluate_row(name: str, model: nn.Module, processor: Any, source: Source | S
         **settings: Those of `evaluate`.
     """
     result = evaluate(model, processor, source, **settings)
-    pruning = pruning_of(model)
-    schedule = pruning.schedule if pruning else PruningSchedule()
+    schedule = installed_schedule(model)
     cost = None
     if result.image_tokens:
         tokens = {"image_tokens": round(result.image_tokens), "text_tokens": round(result.text_tokens)}

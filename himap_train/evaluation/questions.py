@@ -7,15 +7,16 @@ questions of like length and a source that can only be streamed is never held as
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
-from himap_train.data.records import Conversation, RecordError, Source, StreamingSource
+from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Source, StreamingSource
 
 WINDOW_BATCHES = 16
 
@@ -29,21 +30,30 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The last user turn, which is what is asked."""
-        return next((turn.text for turn in reversed(self.conversation.turns) if turn.role == "user"), "")
+        """The last user turn without its images: what is asked."""
+        turns = self.conversation.turns
+        last = next((turn.text for turn in reversed(turns) if turn.role == "user"), "")
+        return last.replace(IMAGE_PLACEHOLDER, "").strip()
 
     @property
     def answers(self) -> list[str]:
         """The accepted answers: `meta["answers"]`, a JSON list, where the record has it, else the last answer.
 
         Raises:
-            RecordError: There is none.
+            RecordError: There is none, or `answers` is not such a list.
         """
-        if "answers" in self.conversation.meta:
-            return [str(answer) for answer in json.loads(self.conversation.meta["answers"])]
-        if not self.conversation.answer:
-            raise RecordError(f"sample {self.conversation.id!r} has no answer to compare with")
-        return [self.conversation.answer]
+        where, listed = f"sample {self.conversation.id!r}", self.conversation.meta.get("answers")
+        if listed is None and not self.conversation.answer:
+            raise RecordError(f"{where} has no answer to compare with")
+        if listed is None:
+            return [self.conversation.answer]
+        try:
+            answers = json.loads(listed)
+        except json.JSONDecodeError:
+            answers = None
+        if not isinstance(answers, list) or not answers:
+            raise RecordError(f"{where}: `answers` is {listed!r}; expected a JSON list of accepted answers")
+        return [str(answer) for answer in answers]
 
     @property
     def cluster(self) -> str:
@@ -96,7 +106,8 @@ def _records(source: Source | StreamingSource) -> Iterator[tuple[int, Callable[[
     if isinstance(source, Source):
         yield from ((index, partial(source.__getitem__, index)) for index in range(len(source)))
     else:
-        yield from ((index, partial(_given, conversation)) for index, conversation in enumerate(source))
+        stream: Iterable[Conversation] = cast(Any, source)
+        yield from ((index, partial(_given, conversation)) for index, conversation in enumerate(stream))
 
 
 def _given(conversation: Conversation) -> Conversation:

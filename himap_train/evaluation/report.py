@@ -40,11 +40,11 @@ def save_table(rows: Sequence[Row], folder: Path | str, facts: dict[str, Any] | 
 
 
 def print_table(rows: Sequence[Row], title: str | None = None) -> None:
-    """The table on standard output."""
-    header, *lines = _cells(rows)
+    """The table on standard output, turned: one column a row, so that it fits a terminal."""
+    header, *lines = zip(*_cells(rows), strict=True)
     table = Table(title=title)
     for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right")
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
     for line in lines:
         table.add_row(*line)
     Console().print(table)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from himap_train.checkpoint import load_checkpoint, read_schedule
-from himap_train.models.llava import base_llava, install_pruning
+from himap_train.models.llava import base_llava, install_pruning, pruning_of
 from himap_train.pruning.schedule import PRESETS, PruningSchedule
 
 AS_SAVED = "as-saved"
@@ -47,6 +48,12 @@ def load_with_schedule(
         install_pruning(model, fit_preset(given, layers) if is_preset(schedule) else given)
     placed: Any = model
     return placed.to(place).eval(), processor
+
+
+def installed_schedule(model: nn.Module) -> PruningSchedule:
+    """The schedule that is installed on a model, without stages where there is none."""
+    pruning = pruning_of(model)
+    return pruning.schedule if pruning else PruningSchedule()
 
 
 def is_preset(schedule: ScheduleArgument) -> bool:

@@ -1,0 +1,66 @@
+"""What the recipes' command lines have in common: typed options, hyphens or underscores, errors without a traceback."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+
+from himap_train.data.records import RecordError
+from himap_train.data.skips import TooManySkippedError
+
+USER_ERRORS = (OSError, ValueError, RecordError, TooManySkippedError)
+"""Errors whose message tells a user what to do; all others are bugs and keep their traceback."""
+
+
+def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> int:
+    """Call `main` with the options of a command line; its signature is their schema.
+
+    Args:
+        main: Fully typed; its docstring is the help.
+        argv: Options; by default those of this process.
+
+    Returns:
+        Exit status: 0, or 2 after an error that the user can mend, whose message goes to standard error.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        auto_cli(main, args=[_with_underscores(option) for option in given], as_positional=False)
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def new_output_folder(folder: Path, files: Sequence[str], overwrite: bool) -> None:
+    """Make a folder for results, and refuse one that holds some.
+
+    Args:
+        folder: Made with its parents.
+        files: Names that count as results.
+        overwrite: Take the old ones away instead.
+
+    Raises:
+        FileExistsError: There are some.
+    """
+    found = [folder / name for name in files if (folder / name).exists()]
+    if found and not overwrite:
+        raise FileExistsError(
+            f"{folder} already holds results ({', '.join(path.name for path in found)}); choose another --output, "
+            "or pass --overwrite=true"
+        )
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _with_underscores(option: str) -> str:
+    """`--show-kept` is `--show_kept`, as many write it; values stay as they are."""
+    if not option.startswith("--"):
+        return option
+    name, equals, value = option.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value

@@ -1,0 +1,107 @@
+"""Measure any checkpoint under any pruning schedule on any data set.
+
+python recipes/evaluate.py                    # the embedded model, dense, on its test questions
+python recipes/evaluate.py --schedule himap   # the same, pruned without training
+python recipes/evaluate.py --checkpoint runs/mine --data test.json --image-folder images --output runs/mine/test
+python recipes/evaluate.py --checkpoint llava-hf/llava-1.5-7b-hf --dtype bfloat16 --batch-size 8 --schedule himap
+                           --data pope.jsonl --metrics [pope] --image-aspect-ratio pad
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from himap_train.data.images import AspectRatio
+from himap_train.data.sources import open_source
+from himap_train.evaluation.command_line import new_output_folder, run_command
+from himap_train.evaluation.compare import Row, evaluate_row
+from himap_train.evaluation.metrics import make_metrics
+from himap_train.evaluation.report import FILES, print_table, save_table
+from himap_train.evaluation.schedule_argument import AS_SAVED, ScheduleArgument, load_with_schedule
+
+PREDICTIONS = "predictions.jsonl"
+
+
+def main(
+    checkpoint: str = "embedded",
+    data: str = "embedded:test",
+    schedule: ScheduleArgument = AS_SAVED,
+    image_folder: str | None = None,
+    image_aspect_ratio: AspectRatio = "as_processor",
+    metrics: list[str] = ["exact"],  # noqa: B006 - never changed; the default that --help shows
+    batch_size: int = 64,
+    max_new_tokens: int = 16,
+    limit: int | None = None,
+    max_skipped: int | float = 0.01,
+    output: Path | None = None,
+    overwrite: bool = False,
+    name: str | None = None,
+    seed: int = 0,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+) -> None:
+    """Answer every question of a data set greedily and score the answers.
+
+    Args:
+        checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
+        data: embedded:test, a LLaVA file (.json, .jsonl), a Hugging Face data set (folder, .parquet, owner/name:split).
+        schedule: as-saved, none, a preset (himap, fastv, ...), a pruning.yaml, or the stages inline.
+        image_folder: Where the data's image paths start; by default the folder of its file.
+        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
+        metrics: exact, gqa, vqa, textvqa, pope, mme, relaxed, anls, choice, circular; the first gives the score.
+        batch_size: Questions in a batch.
+        max_new_tokens: Where an answer is cut.
+        limit: Only the first so many records.
+        max_skipped: Unusable records that are tolerated: a number, or a fraction below 1.
+        output: Folder for metrics.json, predictions.jsonl, table.md and accuracy.png.
+        overwrite: Replace results that are there.
+        name: Of the row in the table; by default the checkpoint and the schedule.
+        seed: For the criterion `random`.
+        dtype: Of the weights; "auto" as they are stored.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+    """
+    make_metrics(metrics)  # a misspelt name fails before anything is loaded
+    if output is not None:
+        new_output_folder(output, (*FILES, PREDICTIONS), overwrite)
+    source = open_source(data, image_folder, split="test")
+    model, processor = load_with_schedule(checkpoint, schedule, dtype, device)
+    torch.manual_seed(seed)
+    row = evaluate_row(
+        name or f"{checkpoint}, {schedule if isinstance(schedule, str) else 'own schedule' if schedule else 'dense'}",
+        model,
+        processor,
+        source,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        metrics=metrics,
+        limit=limit,
+        image_aspect_ratio=image_aspect_ratio,
+        max_skipped=max_skipped,
+    )
+    report(row, output, {"checkpoint": checkpoint, "data": data, "seed": seed, "dtype": dtype, "device": device})
+
+
+def report(row: Row, output: Path | None, facts: dict[str, object]) -> None:
+    """The table and all figures on the screen; the files in `output`."""
+    print_table([row])
+    for figure, value in row.result.figures.items():
+        if figure.split("/")[0] != row.result.metric:  # those are in the table
+            print(f"{figure}: {value:.4f}")
+    if row.result.skipped:
+        print(f"skipped records: {len(row.result.skipped)}")
+    if output is None:
+        return
+    save_table([row], output, facts)
+    with (output / PREDICTIONS).open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in row.result.predictions)
+    print(f"saved in {output}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

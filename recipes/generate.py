@@ -1,0 +1,117 @@
+"""Ask a LLaVA one question about one image, pruned or not, and see which patches pruning keeps.
+
+python recipes/generate.py                    # a scene of the embedded test set
+python recipes/generate.py --image photo.jpg --question "What is this?" --checkpoint runs/mine
+python recipes/generate.py --schedule himap --show-kept kept.png
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from transformers import TextStreamer
+
+from himap_train import record_pruning
+from himap_train.analysis.pictures import captions, draw_kept, kept_patches, model_view, patch_grid
+from himap_train.data.batches import collate, pad_token_id_of
+from himap_train.data.encode import Sample, encode_prompt
+from himap_train.data.images import AspectRatio
+from himap_train.data.records import Conversation, Turn
+from himap_train.data.scenes import SceneQuestions
+from himap_train.evaluation.command_line import run_command
+from himap_train.evaluation.schedule_argument import AS_SAVED, ScheduleArgument, installed_schedule, load_with_schedule
+from himap_train.models.llava import base_llava
+
+
+def main(
+    image: Path | None = None,
+    question: str | None = None,
+    checkpoint: str = "embedded",
+    schedule: ScheduleArgument = AS_SAVED,
+    show_kept: Path | None = None,
+    image_aspect_ratio: AspectRatio = "as_processor",
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+) -> None:
+    """Stream the greedy answer to standard output.
+
+    Args:
+        image: A picture file; by default the first scene of the embedded test set.
+        question: What to ask about it; by default that scene's question.
+        checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
+        schedule: as-saved, none, a preset (himap, fastv, ...), a pruning.yaml, or the stages inline.
+        show_kept: Draw into this file which patches survive each stage.
+        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
+        max_new_tokens: Where the answer is cut.
+        seed: For the criterion `random`.
+        dtype: Of the weights; "auto" as they are stored.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+    """
+    conversation = ask(image, question)
+    if show_kept is not None:
+        show_kept.parent.mkdir(parents=True, exist_ok=True)
+    model, processor = load_with_schedule(checkpoint, schedule, dtype, device)
+    if show_kept is not None and not installed_schedule(model).stages:
+        raise ValueError("--show-kept has nothing to draw: the schedule is dense; choose one with --schedule himap")
+    sample = encode_prompt(conversation, processor, image_aspect_ratio=image_aspect_ratio)
+    print(f"USER: {conversation.turns[0].text.removeprefix('<image>').strip()}\nASSISTANT: ", end="", flush=True)
+    torch.manual_seed(seed)
+    with record_pruning(model) as trace:
+        stream(model, processor, sample, max_new_tokens)
+    if show_kept is not None:
+        draw(model, processor, sample, trace.kept).save(show_kept)
+        print(f"kept patches drawn in {show_kept}", file=sys.stderr)
+
+
+def ask(image: Path | None, question: str | None) -> Conversation:
+    """The conversation to continue.
+
+    Raises:
+        ValueError: An image without a question.
+        FileNotFoundError: No such image.
+    """
+    if image is None:
+        scene = SceneQuestions("test", scenes=1)[0]
+        text = scene.turns[0].text if question is None else f"<image>\n{question}"
+        return Conversation(scene.id, scene.images, (Turn("user", text),))
+    if question is None:
+        raise ValueError(f"what should be asked about {image}? Pass --question")
+    if not image.is_file():
+        raise FileNotFoundError(f"image file {image} does not exist (current folder: {Path.cwd()})")
+    return Conversation(str(image), (image,), (Turn("user", f"<image>\n{question}"),))
+
+
+def stream(model: Any, processor: Any, sample: Sample, max_new_tokens: int) -> None:
+    """Print the answer word by word."""
+    batch = collate([sample], pad_token_id_of(processor.tokenizer), padding_side="left")
+    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with torch.inference_mode():
+        model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            pad_token_id=pad_token_id_of(processor.tokenizer),
+        )
+
+
+def draw(model: Any, processor: Any, sample: Sample, kept: list[list[torch.Tensor]]) -> Image.Image:
+    """The picture of what each stage kept of the sample's only image."""
+    image_id = base_llava(model).config.image_token_id
+    count = int((sample["input_ids"] == image_id).sum())
+    (stages,) = kept_patches([stage[0] for stage in kept], sample["input_ids"], image_id, [count])
+    pixels: Any = sample["pixel_values"]
+    view = model_view(pixels[0], processor.image_processor)
+    return draw_kept(view, stages, patch_grid(count, view.size), captions(installed_schedule(model), stages, count))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

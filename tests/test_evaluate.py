@@ -1,0 +1,277 @@
+"""`evaluate` on a random tiny LLaVA: its counts, that pruning runs, that batching changes nothing; tables and files."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+from tiny import IMAGE_TOKENS, tiny_llava, tiny_processor
+
+from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
+from himap_train.data.batches import collate
+from himap_train.data.encode import encode_prompt
+from himap_train.data.records import Conversation, RecordError, Turn
+from himap_train.evaluation.compare import compare, evaluate_row
+from himap_train.evaluation.evaluate import evaluate
+from himap_train.evaluation.questions import Question, question_batches
+from himap_train.evaluation.report import markdown_table, save_table
+from himap_train.evaluation.schedule_argument import fit_preset, is_preset
+from himap_train.models.llava import base_llava, pruning_of
+
+SCHEDULE = PruningSchedule((PruningStage(2, "instruction", 0.5), PruningStage(4, "image", 0.125)))
+QUIET = {"progress": False, "max_new_tokens": 4}
+
+
+def image(number: int) -> Image.Image:
+    pixels = torch.randint(0, 256, (32, 40, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def conversation(number: int, question: str, answer: str = "yes", images: int = 1, **meta: str) -> Conversation:
+    turns = (Turn("user", "<image>" * images + question), Turn("assistant", answer))
+    return Conversation(str(number), tuple(image(number + i) for i in range(images)), turns, meta)
+
+
+class Source(list):
+    """A map-style source."""
+
+
+class Stream:
+    """A source that can be read from start to end only."""
+
+    def __init__(self, records):
+        self.records = records
+
+    def __iter__(self):
+        return iter(self.records)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llava()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture(scope="module")
+def source():
+    """Seven questions of different length: text alone, one image, two images."""
+    records = [conversation(i, "what is it? " * (1 + i % 3), type="ab"[i % 2], scene=str(i // 2)) for i in range(5)]
+    return Source(
+        [*records, conversation(5, "and both?", images=2, type="c"), conversation(6, "hello", images=0, type="c")]
+    )
+
+
+def self_answered(model, processor, source, **settings):
+    """The source with the model's own answers as references, in every second sample."""
+    result = evaluate(model, processor, source, **QUIET, **settings)
+    said = {prediction.index: prediction.prediction for prediction in result.predictions}
+    turns = [
+        (record.turns[0], Turn("assistant", said[i] if i % 2 == 0 else "other")) for i, record in enumerate(source)
+    ]
+    return Source([replace(record, turns=pair) for record, pair in zip(source, turns, strict=True)])
+
+
+def test_scores_counts_and_order(model, processor, source):
+    install_pruning(model, SCHEDULE)
+    answered = self_answered(model, processor, source)
+    result = evaluate(model, processor, answered, batch_size=3, **QUIET)
+    assert [prediction.index for prediction in result.predictions] == list(range(7))
+    assert result.predictions[5].prompt == "and both?"
+    assert [prediction.score for prediction in result.predictions] == [1, 0, 1, 0, 1, 0, 1]
+    assert result.score == pytest.approx(4 / 7)
+    assert {name: (group.score, group.count) for name, group in result.types.items()} == {
+        "a": (1.0, 3),
+        "b": (0.0, 2),
+        "c": (0.5, 2),
+    }
+    # Scenes 0 (samples 0, 1), 1 (2, 3), 2 (4), and samples 5 and 6 alone: five clusters of residuals score - 4/7.
+    residuals = [3 / 7 - 4 / 7, 3 / 7 - 4 / 7, 3 / 7, -4 / 7, 3 / 7]
+    assert result.standard_error == pytest.approx(math.sqrt(5 / 4 * sum(r * r for r in residuals)) / 7)
+    assert result.image_tokens == pytest.approx(7 * IMAGE_TOKENS / 7)
+    assert result.kept == pytest.approx((8.0, 2.0))
+    lengths = [len(processor.tokenizer(record.turns[0].text)["input_ids"]) for record in source]
+    assert result.text_tokens > sum(lengths) / 7  # the template's words come on top
+
+
+def test_batches_of_any_size_and_streams_give_the_same_answers(model, processor, source):
+    install_pruning(model, SCHEDULE)
+    alone = [
+        prediction.prediction for prediction in evaluate(model, processor, source, batch_size=1, **QUIET).predictions
+    ]
+    assert len(set(alone)) > 1  # random weights, but not one answer for all
+    for records, size in ((source, 4), (source, 7), (Stream(source), 2)):
+        result = evaluate(model, processor, records, batch_size=size, **QUIET)
+        assert [prediction.prediction for prediction in result.predictions] == alone
+    limited = evaluate(model, processor, Stream(source), limit=3, **QUIET)
+    assert [prediction.prediction for prediction in limited.predictions] == alone[:3]
+
+
+def test_the_installed_schedule_is_what_runs(model, processor, source):
+    remove_pruning(model)
+    dense = evaluate(model, processor, source, **QUIET)
+    assert dense.kept == ()
+    rows = compare(model, processor, source, {"dense": None, "none": PruningSchedule(), "pruned": SCHEDULE}, **QUIET)
+    assert pruning_of(model) is None
+    said = [[prediction.prediction for prediction in row.result.predictions] for row in rows]
+    assert said[0] == said[1] == [prediction.prediction for prediction in dense.predictions]
+    assert said[2] != said[0]
+    assert [row.result.kept for row in rows] == [(), (), pytest.approx((8.0, 2.0))]
+    assert rows[0].cost.flops_ratio == 1.0
+    expected = SCHEDULE.cost(model.config, image_tokens=16, text_tokens=round(dense.text_tokens))
+    assert rows[2].cost.flops_ratio == expected.flops_ratio < 0.9
+
+
+def test_compare_gives_the_schedule_back_also_after_an_error(model, processor, source):
+    install_pruning(model, SCHEDULE)
+    with pytest.raises(ValueError, match="layer 6"):
+        late = PruningSchedule((PruningStage(6, "uniform", 0.5),))
+        compare(model, processor, source, {"dense": None, "bad": late}, limit=1, **QUIET)
+    assert pruning_of(model).schedule == SCHEDULE
+
+
+def test_a_pruner_that_does_not_act_is_an_error(model, processor, source, monkeypatch):
+    install_pruning(model, SCHEDULE)
+    decoder = base_llava(model).model.language_model
+    # As if something had put the stock forward back (a wrapper, a reload): the schedule is installed, nothing prunes.
+    stock = type(decoder).forward
+
+    def forward(*args, image_token_mask=None, supervised_mask=None, **kwargs):
+        return stock(decoder, *args, **kwargs)
+
+    monkeypatch.setattr(decoder, "forward", forward)
+    with pytest.raises(RuntimeError, match="nothing was pruned"):
+        evaluate(model, processor, source, **QUIET)
+    # Text alone has nothing to prune and is answered.
+    assert evaluate(model, processor, Source(source[6:]), **QUIET).kept == (0.0, 0.0)
+
+
+def test_modes_of_modules_are_given_back(model, processor, source):
+    model.train()
+    model.model.vision_tower.eval()
+    before = [module.training for module in model.modules()]
+    evaluate(model, processor, source, limit=1, **QUIET)
+    assert [module.training for module in model.modules()] == before
+    model.eval()
+
+
+def test_answers_end_at_the_eos_token(model, processor, source):
+    remove_pruning(model)
+    batch = collate([encode_prompt(source[0], processor)], 0, padding_side="left")
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        new = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, batch["input_ids"].shape[1] :]
+    model.generation_config.eos_token_id = int(new[2])
+    try:
+        stopped = evaluate(model, processor, source, limit=1, progress=False, max_new_tokens=6)
+    finally:
+        model.generation_config.eos_token_id = None
+    first = new.tolist().index(int(new[2]))
+    assert stopped.predictions[0].prediction == processor.tokenizer.decode(new[: first + 1]).strip()
+
+
+class Broken(Source):
+    """Record 1 cannot be read."""
+
+    def __getitem__(self, index):
+        if index == 1:
+            raise RecordError("record 1: image file missing.png does not exist")
+        return super().__getitem__(index)
+
+
+def test_broken_records_are_reported_and_limited(model, processor, source):
+    result = evaluate(model, processor, Broken(source), **QUIET)  # one of seven: 1 % of the records, rounded up
+    assert result.skipped == ["record 1: image file missing.png does not exist"]
+    assert result.overall.count == 6
+    empty = replace(source[0], turns=(source[0].turns[0],))
+    with pytest.raises(RuntimeError, match="has no answer to compare with"):
+        evaluate(model, processor, Broken([*source, empty]), **QUIET)
+    with pytest.raises(RuntimeError, match="missing.png"):
+        evaluate(model, processor, Broken(source), max_skipped=0, **QUIET)
+    with pytest.raises(ValueError, match="no sample was scored"):
+        evaluate(model, processor, Source(), **QUIET)
+
+
+def test_a_prompt_longer_than_the_context_is_not_cut(model, processor, source):
+    long = conversation(1, "x" * 600)
+    result = evaluate(model, processor, Source([source[0], long]), **QUIET)
+    assert len(result.skipped) == 1
+    assert "508" in result.skipped[0]  # 512 positions less 4 new tokens
+
+
+def test_several_accepted_answers_come_from_the_record():
+    annotated = replace(conversation(0, "?"), meta={"answers": json.dumps(["cat", "a cat", 2])})
+    assert Question(0, annotated).answers == ["cat", "a cat", "2"]
+    with pytest.raises(RecordError, match="`answers`"):
+        assert Question(0, replace(annotated, meta={"answers": "cat"})).answers
+
+
+def test_batches_are_sorted_by_length_within_a_window():
+    records = Source([conversation(i, "x" * (i * 7 % 40), images=0) for i in range(40)])
+    batches = list(question_batches(records, 2, None, pytest.fail))
+    assert [len(batch) for batch in batches] == [2] * 20
+    lengths = [[len(question.text) for question in batch] for batch in batches]
+    assert lengths[:16] == sorted(lengths[:16], reverse=True)  # a window is 16 batches
+    assert sorted(question.index for batch in batches for question in batch) == list(range(40))
+
+
+def test_each_process_gets_its_share(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        batches = list(
+            question_batches(Source([conversation(i, "?", images=0) for i in range(7)]), 2, None, pytest.fail)
+        )
+        shares.append([question.index for batch in batches for question in batch])
+    assert [len(share) for share in shares] == [3, 3, 3]  # as many for each: ranks must stay in step
+    assert set(sum(shares, [])) == set(range(7))
+
+
+def test_table_files_and_numbers(model, processor, source, tmp_path):
+    schedules = {"dense": None, "training-free pruned": SCHEDULE}
+    answered = self_answered(model, processor, source)
+    rows = compare(model, processor, answered, schedules, **QUIET)
+    text = save_table(rows, tmp_path / "new", {"checkpoint": "tiny"})
+    assert sorted(file.name for file in (tmp_path / "new").iterdir()) == ["accuracy.png", "metrics.json", "table.md"]
+    assert (tmp_path / "new/table.md").read_text() == text == markdown_table(rows)
+    header, _, dense, pruned = text.splitlines()[:4]
+    assert header.split(" | ")[1:5] == ["overall", "a", "b", "c"]
+    cells = dense.strip("| ").split(" | ")
+    assert cells[0] == "dense"
+    assert cells[1].startswith(f"{100 * rows[0].result.score:.1f} ± ")
+    assert cells[2:6] == ["100.0", "0.0", "50.0", "16"]
+    assert cells[6:] == ["1.000", "1.000"]
+    assert pruned.split(" | ")[5] == "16 -> 8 -> 2"
+    found = json.loads((tmp_path / "new/metrics.json").read_text())
+    assert found["checkpoint"] == "tiny"
+    assert found["rows"][1]["schedule"] == SCHEDULE.to_dict()
+    assert found["rows"][1]["types"]["c"]["count"] == 2
+    assert found["rows"][1]["cost"]["flops_ratio"] == rows[1].cost.flops_ratio
+    with Image.open(tmp_path / "new/accuracy.png") as picture:
+        assert picture.width > 600
+
+
+def test_table_of_text_alone_has_no_cost_and_json_has_no_nan(model, processor, source, tmp_path):
+    row = evaluate_row("text", model, processor, Source(source[6:]), **QUIET)
+    assert row.cost is None
+    save_table([row], tmp_path)
+    assert json.loads((tmp_path / "metrics.json").read_text())["rows"][0]["overall"]["standard_error"] is None
+
+
+def test_presets_fit_any_depth_and_own_schedules_are_taken_as_they_are():
+    himap = PruningSchedule.from_preset("himap")
+    assert fit_preset(himap, 32) == fit_preset(himap, 40) == himap
+    assert [stage.layer for stage in fit_preset(himap, 8).stages] == [1, 2]
+    assert is_preset("himap")
+    assert is_preset({"preset": "fastv"})
+    assert not is_preset({"stages": []})
+    assert not is_preset("own.yaml")
