@@ -290,7 +290,7 @@ def _check_inputs(
         raise ValueError("output_attentions is not available under pruning: the layers have different lengths")
     if attention_mask is not None and attention_mask.shape[1] != total_length:
         raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} columns, but cache and new tokens make {total_length}; while "
+            f"attention_mask has {attention_mask.shape[1]} columns, cache and new tokens make {total_length}; while "
             "training with gradient checkpointing nothing is cached: call model.eval() before generate()"
         )
     if cache is not None:
