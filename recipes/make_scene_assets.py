@@ -25,18 +25,19 @@ SPLITS = ("train", "validation", "test")
 # Emoji short names for train | validation | test. Kinds with several images of the same kind of thing, so that a
 # model can learn the kind and not the picture.
 EMOJI = {
-    "face": "grinning grin joy smiley smile sweat_smile laughing wink blush slightly_smiling_face yum"
-    " stuck_out_tongue relieved pensive heart_eyes sunglasses smirk neutral_face worried cry |"
-    " kissing_heart expressionless nerd_face | unamused no_mouth rolling_on_the_floor_laughing sleeping",
+    "face": "grinning grin joy smiley smile sweat_smile wink blush slightly_smiling_face yum relieved pensive"
+    " heart_eyes sunglasses smirk neutral_face worried cry rolling_on_the_floor_laughing sleeping"
+    " kissing_heart kissing open_mouth confused flushed | expressionless nerd_face disappointed | unamused"
+    " no_mouth laughing stuck_out_tongue",
     "cat": "smile_cat joy_cat heart_eyes_cat smirk_cat crying_cat_face cat | kissing_cat scream_cat | smiley_cat"
     " pouting_cat",
     "monkey": "see_no_evil monkey_face | hear_no_evil | speak_no_evil",
-    "heart": "blue_heart yellow_heart purple_heart black_heart orange_heart grey_heart pink_heart heart |"
-    " brown_heart light_blue_heart | green_heart white_heart",
-    "flower": "tulip cherry_blossom rose hibiscus sunflower rosette lotus | white_flower | blossom wilted_flower",
+    "heart": "blue_heart yellow_heart purple_heart black_heart white_heart grey_heart pink_heart heart |"
+    " brown_heart light_blue_heart | green_heart orange_heart",
+    "sign": "aries taurus gemini cancer leo virgo capricorn pisces | libra ophiuchus | scorpius sagittarius aquarius",
     "car": "car taxi pickup_truck minibus ambulance | police_car | blue_car",
-    "moon": "new_moon waxing_crescent_moon first_quarter_moon moon full_moon last_quarter_moon"
-    " waning_crescent_moon | full_moon_with_face | waning_gibbous_moon new_moon_with_face",
+    "moon": "new_moon first_quarter_moon moon full_moon waning_crescent_moon new_moon_with_face"
+    " full_moon_with_face | last_quarter_moon | waning_gibbous_moon waxing_crescent_moon",
     "book": "ledger notebook notebook_with_decorative_cover closed_book blue_book | orange_book | green_book",
     "cloud": "cloud mostly_sunny partly_sunny rain_cloud lightning | partly_sunny_rain thunder_cloud_and_rain |"
     " barely_sunny snow_cloud",

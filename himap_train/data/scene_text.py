@@ -13,7 +13,7 @@ from typing import TypeVar
 from numpy.random import Generator
 
 T = TypeVar("T")
-KINDS = ("face", "cat", "monkey", "heart", "flower", "car", "moon", "book", "cloud", "clock", "arrow", "mailbox")
+KINDS = ("face", "cat", "monkey", "heart", "sign", "car", "moon", "book", "cloud", "clock", "arrow", "mailbox")
 PLURALS = {kind: kind + "s" for kind in KINDS} | {"mailbox": "mailboxes", "card": "cards"}
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 DIGITS = tuple("0123456789")

@@ -122,16 +122,18 @@ def _object(kind: str, split: str, rng: Generator) -> tuple[FloatArray, FloatArr
     mirror, turn = (bool(rng.integers(2)), int(rng.integers(-2, 3)) * 6) if vary else (False, 0)
     pixels = _scaled(split, kind, which, size, mirror, turn)
     rgb = pixels[..., :3].astype(np.float32)
-    if vary and rng.random() < 0.15:
-        rgb = rgb[..., rng.permutation(3)]
-    return rgb * rng.uniform(0.85, 1.1, 3).astype(np.float32), pixels[..., 3:] / np.float32(255)
+    if vary and rng.random() < 0.5:  # a kind is a shape: a green heart must be a heart though no green one was seen
+        rgb = rgb[..., rng.permutation(3)] if rng.random() < 0.8 else rgb.mean(-1, keepdims=True)
+    gain = rng.uniform(0.65, 1.2, 3) if vary else rng.uniform(0.85, 1.1, 3)
+    return (rgb * gain.astype(np.float32)).clip(0, 255), pixels[..., 3:] / np.float32(255)
 
 
 def _card(item: Item, split: str, rng: Generator) -> tuple[FloatArray, FloatArray]:
     """A square of the card's colour with a handwritten digit in white or black."""
     samples = _digits(split)[int(item.digit)]
     size = int(rng.integers(_SIZES[0], _SIZES[1] + 1))
-    ink = _ink(split, int(item.digit), int(rng.integers(len(samples))), size)
+    turn = int(rng.integers(-1, 2)) * 8 if split == "train" else 0
+    ink = _ink(split, int(item.digit), int(rng.integers(len(samples))), size, turn)
     colour = np.asarray(_CARD_RGB[item.colour], np.float32) + rng.uniform(-15, 15, 3).astype(np.float32)
     pen = np.float32(250 if item.colour not in ("yellow", "orange") else 10)
     return colour + ink * (pen - colour), np.ones((size, size, 1), np.float32)
@@ -152,12 +154,13 @@ def _scaled(split: str, kind: str, which: int, size: int, mirror: bool, turn: in
 
 
 @lru_cache(maxsize=8192)
-def _ink(split: str, digit: int, which: int, size: int) -> FloatArray:
+def _ink(split: str, digit: int, which: int, size: int, turn: int) -> FloatArray:
     """Opacity of the pen, (size, size, 1): the 8x8 sample scaled to the card less a margin."""
     sample = Image.fromarray((_digits(split)[digit][which] * 15.9).astype(np.uint8))
     inner = size - 4
+    drawn = sample.resize((inner, inner), Image.Resampling.BICUBIC)
     ink = np.zeros((size, size, 1), np.float32)
-    ink[2 : 2 + inner, 2 : 2 + inner, 0] = np.asarray(sample.resize((inner, inner), Image.Resampling.BICUBIC)) / 255
+    ink[2 : 2 + inner, 2 : 2 + inner, 0] = np.asarray(drawn.rotate(turn, Image.Resampling.BILINEAR)) / 255
     return ink
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from himap_train.data.scene_text import COLOURS, COLUMNS, DIGITS, KINDS, PLURALS, ROWS, WORDS, Scene
+from himap_train.data.scene_text import COLOURS, COLUMNS, DIGITS, KINDS, PLURALS, ROWS, WORDS, Item, Scene
 from himap_train.models.embedded_build import IMAGE_SIZE, PATCH_SIZE, WIDTH
 
 # The dense labels of a patch, and the words that the rows of the class head become.
@@ -33,6 +33,19 @@ def pixels(images: Sequence[Image.Image]) -> Tensor:
     """(B, 3, 96, 96) as the processor makes them: values -1 to 1."""
     array = np.stack([np.asarray(image) for image in images])
     return torch.from_numpy(array).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def dense_scene(rng: np.random.Generator) -> Scene:
+    """A fuller scene than questions are asked about: one pass of the tower learns more from it, above all of digits."""
+
+    def item() -> Item | None:
+        draw = rng.random()
+        if draw < 0.2:
+            return None
+        kind = str(rng.choice(KINDS))
+        return Item(kind) if draw < 0.6 else Item("card", str(rng.choice(COLOURS)), str(rng.choice(DIGITS)))
+
+    return Scene(tuple(item() for _ in range(len(ROWS) * len(COLUMNS))))
 
 
 def patch_labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
@@ -110,10 +123,9 @@ def start_words(
     `features` (B, T, D) of some images tell their scale.
     """
     scale = 0.5 / features.pow(2).mean().sqrt()
-    projector = model.model.multi_modal_projector.linear_2
-    projector.weight *= scale
-    projector.bias *= scale
-    embedding, output = model.get_input_embeddings().weight, model.lm_head.weight
+    for parameter in model.model.multi_modal_projector.linear_2.parameters():
+        parameter *= scale
+    embedding, output = model.model.language_model.embed_tokens.weight, model.lm_head.weight
     nn.init.normal_(embedding, std=0.5)
     nn.init.normal_(output, std=0.02)
     singular = {plural: kind for kind, plural in PLURALS.items()}
@@ -126,12 +138,13 @@ def start_words(
             output[token] = 0.03 * row
 
 
-def branches(tokenizer: PreTrainedTokenizerFast, texts: Sequence[Sequence[tuple[str, str]]]) -> dict[str, Tensor]:
+def branches(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[Sequence[tuple[str, str]]], chained: bool = False
+) -> dict[str, Tensor]:
     """Questions about one image as branches of one sequence: all see the image, none sees another.
 
-    So one pass over an image trains many questions, each exactly as if it stood alone.
-
-    `texts` holds for each scene its (question, answer) pairs.
+    So one pass over an image trains many questions, each exactly as if it stood alone. `texts` holds for each scene its
+    (question, answer) pairs. With `chained` they are instead the turns of one conversation: a single branch.
 
     Returns:
         Four tensors (B, S): `input_ids`; `labels`, the token that follows where it is part of an answer, else -100;
@@ -142,17 +155,19 @@ def branches(tokenizer: PreTrainedTokenizerFast, texts: Sequence[Sequence[tuple[
     for pairs in texts:
         row: dict[str, list[int]] = {"input_ids": [], "labels": [], "branch": [], "position_ids": []}
         for number, (question, answer) in enumerate(pairs):
-            prompt = tokenizer.encode(f"{question} ASSISTANT:", add_special_tokens=False)
+            before = "</s>USER: " if chained and number else ""
+            prompt = tokenizer.encode(f"{before}{question} ASSISTANT:", add_special_tokens=False)
             reply = tokenizer.encode(f" {answer}</s>", add_special_tokens=False)
+            length, start = len(prompt) + len(reply) - 1, len(row["branch"]) if chained else 0
             row["input_ids"] += prompt + reply[:-1]
             row["labels"] += [-100] * (len(prompt) - 1) + reply
-            row["branch"] += [number] * (len(prompt) + len(reply) - 1)
-            row["position_ids"] += range(len(prompt) + len(reply) - 1)
+            row["branch"] += [0 if chained else number] * length
+            row["position_ids"] += range(start, start + length)
         rows.append(row)
     # Few different lengths: each new shape costs the CPU kernels a set-up.
-    length = -(-max(len(row["branch"]) for row in rows) // 16) * 16
+    longest = -(-max(len(row["branch"]) for row in rows) // 16) * 16
     empty = {"input_ids": 0, "labels": -100, "branch": -1, "position_ids": 0}
-    return {k: torch.tensor([row[k] + [e] * (length - len(row[k])) for row in rows]) for k, e in empty.items()}
+    return {k: torch.tensor([row[k] + [e] * (longest - len(row[k])) for row in rows]) for k, e in empty.items()}
 
 
 def branch_mask(branch: Tensor, prefix: int) -> Tensor:
