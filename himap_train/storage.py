@@ -1,7 +1,7 @@
 """Files and folders that are either complete or not there.
 
-Everything is written beside its place under a temporary name and moved over in one step, so that a full disk or a killed process
-leaves what was there before.
+Everything is written beside its place under a temporary name and moved over in one step, so that a full disk or a
+killed process leaves what was there before.
 """
 
 from __future__ import annotations

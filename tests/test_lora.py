@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import PeftModel
@@ -71,7 +73,7 @@ def test_wrong_targets_are_refused_with_what_there_is(targets: str | list[str], 
 
 
 @pytest.mark.parametrize("wrong", [{"r": 0}, {"alpha": 0}, {"dropout": 1.0}, {"projector": "frozen"}])
-def test_numbers_out_of_range_are_refused(wrong: dict[str, object]) -> None:
+def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(wrong)))):
         attach_lora(tiny_llava(), **{"r": 4, "alpha": 8, **wrong})
 

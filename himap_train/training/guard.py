@@ -1,7 +1,7 @@
 """Checks in every step that pruning really happened.
 
-A pruner that silently does nothing costs a training run: HiMAP's own reference trains dense under gradient checkpointing,
-and Lightning's DeepSpeed strategy strips hooks from every module at each validation.
+A pruner that silently does nothing costs a training run: HiMAP's own reference trains dense under gradient
+checkpointing, and Lightning's DeepSpeed strategy strips hooks from every module at each validation.
 """
 
 from __future__ import annotations
@@ -57,6 +57,6 @@ def check_predicting_rows(image_tokens: Tensor, labels: Tensor, ids: Sequence[st
     if bad.any():
         row = int(torch.nonzero(bad.any(dim=1))[0])
         raise ValueError(
-            f"sample {ids[row] if ids else row}: an answer starts right after an image token, which pruning may remove; "
-            "put text between image and answer (the chat template's role marker does)"
+            f"sample {ids[row] if ids else row}: an answer starts right after an image token, which pruning may "
+            "remove; put text between image and answer (the chat template's role marker does)"
         )

@@ -1,9 +1,9 @@
 """Cross-entropy where there is something to predict, and nowhere else.
 
 A sample of 700 tokens has some 60 to predict. `lm_head` on all of them would cost 700 x 32000 logits a sample (90 MB in
-fp32, and the same again for their gradient); only the supervised rows go through it, a chunk at a time, and where there is
-more than one chunk each is computed again in the backward pass. Shapes: B rows, S columns, D hidden size, N supervised
-positions.
+fp32, and the same again for their gradient); only the supervised rows go through it, a chunk at a time, and where there
+is more than one chunk each is computed again in the backward pass. Shapes: B rows, S columns, D hidden size, N
+supervised positions.
 """
 
 from __future__ import annotations

@@ -1,0 +1,221 @@
+"""The LightningModule: a LLaVA with LoRA, pruned by its schedule in every forward, and the loss on it.
+
+Averaging. The loss of an optimizer step is the mean over all supervised tokens of its micro-batches and ranks, as if
+they were one batch. Each micro-batch therefore contributes its *sum*, and the gradient is divided by the number of
+tokens once, just before clipping. With the mean of means instead (`loss_average="batch"`, what LLaVA's own trainer did)
+a batch of one-word answers weighs as much as a batch of essays.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from peft import PeftModel
+from torch import Tensor
+from transformers import LlavaProcessor
+
+from himap_train.checkpoint import read_schedule
+from himap_train.models.llava import base_llava, hidden_states, install_pruning, pruning_of
+from himap_train.models.loading import load_llava
+from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
+from himap_train.training.guard import check_predicting_rows, check_pruned
+from himap_train.training.loss import supervised_loss
+from himap_train.training.optim import cosine_with_warmup, parameter_groups
+
+_WEIGHTS = {"bf16": torch.bfloat16, "16": torch.float16}
+
+
+class LlavaFineTuner(LightningModule):
+    """Fine-tune a LLaVA with LoRA while its image tokens are pruned.
+
+    Args:
+        path: The model: a local folder or hub id in the Hugging Face layout, or "embedded".
+        schedule: A preset's name, the stages as a mapping, a `pruning.yaml`, or null for dense.
+        lora_r: Rank of LoRA.
+        lora_alpha: LoRA's update is scaled by `lora_alpha / lora_r`.
+        lora_dropout: Dropout on the input of each LoRA branch.
+        lora_targets: "decoder-linear", a list of endings such as [q_proj, v_proj], or a regular expression.
+        projector: "train", "lora" or "freeze".
+        lora_lr: Peak learning rate of LoRA.
+        projector_lr: Peak learning rate of the projector.
+        weight_decay: Decay of weight matrices; biases have none.
+        warmup_ratio: Share of the optimizer steps in which the rate rises linearly; then it falls as a cosine.
+        betas: AdamW's decay rates.
+        gradient_checkpointing: Compute each decoder layer again in the backward pass instead of keeping it.
+        attn_implementation: "sdpa", "eager", "flash_attention_2", or null for the model's own choice.
+        loss_average: "token" averages over all tokens of an optimizer step, "batch" over micro-batches.
+        loss_chunk: Supervised positions whose logits exist at a time; 0 for all at once.
+    """
+
+    def __init__(
+        self,
+        path: str = "embedded",
+        schedule: str | dict[str, Any] | None = "himap",
+        lora_r: int = 128,
+        lora_alpha: float = 256,
+        lora_dropout: float = 0.05,
+        lora_targets: str | list[str] = DECODER_LINEAR,
+        projector: Projector = "train",
+        lora_lr: float = 2e-4,
+        projector_lr: float = 2e-5,
+        weight_decay: float = 0.0,
+        warmup_ratio: float = 0.03,
+        betas: tuple[float, float] = (0.9, 0.999),
+        gradient_checkpointing: bool = True,
+        attn_implementation: str | None = None,
+        loss_average: Literal["token", "batch"] = "token",
+        loss_chunk: int = 1024,
+    ) -> None:
+        super().__init__()
+        self.strict_loading = False  # checkpoints hold trained weights only; on_load_checkpoint checks those
+        self.path = path
+        self.schedule = read_schedule(schedule)
+        self._attach = partial(
+            attach_lora, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets, projector=projector
+        )
+        self.rates = {"lora_lr": lora_lr, "projector_lr": projector_lr, "weight_decay": weight_decay}
+        self.warmup_ratio = warmup_ratio
+        self.betas = betas
+        self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self.loss_average = loss_average
+        self.loss_chunk = loss_chunk
+        self.llava: PeftModel | None = None
+        self.processor: LlavaProcessor | None = None
+        self._window_tokens: Tensor | None = None
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The model, once `configure_model` has loaded it."""
+        if self.llava is None:
+            raise RuntimeError("the model is not loaded yet; call configure_model() first")
+        return self.llava
+
+    def configure_model(self) -> None:
+        """Load the weights, attach LoRA, install the pruner. Lightning calls this on every rank; again does nothing."""
+        if self.llava is not None:
+            return
+        model, self.processor = load_llava(
+            self.path, dtype=self._weights_dtype(), attn_implementation=self.attn_implementation
+        )
+        self.llava = self._attach(model)
+        if self.gradient_checkpointing:
+            decoder = base_llava(self.llava).model.language_model
+            decoder.activation_checkpointing_enable({"use_reentrant": False})
+        install_pruning(self.llava, self.schedule)
+        self.train()
+
+    def _weights_dtype(self) -> torch.dtype:
+        """Frozen weights in the trainer's precision; what is trained stays in fp32 (see `attach_lora`)."""
+        if self._trainer is None:
+            return torch.float32
+        return _WEIGHTS.get(str(self.trainer.precision).split("-")[0], torch.float32)
+
+    def train(self, mode: bool = True) -> LlavaFineTuner:
+        """As `nn.Module.train`, but the frozen vision tower stays in evaluation mode."""
+        super().train(mode)
+        if self.llava is not None:
+            base_llava(self.llava).model.vision_tower.eval()
+        return self
+
+    def on_fit_start(self) -> None:
+        """Hugging Face models load in evaluation mode, in which nothing is checkpointed and dropout is off.
+
+        Raises:
+            ValueError: The strategy owns the gradients, which then cannot be divided by the number of tokens here.
+        """
+        self.train()
+        if self.loss_average == "token" and self.trainer.strategy.handles_gradient_accumulation:
+            name = type(self.trainer.strategy).__name__
+            raise ValueError(f"{name} accumulates gradients itself; set model.loss_average=batch")
+
+    def on_train_start(self) -> None:
+        """Give a resumed loader its place in the epoch back.
+
+        Lightning does so when it makes the loader, but the learning-rate schedule has asked for the number of batches
+        before, when the checkpoint's loop states were not read yet. Without this the epoch starts again.
+        """
+        self.trainer.fit_loop._load_combined_loader_states()
+
+    def batch_loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Sum of the losses of one batch and the number of supervised tokens.
+
+        Raises:
+            RuntimeError: The schedule says that image tokens go, and they did not.
+            ValueError: A supervised token would be predicted from a row that pruning may remove.
+        """
+        pruning = pruning_of(self.peft_model)
+        before = pruning.last if pruning else None
+        image_tokens = batch["input_ids"] == base_llava(self.peft_model).config.image_token_id
+        if self.schedule.stages:
+            check_predicting_rows(image_tokens, batch["labels"], batch.get("ids"))
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "labels")}
+        hidden = hidden_states(self.peft_model, **inputs)
+        check_pruned(self.schedule, pruning_of(self.peft_model), before, image_tokens)
+        return supervised_loss(hidden, batch["labels"], base_llava(self.peft_model).lm_head, self.loss_chunk)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One micro-batch; see the module's docstring for what is averaged over what."""
+        total, count = self.batch_loss(batch)
+        self.log("train/loss", total.detach() / count.clamp(min=1), prog_bar=True, batch_size=len(batch["input_ids"]))
+        if self.loss_average == "batch":
+            return total / count.clamp(min=1)
+        self._window_tokens = count if self._window_tokens is None else self._window_tokens + count
+        return total
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn the gradient of the summed loss into that of the mean over the window's tokens on all ranks."""
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        if self._window_tokens is not None:
+            # Lightning divided by the number of micro-batches, and data-parallel ranks were averaged.
+            tokens = torch.as_tensor(self.all_gather(self._window_tokens)).sum().clamp(min=1)
+            scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
+            for gradient in gradients:
+                gradient.mul_(scale)
+            self._window_tokens = None
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Token-weighted loss under the schedule; accuracies come from the `GenerationAccuracy` callback."""
+        total, count = self.batch_loss(batch)
+        if count:
+            self.log("val/loss", total / count, batch_size=int(count), prog_bar=True, sync_dist=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over LoRA and projector, each with its own rate; cosine with warm-up, stepped each optimizer step."""
+        groups = parameter_groups(self.peft_model, **self.rates)
+        optimizer = torch.optim.AdamW(groups, betas=self.betas)
+        scheduler = cosine_with_warmup(optimizer, self.trainer.estimated_stepping_batches, self.warmup_ratio)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def trained_names(self) -> set[str]:
+        """Names of the trained parameters in this module's state dict."""
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trained weights only: the rest is where it was loaded from."""
+        names = self.trained_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Not strict about what is absent by design, but strict about what was trained.
+
+        Raises:
+            ValueError: Trained weights are missing from the checkpoint, or it holds others.
+        """
+        found, expected = set(checkpoint["state_dict"]), self.trained_names()
+        if found != expected:
+            missing, extra = sorted(expected - found), sorted(found - expected)
+            raise ValueError(
+                f"the checkpoint does not fit this model: {len(missing)} trained weights are missing from it "
+                f"{missing[:3]}, {len(extra)} are unknown {extra[:3]}; use the config that it was trained with"
+            )
+
+    def run_facts(self) -> dict[str, Any]:
+        """What a run folder records about the model."""
+        return {"path": str(Path(self.path)), "schedule": self.schedule.to_dict()}

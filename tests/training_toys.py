@@ -1,0 +1,92 @@
+"""A tiny LLaVA on disk and batches for it, for tests of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from tiny import IMAGE_SIZE, IMAGE_TOKENS, tiny_llava, tiny_processor
+from torch.utils.data import DataLoader
+
+from himap_train.training.module import LlavaFineTuner
+
+SCHEDULE = {"stages": [{"layer": 2, "criterion": "instruction", "keep_ratio": 0.5}]}
+IMAGE_ID = 4
+
+
+def save_tiny(folder: Path, **kwargs: Any) -> str:
+    """A random LLaVA with its processor in the Hugging Face layout."""
+    tiny_llava(**kwargs).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return str(folder)
+
+
+def sample(index: int, answer: int = 3, image: bool = True) -> dict[str, torch.Tensor]:
+    """`<s> image prompt answer`, one row; its content depends on `index` alone."""
+    noise = torch.Generator().manual_seed(index)
+    text = torch.randint(5, 261, (6 + answer,), generator=noise)
+    ids = torch.cat([torch.tensor([1]), torch.full((IMAGE_TOKENS * image,), IMAGE_ID), text])
+    labels = torch.full_like(ids, -100)
+    labels[-answer:] = ids[-answer:]
+    pixels = torch.randn(int(image), 3, IMAGE_SIZE, IMAGE_SIZE, generator=noise)
+    return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
+
+
+def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """Right padding, as for training."""
+    length = max(len(s["input_ids"]) for s in samples)
+
+    def padded(key: str, value: int) -> torch.Tensor:
+        return torch.stack([torch.nn.functional.pad(s[key], (0, length - len(s[key])), value=value) for s in samples])
+
+    ids = padded("input_ids", 0)
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "labels": padded("labels", -100),
+        "pixel_values": torch.cat([s["pixel_values"] for s in samples]),
+        "ids": [f"toy-{index}" for index in range(len(samples))],
+    }
+
+
+class ToyData(LightningDataModule):
+    """`count` fixed samples in fixed order; answers of different lengths, so that averages differ."""
+
+    def __init__(self, count: int = 8, batch_size: int = 2) -> None:
+        super().__init__()
+        self.samples = [sample(index, answer=1 + index % 4) for index in range(count)]
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.samples, self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+
+    val_dataloader = train_dataloader
+
+
+def tuner(path: str, **kwargs: Any) -> LlavaFineTuner:
+    """A small fine-tuner; keyword arguments override."""
+    defaults = {
+        "schedule": SCHEDULE,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_lr": 1e-2,
+        "projector_lr": 1e-3,
+        "warmup_ratio": 0.0,
+    }
+    return LlavaFineTuner(path, **{**defaults, **kwargs})
+
+
+def quiet_trainer(folder: Path, **kwargs: Any) -> Trainer:
+    """On the CPU, without bars, logs and checkpoints unless asked for."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+    }
+    return Trainer(default_root_dir=folder, **{**defaults, **kwargs})
