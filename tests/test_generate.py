@@ -31,13 +31,18 @@ def next_positions(mask: Tensor) -> Tensor:
     return mask.sum(dim=1, keepdim=True) - 1
 
 
+def prompt_positions(mask: Tensor) -> Tensor:
+    """As `generate` numbers a padded prompt; without them the model counts the padding too."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
 def decode(
     model: LlavaForConditionalGeneration, case: Case, tokens: Tensor, chunk: int, give_positions: bool
 ) -> tuple[Tensor, Any]:
     """Prefill, then `tokens` (B, N) in chunks, with the cache -> logits (B, N + 1, V) from the last prompt row on."""
     inputs, mask = case.inputs(), case.attention_mask
     if give_positions:
-        inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        inputs["position_ids"] = prompt_positions(mask)
     with torch.no_grad():
         out = model(**inputs, use_cache=True)
         logits = [out.logits[:, -1:]]
@@ -195,7 +200,8 @@ def test_decoding_goes_on_after_the_batch_was_reordered(change: str) -> None:
     expected = naive_decode(model, plan, case, tokens)
     install_pruning(model, plan)
     with torch.no_grad():
-        cache = model(**case.inputs(), use_cache=True).past_key_values
+        positions = prompt_positions(case.attention_mask)
+        cache = model(**case.inputs(), position_ids=positions, use_cache=True).past_key_values
         if change == "reorder":
             order = torch.tensor([3, 1, 1, 4, 0])
             cache.reorder_cache(order)
@@ -227,8 +233,12 @@ def test_two_generations_in_between_do_not_disturb_each_other() -> None:
     expected = [naive_decode(model, plan, case, part) for case, part in zip(cases, tokens, strict=True)]
     install_pruning(model, plan)
     with torch.no_grad():
-        caches = [model(**case.inputs(), use_cache=True).past_key_values for case in cases]
         masks = [case.attention_mask for case in cases]
+        numbers = [prompt_positions(mask) for mask in masks]
+        caches = [
+            model(**case.inputs(), position_ids=number, use_cache=True).past_key_values
+            for case, number in zip(cases, numbers, strict=True)
+        ]
         for step in range(3):
             for i, cache in enumerate(caches):
                 part = tokens[i][:, step : step + 1]

@@ -96,7 +96,9 @@ def evaluate(model: LlavaForConditionalGeneration) -> None:
 
 
 def generate(model: LlavaForConditionalGeneration) -> None:
+    model.eval()  # stock layers leave the cache out while they checkpoint
     model.generate(**make_case(model, RAGGED, "left").inputs(), max_new_tokens=2, do_sample=False)
+    model.train()
 
 
 def install_other(model: LlavaForConditionalGeneration) -> None:

@@ -104,17 +104,13 @@ def test_decoding(
     full = torch.cat([mask, torch.ones_like(tokens)], dim=1)
     install_pruning(model, plan)
     with torch.no_grad():
-        out = model(**case.inputs(), use_cache=True)
+        numbers = (full.cumsum(dim=1) - 1).clamp(min=0)
+        out = model(**case.inputs(), position_ids=numbers[:, :prompt], use_cache=True)
         logits = [out.logits[:, -1:]]
         for start in range(0, 3, chunk):
             part, end = tokens[:, start : start + chunk], prompt + min(start + chunk, 3)
-            positions = (full.cumsum(dim=1) - 1)[:, prompt + start : end]
-            out = model(
-                input_ids=part,
-                attention_mask=full[:, :end],
-                position_ids=positions,
-                past_key_values=out.past_key_values,
-            )
+            positions, cache = numbers[:, prompt + start : end], out.past_key_values
+            out = model(input_ids=part, attention_mask=full[:, :end], position_ids=positions, past_key_values=cache)
             logits.append(out.logits)
         expected = naive_forward(model, plan, ids, full, case.features, prompt=prompt).hidden[:, prompt - 1 :]
         torch.testing.assert_close(torch.cat(logits, dim=1), model.lm_head(expected), **LOGITS)
