@@ -35,7 +35,7 @@ class HuggingFaceRecords:
 
     def __init__(self, dataset: Any, name: str, image_folder: Path | None = None) -> None:
         check_columns(dataset.column_names, name)
-        self._dataset = undecoded(dataset)
+        self._dataset = dataset.with_format("arrow")  # rows as they are stored: images as {"bytes", "path"}
         self._texts = self._dataset.select_columns([c for c in TEXT_COLUMNS if c in dataset.column_names])
         self.name, self.image_folder = name, image_folder
 
@@ -47,12 +47,12 @@ class HuggingFaceRecords:
         """Record `index`; RecordError if it cannot be used."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: record {index} of {len(self)}")
-        return parse_row(self._dataset[index], index, self.name, self.image_folder)
+        return parse_row(self._dataset[index].to_pylist()[0], index, self.name, self.image_folder)
 
     def length_hint(self, index: int) -> tuple[int, int]:
         """(characters, images) of a record without reading its images; (0, 0) for one that cannot be used."""
         try:
-            turns, indices = _turns(self._texts[index], self.name)
+            turns, indices = _turns(self._texts[index].to_pylist()[0], self.name)
         except RecordError:
             return 0, 0
         return sum(len(turn.text) for turn in turns), len(indices)
@@ -64,7 +64,7 @@ class HuggingFaceStream:
     def __init__(self, dataset: Any, name: str, image_folder: Path | None = None) -> None:
         if dataset.column_names is not None:
             check_columns(dataset.column_names, name)
-        self._dataset = undecoded(dataset)
+        self._dataset = dataset.decode(False) if dataset.features else dataset
         self.name, self.image_folder = name, image_folder
 
     def records(self) -> Iterator[Callable[[], Conversation]]:
@@ -80,20 +80,6 @@ def check_columns(columns: list[str], name: str) -> None:
             f"data set {name} has the columns {columns}; expected `messages` or `conversations`, with `images` or "
             "`image` (as HuggingFaceH4/llava-instruct-mix-vsft has them)"
         )
-
-
-def undecoded(dataset: Any) -> Any:
-    """The data set with image columns as {"bytes", "path"}: images are decoded in the worker that needs them."""
-    import datasets
-
-    features = dataset.features or {}
-    for column in set(IMAGE_COLUMNS) & set(features):
-        kind = features[column]
-        if isinstance(kind, datasets.Image):
-            dataset = dataset.cast_column(column, datasets.Image(decode=False))
-        elif isinstance(getattr(kind, "feature", None), datasets.Image):
-            dataset = dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
-    return dataset
 
 
 def parse_row(row: Mapping[str, Any], index: int, name: str, image_folder: Path | None) -> Conversation:

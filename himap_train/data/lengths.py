@@ -8,7 +8,7 @@ import numpy as np
 
 from himap_train.data.encode import Encoder
 from himap_train.data.images import image_size
-from himap_train.data.records import Conversation, RecordError, Source
+from himap_train.data.records import IMAGE_PLACEHOLDER, RecordError, Source
 
 _PROBES = 64  # records that are tokenized to learn how many characters make a token
 
@@ -27,7 +27,8 @@ def estimate_lengths(source: Source, encoder: Encoder, limit: int | None = None)
     size = len(source) if limit is None else min(limit, len(source))
     hints = np.array([_hint(source, index) for index in range(size)], dtype=np.int64).reshape(size, 2)
     per_token, image_tokens = _probe(source, encoder, size)
-    lengths = np.ceil(hints[:, 0] / per_token).astype(np.int64) + hints[:, 1] * image_tokens
+    characters = hints[:, 0] - hints[:, 1] * len(IMAGE_PLACEHOLDER)
+    lengths = np.ceil(characters / per_token).astype(np.int64) + hints[:, 1] * image_tokens
     return lengths if encoder.max_length is None else lengths.clip(max=encoder.max_length)
 
 
@@ -38,7 +39,7 @@ def _hint(source: Any, index: int) -> tuple[int, int]:
         conversation = source[index]
     except RecordError:
         return 0, 0
-    return _characters(conversation), len(conversation.images)
+    return sum(len(turn.text) for turn in conversation.turns), len(conversation.images)
 
 
 def _probe(source: Source, encoder: Encoder, size: int) -> tuple[float, int]:
@@ -47,14 +48,11 @@ def _probe(source: Source, encoder: Encoder, size: int) -> tuple[float, int]:
     for index in np.unique(np.linspace(0, size - 1, min(size, _PROBES)).astype(int)):
         try:
             conversation = source[int(index)]
-            characters += _characters(conversation)
-            tokens += sum(len(encoder.text_ids(turn.text)) for turn in conversation.turns)
+            texts = [turn.text.replace(IMAGE_PLACEHOLDER, "") for turn in conversation.turns]
+            characters += sum(map(len, texts))
+            tokens += sum(len(encoder.text_ids(text)) for text in texts)
             for image in conversation.images:
                 image_tokens = max(image_tokens, encoder.image_tokens(image_size(image, conversation.id)))
         except RecordError:
             continue
     return max(characters, 1) / max(tokens, 1), image_tokens
-
-
-def _characters(conversation: Conversation) -> int:
-    return sum(len(turn.text) for turn in conversation.turns)

@@ -1,0 +1,97 @@
+"""Conversations, chat templates and tokenizers that the tests of the data package share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+from tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_processor
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+
+from himap_train.data.records import Conversation, ImageSource, Turn
+
+# The template that llava-hf/llava-1.5-7b-hf ships: images first, {% generation %} tags, no end token, a trailing space.
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# ChatML as the Qwen2 LLaVAs use it: its own end token.
+CHATML_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# A text-only model's template: content is a string, and the answers are trimmed.
+STRING_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+TEMPLATES = {"tiny": CHAT_TEMPLATE, "llava": LLAVA_TEMPLATE, "chatml": CHATML_TEMPLATE, "string": STRING_TEMPLATE}
+ENDS = {"tiny": "</s>", "llava": "</s>", "chatml": "<|im_end|>", "string": " </s>"}
+
+
+def processor_with(template: str) -> LlavaProcessor:
+    """The tiny processor with one of TEMPLATES."""
+    processor = tiny_processor()
+    processor.chat_template = TEMPLATES[template]
+    if template == "chatml":
+        processor.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return processor
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte tokenizer whose merges cross every border: ": " and ":A" are tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = SPECIAL_TOKENS + alphabet + [":Ġ", ":A", "ĊA", "</s>U"]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(pieces)},
+            merges=[(":", "Ġ"), (":", "A"), ("Ċ", "A")],
+            unk_token="<unk>",
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def picture(width: int = 40, height: int = 30, colour: tuple[int, int, int] = (200, 30, 60)) -> Image.Image:
+    """One colour."""
+    return Image.new("RGB", (width, height), colour)
+
+
+def talk(*texts: str, images: tuple[ImageSource, ...] = (), name: str = "sample") -> Conversation:
+    """Texts of user and assistant in turn."""
+    turns = tuple(Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts))
+    return Conversation(name, images, turns)
+
+
+def llava_record(name: str, image: object, *texts: str) -> dict[str, object]:
+    """A record as LLaVA-Instruct has them."""
+    turns = [{"from": "gpt" if i % 2 else "human", "value": text} for i, text in enumerate(texts)]
+    record: dict[str, object] = {"id": name, "conversations": turns}
+    return record if image is None else {**record, "image": image}
+
+
+def image_folder(folder: Path, names: tuple[str, ...]) -> Path:
+    """A folder with pictures of these names, each of another colour."""
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(colour=(40 * number % 256, 99, 10)).save(path)
+    return folder

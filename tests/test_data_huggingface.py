@@ -1,0 +1,228 @@
+"""Hugging Face data sets with image columns: from disk, from files, streamed, and a hub that cannot be reached."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import datasets
+import pytest
+from data_examples import image_folder, picture
+from tiny import tiny_processor
+
+from himap_train.data.encode import encode
+from himap_train.data.hub import load_from_hub
+from himap_train.data.huggingface import HuggingFaceStream
+from himap_train.data.records import RecordError, StreamingSource, Turn
+from himap_train.data.sources import open_source
+
+RED, BLUE = picture(colour=(250, 0, 0)), picture(colour=(0, 0, 250))
+
+
+def text(value):
+    return {"type": "text", "text": value, "index": None}
+
+
+def image(index):
+    return {"type": "image", "text": None, "index": index}
+
+
+def message(role, *parts):
+    return {"role": role, "content": list(parts)}
+
+
+ROWS = [
+    {
+        "messages": [
+            message("user", text("What is it?\n"), image(0)),
+            message("assistant", text("Red.")),
+            message("user", text("And "), image(1), text(" this?")),
+            message("assistant", text("Blue.")),
+        ],
+        "images": [RED, BLUE],
+        "source": "made",
+    },
+    {"messages": [message("user", text("Hi")), message("assistant", text("Ho"))], "images": [], "source": "text"},
+    {
+        "messages": [message("user", image(1), image(0), text("Which?")), message("assistant", text("Blue, red."))],
+        "images": [RED, BLUE],
+        "source": "swapped",
+    },
+]
+FEATURES = datasets.Features(
+    {
+        "messages": [
+            {
+                "role": datasets.Value("string"),
+                "content": [
+                    {
+                        "type": datasets.Value("string"),
+                        "text": datasets.Value("string"),
+                        "index": datasets.Value("int64"),
+                    }
+                ],
+            }
+        ],
+        "images": [datasets.Image()],
+        "source": datasets.Value("string"),
+    }
+)
+
+
+def dataset(rows=ROWS, features=FEATURES):
+    return datasets.Dataset.from_list(rows, features=features)
+
+
+@pytest.fixture(params=["save_to_disk", "save_to_disk with splits", "parquet folder", "parquet file"])
+def spec(request, tmp_path):
+    if request.param == "save_to_disk":
+        dataset().save_to_disk(tmp_path / "set")
+        return str(tmp_path / "set")
+    if request.param == "save_to_disk with splits":
+        datasets.DatasetDict({"train": dataset().select([1]), "test": dataset()}).save_to_disk(tmp_path / "set")
+        return f"{tmp_path / 'set'}:test"
+    (tmp_path / "set").mkdir()
+    dataset().to_parquet(tmp_path / "set/train-00000-of-00001.parquet")
+    return str(tmp_path / ("set" if request.param == "parquet folder" else "set/train-00000-of-00001.parquet"))
+
+
+def check_conversations(conversations):
+    first, second, third = conversations
+    assert first.turns[0] == Turn("user", "What is it?\n<image>") and first.turns[2].text == "And <image> this?"
+    assert first.answer == "Blue." and first.meta == {"source": "made"}
+    assert second.images == () and second.turns == (Turn("user", "Hi"), Turn("assistant", "Ho"))
+    assert third.images == first.images[::-1] and all(isinstance(image, bytes) for image in first.images)
+    sample = encode(first, tiny_processor())
+    means = sample["pixel_values"].mean(dim=(2, 3))
+    assert means[0, 0] > 1 > means[0, 2] and means[1, 2] > 1 > means[1, 0]
+
+
+def test_map_style(spec):
+    source = open_source(spec)
+    check_conversations([source[i] for i in range(len(source))])
+    assert [source.length_hint(i) for i in range(3)] == [(45, 2), (4, 0), (30, 2)]
+    with pytest.raises(IndexError, match="record 3 of 3"):
+        source[3]
+
+
+def test_streamed(spec):
+    source = open_source(spec, streaming=True)
+    assert isinstance(source, StreamingSource) and isinstance(source, HuggingFaceStream)
+    check_conversations([record() for record in source.records()])
+
+
+def test_conversations_column_with_one_image():
+    rows = [
+        {
+            "id": "x",
+            "conversations": [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}],
+            "image": RED,
+        }
+    ]
+    features = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "conversations": [{"from": datasets.Value("string"), "value": datasets.Value("string")}],
+            "image": datasets.Image(),
+        }
+    )
+    stream = HuggingFaceStream(dataset(rows, features).to_iterable_dataset(), "made")
+    conversation = next(stream.records())()
+    assert conversation.id == "x" and len(conversation.images) == 1
+    assert conversation.turns == (Turn("user", "<image>\nQ"), Turn("assistant", "A"))
+
+
+def plain_stream(*rows):
+    return HuggingFaceStream(datasets.IterableDataset.from_generator(lambda: iter(rows)), "made")
+
+
+def records(*rows):
+    return [record for record in plain_stream(*rows).records()]
+
+
+QA = [{"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": "A"}]
+
+
+def test_plain_text_content_and_encoded_bytes():
+    buffer = io.BytesIO()
+    RED.save(buffer, "PNG")
+    conversation = records({"messages": QA, "image": {"bytes": buffer.getvalue(), "path": "x.png"}})[0]()
+    assert conversation.images == (buffer.getvalue(),) and conversation.turns[0].text == "<image>Q"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": None}, "data set made, row 0 .*: `messages` is NoneType"),
+        ({"messages": [{"role": "user"}]}, r"messages\[0\]: expected the keys `role` and `content`"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\]: role 'tool'; expected one of human"),
+        ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\]: `content` is int; expected text or a list"),
+        ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "expected parts of type text or image"),
+        ({"messages": QA, "images": []}, "a turn shows image 0, but there are 0 in `images`"),
+        ({"messages": QA, "images": [RED, BLUE]}, r"2 image\(s\), but no turn shows number 1"),
+        ({"messages": QA, "images": [7]}, "an image is int; expected an image, bytes or a path"),
+        ({"messages": QA, "images": ["a.png"]}, "the image is a path .'a.png'.; set image_folder"),
+        ({"conversations": "Hi"}, "`conversations` is str 'Hi'; expected a list of turns"),
+    ],
+)
+def test_bad_rows_name_data_set_row_and_column(row, message):
+    with pytest.raises(RecordError, match=message):
+        records(row)[0]()
+
+
+def test_images_stored_as_paths_stay_in_the_folder(tmp_path):
+    image_folder(tmp_path / "set", ("a.png",))
+    rows = [{"messages": QA, "images": ["a.png"]}, {"messages": QA, "images": ["../a.png"]}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set/train.parquet")
+    source = open_source(tmp_path / "set/train.parquet")
+    assert source[0].images == (tmp_path / "set/a.png",)
+    with pytest.raises(RecordError, match="'../a.png' leaves the image folder"):
+        source[1]
+
+
+def test_columns_that_are_not_understood(tmp_path):
+    datasets.Dataset.from_list([{"question": "Q", "answer": "A"}]).save_to_disk(tmp_path / "set")
+    with pytest.raises(
+        ValueError, match=r"has the columns \['question', 'answer'\]; expected `messages` or `conversations`"
+    ):
+        open_source(tmp_path / "set")
+
+
+def test_missing_split_and_folder_without_data(tmp_path):
+    datasets.DatasetDict({"train": dataset()}).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match="has no split 'test'; it has train. Name one: .*set:train"):
+        open_source(f"{tmp_path / 'set'}:test")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty cannot be read as a Hugging Face data set"):
+        open_source(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_hub_that_cannot_be_reached_ends_within_seconds(monkeypatch, offline):
+    """Online it is one request that fails, to an address where nothing listens; no retries."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(
+        huggingface_hub, "HfApi", lambda real=huggingface_hub.HfApi: real(endpoint="http://127.0.0.1:9")
+    )
+    start = time.monotonic()
+    with pytest.raises(
+        ConnectionError, match="no-such-owner/no-such-set cannot be fetched.*local copy.*embedded:train"
+    ):
+        open_source("no-such-owner/no-such-set")
+    assert time.monotonic() - start < 10
+
+
+def test_name_that_the_hub_does_not_know(monkeypatch):
+    import httpx2
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    def unknown(*_, **__):
+        raise RepositoryNotFoundError("404", response=httpx2.Response(404, request=httpx2.Request("GET", "http://hub")))
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unknown)
+    with pytest.raises(ValueError, match="'owner/nmae' is neither a file or folder here nor a public data set"):
+        load_from_hub("owner/nmae", "train", False)
