@@ -1,0 +1,108 @@
+"""A LLaVA with pruning installed, called as its users and trainers call it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import RAGGED, RAGGED_ANSWERS, make_case
+from checks import STATES, assert_equals_naive, assert_same_kept, run, two_stages
+from naive import naive_forward, naive_loss
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_llava
+from torch.nn.functional import cross_entropy
+
+from himap_train import install_pruning, record_pruning, remove_pruning
+from himap_train.models.llava import hidden_states, pruning_of
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_model_call_has_full_length_and_the_loss_of_the_oracle(side: str) -> None:
+    model = tiny_llava()
+    case, plan = make_case(model, RAGGED_ANSWERS, side), two_stages()
+    install_pruning(model, plan)
+    with torch.no_grad():
+        out = model(**case.inputs(labels=True))
+        expected = naive_loss(model, naive_forward(model, plan, **case.naive(labels=True)).hidden, case.labels)
+    assert out.logits.shape[:2] == case.input_ids.shape
+    torch.testing.assert_close(out.loss, expected, **STATES)
+    shifted = cross_entropy(out.logits[:, :-1].flatten(0, 1), case.labels[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, shifted, **STATES)
+
+
+def test_pixels_and_precomputed_features_give_the_same() -> None:
+    model = install_pruning(tiny_llava(), two_stages())
+    case = make_case(model, ["t3 i16 t4", "t9", "t1 i16 t2 i16 t3"], "left")
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        case.features = list(model.get_image_features(pixels).pooler_output)
+        expected = naive_forward(model, two_stages(), **case.naive())
+        plain = {"input_ids": case.input_ids, "attention_mask": case.attention_mask, "pixel_values": pixels}
+        with record_pruning(model) as trace:
+            states = hidden_states(model, **plain)
+        logits = model(**plain).logits
+    assert_same_kept(trace.kept, expected.kept)
+    mask = case.attention_mask.bool()
+    torch.testing.assert_close(states[mask], expected.hidden[mask], **STATES)
+    torch.testing.assert_close(logits[mask], model.lm_head(expected.hidden)[mask], atol=1e-3, rtol=1e-4)
+
+
+def test_train_and_eval_are_the_same_to_the_last_bit() -> None:
+    model = install_pruning(tiny_llava(), two_stages())
+    case = make_case(model, RAGGED_ANSWERS)
+    expected = model.eval()(**case.inputs(labels=True))
+    found = model.train()(**case.inputs(labels=True))
+    assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
+    assert_same_kept(run(model.train(), case, labels=True)[1], run(model.eval(), case, labels=True)[1])
+
+
+def test_pruning_does_not_depend_on_hooks() -> None:
+    model = install_pruning(tiny_llava(), two_stages())
+    case = make_case(model, RAGGED)
+    before, kept_before = run(model, case)
+    for module in model.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        module._backward_hooks.clear()
+    after, kept_after = run(model, case)
+    assert torch.equal(before, after)
+    assert_same_kept(kept_after, kept_before)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_lora_is_in_the_scores(order: str) -> None:
+    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q|k|v|o)_proj", init_lora_weights=False)
+    base, plan = tiny_llava(), two_stages()
+    if order == "before":
+        install_pruning(base, plan)
+    torch.manual_seed(0)
+    model = get_peft_model(base, config).eval()
+    if order == "after":
+        assert install_pruning(model, plan) is model
+    case = make_case(base, RAGGED, "left")
+    with torch.no_grad():
+        expected = naive_forward(base, plan, **case.naive())
+        without = naive_forward(tiny_llava(), plan, **case.naive())
+    states, kept = run(model, case)
+    assert_same_kept(kept, expected.kept)
+    mask = case.attention_mask.bool()
+    torch.testing.assert_close(states[mask], expected.hidden[mask], **STATES)
+    assert any(a.tolist() != b.tolist() for a, b in zip(kept[0], without.kept[0], strict=True))
+    remove_pruning(model)
+    assert pruning_of(model) is None
+
+
+def test_counts_of_the_last_forward() -> None:
+    model = install_pruning(tiny_llava(), two_stages())
+    pruning = pruning_of(model)
+    assert pruning is not None and pruning.last is None and pruning.schedule == two_stages()
+    run(model, make_case(model, RAGGED))
+    assert (pruning_of(model).last.image_tokens, list(pruning_of(model).last.kept)) == (16 + 25 + 7 + 12, [31, 8])
+    run(model, make_case(model, ["t4"]))
+    assert (pruning_of(model).last.image_tokens, list(pruning_of(model).last.kept)) == (0, [0, 0])
+
+
+def test_installing_again_replaces_the_schedule() -> None:
+    model = install_pruning(tiny_llava(), two_stages("last_token", "uniform"))
+    case = make_case(model, RAGGED)
+    run(model, case)
+    assert_equals_naive(model, two_stages(), case)
