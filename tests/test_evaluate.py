@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from PIL import Image
+from recipes_cli import RECIPES, run_recipe, save_tiny
 from tiny import IMAGE_TOKENS, tiny_llava, tiny_processor
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
@@ -275,3 +279,103 @@ def test_presets_fit_any_depth_and_own_schedules_are_taken_as_they_are():
     assert is_preset({"preset": "fastv"})
     assert not is_preset({"stages": []})
     assert not is_preset("own.yaml")
+
+
+# ---- recipes/evaluate.py ----
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Six yes/no questions about two images in LLaVA's format."""
+    folder = tmp_path_factory.mktemp("data")
+    for number in range(2):
+        image(number).save(folder / f"{number}.png")
+    records = []
+    for i in range(6):
+        turns = [
+            {"from": "human", "value": f"<image>\nIs it {i}?"},
+            {"from": "gpt", "value": ("yes", "no")[i // 2 % 2]},
+        ]
+        records.append(
+            {"id": str(i), "image": f"{i % 2}.png", "type": ("random", "popular")[i % 2], "conversations": turns}
+        )
+    (folder / "test.json").write_text(json.dumps(records))
+    return folder / "test.json"
+
+
+def test_the_real_command_line_writes_table_and_predictions(checkpoint, data, tmp_path):
+    output = tmp_path / "results"
+    command = [sys.executable, RECIPES / "evaluate.py", "--checkpoint", checkpoint, "--data", data, "--output", output]
+    command += ["--schedule", "himap", "--metrics", "[pope, exact]", "--max-new-tokens", 3, "--batch-size=4"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "16 -> 8 -> 2" in done.stdout
+    assert "pope_f1_mean_of_splits" in done.stdout
+    found = json.loads((output / "metrics.json").read_text())
+    (row,) = found["rows"]
+    # himap is written for 32 layers, this decoder has 6
+    assert [stage["layer"] for stage in row["schedule"]["stages"]] == [1, 2]
+    assert found["data"] == str(data)
+    assert row["types"].keys() == {"random", "popular"}
+    assert row["figures"]["pope_accuracy"] == pytest.approx(row["overall"]["score"])
+    answers = [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    assert [answer["id"] for answer in answers] == [str(i) for i in range(6)]
+    assert answers[0]["prompt"] == "Is it 0?"
+    assert sum(answer["score"] for answer in answers) / 6 == pytest.approx(row["overall"]["score"])
+
+
+def test_results_are_not_overwritten_unless_asked(checkpoint, data, tmp_path, capsys):
+    options = ["--checkpoint", checkpoint, "--data", data, "--limit", 2, "--max-new-tokens", 2, "--output", tmp_path]
+    assert run_recipe("evaluate", *options) == 0
+    before = (tmp_path / "metrics.json").read_bytes()
+    assert run_recipe("evaluate", *options, "--limit", 4) == 2
+    assert "already holds results" in capsys.readouterr().err
+    assert (tmp_path / "metrics.json").read_bytes() == before
+    assert run_recipe("evaluate", *options, "--limit", 4, "--overwrite", "true") == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["rows"][0]["overall"]["count"] == 4
+
+
+def test_a_schedule_from_a_file_is_the_same_as_inline(checkpoint, data, tmp_path):
+    (tmp_path / "pruning.yaml").write_text(yaml.safe_dump(SCHEDULE.to_dict()))
+    options = ["--checkpoint", checkpoint, "--data", data, "--max-new-tokens", 2]
+    assert run_recipe("evaluate", *options, "--schedule", tmp_path / "pruning.yaml", "--output", tmp_path / "file") == 0
+    inline = json.dumps(SCHEDULE.to_dict())
+    assert run_recipe("evaluate", *options, "--schedule", inline, "--output", tmp_path / "inline") == 0
+    first, second = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("file", "inline"))
+    assert first == second
+    rows = [json.loads((tmp_path / name / "metrics.json").read_text())["rows"][0] for name in ("file", "inline")]
+    assert rows[0]["schedule"] == rows[1]["schedule"] == SCHEDULE.to_dict()
+    assert rows[0]["kept"] == rows[1]["kept"] == [8.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--metrics", "[exakt]"], "unknown metric"),
+        (["--metrics", "[mme]", "--data", "embedded:test", "--limit", "3"], "is neither yes nor no"),
+        (["--schedule", "fastvv"], "did you mean 'fastv'"),
+        (["--schedule", '{"stages": [{"layer": 2, "criterion": "image", "keep_rate": 0.5}]}'], "'keep_rate'"),
+        (["--data", "no/such.json"], "no/such.json does not exist"),
+        (["--data", "embedded:tset"], "tset"),
+        (["--image-folder", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_evaluate_explains_mistakes_without_a_traceback(options, message, checkpoint, data, capsys):
+    given = options if "--data" in options else ["--data", data, *options]
+    assert run_recipe("evaluate", "--checkpoint", checkpoint, "--max-new-tokens", 2, *given) == 2
+    shown = capsys.readouterr().err
+    assert "error: " in shown
+    assert message in shown
+    assert "Traceback" not in shown
+
+
+def test_an_unknown_option_names_the_nearest(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_recipe("evaluate", "--shcedule", "himap")
+    assert ended.value.code == 2
+    assert "--schedule" in capsys.readouterr().err

@@ -44,7 +44,7 @@ def print_table(rows: Sequence[Row], title: str | None = None) -> None:
     header, *lines = zip(*_cells(rows), strict=True)
     table = Table(title=title)
     for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
+        table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
     for line in lines:
         table.add_row(*line)
     Console().print(table)

@@ -91,8 +91,8 @@ class MME(SampleMetric):
 
     def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
         """1.0 if right."""
-        said = mme_answer(prediction)
-        return (float(said != "other" and float(said == "yes") == _truth(answers)),)
+        said, true = mme_answer(prediction), _truth(answers)
+        return (float(said == ("yes" if true else "no")),)
 
     def figures(self, rows: Rows) -> dict[str, float]:
         """Accuracy over all, acc, acc+ and their sum per category, and the sums of the perception and cognition

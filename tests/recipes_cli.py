@@ -1,0 +1,28 @@
+"""The recipes' command lines inside the test process: importing torch anew for each would take most of the time."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from tiny import tiny_llava, tiny_processor
+
+from himap_train.evaluation.command_line import run_command
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+def run_recipe(name: str, *argv: object) -> int:
+    """What `python recipes/<name>.py <argv>` runs; its exit status."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # jsonargparse looks type hints up there
+    spec.loader.exec_module(module)
+    return run_command(module.main, [str(argument) for argument in argv])
+
+
+def save_tiny(folder: Path) -> Path:
+    """A stock checkpoint of the tiny LLaVA."""
+    tiny_llava().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
