@@ -11,8 +11,8 @@ never shown to transformers' mask functions, which would read them as packed seq
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,43 +23,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 
 from himap_train.models.attention import ScoreCollector
-from himap_train.models.cache import check_cache, mark_stage, stage_of
+from himap_train.models.cache import mark_stage, stage_of
+from himap_train.models.inputs import check_image_mask, check_inputs
+from himap_train.models.installed import InstalledPruning, PruneCounts
 from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
-from himap_train.pruning.schedule import PruningSchedule, PruningStage
+from himap_train.pruning.schedule import PruningStage
 from himap_train.pruning.scoring import ranking_rows, scores_without_attention
 from himap_train.pruning.selection import compact, gather_tokens, keep_counts, scatter_back, select
 
 DECODERS: tuple[type[nn.Module], ...] = (LlamaModel, MistralModel, Qwen2Model)
-
-
-@dataclass
-class PruneCounts:
-    """Image tokens of one forward pass, summed over the batch: all of them, and those left after each stage."""
-
-    image_tokens: int
-    kept: list[int]
-
-
-@dataclass
-class PruningTrace:
-    """What the last prefill or training forward kept.
-
-    Attributes:
-        kept: Per stage a list with, per batch row, an ascending 1-D LongTensor of the columns of the batch as passed in
-            that stay: all token kinds, no padding.
-    """
-
-    kept: list[list[Tensor]] = field(default_factory=list)
-
-
-@dataclass
-class InstalledPruning:
-    """What `install_pruning` leaves on a text decoder. Written by a forward pass, read by nothing in its backward."""
-
-    schedule: PruningSchedule
-    stock_attention: str
-    last: PruneCounts | None = None
-    traces: list[PruningTrace] = field(default_factory=list)
 
 
 @dataclass
@@ -72,7 +44,7 @@ class _Tokens:
     positions: Tensor | None
 
 
-@merge_with_config_defaults
+@merge_with_config_defaults  # type: ignore[untyped-decorator]
 def pruned_forward(
     self: Any,
     input_ids: Tensor | None = None,
@@ -124,10 +96,10 @@ def pruned_forward(
     if use_cache and past_key_values is None:
         past_key_values = DynamicCache(config=self.config)
     cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-    _check_inputs(self, attention_mask, past_key_values, cached + inputs_embeds.shape[1], kwargs)
+    check_inputs(self, attention_mask, past_key_values, cached + inputs_embeds.shape[1], kwargs)
     if position_ids is None:
         position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + cached
-    mask = create_causal_mask(self.config, inputs_embeds, attention_mask, past_key_values, position_ids)
+    mask = _causal_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids)
     rotary = self.rotary_emb(inputs_embeds, position_ids=position_ids)
     tokens = _Tokens(inputs_embeds, rotary, mask, position_ids)
     states: list[Tensor] | None = [] if kwargs.pop("output_hidden_states", False) else None
@@ -135,7 +107,9 @@ def pruned_forward(
     if cached:
         hidden = _decode(self, tokens, attention_mask, image_token_mask, states, call)
     else:
-        layout, counts = build_layout(_image_mask(image_token_mask, inputs_embeds), attention_mask, supervised_mask)
+        layout, counts = build_layout(
+            check_image_mask(image_token_mask, inputs_embeds), attention_mask, supervised_mask
+        )
         hidden = _prefill(self, tokens, layout, counts, states, call)
     return BaseModelOutputWithPast(
         last_hidden_state=hidden,
@@ -157,7 +131,7 @@ def _prefill(
     stages = {stage.layer: stage for stage in pruning.schedule.stages}
     length = tokens.hidden.shape[1]
     seen, layouts = PruneCounts(int(counts.image.sum()), []), []
-    start = _first_positions(tokens, layout) if pruning.schedule.positions == "renumber" else None
+    start = _first_positions(tokens.positions, layout) if pruning.schedule.positions == "renumber" else None
     collector: ScoreCollector | None = None
     for number, layer in enumerate(decoder.layers):
         if stage := stages.get(number):
@@ -212,7 +186,7 @@ def _remove(
         rotary = decoder.rotary_emb(hidden, position_ids=start + torch.arange(longest, device=device))
     else:
         rotary = (gather_tokens(tokens.rotary[0], index), gather_tokens(tokens.rotary[1], index))
-    mask = create_causal_mask(decoder.config, hidden, None, cache, None, layer_idx=number)
+    mask = _causal_mask(decoder, hidden, None, cache, layer=number)
     if cache is not None:
         dropped = (counts.image - counts.current).sum(1).to(device, non_blocking=True)
         slots = None if int(lengths.min()) == longest else valid
@@ -220,10 +194,10 @@ def _remove(
     return _Tokens(hidden, rotary, mask, None), layout
 
 
-def _first_positions(tokens: _Tokens, layout: TokenLayout) -> Tensor:
+def _first_positions(positions: Any, layout: TokenLayout) -> Tensor:
     """Position number of each row's first real token: (B, 1)."""
     first = layout.valid.long().argmax(1, keepdim=True)
-    return tokens.positions.expand(first.shape[0], -1).gather(1, first)
+    return positions.expand(first.shape[0], -1).gather(1, first)
 
 
 def _decode(
@@ -241,12 +215,12 @@ def _decode(
             "there are image tokens behind a filled KV cache; tokens are chosen once, in the prefill: "
             "pass the whole conversation without past_key_values"
         )
-    cache, positions = call["past_key_values"], tokens.positions
+    cache, positions = call["past_key_values"], cast(Tensor, tokens.positions)
     new_slots = None if attention_mask is None else attention_mask[:, -new:].bool()
     for number, layer in enumerate(decoder.layers):
         if stage := stage_of(cache, number):
             slots = stage.append(new_slots, new, batch)
-            tokens.mask = create_causal_mask(decoder.config, tokens.hidden, slots, cache, None, layer_idx=number)
+            tokens.mask = _causal_mask(decoder, tokens.hidden, slots, cache, layer=number)
             tokens.positions = None
             if stage.renumber:
                 shifted = positions - stage.dropped.unsqueeze(1)
@@ -257,6 +231,18 @@ def _decode(
     return decoder.norm(tokens.hidden)
 
 
+def _causal_mask(
+    decoder: Any,
+    hidden: Tensor,
+    attention_mask: Tensor | None,
+    cache: Cache | None,
+    positions: Tensor | None = None,
+    layer: int | None = None,
+) -> Tensor | None:
+    """In the form that the attention implementation takes; None where a causal kernel needs none."""
+    return create_causal_mask(decoder.config, hidden, attention_mask, cache, positions, layer_idx=layer)  # type: ignore[return-value]
+
+
 def _run(layer: nn.Module, tokens: _Tokens, call: dict[str, Any]) -> Tensor:
     return layer(
         tokens.hidden,
@@ -265,39 +251,3 @@ def _run(layer: nn.Module, tokens: _Tokens, call: dict[str, Any]) -> Tensor:
         position_ids=tokens.positions,
         **call,
     )
-
-
-def _image_mask(image_token_mask: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-    if image_token_mask is None:
-        raise ValueError(
-            "the decoder is pruned but was not told where the image tokens are; call the LlavaForConditionalGeneration "
-            "with input_ids, or pass image_token_mask (B, S) with inputs_embeds"
-        )
-    if image_token_mask.shape != inputs_embeds.shape[:2]:
-        raise ValueError(
-            f"image_token_mask has shape {tuple(image_token_mask.shape)}, the batch {tuple(inputs_embeds.shape[:2])}; "
-            "pass one entry per token"
-        )
-    return image_token_mask.to(inputs_embeds.device)
-
-
-def _check_inputs(
-    decoder: Any, attention_mask: Any, cache: Cache | None, total_length: int, kwargs: dict[str, Any]
-) -> None:
-    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
-        raise ValueError("a pruned decoder builds its own masks: pass attention_mask as (batch, length), 0 at padding")
-    if kwargs.pop("output_attentions", False):
-        raise ValueError("output_attentions is not available under pruning: the layers have different lengths")
-    if attention_mask is not None and attention_mask.shape[1] != total_length:
-        raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} columns, cache and new tokens make {total_length}; while "
-            "training with gradient checkpointing nothing is cached: call model.eval() before generate()"
-        )
-    if cache is not None:
-        check_cache(cache)
-    window = getattr(decoder.config, "sliding_window", None)
-    if window is not None and total_length > window:
-        raise ValueError(
-            f"the sequence has {total_length} tokens, more than the decoder's sliding window of {window}; "
-            "a window over pruned tokens is not defined: shorten the sequence"
-        )

@@ -15,11 +15,13 @@ from types import MethodType
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from himap_train.models.attention import register_attention
-from himap_train.models.decoder import DECODERS, InstalledPruning, PruningTrace, pruned_forward
+from himap_train.models.decoder import DECODERS, pruned_forward
+from himap_train.models.installed import InstalledPruning, PruningTrace
 from himap_train.models.loading import load_llava
 from himap_train.pruning.schedule import PruningSchedule
 
@@ -41,7 +43,7 @@ def base_llava(model: nn.Module) -> LlavaForConditionalGeneration:
     Raises:
         TypeError: If there is none.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, LlavaForConditionalGeneration):
         raise TypeError(
             f"expected a LlavaForConditionalGeneration (or a PeftModel around one), got {type(base).__name__}"
@@ -151,7 +153,7 @@ def _text_embeddings(base: LlavaForConditionalGeneration, input_ids: Tensor) -> 
     In training every rank must call the same modules and give every parameter a gradient, or ZeRO-3 hangs and DDP
     stops.
     """
-    vision = base.config.vision_config
+    vision: Any = base.config.vision_config
     embeddings = base.get_input_embeddings()(input_ids)
     blank = embeddings.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
     features = base.model.get_image_features(pixel_values=blank.to(base.model.vision_tower.dtype)).pooler_output

@@ -55,8 +55,9 @@ def load_processor(folder: str | Path, config: LlavaConfig) -> LlavaProcessor:
             f"{folder} has no usable processor ({error}); copy processor_config.json, tokenizer.json and "
             "chat_template.jinja of the original checkpoint into it"
         ) from error
+    vision: Any = config.vision_config
     defaults: dict[str, Any] = {
-        "patch_size": config.vision_config.patch_size,
+        "patch_size": vision.patch_size,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "num_additional_image_tokens": 1,  # CLIP's class token
     }

@@ -1,0 +1,39 @@
+"""What `install_pruning` leaves on a text decoder, and what a forward pass reports there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from himap_train.pruning.schedule import PruningSchedule
+
+
+@dataclass
+class PruneCounts:
+    """Image tokens of one forward pass, summed over the batch: all of them, and those left after each stage."""
+
+    image_tokens: int
+    kept: list[int]
+
+
+@dataclass
+class PruningTrace:
+    """What the last prefill or training forward kept.
+
+    Attributes:
+        kept: Per stage a list with, per batch row, an ascending 1-D LongTensor of the columns of the batch as passed in
+            that stay: all token kinds, no padding.
+    """
+
+    kept: list[list[Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class InstalledPruning:
+    """What `install_pruning` leaves on a text decoder. Written by a forward pass, read by nothing in its backward."""
+
+    schedule: PruningSchedule
+    stock_attention: str
+    last: PruneCounts | None = None
+    traces: list[PruningTrace] = field(default_factory=list)
