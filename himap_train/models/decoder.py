@@ -96,7 +96,7 @@ def pruned_forward(
     if use_cache and past_key_values is None:
         past_key_values = DynamicCache(config=self.config)
     cached = 0 if past_key_values is None else past_key_values.get_seq_length()
-    check_inputs(self, attention_mask, past_key_values, cached + inputs_embeds.shape[1], kwargs)
+    check_inputs(self, attention_mask, position_ids, past_key_values, cached + inputs_embeds.shape[1], kwargs)
     if position_ids is None:
         position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0) + cached
     mask = _causal_mask(self, inputs_embeds, attention_mask, past_key_values, position_ids)

@@ -30,13 +30,19 @@ def check_image_mask(image_token_mask: Tensor | None, inputs_embeds: Tensor) -> 
 
 
 def check_inputs(
-    decoder: Any, attention_mask: Any, cache: Cache | None, total_length: int, kwargs: dict[str, Any]
+    decoder: Any,
+    attention_mask: Any,
+    position_ids: Tensor | None,
+    cache: Cache | None,
+    total_length: int,
+    kwargs: dict[str, Any],
 ) -> None:
     """Refuse what would be computed wrongly; takes the options out of `kwargs` that it has dealt with.
 
     Args:
         decoder: The text decoder.
         attention_mask: As the caller passed it.
+        position_ids: As the caller passed it.
         cache: As the caller passed it.
         total_length: Cached and new tokens of a row, as the caller counts them.
         kwargs: The caller's further options.
@@ -53,6 +59,10 @@ def check_inputs(
             f"attention_mask has {attention_mask.shape[1]} columns, cache and new tokens make {total_length}; while "
             "training with gradient checkpointing nothing is cached: call model.eval() before generate()"
         )
+    if position_ids is not None and attention_mask is None and cache is None:
+        # transformers reads such numbers as several sequences packed into one row wherever they do not rise by one.
+        if bool((position_ids.diff(dim=1) != 1).any()):
+            raise ValueError("packed rows (position_ids that start again) cannot be pruned: pass one sequence per row")
     if cache is not None:
         check_cache(cache)
     window = getattr(decoder.config, "sliding_window", None)
