@@ -7,6 +7,7 @@ and the processor. A *merged* model is a stock Hugging Face LLaVA folder whose `
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Mapping
 from enum import Enum
@@ -64,7 +65,10 @@ def save_adapter(
     """
     config = model.peft_config["default"]
     config.base_model_name_or_path = base = _portable(str(config.base_model_name_or_path))
-    state = {name: tensor.detach().cpu() for name, tensor in get_peft_model_state_dict(model).items()}
+    state = {
+        name: tensor.detach().cpu()
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     if empty:
         raise ValueError(
@@ -113,18 +117,18 @@ def load_checkpoint(
         ValueError: Keys of the adapter are missing, renamed or empty.
     """
     folder = Path(path)
-    if (folder / "adapter" / "adapter_config.json").is_file():
-        folder = folder / "adapter"
     if folder.is_file():
         raise ValueError(
             f"{folder} is a training checkpoint; give the run's `adapter` folder, or resume training from it"
         )
-    if not (folder / "adapter_config.json").is_file():
+    adapter = _adapter_folder(folder)
+    if adapter is None:
         model, processor = load_llava(str(path), dtype=dtype, attn_implementation=attn_implementation)
         saved = PruningSchedule.from_dict(getattr(model.config, "himap", None) or {})
         return install_pruning(
             model, saved if isinstance(schedule, _Saved) else schedule or PruningSchedule()
         ), processor
+    folder = adapter
     base = base or str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
     try:
         model, processor = load_llava(base, dtype=dtype, attn_implementation=attn_implementation)
@@ -141,6 +145,18 @@ def load_checkpoint(
     return peft_model.eval(), processor
 
 
+def _adapter_folder(path: Path) -> Path | None:
+    """`path` itself or the adapter of the run in it; None where there is none."""
+    return next((folder for folder in (path, path / "adapter") if (folder / "adapter_config.json").is_file()), None)
+
+
+def _empty(folder: Path) -> Path:
+    """`folder`, if nothing is in it."""
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty; choose another folder or remove it")
+    return folder
+
+
 def _check_adapter(model: PeftModel, folder: Path) -> None:
     """Every key of the file is in the model and the other way round, and the adapter does something.
 
@@ -153,7 +169,7 @@ def _check_adapter(model: PeftModel, folder: Path) -> None:
     with safe_open(str(file), framework="pt") as weights:
         names = set(weights.keys())
         empty = [name for name in names if 0 in weights.get_slice(name).get_shape()]
-    expected = get_peft_model_state_dict(model)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     missing, unknown = sorted(set(expected) - names), sorted(names - set(expected))
     if missing or unknown or empty:
         raise ValueError(
@@ -165,6 +181,21 @@ def _check_adapter(model: PeftModel, folder: Path) -> None:
         warnings.warn(f"{folder}: every lora_B is zero, the adapter changes nothing (was it trained?)", stacklevel=3)
 
 
+def copy_adapter(path: Path | str, folder: Path | str) -> Path:
+    """Copy the adapter of a run, with its schedule and processor, to a folder of its own.
+
+    Raises:
+        FileNotFoundError: `path` has no adapter.
+        FileExistsError: `folder` is there and not empty.
+    """
+    source = _adapter_folder(Path(path))
+    if source is None:
+        raise FileNotFoundError(f"{path} has no adapter (no adapter_config.json)")
+    with atomic_folder(_empty(Path(folder))) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+    return Path(folder)
+
+
 def export_merged(path: Path | str, folder: Path | str, *, base: str | None = None) -> Path:
     """Merge an adapter into its base model and write a stock Hugging Face folder.
 
@@ -173,9 +204,7 @@ def export_merged(path: Path | str, folder: Path | str, *, base: str | None = No
     Raises:
         FileExistsError: `folder` is there and not empty.
     """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; choose another folder or remove it")
+    folder = _empty(Path(folder))
     model, processor = load_checkpoint(path, base=base)
     installed = pruning_of(model)
     schedule = installed.schedule if installed else PruningSchedule()

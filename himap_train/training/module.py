@@ -9,7 +9,6 @@ a batch of one-word answers weighs as much as a batch of essays.
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import LlavaProcessor
 
 from himap_train.checkpoint import read_schedule
+from himap_train.evaluation.schedule_argument import fit_preset, is_preset
 from himap_train.models.llava import base_llava, hidden_states, install_pruning, pruning_of
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
@@ -35,7 +35,8 @@ class LlavaFineTuner(LightningModule):
 
     Args:
         path: The model: a local folder or hub id in the Hugging Face layout, or "embedded".
-        schedule: A preset's name, the stages as a mapping, a `pruning.yaml`, or null for dense.
+        schedule: A preset's name (at the same relative depth in a decoder that is too short for it), the stages as a
+            mapping, a `pruning.yaml`, or null for dense.
         lora_r: Rank of LoRA.
         lora_alpha: LoRA's update is scaled by `lora_alpha / lora_r`.
         lora_dropout: Dropout on the input of each LoRA branch.
@@ -75,6 +76,7 @@ class LlavaFineTuner(LightningModule):
         self.strict_loading = False  # checkpoints hold trained weights only; on_load_checkpoint checks those
         self.path = path
         self.schedule = read_schedule(schedule)
+        self._preset = is_preset(schedule)
         self._attach = partial(
             attach_lora, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets, projector=projector
         )
@@ -107,6 +109,8 @@ class LlavaFineTuner(LightningModule):
         if self.gradient_checkpointing:
             decoder = base_llava(self.llava).model.language_model
             decoder.activation_checkpointing_enable({"use_reentrant": False})
+        if self._preset:  # written for 32 layers
+            self.schedule = fit_preset(self.schedule, base_llava(self.llava).config.text_config.num_hidden_layers)
         install_pruning(self.llava, self.schedule)
         self.train()
 
@@ -215,7 +219,3 @@ class LlavaFineTuner(LightningModule):
                 f"the checkpoint does not fit this model: {len(missing)} trained weights are missing from it "
                 f"{missing[:3]}, {len(extra)} are unknown {extra[:3]}; use the config that it was trained with"
             )
-
-    def run_facts(self) -> dict[str, Any]:
-        """What a run folder records about the model."""
-        return {"path": str(Path(self.path)), "schedule": self.schedule.to_dict()}

@@ -1,0 +1,171 @@
+"""The command line of `finetune.py`: Lightning's CLI without subcommands; signatures are the schema of the YAML.
+
+Three things differ from `LightningCLI`. A checkpoint never changes the config: Lightning would merge the
+hyperparameters stored in it over what the user wrote. A run writes into one folder of its own. An unknown key names the
+nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from transformers import AutoConfig, LlavaProcessor
+from transformers.utils import logging as transformers_logging
+
+from himap_train.data.module import LlavaDataModule
+from himap_train.models.loading import load_processor, resolve_model
+from himap_train.training.accuracy import EvaluationSettings, GenerationAccuracy
+from himap_train.training.interrupt import SaveOnInterrupt
+from himap_train.training.module import LlavaFineTuner
+from himap_train.training.progress import ProgressLines, Throughput
+from himap_train.training.rehearsal import rehearsal_folder, rehearse
+from himap_train.training.run_folder import claim_folder
+from himap_train.training.saving import AtomicCheckpointIO, RememberConfig, last_and_best, refuse_other_config
+from himap_train.training.seeding import StepSeeds
+
+TRAINER_DEFAULTS = {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "enable_model_summary": False}
+_NOT_IN_CONFIG = ("config", "resume", "ckpt_path", "rehearse")
+
+
+class SuggestingParser(LightningArgumentParser):
+    """Names the nearest valid key where an unknown one is given."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with status 2 and the message."""
+        unknown = re.search(r"'([\w.]+)'|--([\w.-]+)", message)
+        if unknown and re.search(r"not (expected|accepted)|nrecognized|does not accept|no action for", message, re.I):
+            wanted = (unknown[1] or unknown[2]).replace("-", "_")
+            near = difflib.get_close_matches(wanted, self._keys(), n=1, cutoff=0.5)
+            message += f"\nDid you mean {near[0]!r}?" if near else ""
+        super().error(message, ex)
+
+    def _keys(self) -> list[str]:
+        return [key for action in self._actions for key in [action.dest] if key not in ("help", "print_config")]
+
+
+def _quiet_libraries() -> None:
+    """No advertisements, no bars in log files, no warnings about what is meant as it is."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # the frozen vision tower
+    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing. is deprecated")  # PEFT asks for it
+    warnings.filterwarnings("ignore", message=r".*does not have many workers")
+    warnings.filterwarnings("ignore", message=r".*LeafSpec")
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+class FinetuneCLI(LightningCLI):
+    """Builds `model`, `datamodule` and `trainer` from YAML files and options.
+
+    Args:
+        args: The command line; None for that of this process.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        _quiet_libraries()
+        self.command = ["python", *sys.argv] if args is None else ["python", "recipes/finetune.py", *args]
+        super().__init__(
+            LlavaFineTuner,
+            LlavaDataModule,
+            save_config_callback=None,  # see run_folder.record_run
+            seed_everything_default=0,
+            parser_class=SuggestingParser,
+            trainer_defaults=TRAINER_DEFAULTS,
+            args=None if args is None else list(args),
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What belongs to neither model, data nor trainer."""
+        parser.add_argument("--output", type=str, default="runs/finetune", help="folder of this run")
+        parser.add_argument(
+            "--keep", type=Literal["last", "best"], default="last", help="which weights become the adapter"
+        )
+        parser.add_argument("--save_every", type=int | None, default=None, help="optimizer steps between saves")
+        parser.add_class_arguments(EvaluationSettings, "evaluation")
+        parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help="go on from this checkpoint")
+        parser.add_argument(
+            "--rehearse", action="store_true", help="run everything once, small, on the embedded model and data"
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        if self.config.rehearse:
+            rehearse(self.config)
+        self.output = Path(self.config.output)
+        self.checkpoints = self.output / "checkpoints"
+        self.resume_from = Path(self.config.ckpt_path) if self.config.ckpt_path else None
+        if self.config.resume and self.resume_from is None:
+            self.resume_from = self.checkpoints / "last.ckpt"
+        if self.resume_from is not None:
+            refuse_other_config(self.resume_from, self.resolved_config())
+        if self.config.rehearse:
+            rehearsal_folder(self.output)
+        claim_folder(self.output, resuming=self.resume_from is not None)
+
+    def resolved_config(self) -> dict[str, Any]:
+        """The whole config as plain values, without what belongs to this one call."""
+        text = self.parser.dump(self.config, skip_none=False, format="yaml")
+        return {key: value for key, value in yaml.safe_load(text).items() if key not in _NOT_IN_CONFIG}
+
+    def instantiate_classes(self) -> None:
+        """The model knows its trainer at once: the precision of its weights depends on it."""
+        super().instantiate_classes()
+        self.settings: EvaluationSettings = self.config_init.evaluation
+        self.model.trainer = self.trainer
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """With the callbacks, loggers and checkpoint writer that every run has."""
+        given: dict[str, Any] = dict(self._get(self.config_init, "trainer", default={}))
+        settings: EvaluationSettings = self._get(self.config_init, "evaluation")
+        generates = settings.during > 0 and self.config.data.validation is not None
+        callbacks: list[Any] = [
+            *(given.pop("callbacks", None) or []),
+            StepSeeds(int(self.config.seed_everything)),
+            Throughput(),
+            LearningRateMonitor("step"),
+            *([GenerationAccuracy(settings)] if generates else []),
+            *([] if sys.stderr.isatty() else [ProgressLines()]),
+            RememberConfig(self.resolved_config()),
+            SaveOnInterrupt(self.checkpoints / "last.ckpt", self._how_to_resume()),
+            *last_and_best(
+                self.checkpoints,
+                self.config.save_every,
+                *(("val/accuracy", "max") if generates else ("val/loss", "min")),
+            ),
+        ]
+        if given.get("logger") is None:
+            given["logger"] = [
+                CSVLogger(self.output, name="logs"),  # a new version_N each time: it deletes a file that is there
+                TensorBoardLogger(self.output, name="logs", version="tensorboard"),
+            ]
+        if not sys.stderr.isatty():
+            given["enable_progress_bar"] = False
+        given["plugins"] = [*(given.pop("plugins", None) or []), AtomicCheckpointIO()]
+        given["default_root_dir"] = str(self.output)
+        return Trainer(**{**given, **kwargs, "callbacks": callbacks})
+
+    def load_processor(self) -> LlavaProcessor:
+        """The processor alone, for the data check; the weights come later."""
+        folder = resolve_model(self.model.path)
+        return load_processor(folder, AutoConfig.from_pretrained(folder))
+
+    def _how_to_resume(self) -> str:
+        return shlex.join([*(part for part in self.command if part != "--resume"), "--resume"])

@@ -1,0 +1,69 @@
+"""What a run shows while it trains: loss, speed, image tokens kept."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from himap_train.models.llava import pruning_of
+
+
+def step_ended(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether the optimizer has stepped after this micro-batch."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def logs_now(trainer: Any, batch_idx: int) -> bool:
+    """Whether Lightning hands its metrics to the loggers after this micro-batch."""
+    return step_ended(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0
+
+
+class Throughput(Callback):
+    """Logs `tokens/s` (image tokens as loaded, padding left out) and `image tokens kept`, the fraction behind the last
+    stage.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._tokens: Any = 0  # a tensor on the device: adding up there waits for nothing
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock; a validation in between has stopped it."""
+        if self._since is None:
+            self._since, self._tokens = time.perf_counter(), 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Read the clock where the loggers are fed, so that the GPU is not waited for more often than anyway."""
+        self._tokens = self._tokens + batch["attention_mask"].sum()
+        pruning = pruning_of(pl_module.peft_model)
+        counts = pruning.last if pruning else None
+        if counts and counts.kept and counts.image_tokens and batch["pixel_values"] is not None:
+            pl_module.log("image tokens kept", counts.kept[-1] / counts.image_tokens, prog_bar=True)
+        if self._since is not None and logs_now(trainer, batch_idx):
+            seconds = max(time.perf_counter() - self._since, 1e-9)
+            pl_module.log("tokens/s", float(self._tokens) * trainer.world_size / seconds, prog_bar=True)
+            self._since = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._since = None
+
+
+class ProgressLines(Callback):
+    """One line each time the loggers are fed, where there is no terminal to draw a bar on."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Print step, loss, learning rate and speed."""
+        if trainer.is_global_zero and logs_now(trainer, batch_idx):
+            shown = [f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()]
+            print(f"step {trainer.global_step} of {trainer.estimated_stepping_batches}: {', '.join(shown)}", flush=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the validation's metrics."""
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            print(f"validation at step {trainer.global_step}: {found}", flush=True)

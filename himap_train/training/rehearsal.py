@@ -1,0 +1,74 @@
+"""`--rehearse`: any config, end to end, in about a minute on the embedded model and its data.
+
+Only what decides size is replaced; targets, projector mode, rates, criteria, checkpointing, metrics stay as the config
+has them, so that a mistake in one of them shows before a GPU is rented.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from transformers import AutoConfig
+
+from himap_train.checkpoint import read_schedule
+from himap_train.models.loading import EMBEDDED, resolve_model
+
+_MARK = "REHEARSAL"
+STEPS = 4
+
+
+def rehearse(config: Namespace) -> None:
+    """Replace model, data and sizes of a parsed config in place."""
+    if config.model.path != EMBEDDED:
+        layers = AutoConfig.from_pretrained(resolve_model(EMBEDDED)).text_config.num_hidden_layers
+        for group in (config.model, config.evaluation):
+            if group.schedule is not None:
+                group.schedule = read_schedule(group.schedule).scaled_to(layers).to_dict()
+    config.model.path = EMBEDDED
+    config.output = f"{config.output.rstrip('/')}-rehearsal"
+    _small_data(config.data)
+    _short_training(config.trainer)
+    config.save_every = None if config.save_every is None else 2
+    config.evaluation.limit = 24
+    config.evaluation.during = min(config.evaluation.during, 8)
+
+
+def _small_data(data: Any) -> None:
+    data.train = "embedded:train"
+    data.validation = None if data.validation is None else "embedded:validation"
+    data.test = None if data.test is None else "embedded:test"
+    data.image_folder = None
+    data.batch_size = min(data.batch_size, 2)
+    data.eval_batch_size = 4
+    data.num_workers = min(data.num_workers, 1)
+    data.train_limit, data.validation_limit, data.test_limit = 64, 8, 24
+    data.streaming = False
+
+
+def _short_training(trainer: Any) -> None:
+    trainer.max_steps, trainer.max_epochs, trainer.max_time = STEPS, None, None
+    trainer.accumulate_grad_batches = min(trainer.accumulate_grad_batches, 2)
+    trainer.val_check_interval = 2 * trainer.accumulate_grad_batches
+    trainer.check_val_every_n_epoch = None
+    trainer.limit_val_batches = 2
+    trainer.log_every_n_steps = 1
+    trainer.devices, trainer.num_nodes = 1, 1
+    if not torch.cuda.is_available():
+        trainer.accelerator, trainer.strategy, trainer.precision = "cpu", "auto", "32-true"
+
+
+def rehearsal_folder(folder: Path) -> None:
+    """Take the place of an earlier rehearsal, and of nothing else.
+
+    Raises:
+        FileExistsError: The folder holds something else.
+    """
+    if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).exists():
+        raise FileExistsError(f"{folder} is in the way of the rehearsal and was not made by one; move it")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / _MARK).write_text("Made by finetune.py --rehearse; the next rehearsal replaces this folder.\n", "utf-8")

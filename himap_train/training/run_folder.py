@@ -1,0 +1,55 @@
+"""The folder of a run: what it holds, and that two runs never share one.
+
+config.yaml (resolved), versions.json, pruning.yaml, checkpoints/, logs/, adapter/, metrics.json, table.md,
+accuracy.png.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.storage import atomic_file
+
+CONFIG, VERSIONS, SCHEDULE = "config.yaml", "versions.json", "pruning.yaml"
+_PACKAGES = ("himap-train", "torch", "transformers", "peft", "lightning", "tokenizers", "datasets", "numpy", "pillow")
+
+
+def claim_folder(folder: Path, resuming: bool) -> None:
+    """Make a run folder.
+
+    Raises:
+        FileExistsError: It holds a run and this is not its continuation.
+    """
+    if (folder / CONFIG).exists() and not resuming:
+        raise FileExistsError(
+            f"{folder} already holds a run. Go on with it by adding --resume, or choose another --output, or remove it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def record_run(folder: Path, config: Mapping[str, Any], schedule: PruningSchedule) -> None:
+    """Write what is needed to repeat the run: config, schedule, package versions."""
+    for name, content in ((CONFIG, dict(config)), (SCHEDULE, schedule.to_dict())):
+        with atomic_file(folder / name) as file:
+            file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    with atomic_file(folder / VERSIONS) as file:
+        file.write_text(json.dumps(package_versions(), indent=2) + "\n", encoding="utf-8")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,116 @@
+"""Training checkpoints: written atomically, the last and the best, and what a resumed run must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from himap_train.storage import atomic_file, disk_full_message
+
+CONFIG_KEY = "himap_config"
+MAY_DIFFER = (
+    # where it runs and what it shows, not what it computes
+    "output",
+    "evaluation",
+    "keep",
+    "data.num_workers",
+    "data.eval_batch_size",
+    "data.validation",
+    "data.test",
+    "data.validation_limit",
+    "data.test_limit",
+    "data.max_skipped",
+    "trainer",
+)
+BUT_NOT = ("trainer.precision", "trainer.accumulate_grad_batches", "trainer.gradient_clip_val")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the old checkpoint and then moves the new one over it; reads weights and plain values only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write one file.
+
+        Raises:
+            OSError: It could not be written; names the checkpoint that is still good.
+        """
+        target = Path(path)
+        try:
+            with atomic_file(target) as temporary:
+                torch.save(checkpoint, temporary)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            good = sorted(target.parent.glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+            reason = error if isinstance(error, OSError) else OSError(str(error).splitlines()[0])
+            raise OSError(disk_full_message(reason, target, good[-1] if good else None)) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
+        """Read one file, never code from it."""
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+def last_and_best(folder: Path, every_n_steps: int | None, monitor: str, mode: str) -> list[Callback]:
+    """`last.ckpt` at each validation (and every so many optimizer steps), `best.ckpt` by a validation metric."""
+    common: dict[str, Any] = {"dirpath": folder, "save_top_k": 1, "enable_version_counter": False}
+    callbacks: list[Callback] = [
+        ModelCheckpoint(filename="best", monitor=monitor, mode=mode, save_on_train_epoch_end=False, **common),
+        ModelCheckpoint(filename="last", save_on_train_epoch_end=False, **common),
+    ]
+    if every_n_steps is not None:
+        callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=every_n_steps, **common))
+    return callbacks
+
+
+class RememberConfig(Callback):
+    """Puts the resolved config into every checkpoint. On resume it was compared, never taken over."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = dict(config)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called for every checkpoint."""
+        checkpoint[CONFIG_KEY] = self.config
+
+
+def refuse_other_config(checkpoint: Path, config: Mapping[str, Any]) -> None:
+    """Raise unless a checkpoint was made with this config, as far as it decides what is computed.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: Lists the keys that differ.
+    """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"there is no checkpoint {checkpoint} to resume from; leave out --resume to start anew")
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(CONFIG_KEY)
+    if saved is None:
+        raise ValueError(f"{checkpoint} holds no config; it was not written by finetune.py")
+    then, now = _flat(saved), _flat(config)
+    differing = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key) and _matters(key)]
+    if differing:
+        lines = [f"  {key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in differing]
+        raise ValueError(
+            "\n".join([f"{checkpoint} was made with another config:", *lines])
+            + "\nGive the config of that run (config.yaml in its folder), or start anew with another --output"
+        )
+
+
+def _matters(key: str) -> bool:
+    """Whether a key decides what is computed."""
+    return _below(key, BUT_NOT) or not _below(key, MAY_DIFFER)
+
+
+def _below(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return result
