@@ -217,6 +217,21 @@ def test_several_accepted_answers_come_from_the_record():
         assert Question(0, replace(annotated, meta={"answers": "cat"})).answers
 
 
+def test_questions_about_the_same_image_belong_together(tmp_path):
+    picture, other = image(1), image(2)
+    picture.save(tmp_path / "1.png")
+    data = (tmp_path / "1.png").read_bytes()
+
+    def cluster(index, *images, **meta):
+        return Question(index, Conversation("", images, (Turn("user", "?"),), meta)).cluster
+
+    assert cluster(0, picture) == cluster(1, image(1)) != cluster(2, other)
+    assert cluster(0, data) == cluster(1, data) != cluster(2, data[:-1])
+    assert cluster(0, tmp_path / "1.png") == cluster(1, tmp_path / "1.png") != cluster(2, tmp_path / "2.png")
+    assert cluster(0, picture, scene="7") == cluster(1, other, scene="7")
+    assert cluster(0) != cluster(1)
+
+
 def test_batches_are_sorted_by_length_within_a_window():
     records = Source([conversation(i, "x" * (i * 7 % 40), images=0) for i in range(40)])
     batches = list(question_batches(records, 2, None, pytest.fail))

@@ -6,6 +6,7 @@ questions of like length and a source that can only be streamed is never held as
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -57,11 +58,16 @@ class Question:
 
     @property
     def cluster(self) -> str:
-        """What it is about: `meta["scene"]`, else the file of its first image, else itself."""
+        """What it is about: `meta["scene"]`, else its first image, else itself."""
         if "scene" in self.conversation.meta:
             return self.conversation.meta["scene"]
-        images = self.conversation.images
-        return str(images[0]) if images and isinstance(images[0], Path) else f"#{self.index}"
+        if not self.conversation.images:
+            return f"#{self.index}"
+        image = self.conversation.images[0]
+        if isinstance(image, Path):
+            return str(image)
+        content = image if isinstance(image, bytes) else image.tobytes()
+        return hashlib.sha256(content).hexdigest()
 
 
 def question_batches(
@@ -90,8 +96,9 @@ def question_batches(
             except RecordError as error:
                 skip(index, error)
         questions.sort(key=_length, reverse=True)
-        for start in range(0, len(questions), batch_size):
-            yield questions[start : start + batch_size]
+        while questions:
+            batch, questions = questions[:batch_size], questions[batch_size:]  # decoded images of the past can go
+            yield batch
 
 
 def source_length(source: Source | StreamingSource, limit: int | None) -> int | None:
