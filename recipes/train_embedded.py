@@ -61,7 +61,7 @@ def step(optimizer: torch.optim.Optimizer, loss: Tensor, now: int, steps: int) -
 
 
 def train_tower(
-    model: LlavaForConditionalGeneration, heads: PatchHeads, steps: int, seed: int, work: Path, batch: int = 64
+    model: LlavaForConditionalGeneration, heads: PatchHeads, steps: int, seed: int, work: Path, batch: int
 ) -> None:
     """Stage 1. Prints loss and, for each head, the fraction of patches that are right on the batch trained next."""
     model.model.vision_tower.set_attn_implementation("bf16_plain")
@@ -106,7 +106,7 @@ class SceneBatches:
 
 
 def train_decoder(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, seed: int, work: Path, batch: int = 16
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, seed: int, work: Path, batch: int
 ) -> None:
     """Stage 2. Every fifth batch after the describing part holds conversations instead of single questions."""
     model.model.language_model.set_attn_implementation("bf16_plain")
@@ -136,7 +136,7 @@ def accuracy(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, split: str, scenes: int, seed: int = 0
 ) -> dict[str, float]:
     """Exact match of greedy answers by question type, one question of each type a scene, and over all."""
-    data, size = SceneBatches(model, processor, split, seed), 16
+    data, size = SceneBatches(model, processor, split, seed), min(16, scenes)
     right: dict[str, list[bool]] = defaultdict(list)
     for number in range(scenes // size):
         features, rows, types = data.get(number, size, len(TYPES))
@@ -167,8 +167,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/embedded/embedded_llava"), help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=8, help="decoder layers")
-    parser.add_argument("--tower-steps", type=int, default=1000, help="of 64 scenes")
-    parser.add_argument("--decoder-steps", type=int, default=1500, help="of 16 scenes with 14 questions each")
+    parser.add_argument("--tower-steps", type=int, default=1000, help="of four batches of scenes")
+    parser.add_argument("--decoder-steps", type=int, default=1100, help="of a batch of scenes, 14 questions each")
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--test-scenes", type=int, default=320, help="scenes of the table at the end, 7 questions each")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -177,7 +178,7 @@ def main() -> None:
     model, heads = build_model(len(processor.tokenizer), args.layers, args.seed), PatchHeads()
     tower, decoder = args.work / "tower.pt", args.work / "decoder.pt"
     if not tower.exists():
-        train_tower(model, heads, args.tower_steps, args.seed, args.work)
+        train_tower(model, heads, args.tower_steps, args.seed, args.work, 4 * args.batch)
         vision = {k: v for k, v in model.state_dict().items() if "vision_tower" in k or "projector" in k}
         torch.save({"model": vision, "heads": heads.state_dict()}, tower)
     state = torch.load(tower, weights_only=True)
@@ -188,7 +189,7 @@ def main() -> None:
     else:
         data = SceneBatches(model, processor, "train", 3000 + args.seed)
         start_words(model, heads, processor.tokenizer, data.get(0, 32, 1)[0].float())
-        train_decoder(model, processor, args.decoder_steps, args.seed, args.work)
+        train_decoder(model, processor, args.decoder_steps, args.seed, args.work, args.batch)
         torch.save(model.state_dict(), decoder)
     export(model, processor, args.out)
     for split in ("validation", "test"):
