@@ -89,6 +89,7 @@ def main(
 
 def report(row: Row, output: Path | None, facts: dict[str, object]) -> None:
     """The table and all figures on the screen; the files in `output`."""
+    print(f"schedule: {row.schedule.to_dict()}")
     print_table([row])
     for figure, value in row.result.figures.items():
         if figure.split("/")[0] != row.result.metric:  # those are in the table

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from processes import in_processes
 from recipes_cli import RECIPES, run_recipe, save_tiny
 from tiny import IMAGE_TOKENS, tiny_llava, tiny_processor
 
@@ -19,6 +20,7 @@ from himap_train import PruningSchedule, PruningStage, install_pruning, remove_p
 from himap_train.data.batches import collate
 from himap_train.data.encode import encode_prompt
 from himap_train.data.records import Conversation, RecordError, Turn
+from himap_train.evaluation.command_line import run_command
 from himap_train.evaluation.compare import compare, evaluate_row
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.questions import Question, question_batches
@@ -393,4 +395,25 @@ def test_an_unknown_option_names_the_nearest(capsys):
     with pytest.raises(SystemExit) as ended:
         run_recipe("evaluate", "--shcedule", "himap")
     assert ended.value.code == 2
-    assert "--schedule" in capsys.readouterr().err
+    assert "did you mean --schedule?" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_without_a_traceback(capsys):
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    assert run_command(main, []) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_processes_share_the_questions_and_agree(model, processor, source):
+    install_pruning(model, SCHEDULE)
+    alone = evaluate(model, processor, source, batch_size=2, **QUIET)
+    found = in_processes(2, lambda: evaluate(model, processor, source, batch_size=2, **QUIET))
+    for result in found:
+        assert result.predictions == alone.predictions
+        assert result.overall == alone.overall
+        assert result.types == alone.types
+        # The eighth place is filled with sample 0 again, whose tokens are counted twice.
+        assert result.image_tokens == pytest.approx((7 * 16 + 16) / 8)
+        assert result.kept == pytest.approx((8.0, 2.0))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import socket
 
 import pytest
 import torch
+from processes import in_processes
 
 from himap_train.evaluation.choice import CircularChoice, MultipleChoice, extract_letter
 from himap_train.evaluation.exact import GQA, ExactMatch
@@ -296,45 +294,19 @@ def test_metrics_by_name():
         make_metrics([])
 
 
-def _rank(rank, world, port, results):
-    """One of two processes:
-
-    they share an image of MME, one sample is answered by both, and the last process has no sample at all.
-    """
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    metric = MME()
-    mine = {0: [0, 2, 4], 1: [1, 3, 0], 2: []}[rank]
-    said = ["yes", "no", "yes", "yes", "yes"]
-    if mine:
-        keys, clusters = [str(i) for i in mine], ["abc"[i // 2] for i in mine]
-        metric.update(
-            [said[i] for i in mine],
-            [[("yes", "no")[i % 2]] for i in mine],
-            [{"type": "count"}] * len(mine),
-            keys,
-            clusters,
-        )
-    summary = metric.summary()[0]
-    results.put((rank, {name: value.item() for name, value in metric.compute().items()}, summary.count, len(mine)))
-    torch.distributed.destroy_process_group()
-
-
 def test_rows_of_several_processes_are_joined():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    processes = [context.Process(target=_rank, args=(rank, 3, port, results)) for rank in range(3)]
-    for process in processes:
-        process.start()
-    found = [results.get(timeout=60) for _ in processes]
-    for process in processes:
-        process.join()
-    for _, values, count, _ in found:
+    """Three ranks share an image of MME, one sample is answered by two of them, the last rank has none at all."""
+
+    def on_each_rank():
+        metric = MME()
+        mine = {0: [0, 2, 4], 1: [1, 3, 0], 2: []}[torch.distributed.get_rank()]
+        said = ["yes", "no", "yes", "yes", "yes"]
+        if mine:
+            answers, meta = [[("yes", "no")[i % 2]] for i in mine], [{"type": "count"}] * len(mine)
+            metric.update([said[i] for i in mine], answers, meta, [str(i) for i in mine], ["abc"[i // 2] for i in mine])
+        return metric.summary()[0].count, figures(metric)
+
+    for count, values in in_processes(3, on_each_rank):
         assert count == 5
         assert values["mme_acc/count"] == pytest.approx(80.0)  # four of five right: sample 3 is wrong
-        assert values["mme_acc_plus/count"] == pytest.approx(
-            200 / 3
-        )  # images a and c, whose questions sit on different processes
+        assert values["mme_acc_plus/count"] == pytest.approx(200 / 3)  # a and c, whose questions lie on different ranks

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser, auto_cli
 
 from himap_train.data.records import RecordError
 from himap_train.data.skips import TooManySkippedError
 
 USER_ERRORS = (OSError, ValueError, RecordError, TooManySkippedError)
 """Errors whose message tells a user what to do; all others are bugs and keep their traceback."""
+
+
+class SuggestingParser(ArgumentParser):
+    """Names the nearest valid option where an unknown one is given."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with status 2 and the message."""
+        for name in re.findall(r"--([\w.-]+)", message) if "unrecognized" in message else ():
+            near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1, cutoff=0.5)
+            message += f"; did you mean --{near[0]}?" if near else ""
+        super().error(message, ex)
 
 
 def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> int:
@@ -25,14 +38,18 @@ def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> 
         argv: Options; by default those of this process.
 
     Returns:
-        Exit status: 0, or 2 after an error that the user can mend, whose message goes to standard error.
+        Exit status: 0; 2 after an error that the user can mend, whose message goes to standard error; 130 after Ctrl-C.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        auto_cli(main, args=[_with_underscores(option) for option in given], as_positional=False)
+        args = [_with_underscores(option) for option in given]
+        auto_cli(main, args=args, as_positional=False, parser_class=SuggestingParser)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was saved", file=sys.stderr)
+        return 130
     return 0
 
 
