@@ -114,7 +114,8 @@ def test_start_in_the_middle_of_an_epoch():
     whole = list(order)
     assert all(epoch == 2 for batch in whole for epoch, _ in batch)
     order.start_batch = 4
-    assert list(order) == whole[4:]
+    assert list(order) == list(order) == whole[4:]  # torch's DataLoader asks twice for the first iterator
+    order.start_batch = 0
     assert list(order) == whole and len(order) == 7
 
 

@@ -72,7 +72,8 @@ class BatchLoader:
         num_workers: int = 0,
         trained: Callable[[], int] | None = None,
     ) -> None:
-        self.sampler = order  # the name under which Lightning looks for set_epoch
+        self.sampler = order  # the names that Lightning looks at, here to call set_epoch
+        self.batch_sampler = None
         self._loader = DataLoader(dataset, batch_sampler=order, collate_fn=collate_fn, **worker_options(num_workers))
         self._trained = trained
         self._handed_out = 0

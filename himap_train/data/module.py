@@ -72,8 +72,9 @@ class LlavaDataModule(LightningDataModule):
         streaming: bool = False,
     ) -> None:
         super().__init__()
-        _check_at_least_one(batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
-        _check_at_least_one(train_limit=train_limit, validation_limit=validation_limit, test_limit=test_limit)
+        _check_at_least_one(batch_size=batch_size, eval_batch_size=eval_batch_size, train_limit=train_limit)
+        _check_at_least_one(max_length=max_length, pad_to_multiple_of=pad_to_multiple_of)
+        _check_at_least_one(validation_limit=validation_limit, test_limit=test_limit)
         self.processor: Any = None
         """The checkpoint's processor; the recipe sets it before `setup`."""
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
@@ -136,7 +137,10 @@ class LlavaDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> BatchLoader | list[Any]:
-        """Batches as for training, in the order of the data; a broken record is left out, not replaced."""
+        """Batches as for training, in the order of the data.
+
+        A broken record is left out, not replaced; only a batch of nothing else holds a substitute, marked in its meta.
+        """
         return self._evaluation("validation")
 
     def test_dataloader(self) -> BatchLoader | list[Any]:

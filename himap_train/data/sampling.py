@@ -27,7 +27,7 @@ class BatchOrder:
         num_replicas: number of processes. All get the same number of batches; for it up to num_replicas - 1 records are
             repeated.
         rank: of this process.
-        megabatch: batches that are sorted together; more, less padding and less chance.
+        megabatch: batches that are sorted together, never more than a quarter of all: more, less padding and less chance.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class BatchOrder:
         self._num_replicas, self._rank, self._megabatch = num_replicas, rank, megabatch
         self.epoch = 0
         self.start_batch = 0
-        """The next iteration leaves out this many batches (to go on in the middle of an epoch); it is then 0 again."""
+        """How many batches an iteration leaves out, to go on in the middle of an epoch."""
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch whose order the next iteration gives; Lightning calls this."""
@@ -64,8 +64,7 @@ class BatchOrder:
         return -(-self._size // (self._num_replicas * self._batch_size))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        start, self.start_batch = self.start_batch, 0
-        epoch = self.epoch
+        epoch, start = self.epoch, self.start_batch
         return ([(epoch, int(index)) for index in batch] for batch in self.batches(epoch)[start:])
 
     def batches(self, epoch: int) -> list[IndexArray]:
@@ -83,7 +82,7 @@ class BatchOrder:
         order = self._generator(epoch, 0).permutation(self._size) if self._shuffle else np.arange(self._size)
         if self._lengths is None:
             return order
-        span = step * self._megabatch
+        span = step * max(1, min(self._megabatch, self._size // (4 * step)))
         chunks = [order[start : start + span] for start in range(0, len(order), span)]
         return np.concatenate([chunk[np.argsort(-self._lengths[chunk], kind="stable")] for chunk in chunks])
 

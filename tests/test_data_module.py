@@ -1,0 +1,245 @@
+"""The data module under Lightning's Trainer: order, resuming, workers, and what stops a run before it starts."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from data_examples import image_folder, llava_record
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import tiny_processor
+
+from himap_train.data.module import LlavaDataModule
+from himap_train.data.prompts import prompt_loader
+from himap_train.data.skips import TooManySkippedError
+
+NAMES = ("a.png", "b.png", "c.png")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Eleven records with images and text-only ones; answers of different lengths."""
+    image_folder(tmp_path, NAMES)
+    records = [
+        llava_record(
+            str(i), NAMES[i % 3] if i % 4 else None, ("<image>\n" if i % 4 else "") + "What?", "x" * (i * 7 % 30 + 1)
+        )
+        for i in range(11)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    return str(tmp_path / "data.json")
+
+
+def module(train, **options):
+    options = {"validation": None, "batch_size": 2, **options}
+    datamodule = LlavaDataModule(train, **options)
+    datamodule.processor = tiny_processor()
+    return datamodule
+
+
+class Recorder(LightningModule):
+    """Trains one weight on the number of supervised tokens, and writes down what it sees."""
+
+    def __init__(self, interrupt_at=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+        self.interrupt_at = interrupt_at
+        self.seen, self.validated = [], []
+
+    def training_step(self, batch, _):
+        if self.global_step == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.seen.append(tuple(batch["ids"]))
+        return self.weight.sum() * (batch["labels"] >= 0).sum()
+
+    def validation_step(self, batch, _):
+        self.validated.append(tuple(batch["ids"]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.001)
+
+
+class SaveOnException(Callback):
+    def __init__(self, path):
+        self.path = path
+
+    def on_exception(self, trainer, *_):
+        trainer.save_checkpoint(self.path)
+
+
+def fit(tmp_path, datamodule, epochs=2, resume=None, interrupt_at=None, callbacks=(), **options):
+    model = Recorder(interrupt_at)
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=bool(callbacks),
+        callbacks=list(callbacks),
+        default_root_dir=tmp_path,
+        num_sanity_val_steps=0,
+        **options,
+    )
+    trainer.fit(model, datamodule=datamodule, ckpt_path=resume)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 2}, {"group_by_length": True}], ids=str)
+def test_resumed_run_goes_on_with_the_very_next_batch(tmp_path, data, options):
+    """Saved after every step of two epochs of six; each checkpoint is resumed by a new module and loader."""
+    options = {"validation": data, "validation_limit": 3, **options}
+    every = ModelCheckpoint(tmp_path / "ck", "{step}", every_n_train_steps=1, save_top_k=-1)
+    straight = fit(tmp_path, module(data, **options), callbacks=[every], val_check_interval=3)
+    assert len(straight.seen) == 12 and len(set(straight.seen)) > 6  # the second epoch has another order
+    for epoch in (straight.seen[:6], straight.seen[6:]):
+        assert sorted(int(name) for batch in epoch for name in batch) == list(range(11))
+    for step in (1, 3, 5, 6, 7, 11) if not options.get("num_workers") else (2, 6, 9):
+        resumed = fit(tmp_path, module(data, **options), resume=tmp_path / f"ck/step={step}.ckpt", val_check_interval=3)
+        assert resumed.seen == straight.seen[step:], f"after step {step}"
+        assert torch.equal(resumed.weight, straight.weight)
+        assert resumed.weight.item() != 1
+
+
+@pytest.mark.parametrize("step", [2, 8])
+def test_interrupted_within_a_step_that_batch_comes_again(tmp_path, data, step):
+    straight = fit(tmp_path, module(data))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(tmp_path, module(data), interrupt_at=step, callbacks=[SaveOnException(tmp_path / "stop.ckpt")])
+    resumed = fit(tmp_path, module(data), resume=tmp_path / "stop.ckpt")
+    assert resumed.seen == straight.seen[step:]
+    assert torch.equal(resumed.weight, straight.weight)
+
+
+def test_resuming_with_other_data_settings_warns(tmp_path, data, caplog):
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(tmp_path, module(data), epochs=1, callbacks=[every])
+    with caplog.at_level(logging.WARNING):
+        fit(tmp_path, module(data), epochs=1, resume=tmp_path / "step=2.ckpt")
+        assert "other data settings" not in caplog.text
+        fit(tmp_path, module(data, batch_size=3, train_limit=10), epochs=1, resume=tmp_path / "step=2.ckpt")
+    assert "other data settings (train_limit: None then, 10 now; batch_size: 2 then, 3 now)" in caplog.text
+
+
+def test_batches_are_the_same_with_and_without_workers(data):
+    def batches(workers):
+        datamodule = module(data, num_workers=workers, group_by_length=True, pad_to_multiple_of=8)
+        datamodule.setup("fit")
+        return list(datamodule.train_dataloader())
+
+    for one, two in zip(batches(0), batches(2), strict=True):
+        assert one["ids"] == two["ids"] and one["input_ids"].shape[1] % 8 == 0
+        for key in ("input_ids", "labels", "attention_mask"):
+            assert torch.equal(one[key], two[key])
+        assert torch.equal(one["pixel_values"], two["pixel_values"]) if one["pixel_values"] is not None else True
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_embedded_scenes_are_fresh_in_every_epoch(workers):
+    datamodule = module("embedded:train?scenes=8", validation="embedded:validation?scenes=4", num_workers=workers)
+    datamodule.setup("fit")
+    loader = datamodule.train_dataloader()
+    epochs = []
+    for epoch in (0, 1):
+        loader.sampler.set_epoch(epoch)
+        epochs.append(sorted(name for batch in loader for name in batch["ids"]))
+    assert epochs == [[f"train-0-{epoch}-{i}" for i in range(8)] for epoch in (0, 1)]
+    validation = datamodule.val_dataloader()
+    for _ in range(2):
+        assert [name for batch in validation for name in batch["ids"]] == [f"validation-0-0-{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_are_counted_over_all_workers(tmp_path, data, workers):
+    (tmp_path / "b.png").write_text("no image")  # records 1, 7 and 10
+    datamodule = module(data, validation=data, num_workers=workers, max_skipped=3)
+    datamodule.setup("fit")
+    trained = [name for batch in datamodule.train_dataloader() for name in batch["ids"]]
+    assert len(trained) == 11 and not {"1", "7", "10"} & set(trained)
+    assert datamodule.skips["train"].count == 3
+    validated = [name for batch in datamodule.val_dataloader() for name in batch["ids"]]
+    # the last batch would be record 10 alone: it holds a marked substitute, so that devices stay in step
+    assert validated == ["0", "2", "3", "4", "5", "6", "8", "9", "0"] and datamodule.skips["validation"].count == 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_more_broken_images_than_allowed_end_the_run(tmp_path, data, workers):
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(TooManySkippedError, match="max_skipped allows 1; the last: sample '.*b.png does not exist"):
+        fit(tmp_path, module(data, num_workers=workers), epochs=1)
+
+
+def test_each_device_gets_its_own_part(data):
+    parts = []
+    for rank in (0, 1):
+        datamodule = module(data)
+        datamodule.trainer = type("TwoDevices", (), {"world_size": 2, "global_rank": rank})()
+        datamodule.setup("fit")
+        parts.append([name for batch in datamodule.train_dataloader() for name in batch["ids"]])
+    assert len(parts[0]) == len(parts[1]) == 6
+    assert sorted(set(map(int, parts[0] + parts[1]))) == list(range(11))
+
+
+def test_lightning_leaves_the_loader_as_it_is(tmp_path, data):
+    """On several devices Lightning would wrap a DataLoader's sampler; here the order is already shared."""
+    from lightning.pytorch.trainer.connectors.data_connector import _DataConnector
+
+    datamodule = module(data)
+    datamodule.setup("fit")
+    loader = datamodule.train_dataloader()
+    assert not _DataConnector._requires_distributed_sampler(Trainer(logger=False)._data_connector, loader)
+    assert not isinstance(loader, torch.utils.data.DataLoader)
+
+
+def test_streamed_training(tmp_path):
+    import datasets
+
+    rows = [
+        {"messages": [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": "A"}]} for i in range(7)
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    datamodule = module(str(tmp_path / "train.parquet"), streaming=True, train_limit=5)
+    model = fit(tmp_path, datamodule, epochs=1)
+    assert model.seen == [("0", "1"), ("2", "3"), ("4",)]
+
+
+def test_prompts_for_generation(tmp_path, data):
+    (tmp_path / "b.png").unlink()
+    datamodule = module(data)
+    loader = prompt_loader(datamodule.source("train"), tiny_processor(), 3, limit=8, max_skipped=2)
+    batches = list(loader)
+    assert [name for batch in batches for name in batch["ids"]] == ["0", "2", "3", "4", "5", "6"]
+    assert [len(answer) for batch in batches for answer in batch["answers"]] == [
+        i * 7 % 30 + 1 for i in (0, 2, 3, 4, 5, 6)
+    ]
+    for batch in batches:
+        assert batch["attention_mask"][:, -1].all() and "labels" not in batch
+        assert tiny_processor().tokenizer.decode(batch["input_ids"][0][-10:]) == "ASSISTANT:"
+
+
+def test_data_that_is_not_there_ends_the_run_before_it_starts(tmp_path, data):
+    for options in ({"train": "missing.json"}, {"train": data, "validation": "missing.json"}):
+        with pytest.raises(FileNotFoundError, match="data file missing.json does not exist"):
+            module(**options).setup("fit")
+    module(data, validation="missing.json").source("train")
+    with pytest.raises(RuntimeError, match="needs the checkpoint's processor: set datamodule.processor"):
+        LlavaDataModule(data).setup("fit")
+    with pytest.raises(RuntimeError, match="call setup"):
+        module(data).train_dataloader()
+
+
+@pytest.mark.parametrize("option", ["batch_size", "eval_batch_size", "max_length", "train_limit", "pad_to_multiple_of"])
+def test_numbers_below_one_are_refused(option):
+    with pytest.raises(ValueError, match=f"data.{option} is 0; expected at least 1"):
+        LlavaDataModule(**{option: 0})
+
+
+def test_no_validation_data(data):
+    datamodule = module(data)
+    datamodule.setup("fit")
+    assert datamodule.val_dataloader() == [] and datamodule.source("validation") is None
+    assert datamodule.check("validation") is None
+    assert datamodule.check().records == 11
