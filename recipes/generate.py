@@ -59,7 +59,9 @@ def main(
     model, processor = load_with_schedule(checkpoint, schedule, dtype, device)
     if show_kept is not None and not installed_schedule(model).stages:
         raise ValueError("--show-kept has nothing to draw: the schedule is dense; choose one with --schedule himap")
-    sample = encode_prompt(conversation, processor, image_aspect_ratio=image_aspect_ratio)
+    text_config: Any = base_llava(model).config.text_config
+    context = text_config.max_position_embeddings - max_new_tokens
+    sample = encode_prompt(conversation, processor, context, image_aspect_ratio)
     print(f"USER: {conversation.turns[0].text.removeprefix('<image>').strip()}\nASSISTANT: ", end="", flush=True)
     torch.manual_seed(seed)
     with record_pruning(model) as trace:

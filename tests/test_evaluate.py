@@ -20,12 +20,14 @@ from himap_train import PruningSchedule, PruningStage, install_pruning, remove_p
 from himap_train.data.batches import collate
 from himap_train.data.encode import encode_prompt
 from himap_train.data.records import Conversation, RecordError, Turn
+from himap_train.data.scene_text import TYPES
+from himap_train.data.scenes import SceneQuestions
 from himap_train.evaluation.command_line import run_command
 from himap_train.evaluation.compare import compare, evaluate_row
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.questions import Question, question_batches
 from himap_train.evaluation.report import markdown_table, save_table
-from himap_train.evaluation.schedule_argument import fit_preset, is_preset
+from himap_train.evaluation.schedule_argument import fit_preset, is_preset, load_with_schedule
 from himap_train.models.llava import base_llava, pruning_of
 
 SCHEDULE = PruningSchedule((PruningStage(2, "instruction", 0.5), PruningStage(4, "image", 0.125)))
@@ -417,3 +419,12 @@ def test_processes_share_the_questions_and_agree(model, processor, source):
         # The eighth place is filled with sample 0 again, whose tokens are counted twice.
         assert result.image_tokens == pytest.approx((7 * 16 + 16) / 8)
         assert result.kept == pytest.approx((8.0, 2.0))
+
+
+def test_the_embedded_model_prunes_as_its_schedule_says():
+    embedded, its_processor = load_with_schedule("embedded", "himap")
+    result = evaluate(embedded, its_processor, SceneQuestions("test", scenes=len(TYPES)), progress=False)
+    assert result.image_tokens == 144
+    assert result.kept == (72.0, 18.0)
+    assert {name: group.count for name, group in result.types.items()} == dict.fromkeys(TYPES, 1)
+    assert all(len(prediction.prediction.split()) <= 3 for prediction in result.predictions)  # words, then the end

@@ -144,6 +144,7 @@ def test_generate_without_an_image_takes_an_embedded_scene(checkpoint, capsys):
         (["--schedule", "himpa"], "did you mean 'himap'"),
         (["--schedule", "own.yaml"], "own.yaml"),
         (["--show-kept", "kept.png"], "the schedule is dense"),
+        (["--max-new-tokens", "500"], "the prompt takes"),
         (["--schedule", '{"stages": [{"layer": 9, "criterion": "uniform", "keep_ratio": 0.5}]}'], "layers 0 to 5"),
     ],
 )
