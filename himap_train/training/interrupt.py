@@ -31,18 +31,21 @@ class SaveOnInterrupt(Callback):
         self.how_to_resume = how_to_resume
         self.requested = False
         self._process = os.getpid()
-        self._previous: Any = None
+        self._previous: Any = signal.default_int_handler
+        self._listening = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the data loaders' workers are forked, so that they do not die of the same Ctrl-C."""
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._note)
+            self._listening = True
 
     def _note(self, number: int, frame: Any) -> None:
         if os.getpid() != self._process:
             return  # a forked worker; the main process decides
-        if self.requested:
-            raise KeyboardInterrupt
+        if self.requested or not self._listening:
+            self._previous(number, frame)
+            return
         self.requested = True
         print("\nCtrl-C: saving after this step; once more to stop at once without saving", file=sys.stderr, flush=True)
 
@@ -71,10 +74,10 @@ class SaveOnInterrupt(Callback):
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As `teardown`, which Lightning leaves out after an error."""
+        """As `teardown`, which Lightning leaves out after an error; instead it puts our handler back after this."""
         self._restore()
 
     def _restore(self) -> None:
-        if self._previous is not None:
+        if self._listening:
             signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+            self._listening = False
