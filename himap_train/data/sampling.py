@@ -27,7 +27,7 @@ class BatchOrder:
         num_replicas: number of processes. All get the same number of batches; for it up to num_replicas - 1 records are
             repeated.
         rank: of this process.
-        megabatch: batches that are sorted together, never more than a quarter of all: more, less padding and less chance.
+        megabatch: batches that are sorted together (at most a quarter of all): more, less padding, less chance.
     """
 
     def __init__(
