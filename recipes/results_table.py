@@ -1,0 +1,110 @@
+"""The README's table: what fine-tuning under pruning gives back, against its controls, over several seeds.
+
+python recipes/results_table.py
+
+Each seed fine-tunes the embedded model three times for the same number of steps: pruned by HiMAP, dense, and pruned at
+random. The first is `configs/results.yaml`; the controls change nothing but the schedule. Runs that are there already
+are not repeated, so an interrupted table goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from himap_train.evaluation.command_line import run_command
+
+CONFIG = "configs/results.yaml"
+RUNS: dict[str, list[str]] = {
+    "himap": [],
+    "dense": ["--config", "configs/results_dense.yaml"],
+    "random": ["--config", "configs/results_random.yaml"],
+}
+# Run and row of its metrics.json -> name in the table; the rows before training are the same in every run.
+ROWS = {
+    ("himap", "dense"): "dense, not fine-tuned",
+    ("himap", "training-free pruned"): "HiMAP, training-free",
+    ("himap", "adapted pruned"): "HiMAP, adapted",
+    ("himap", "adapted, evaluated dense"): "HiMAP, adapted, run dense",
+    ("dense", "fine-tuned dense"): "fine-tuned dense",
+    ("dense", "fine-tuned dense, then pruned"): "fine-tuned dense, then HiMAP",
+    ("random", "training-free pruned"): "random, training-free",
+    ("random", "adapted pruned"): "random, adapted",
+}
+
+
+def main(seeds: list[int] = [0, 1, 2], output: Path = Path("runs/results"), workers: int = 2) -> None:  # noqa: B006
+    """Run what is missing, then print and save the table.
+
+    Args:
+        seeds: One fine-tuning of each kind for each.
+        output: Folder of the runs, results.md and results.json.
+        workers: Runs at a time, one thread each.
+    """
+    jobs = [(kind, seed, output / f"{kind}-{seed}") for seed in seeds for kind in RUNS]
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda job: fine_tune(*job), jobs))
+    text, figures = tabulate(output, seeds)
+    (output / "results.md").write_text(text, encoding="utf-8")
+    (output / "results.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(text)
+
+
+def fine_tune(kind: str, seed: int, folder: Path) -> None:
+    """One run through the ordinary command line, with its log beside it."""
+    if (folder / "metrics.json").exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "recipes/finetune.py", "--config", CONFIG, *RUNS[kind]]
+    command += ["--seed_everything", str(seed), "--output", str(folder)]
+    with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{kind}, seed {seed} failed with status {done.returncode}; see {log.name}")
+
+
+def tabulate(output: Path, seeds: list[int]) -> tuple[str, dict[str, Any]]:
+    """Markdown with mean ± standard deviation over the seeds, and the same figures as JSON types."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for kind in RUNS:
+        for seed in seeds:
+            content = json.loads((output / f"{kind}-{seed}" / "metrics.json").read_text(encoding="utf-8"))
+            for row in content["rows"]:
+                if (kind, row["name"]) in ROWS:
+                    found[ROWS[kind, row["name"]]].append(row)
+    types = sorted(next(iter(found.values()))[0]["types"])
+    header = ["", "image tokens", "`flops_ratio`", "overall", *types]
+    lines = [header, [":--", *["--:"] * (len(header) - 1)]]
+    figures = {}
+    for name in ROWS.values():
+        rows = found[name]
+        scores = {"overall": [100 * row["overall"]["score"] for row in rows]}
+        scores |= {kind: [100 * row["types"][kind]["score"] for row in rows] for kind in types}
+        tokens = " -> ".join(f"{count:.0f}" for count in (rows[0]["image_tokens"], *rows[0]["kept"]))
+        cells = [f"{statistics.mean(scores['overall']):.1f} ± {spread(scores['overall']):.1f}"]
+        cells += [f"{statistics.mean(scores[kind]):.0f}" for kind in types]
+        lines.append([name, tokens, f"{rows[0]['cost']['flops_ratio']:.2f}", *cells])
+        figures[name] = {"scores": scores, "tokens": tokens, "cost": rows[0]["cost"], "schedule": rows[0]["schedule"]}
+    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    count = found["HiMAP, adapted"][0]["overall"]["count"]
+    note = (
+        f"Exact match in %, {count} test questions; mean ± standard deviation over seeds {', '.join(map(str, seeds))}."
+    )
+    return f"{text}\n{note}\n", figures
+
+
+def spread(values: list[float]) -> float:
+    """Sample standard deviation; 0 for one value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
