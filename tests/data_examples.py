@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 from tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_processor
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 from himap_train.data.records import Conversation, ImageSource, Turn
@@ -46,10 +46,22 @@ def processor_with(template: str) -> LlavaProcessor:
     return processor
 
 
+def llama_like_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama's: a space is written "▁" and belongs to the word after it, and every text begins with one."""
+    letters = sorted({chr(code) for code in range(33, 127)} | {"\n", "▁"})
+    words = ["▁A", "▁c", "▁ca", "▁cat", "▁▁"]
+    merges = [("▁", "A"), ("▁", "c"), ("▁c", "a"), ("▁ca", "t"), ("▁", "▁")]
+    vocab = {token: index for index, token in enumerate(SPECIAL_TOKENS + letters + words)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    return _fast(tokenizer)
+
+
 def merging_tokenizer() -> PreTrainedTokenizerFast:
     """A byte tokenizer whose merges cross every border: ": " and ":A" are tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = SPECIAL_TOKENS + alphabet + [":Ġ", ":A", "ĊA", "</s>U"]
+    pieces = SPECIAL_TOKENS + alphabet + [":Ġ", ":A", "ĊA"]
     tokenizer = Tokenizer(
         models.BPE(
             vocab={token: index for index, token in enumerate(pieces)},
@@ -59,6 +71,10 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return _fast(tokenizer)
+
+
+def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

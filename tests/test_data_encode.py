@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from data_examples import ENDS, TEMPLATES, merging_tokenizer, picture, processor_with, talk
+from data_examples import ENDS, TEMPLATES, llama_like_tokenizer, merging_tokenizer, picture, processor_with, talk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import IMAGE_TOKENS, tiny_processor
@@ -101,6 +101,19 @@ def test_prompt_ids_do_not_depend_on_the_answer_when_tokens_would_cross_the_bord
     sample = encode(talk("Q:", answer, "Q2", answer), processor)
     assert torch.equal(sample["input_ids"][: len(prompt)], prompt)
     assert supervised(processor, sample) == f" {answer}</s>" * 2
+
+
+def test_answers_are_tokenized_as_where_they_stand():
+    """With Llama's way of writing spaces, an answer tokenized alone would begin with one space too many."""
+    processor = processor_with("llava")
+    tokenizer = processor.tokenizer = llama_like_tokenizer()
+    sample = encode(talk("<image>\nA cat?", "A cat cat", "And A?", "cat", images=(picture(),)), processor)
+    answers = tokenizer.convert_ids_to_tokens(sample["labels"][sample["labels"] >= 0].tolist())
+    assert answers == ["▁A", "▁cat", "▁cat", "</s>", "▁cat", "</s>"]
+    whole = processor(
+        text="USER: <image>\nA cat? ASSISTANT: A cat cat</s>USER: And A? ASSISTANT: cat</s>", images=picture()
+    )
+    assert sample["input_ids"].tolist() == list(whole["input_ids"][0])
 
 
 def test_bos_is_set_once_and_eos_never_by_the_tokenizer():
