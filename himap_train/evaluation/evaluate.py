@@ -75,7 +75,12 @@ def evaluate(
                 tokens.add(count)
                 predictions += _score(scorers, batch, texts)
             advance(len(read))
-    tokens, predictions, reasons = _gathered(tokens, predictions, skipped.reasons)
+    return _result(scorers, *_gathered(tokens, predictions, skipped.reasons), time.perf_counter() - start)
+
+
+def _result(
+    scorers: list[SampleMetric], tokens: TokenCount, predictions: list[Prediction], skipped: list[str], seconds: float
+) -> EvaluationResult:
     overall, types = scorers[0].summary()
     return EvaluationResult(
         metric=scorers[0].name,
@@ -85,9 +90,9 @@ def evaluate(
         image_tokens=tokens.image / tokens.samples,
         text_tokens=tokens.text / tokens.samples,
         kept=tuple(kept / tokens.samples for kept in tokens.kept),
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         predictions=predictions,
-        skipped=reasons,
+        skipped=skipped,
     )
 
 
