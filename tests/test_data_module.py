@@ -147,9 +147,12 @@ def test_embedded_scenes_are_fresh_in_every_epoch(workers):
         loader.sampler.set_epoch(epoch)
         epochs.append(sorted(name for batch in loader for name in batch["ids"]))
     assert epochs == [[f"train-0-{epoch}-{i}" for i in range(8)] for epoch in (0, 1)]
-    validation = datamodule.val_dataloader()
-    for _ in range(2):
-        assert [name for batch in validation for name in batch["ids"]] == [f"validation-0-0-{i}" for i in range(4)]
+
+
+def test_validation_is_the_same_in_every_epoch(tmp_path):
+    model = fit(tmp_path, module("embedded:train?scenes=4", validation="embedded:validation?scenes=4"))
+    assert [name for batch in model.seen for name in batch][-1].startswith("train-0-1-")
+    assert [name for batch in model.validated for name in batch] == [f"validation-0-0-{i}" for i in range(4)] * 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -22,7 +22,7 @@ class BatchOrder:
         size: number of records.
         batch_size: records in a batch of one process.
         lengths: estimated length of each record, to group by; None for no grouping.
-        shuffle: another order in every epoch; otherwise the order of the source.
+        shuffle: another order in every epoch; otherwise the order of the source, and always epoch 0.
         seed: another seed, other orders.
         num_replicas: number of processes. All get the same number of batches; for it up to num_replicas - 1 records are
             repeated.
@@ -56,8 +56,8 @@ class BatchOrder:
         """How many batches an iteration leaves out, to go on in the middle of an epoch."""
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch whose order the next iteration gives; Lightning calls this."""
-        self.epoch = epoch
+        """The epoch whose order comes next. Lightning calls this, for validation too, which stays as it is."""
+        self.epoch = epoch if self._shuffle else 0
 
     def __len__(self) -> int:
         """Batches of this process in a whole epoch."""
