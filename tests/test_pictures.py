@@ -34,11 +34,11 @@ def panels(picture: Image.Image, count: int) -> list[np.ndarray]:
 
 def test_kept_patches_stay_clear_and_dropped_ones_go_grey():
     image = Image.new("RGB", (28, 28), (200, 40, 40))
-    picture = draw_kept(image, [[0, 5], [5]], (2, 4), ["stage 1", "stage 2"])
+    picture = draw_kept(image, [[0, 6], [6]], (2, 4), ["stage 1", "stage 2"])
     whole, first, second = panels(picture, 3)
     assert (whole == (200, 40, 40)).all()
     height, width = PANEL // 2, PANEL // 4
-    for panel, kept in ((first, {0, 5}), (second, {5})):
+    for panel, kept in ((first, {0, 6}), (second, {6})):
         for patch in range(8):
             top, left = patch // 4 * height, patch % 4 * width
             block = panel[top : top + height, left : left + width]
