@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from himap_train.data.images import resolve_image_path
-from himap_train.data.llava_format import ROLES, parse_turns
+from himap_train.data.llava_format import ROLES, meta_of, parse_turns
 from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, ImageSource, RecordError, Turn
 
 TEXT_COLUMNS = ("messages", "conversations")
@@ -100,8 +100,7 @@ def parse_row(row: Mapping[str, Any], index: int, name: str, image_folder: Path 
         unused = sorted(set(range(len(images))) - set(indices))
         raise RecordError(f"{where}: {len(images)} image(s), but no turn shows number {unused[0]}")
     known = (*TEXT_COLUMNS, *IMAGE_COLUMNS, "id")
-    meta = {k: str(v) for k, v in row.items() if k not in known and isinstance(v, str | int | float | bool)}
-    return Conversation(key, tuple(images[i] for i in indices), turns, meta)
+    return Conversation(key, tuple(images[i] for i in indices), turns, meta_of(row, known))
 
 
 def _turns(row: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], list[int]]:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,15 @@ def parse_llava_record(record: Any, index: int, file: str, image_folder: Path) -
         raise RecordError(f"{where}: no key `conversations`, found the keys {sorted(map(str, record))}")
     turns = parse_turns(record["conversations"], where)
     images = tuple(resolve_image_path(path, image_folder, where) for path in _image_names(record, where))
-    meta = {key: str(value) for key, value in record.items() if key not in _OWN_KEYS and _is_plain(value)}
-    return Conversation(name, images, turns, meta)
+    return Conversation(name, images, turns, meta_of(record, _OWN_KEYS))
+
+
+def meta_of(record: Mapping[str, Any], known: Iterable[str]) -> dict[str, str]:
+    """What a record has beside its `known` keys, as text; lists (such as several accepted `answers`) as JSON."""
+    others = {key: value for key, value in record.items() if key not in known}
+    plain = {key: str(value) for key, value in others.items() if isinstance(value, str | int | float | bool)}
+    lists = {key: json.dumps(value) for key, value in others.items() if _is_list_of_plain(value)}
+    return plain | lists
 
 
 def length_hint(record: Any) -> tuple[int, int]:
@@ -85,8 +93,8 @@ def _image_names(record: Mapping[str, Any], where: str) -> list[str]:
     return names
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool)
+def _is_list_of_plain(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str | int | float | bool) for item in value)
 
 
 def _kind(value: Any) -> str:
