@@ -60,6 +60,7 @@ def run(
     model = tuner(path, lora_dropout=0.2, lora_lr=1e-3)
     last = folder / "last.ckpt"
     defaults: dict[str, Any] = {"max_epochs": 2, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
+    saving = last_and_best(folder, kwargs.pop("every_n_steps", None), "val/loss", "min")
     trainer = quiet_trainer(
         folder,
         **{**defaults, **kwargs},
@@ -69,7 +70,7 @@ def run(
             losses,
             StepSeeds(7),
             SaveOnInterrupt(last, "again --resume"),
-            *last_and_best(folder, None, "val/loss", "min"),
+            *saving,
         ],
     )
     torch.manual_seed(int(resume))  # the resumed run starts from other random numbers: they must not matter
@@ -112,6 +113,36 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_last_bit(
     result = state(*run(tiny_path, tmp_path, second, resume=True))
     assert first.seen + second.seen == straight[0]
     assert result.keys() == straight[1].keys()
+    assert all(torch.equal(value, straight[1][name]) for name, value in result.items())
+
+
+class Crash(Losses):
+    """A power cut: nothing is saved when it comes."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        if len(self.seen) == self.stop:
+            raise RuntimeError("power cut")
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append((float(outputs["loss"]), tuple(batch["ids"])))
+
+
+@pytest.mark.parametrize(
+    ("cut", "saved", "kwargs"),
+    [
+        pytest.param(6, 5, {}, id="from the end of the epoch"),
+        pytest.param(8, 7, {"limit_val_batches": 2, "val_check_interval": 2}, id="from a validation"),
+        pytest.param(3, 2, {"every_n_steps": 1}, id="from a step"),
+    ],
+)
+def test_resumed_from_a_saved_checkpoint_after_a_crash(
+    tiny_path: str, tmp_path: Path, straight: Any, cut: int, saved: int, kwargs: dict[str, Any]
+) -> None:
+    first, second = Crash(cut), Losses()
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tiny_path, tmp_path, first, **kwargs)
+    result = state(*run(tiny_path, tmp_path, second, resume=True, **kwargs))
+    assert first.seen[:saved] + second.seen == straight[0]
     assert all(torch.equal(value, straight[1][name]) for name, value in result.items())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from himap_train.training.module import LlavaFineTuner
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 SCHEDULE = {"stages": [{"layer": 2, "criterion": "instruction", "keep_ratio": 0.5}]}
 IMAGE_ID = 4
 
@@ -21,6 +23,15 @@ def save_tiny(folder: Path, **kwargs: Any) -> str:
     tiny_llava(**kwargs).save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     return str(folder)
+
+
+def finetune(*options: str) -> int:
+    """What `python recipes/finetune.py <options>` runs, in this process; its exit status."""
+    spec = importlib.util.spec_from_file_location("recipe_finetune", RECIPES / "finetune.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return int(module.main(list(options)))
 
 
 def sample(index: int, answer: int = 3, image: bool = True) -> dict[str, torch.Tensor]:

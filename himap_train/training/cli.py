@@ -45,9 +45,12 @@ class SuggestingParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with status 2 and the message."""
-        unknown = re.search(r"'([\w.]+)'|--([\w.-]+)", message)
-        if unknown and re.search(r"not (expected|accepted)|nrecognized|does not accept|no action for", message, re.I):
-            wanted = (unknown[1] or unknown[2]).replace("-", "_")
+        in_file = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+        in_options = re.search(r"[Uu]nrecognized arguments.*?--([\w.-]+)", message)
+        top_level = re.search(r"[Kk]ey '([\w.]+)' is not expected|does not accept option '([\w.]+)'", message)
+        found = in_file or in_options or top_level
+        if found:
+            wanted = ".".join(part for part in found.groups() if part).replace("-", "_")
             near = difflib.get_close_matches(wanted, self._keys(), n=1, cutoff=0.5)
             message += f"\nDid you mean {near[0]!r}?" if near else ""
         super().error(message, ex)
@@ -84,6 +87,7 @@ class FinetuneCLI(LightningCLI):
             save_config_callback=None,  # see run_folder.record_run
             seed_everything_default=0,
             parser_class=SuggestingParser,
+            parser_kwargs={"allow_abbrev": False},  # --trainer.max_step would silently be max_steps
             trainer_defaults=TRAINER_DEFAULTS,
             args=None if args is None else list(args),
             run=False,

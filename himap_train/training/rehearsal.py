@@ -19,6 +19,7 @@ from himap_train.models.loading import EMBEDDED, resolve_model
 
 _MARK = "REHEARSAL"
 STEPS = 4
+RECORDS = 24
 
 
 def rehearse(config: Namespace) -> None:
@@ -33,7 +34,7 @@ def rehearse(config: Namespace) -> None:
     _small_data(config.data)
     _short_training(config.trainer)
     config.save_every = None if config.save_every is None else 2
-    config.evaluation.limit = 24
+    config.evaluation.limit = min(config.evaluation.limit or RECORDS, RECORDS)
     config.evaluation.during = min(config.evaluation.during, 8)
 
 
@@ -45,12 +46,13 @@ def _small_data(data: Any) -> None:
     data.batch_size = min(data.batch_size, 2)
     data.eval_batch_size = 4
     data.num_workers = min(data.num_workers, 1)
-    data.train_limit, data.validation_limit, data.test_limit = 64, 8, 24
+    data.train_limit, data.validation_limit, data.test_limit = 64, 8, RECORDS
     data.streaming = False
 
 
 def _short_training(trainer: Any) -> None:
-    trainer.max_steps, trainer.max_epochs, trainer.max_time = STEPS, None, None
+    trainer.max_steps = STEPS if trainer.max_steps < 0 else min(trainer.max_steps, STEPS)
+    trainer.max_epochs, trainer.max_time = None, None
     trainer.accumulate_grad_batches = min(trainer.accumulate_grad_batches, 2)
     trainer.val_check_interval = 2 * trainer.accumulate_grad_batches
     trainer.check_val_every_n_epoch = None

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from himap_train.storage import atomic_file, disk_full_message
+from himap_train.training.progress import step_ended
 
 CONFIG_KEY = "himap_config"
 MAY_DIFFER = (
@@ -54,16 +56,41 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
+class SaveLast(Checkpoint):
+    """`last.ckpt` after each validation, at the end of each epoch, and every so many optimizer steps."""
+
+    def __init__(self, file: Path, every_n_steps: int | None = None) -> None:
+        self.file = file
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Where an optimizer step ends."""
+        if self.every_n_steps and step_ended(trainer, batch_idx) and trainer.global_step % self.every_n_steps == 0:
+            trainer.save_checkpoint(self.file)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Within training only."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            trainer.save_checkpoint(self.file)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Also where nothing is validated."""
+        trainer.save_checkpoint(self.file)
+
+
 def last_and_best(folder: Path, every_n_steps: int | None, monitor: str, mode: str) -> list[Callback]:
-    """`last.ckpt` at each validation (and every so many optimizer steps), `best.ckpt` by a validation metric."""
-    common: dict[str, Any] = {"dirpath": folder, "save_top_k": 1, "enable_version_counter": False}
-    callbacks: list[Callback] = [
-        ModelCheckpoint(filename="best", monitor=monitor, mode=mode, save_on_train_epoch_end=False, **common),
-        ModelCheckpoint(filename="last", save_on_train_epoch_end=False, **common),
-    ]
-    if every_n_steps is not None:
-        callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=every_n_steps, **common))
-    return callbacks
+    """`best.ckpt` by a validation metric, then `last.ckpt`, which remembers which the best was."""
+    best = ModelCheckpoint(
+        dirpath=folder,
+        filename="best",
+        monitor=monitor,
+        mode=mode,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )
+    return [best, SaveLast(folder / "last.ckpt", every_n_steps)]
 
 
 class RememberConfig(Callback):

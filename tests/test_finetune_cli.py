@@ -1,0 +1,280 @@
+"""`recipes/finetune.py` and `recipes/export.py` through their command lines: config, errors, run folder, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from recipes_cli import run_recipe
+from tiny import tiny_processor
+from training_toys import RECIPES, SCHEDULE, finetune, save_tiny
+
+from himap_train.checkpoint import load_checkpoint
+from himap_train.models.llava import pruning_of
+from himap_train.training.cli import FinetuneCLI
+
+
+@pytest.fixture(scope="module")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny")
+    processor = tiny_processor()
+    processor.save_pretrained(folder)
+    return save_tiny(folder)
+
+
+def config(tiny: str, folder: Path, **model: Any) -> dict[str, Any]:
+    """A run of seconds on the embedded scenes."""
+    return {
+        "output": str(folder / "run"),
+        "model": {
+            "path": tiny,
+            "schedule": SCHEDULE,
+            "lora_r": 4,
+            "lora_alpha": 8,
+            "gradient_checkpointing": False,
+            **model,
+        },
+        "data": {"batch_size": 2, "train_limit": 8, "validation_limit": 4, "max_length": 400},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "val_check_interval": 2,
+            "limit_val_batches": 1,
+            "log_every_n_steps": 1,
+        },
+        "evaluation": {"limit": 4, "during": 2, "max_new_tokens": 2},
+    }
+
+
+def written(folder: Path, content: dict[str, Any], name: str = "config.yaml") -> str:
+    (folder / name).write_text(yaml.safe_dump(content), encoding="utf-8")
+    return str(folder / name)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """Run something that must fail with status 2; the message."""
+    try:
+        status = finetune(*options)
+    except SystemExit as stop:  # jsonargparse ends the process itself
+        status = int(stop.code or 0)
+    assert status == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that went through."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert finetune("--config", written(folder, config(tiny_path, folder))) == 0
+    return folder / "run"
+
+
+def test_run_folder_holds_what_repeats_the_run(finished: Path) -> None:
+    names = {entry.name for entry in finished.iterdir()}
+    assert names == {
+        "config.yaml",
+        "versions.json",
+        "pruning.yaml",
+        "checkpoints",
+        "logs",
+        "adapter",
+        "metrics.json",
+        "table.md",
+        "accuracy.png",
+    }
+    assert {file.name for file in (finished / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert json.loads((finished / "versions.json").read_text())["torch"] == torch.__version__
+    rows = json.loads((finished / "metrics.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == [
+        "dense",
+        "training-free pruned",
+        "adapted pruned",
+        "adapted, evaluated dense",
+    ]
+    assert [bool(row["schedule"]["stages"]) for row in rows] == [False, True, True, False]
+
+
+def test_logs_hold_loss_rates_speed_and_both_accuracies(finished: Path) -> None:
+    header = (finished / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
+    wanted = {"train/loss", "val/loss", "val/accuracy", "val/accuracy_dense", "image tokens kept", "tokens/s"}
+    assert wanted | {"lr-AdamW/lora", "lr-AdamW/projector", "train/grad_norm"} <= set(header)
+    assert list((finished / "logs" / "tensorboard").glob("events.*"))
+
+
+def test_resolved_config_repeats_the_run_exactly(finished: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    assert finetune("--config", str(finished / "config.yaml"), "--output", str(again)) == 0
+    before, after = (
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (finished, again)
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_trained_checkpoint_loads_with_its_schedule(finished: Path) -> None:
+    model, _ = load_checkpoint(finished)
+    assert pruning_of(model).schedule.to_dict()["stages"] == SCHEDULE["stages"]
+
+
+@pytest.mark.parametrize("form", ["merged", "adapter"])
+def test_export(finished: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--checkpoint", str(finished), "--output", str(tmp_path / form), "--format", form]
+    assert run_recipe("export", *options) == 0
+    assert "the same image tokens kept" in capsys.readouterr().out
+    assert run_recipe("export", *options) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+# ---- the config ----
+
+
+def build(*options: str) -> FinetuneCLI:
+    return FinetuneCLI(list(options))
+
+
+def test_files_merge_left_to_right_and_options_win(tiny_path: str, tmp_path: Path) -> None:
+    first = written(tmp_path, config(tiny_path, tmp_path, lora_lr=0.1, projector_lr=0.1), "a.yaml")
+    second = written(tmp_path, {"model": {"lora_lr": 0.2, "projector_lr": 0.2}}, "b.yaml")
+    cli = build("--config", first, "--config", second, "--model.lora_lr", "0.3")
+    assert (cli.config.model.lora_lr, cli.config.model.projector_lr, cli.config.model.lora_r) == (0.3, 0.2, 4)
+
+
+def test_print_config_prints_everything_and_reads_back(
+    tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path, config(tiny_path, tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        build("--config", file, "--print_config")
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["lora_lr"] == 2e-4 and printed["model"]["schedule"] == SCHEDULE
+    again = build("--config", written(tmp_path, printed, "printed.yaml"))
+    assert again.config.model.lora_r == 4
+
+
+def test_checkpoint_path_never_changes_the_config(finished: Path, tmp_path: Path) -> None:
+    """Lightning's own CLI would take the stored values over what the command line says."""
+    last = str(finished / "checkpoints" / "last.ckpt")
+    options = ["--config", str(finished / "config.yaml"), "--output", str(tmp_path / "b"), "--ckpt_path", last]
+    assert build(*options, "--data.num_workers", "3").config.data.num_workers == 3
+    with pytest.raises(ValueError, match=r"model.lora_lr: 0.0002 then, 0.5 now"):
+        build(*options, "--model.lora_lr", "0.5")
+
+
+def test_more_steps_after_the_end(finished: Path, tmp_path: Path) -> None:
+    options = ["--config", str(finished / "config.yaml"), "--output", str(tmp_path / "more")]
+    last = str(finished / "checkpoints" / "last.ckpt")
+    assert finetune(*options, "--ckpt_path", last, "--trainer.max_steps", "3", "--evaluation.before", "false") == 0
+    assert torch.load(tmp_path / "more" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.lora_rank", "3"], "model.lora_r"),
+        (["--model.learning_rate", "3"], "--model.learning_rate"),
+        (["--trainer.max_step", "3"], "Did you mean 'trainer.max_steps'?"),
+        (["--data.batchsize", "3"], "Did you mean 'data.batch_size'?"),
+        (["--outptu", "x"], "Did you mean 'output'?"),
+        (["--model.lora_r", "many"], "many"),
+        (["--model.projector", "frozen"], "frozen"),
+    ],
+)
+def test_wrong_options(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    assert message in error_of(capsys, *options)
+
+
+def test_unknown_key_in_a_file_names_the_nearest(
+    tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path, config(tiny_path, tmp_path, lora_alfa=3))
+    assert "Did you mean 'model.lora_alpha'?" in error_of(capsys, "--config", file)
+    file = written(tmp_path, {"trainr": {"max_steps": 2}})
+    assert "Did you mean 'trainer'?" in error_of(capsys, "--config", file)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"lora_targets": ["query"]}, "['query'] match nothing; the decoder has the linear layers down_proj"),
+        ({"schedule": "himpa"}, "did you mean 'himap'?"),
+        ({"schedule": {"stages": [{"layer": 9, "criterion": "image", "keep_ratio": 0.5}]}}, "9"),
+        ({"schedule": {"stages": [{"layer": 2, "criterion": "imag", "keep_ratio": 0.5}]}}, "did you mean 'image'?"),
+        ({"path": "llava-hf/llava-1.5-7b-hf"}, "--config configs/quickstart.yaml"),
+        ({"path": "./not-there"}, "give a local folder with the weights"),
+    ],
+)
+def test_wrong_values_end_with_a_message(
+    tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: dict[str, Any], message: str
+) -> None:
+    start = time.monotonic()
+    assert message in error_of(capsys, "--config", written(tmp_path, config(tiny_path, tmp_path, **model)))
+    assert time.monotonic() - start < 30
+    assert not (tmp_path / "run" / "config.yaml").exists()  # the folder is still free
+
+
+def test_folder_of_another_run_is_refused_untouched(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*")}
+    assert "already holds a run. Go on with it by adding --resume" in error_of(
+        capsys, "--config", str(finished / "config.yaml")
+    )
+    assert {file: file.stat().st_mtime_ns for file in finished.rglob("*")} == before
+
+
+def test_resume_needs_something_to_resume(tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = written(tmp_path, config(tiny_path, tmp_path))
+    assert "to resume from" in error_of(capsys, "--config", file, "--resume")
+
+
+def test_rehearsal_replaces_rehearsals_only(tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run-rehearsal").mkdir()
+    (tmp_path / "run-rehearsal" / "thesis.tex").touch()
+    file = written(tmp_path, config(tiny_path, tmp_path))
+    assert "was not made by one" in error_of(capsys, "--config", file, "--rehearse")
+    assert (tmp_path / "run-rehearsal" / "thesis.tex").exists()
+
+
+# ---- signals, through a process of its own ----
+
+
+def output_until(process: subprocess.Popen[str], wanted: str) -> Iterator[str]:
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield line
+        if wanted in line:
+            return
+    raise AssertionError(f"ended without {wanted!r}")
+
+
+def test_ctrl_c_saves_and_the_printed_command_resumes(finished: Path, tiny_path: str, tmp_path: Path) -> None:
+    content = config(tiny_path, tmp_path)
+    content["trainer"] |= {"max_steps": 400, "max_epochs": 1000, "limit_val_batches": 0}
+    content["evaluation"] = {"before": False, "after": False, "during": 0}
+    command = [sys.executable, str(RECIPES / "finetune.py"), "--config", written(tmp_path, content)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+    seen = list(output_until(process, "step 3 of 400"))
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, "".join(seen) + rest
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    stopped = torch.load(last, weights_only=True)["global_step"]
+    assert 3 <= stopped < 400 and f"saved {last} at step {stopped}" in rest
+    printed = rest.strip().splitlines()[-1].split()
+    assert printed[0] == "python" and printed[-1] == "--resume"
+    assert finetune(*printed[2:], "--trainer.max_steps", str(stopped + 2)) == 0
+    assert torch.load(last, weights_only=True)["global_step"] >= stopped
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
