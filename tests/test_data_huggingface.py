@@ -197,20 +197,29 @@ def test_missing_split_and_folder_without_data(tmp_path):
         open_source(tmp_path / "empty")
 
 
-@pytest.mark.parametrize("offline", [True, False])
-def test_hub_that_cannot_be_reached_ends_within_seconds(monkeypatch, offline):
-    """Online it is one request that fails, to an address where nothing listens; no retries."""
+UNREACHABLE = "no-such-owner/no-such-set cannot be fetched from the hub .*local copy.*embedded:train"
+
+
+def test_hub_that_cannot_be_reached_ends_within_seconds(monkeypatch):
+    """One request that fails, to an address where nothing listens; `load_dataset`, which retries, is not tried."""
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(
         huggingface_hub, "HfApi", lambda real=huggingface_hub.HfApi: real(endpoint="http://127.0.0.1:9")
     )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("load_dataset was called"))
     start = time.monotonic()
-    with pytest.raises(
-        ConnectionError, match="no-such-owner/no-such-set cannot be fetched.*local copy.*embedded:train"
-    ):
+    with pytest.raises(ConnectionError, match=UNREACHABLE):
         open_source("no-such-owner/no-such-set")
+    assert time.monotonic() - start < 10
+
+
+def test_offline_mode_looks_into_the_cache_only():
+    """HF_HUB_OFFLINE=1 is set for all tests."""
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=f"(?=.*not in the local cache and HF_HUB_OFFLINE is set){UNREACHABLE}"):
+        open_source("no-such-owner/no-such-set:test")
     assert time.monotonic() - start < 10
 
 
