@@ -193,15 +193,16 @@ def test_beams_with_left_padding_equal_the_oracle_and_the_row_alone(positions: s
         assert torch.equal(alone.sequences[:, alone_case.input_ids.shape[1] :], sequences[row])
 
 
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
 @pytest.mark.parametrize("change", ["reorder", "repeat", "select"])
-def test_decoding_goes_on_after_the_batch_was_reordered(change: str) -> None:
-    model, plan = tiny_llava(), himap()
+def test_decoding_goes_on_after_the_batch_was_reordered(change: str, positions: str) -> None:
+    model, plan = tiny_llava(), himap(positions)
     case, tokens = make_case(model, RAGGED, "left"), random_tokens(len(RAGGED))
     expected = naive_decode(model, plan, case, tokens)
     install_pruning(model, plan)
     with torch.no_grad():
-        positions = prompt_positions(case.attention_mask)
-        cache = model(**case.inputs(), position_ids=positions, use_cache=True).past_key_values
+        numbers = prompt_positions(case.attention_mask)
+        cache = model(**case.inputs(), position_ids=numbers, use_cache=True).past_key_values
         if change == "reorder":
             order = torch.tensor([3, 1, 1, 4, 0])
             cache.reorder_cache(order)
