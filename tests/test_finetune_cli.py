@@ -204,7 +204,7 @@ def test_unknown_key_in_a_file_names_the_nearest(
     file = written(tmp_path, config(tiny_path, tmp_path, lora_alfa=3))
     assert "Did you mean 'model.lora_alpha'?" in error_of(capsys, "--config", file)
     file = written(tmp_path, {"trainr": {"max_steps": 2}})
-    assert "Did you mean 'trainer'?" in error_of(capsys, "--config", file)
+    assert "Did you mean 'trainer.max_steps'?" in error_of(capsys, "--config", file)
 
 
 @pytest.mark.parametrize(

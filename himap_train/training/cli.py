@@ -47,7 +47,7 @@ class SuggestingParser(LightningArgumentParser):
         """End with status 2 and the message."""
         in_file = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
         in_options = re.search(r"[Uu]nrecognized arguments.*?--([\w.-]+)", message)
-        top_level = re.search(r"[Kk]ey '([\w.]+)' is not expected|does not accept option '([\w.]+)'", message)
+        top_level = re.search(r"[Oo]ption '([\w.]+)' is not accepted|[Kk]ey '([\w.]+)' is not expected", message)
         found = in_file or in_options or top_level
         if found:
             wanted = ".".join(part for part in found.groups() if part).replace("-", "_")

@@ -66,8 +66,9 @@ class SaveLast(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Where an optimizer step ends."""
-        if self.every_n_steps and step_ended(trainer, batch_idx) and trainer.global_step % self.every_n_steps == 0:
+        """Where an optimizer step ends; the last one may lie within an epoch."""
+        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if step_ended(trainer, batch_idx) and (due or trainer.global_step == trainer.max_steps):
             trainer.save_checkpoint(self.file)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,8 +77,9 @@ class SaveLast(Checkpoint):
             trainer.save_checkpoint(self.file)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Also where nothing is validated."""
-        trainer.save_checkpoint(self.file)
+        """Also where nothing is validated, but not where max_steps has cut the epoch: it would count as done."""
+        if trainer.is_last_batch:
+            trainer.save_checkpoint(self.file)
 
 
 def last_and_best(folder: Path, every_n_steps: int | None, monitor: str, mode: str) -> list[Callback]:
