@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from cases import make_case
@@ -44,6 +42,8 @@ def plan(*stages: tuple[int, str, float]) -> PruningSchedule:
 
 
 HIMAP = plan((2, "instruction", 0.5), (5, "image", 0.125))
+
+
 SCHEDULES = {
     "dense": PruningSchedule(),
     "himap": HIMAP,
@@ -118,84 +118,3 @@ def test_no_image_costs_the_same_under_any_schedule() -> None:
     costs = [s.cost(model.config, image_tokens=0, text_tokens=20) for s in (PruningSchedule(), plan((2, "image", 0.5)))]
     assert costs[0].flops == costs[1].flops > 0
     assert costs[1].flops_ratio == costs[1].kv_bytes_ratio == 1.0
-
-
-PRESETS = {
-    "none": [],
-    "himap": [(2, "instruction", 0.5), (8, "image", 0.125)],
-    "himap-generation": [(2, "instruction", 0.5), (15, "image", 0.125)],
-    "fastv": [(2, "last_token", 0.5)],
-    "vtw": [(15, None, 0.0)],
-    "pyramiddrop": [(8, "last_token", 0.5), (16, "last_token", 0.25), (24, "last_token", 0.125)],
-    "random": [(2, "random", 0.5), (8, "random", 0.125)],
-    "uniform": [(2, "uniform", 0.5), (8, "uniform", 0.125)],
-}
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_are_those_of_the_papers(name: str) -> None:
-    schedule = PruningSchedule.from_preset(name)
-    found = [(s.layer, None if s.keep_ratio == 0 else s.criterion, s.keep_ratio) for s in schedule.stages]
-    assert found == PRESETS[name]
-    assert schedule.positions == ("renumber" if name == "pyramiddrop" else "keep")
-    assert PruningSchedule.from_dict(schedule.to_dict()) == schedule
-    schedule.validate_for(32)
-
-
-@pytest.mark.parametrize("layers", [4, 6, 8, 12, 24, 40])
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_fits_another_depth(name: str, layers: int) -> None:
-    schedule = PruningSchedule.from_preset(name)
-    scaled = schedule.scaled_to(layers)
-    scaled.validate_for(layers)
-    assert [(s.criterion, s.keep_ratio) for s in scaled.stages] == [
-        (s.criterion, s.keep_ratio) for s in schedule.stages
-    ]
-    assert scaled.positions == schedule.positions
-    assert schedule.scaled_to(32) == schedule
-
-
-def build(layers: int = 6, **fields: Any) -> None:
-    PruningSchedule.from_dict(fields).validate_for(layers)
-
-
-def stage(layer: Any = 2, criterion: Any = "instruction", **size: Any) -> dict[str, Any]:
-    return {"layer": layer, "criterion": criterion, **(size or {"keep_ratio": 0.5})}
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"stages": [stage(layer=0)]}, "layer.*0|0.*layer"),
-        ({"stages": [stage(layer=-1)]}, "layer.*-1|-1.*layer"),
-        ({"stages": [stage(layer=6)]}, "6"),
-        ({"stages": [stage(layer=4), stage(layer=2, keep_ratio=0.25)]}, "2.*4|4.*2"),
-        ({"stages": [stage(layer=2), stage(layer=2, keep_ratio=0.25)]}, "2"),
-        ({"stages": [stage(layer=2, keep_ratio=0.25), stage(layer=4, keep_ratio=0.5)]}, "0.5"),
-        ({"stages": [stage(layer=2, keep_count=5), stage(layer=4, keep_count=9)]}, "9"),
-        ({"stages": [stage(keep_ratio=1.5)]}, "1.5"),
-        ({"stages": [stage(keep_ratio=-0.1)]}, "-0.1"),
-        ({"stages": [stage(keep_ratio=float("nan"))]}, "nan"),
-        ({"stages": [stage(keep_count=-3)]}, "-3"),
-        ({"stages": [stage(keep_ratio=0.5, keep_count=3)]}, "keep_ratio.*keep_count|keep_count.*keep_ratio"),
-        ({"stages": [{"layer": 2, "criterion": "image"}]}, "keep_ratio.*keep_count|keep_count.*keep_ratio"),
-        ({"stages": [stage(criterion="attention")]}, "attention.*instruction|instruction.*attention"),
-        ({"stages": [stage(), {"layer": 3, "criterion": "image", "keep_rato": 0.2}]}, "keep_rato.*keep_ratio"),
-        ({"stages": [stage()], "position": "keep"}, "position.*positions"),
-        ({"stages": [stage()], "positions": "drop"}, "drop.*renumber|renumber.*drop"),
-    ],
-)
-def test_a_bad_schedule_says_what_is_wrong(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"(?s){message}"):
-        build(**fields)
-
-
-def test_an_unknown_preset_names_those_that_exist() -> None:
-    with pytest.raises(ValueError) as error:
-        PruningSchedule.from_preset("himapp")
-    assert "himapp" in str(error.value) and all(name in str(error.value) for name in PRESETS)
-
-
-def test_a_schedule_too_deep_is_refused_when_it_is_installed() -> None:
-    with pytest.raises(ValueError, match="(?s)8.*6|6.*8"):
-        install_pruning(tiny_llava(layers=6), PruningSchedule.from_preset("himap"))
