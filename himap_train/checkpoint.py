@@ -8,7 +8,6 @@ and the processor. A *merged* model is a stock Hugging Face LLaVA folder whose `
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any, Final
 import torch
 import yaml
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from himap_train.adapter_check import check_adapter
 from himap_train.model_card import adapter_card, merged_card
 from himap_train.models.embedded import embedded_model_path
 from himap_train.models.llava import install_pruning, pruning_of, remove_pruning
@@ -138,7 +137,7 @@ def load_checkpoint(
             "Pass base=<local folder>"
         ) from error
     peft_model = PeftModel.from_pretrained(model, str(folder))
-    _check_adapter(peft_model, folder)
+    check_adapter(peft_model, folder)
     file = folder / SCHEDULE_FILE
     saved = read_schedule(file) if file.is_file() else PruningSchedule()
     install_pruning(peft_model, saved if isinstance(schedule, _Saved) else schedule or PruningSchedule())
@@ -155,30 +154,6 @@ def _empty(folder: Path) -> Path:
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty; choose another folder or remove it")
     return folder
-
-
-def _check_adapter(model: PeftModel, folder: Path) -> None:
-    """Every key of the file is in the model and the other way round, and the adapter does something.
-
-    Keys renamed by an upgrade of transformers or PEFT are dropped silently by PEFT, and the model is then the base
-    model.
-    """
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no adapter_model.safetensors (pickled adapters are not read)")
-    with safe_open(str(file), framework="pt") as weights:
-        names = set(weights.keys())
-        empty = [name for name in names if 0 in weights.get_slice(name).get_shape()]
-    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    missing, unknown = sorted(set(expected) - names), sorted(names - set(expected))
-    if missing or unknown or empty:
-        raise ValueError(
-            f"{file}: {len(missing)} keys are missing {missing[:2]}, {len(unknown)} are unknown {unknown[:2]}, "
-            f"{len(empty)} are empty {empty[:2]}; the adapter would not act. Was it made with other versions?"
-        )
-    projector_trained = any("multi_modal_projector" in name and "lora_" not in name for name in names)
-    if not projector_trained and not any(tensor.any() for name, tensor in expected.items() if "lora_B" in name):
-        warnings.warn(f"{folder}: every lora_B is zero, the adapter changes nothing (was it trained?)", stacklevel=3)
 
 
 def copy_adapter(path: Path | str, folder: Path | str) -> Path:

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from tiny import tiny_processor
 from torch.utils.data import DataLoader, IterableDataset
 from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, save_tiny, tuner
 
+from himap_train.data.module import LlavaDataModule
 from himap_train.models.llava import base_llava, install_pruning, pruning_of, remove_pruning
 from himap_train.pruning.schedule import PruningSchedule
+from himap_train.training.accuracy import EvaluationSettings, GenerationAccuracy
 from himap_train.training.module import LlavaFineTuner
 
 
@@ -235,3 +238,28 @@ def test_validation_loss_is_the_mean_over_tokens(tiny_path: str, tmp_path: Path)
     with torch.no_grad():
         total, count = model.eval().batch_loss(collate(data.samples))
     assert found["val/loss"] == pytest.approx(float(total / count), rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", [SCHEDULE, None])
+def test_bf16_mixed_keeps_what_is_trained_in_fp32(tiny_path: str, tmp_path: Path, schedule: Any) -> None:
+    """What the 7B config uses: frozen weights in bf16, LoRA and projector in fp32, generation in validation too."""
+    model = fit(tiny_path, tmp_path, precision="bf16-mixed", model={"schedule": schedule}, limit_val_batches=1)
+    dtypes = {p.requires_grad: p.dtype for p in model.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    assert all(torch.isfinite(value).all() for value in weights(model).values())
+
+
+def test_validation_gives_training_mode_back_to_the_decoder_alone(tiny_path: str, tmp_path: Path) -> None:
+    """`GenerationAccuracy` evaluates, pruned and dense, between two training steps."""
+    data = LlavaDataModule(batch_size=2, train_limit=8, validation_limit=4, max_length=400)
+    data.processor = tiny_processor()
+    modes, accuracy = Modes(), GenerationAccuracy(EvaluationSettings(during=2, max_new_tokens=2))
+    model = tuner(tiny_path)
+    trainer = quiet_trainer(
+        tmp_path, max_steps=3, val_check_interval=1, limit_val_batches=1, callbacks=[modes, accuracy]
+    )
+    trainer.fit(model, datamodule=data)
+    assert modes.seen == {"decoder": True, "tower": False}
+    assert {"val/accuracy", "val/accuracy_dense", "val/loss"} <= set(trainer.callback_metrics)
+    pruning = pruning_of(model.peft_model)
+    assert pruning is not None and pruning.schedule == model.schedule  # dense evaluation gave the schedule back

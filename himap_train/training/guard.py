@@ -1,4 +1,4 @@
-"""Checks in every step that pruning really happened.
+"""Checks that pruning really happened, in every step, and that a checkpoint fits.
 
 A pruner that silently does nothing costs a training run: HiMAP's own reference trains dense under gradient
 checkpointing, and Lightning's DeepSpeed strategy strips hooks from every module at each validation.
@@ -6,7 +6,7 @@ checkpointing, and Lightning's DeepSpeed strategy strips hooks from every module
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,21 +42,38 @@ def check_pruned(schedule: PruningSchedule, pruning: Any, before: Any, image_tok
         )
 
 
-def check_predicting_rows(image_tokens: Tensor, labels: Tensor, ids: Sequence[str] | None = None) -> None:
+def check_predicting_rows(schedule: PruningSchedule, image_tokens: Tensor, batch: Mapping[str, Any]) -> None:
     """Raise where an image token is the row that predicts a supervised token: pruning could remove that row.
 
     Args:
+        schedule: Without stages nothing is removed.
         image_tokens: (B, S) bool.
-        labels: (B, S), -100 where nothing is supervised; row i predicts label i + 1.
-        ids: Names of the samples, for the message.
+        batch: Its `labels` (B, S) are -100 where nothing is supervised; row i predicts label i + 1.
 
     Raises:
         ValueError: Naming the first such sample.
     """
+    if not schedule.stages:
+        return
+    labels, ids = batch["labels"], batch.get("ids")
     bad = image_tokens[:, :-1] & (labels[:, 1:] != IGNORED)
     if bad.any():
         row = int(torch.nonzero(bad.any(dim=1))[0])
         raise ValueError(
             f"sample {ids[row] if ids else row}: an answer starts right after an image token, which pruning may "
             "remove; put text between image and answer (the chat template's role marker does)"
+        )
+
+
+def check_trained_weights(found: set[str], expected: set[str]) -> None:
+    """Raise unless a checkpoint holds exactly the weights that are trained.
+
+    Raises:
+        ValueError: Some are missing from it, or it holds others; renamed ones are both.
+    """
+    missing, unknown = sorted(expected - found), sorted(found - expected)
+    if missing or unknown:
+        raise ValueError(
+            f"the checkpoint does not fit this model: {len(missing)} trained weights are missing from it "
+            f"{missing[:3]}, {len(unknown)} are unknown {unknown[:3]}; use the config that it was trained with"
         )

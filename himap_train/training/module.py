@@ -23,7 +23,7 @@ from himap_train.evaluation.schedule_argument import fit_preset, is_preset
 from himap_train.models.llava import base_llava, hidden_states, install_pruning, pruning_of
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
-from himap_train.training.guard import check_predicting_rows, check_pruned
+from himap_train.training.guard import check_predicting_rows, check_pruned, check_trained_weights
 from himap_train.training.loss import supervised_loss
 from himap_train.training.optim import cosine_with_warmup, parameter_groups
 
@@ -106,19 +106,18 @@ class LlavaFineTuner(LightningModule):
             self.path, dtype=self._weights_dtype(), attn_implementation=self.attn_implementation
         )
         self.llava = self._attach(model)
+        decoder = base_llava(self.llava).model.language_model
         if self.gradient_checkpointing:
-            decoder = base_llava(self.llava).model.language_model
             decoder.activation_checkpointing_enable({"use_reentrant": False})
         if self._preset:  # written for 32 layers
-            self.schedule = fit_preset(self.schedule, base_llava(self.llava).config.text_config.num_hidden_layers)
+            self.schedule = fit_preset(self.schedule, decoder.config.num_hidden_layers)
         install_pruning(self.llava, self.schedule)
         self.train()
 
     def _weights_dtype(self) -> torch.dtype:
         """Frozen weights in the trainer's precision; what is trained stays in fp32 (see `attach_lora`)."""
-        if self._trainer is None:
-            return torch.float32
-        return _WEIGHTS.get(str(self.trainer.precision).split("-")[0], torch.float32)
+        precision = str(self.trainer.precision) if self._trainer else ""
+        return _WEIGHTS.get(precision.split("-")[0], torch.float32)
 
     def train(self, mode: bool = True) -> LlavaFineTuner:
         """As `nn.Module.train`, but the frozen vision tower stays in evaluation mode."""
@@ -156,8 +155,7 @@ class LlavaFineTuner(LightningModule):
         pruning = pruning_of(self.peft_model)
         before = pruning.last if pruning else None
         image_tokens = batch["input_ids"] == base_llava(self.peft_model).config.image_token_id
-        if self.schedule.stages:
-            check_predicting_rows(image_tokens, batch["labels"], batch.get("ids"))
+        check_predicting_rows(self.schedule, image_tokens, batch)
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "labels")}
         hidden = hidden_states(self.peft_model, **inputs)
         check_pruned(self.schedule, pruning_of(self.peft_model), before, image_tokens)
@@ -178,9 +176,7 @@ class LlavaFineTuner(LightningModule):
         if self._window_tokens is not None:
             # Lightning divided by the number of micro-batches, and data-parallel ranks were averaged.
             tokens = torch.as_tensor(self.all_gather(self._window_tokens)).sum().clamp(min=1)
-            scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens
-            for gradient in gradients:
-                gradient.mul_(scale)
+            torch._foreach_mul_(gradients, self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens)
             self._window_tokens = None
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 
@@ -207,15 +203,5 @@ class LlavaFineTuner(LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Not strict about what is absent by design, but strict about what was trained.
-
-        Raises:
-            ValueError: Trained weights are missing from the checkpoint, or it holds others.
-        """
-        found, expected = set(checkpoint["state_dict"]), self.trained_names()
-        if found != expected:
-            missing, extra = sorted(expected - found), sorted(found - expected)
-            raise ValueError(
-                f"the checkpoint does not fit this model: {len(missing)} trained weights are missing from it "
-                f"{missing[:3]}, {len(extra)} are unknown {extra[:3]}; use the config that it was trained with"
-            )
+        """Not strict about what is absent by design, but strict about what was trained."""
+        check_trained_weights(set(checkpoint["state_dict"]), self.trained_names())

@@ -1,0 +1,37 @@
+"""Whether an adapter on disk is the one that the model got, and whether it does anything.
+
+Keys renamed by an upgrade of transformers or PEFT are dropped silently by PEFT, and the model is then the base model.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+
+
+def check_adapter(model: PeftModel, folder: Path) -> None:
+    """Every key of the file is in the model and the other way round, and the adapter does something.
+
+    Raises:
+        FileNotFoundError: There are no safetensors.
+        ValueError: Keys are missing, unknown or empty.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no adapter_model.safetensors (pickled adapters are not read)")
+    with safe_open(str(file), framework="pt") as weights:
+        names = set(weights.keys())
+        empty = [name for name in names if 0 in weights.get_slice(name).get_shape()]
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    missing, unknown = sorted(set(expected) - names), sorted(names - set(expected))
+    if missing or unknown or empty:
+        raise ValueError(
+            f"{file}: {len(missing)} keys are missing {missing[:2]}, {len(unknown)} are unknown {unknown[:2]}, "
+            f"{len(empty)} are empty {empty[:2]}; the adapter would not act. Was it made with other versions?"
+        )
+    projector_trained = any("multi_modal_projector" in name and "lora_" not in name for name in names)
+    if not projector_trained and not any(tensor.any() for name, tensor in expected.items() if "lora_B" in name):
+        warnings.warn(f"{folder}: every lora_B is zero, the adapter changes nothing (was it trained?)", stacklevel=3)
