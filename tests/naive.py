@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -135,7 +136,9 @@ def kept_count(stage: Any, original: int) -> int:
     """Round half up of the original count, at least one unless the ratio is 0."""
     if stage.keep_count is not None:
         return stage.keep_count
-    return 0 if stage.keep_ratio == 0 else max(1, math.floor(stage.keep_ratio * original + 0.5))
+    return (
+        0 if stage.keep_ratio == 0 else max(1, math.floor(Fraction(str(stage.keep_ratio)) * original + Fraction(1, 2)))
+    )
 
 
 def naive_scores(criterion: str, weights: Tensor, image: list[int], text: list[int], count: int) -> dict[int, float]:

@@ -131,7 +131,6 @@ def test_two_generations_in_between_do_not_disturb_each_other() -> None:
                 torch.testing.assert_close(out.logits[:, -1], expected[i][:, step + 1], **LOGITS)
 
 
-@pytest.mark.xfail(strict=True, reason="refused, but the message speaks of attention_mask: the mask is checked first")
 def test_a_static_cache_is_refused_by_name() -> None:
     model = install_pruning(tiny_llava(), himap())
     inputs = make_case(model, RAGGED, "left").inputs()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from tiny import tiny_llava, tiny_processor
 from transformers import DynamicCache, LlamaConfig, StaticCache
 
-from himap_train import PruningSchedule, PruningStage, install_pruning, load_llava
+from himap_train import PruningSchedule, PruningStage, install_pruning, load_llava, remove_pruning
 from himap_train.models import loading
+from himap_train.models.llava import pruning_of
+from himap_train.pruning.selection import keep_from_ratio
 
 SCHEDULE = PruningSchedule((PruningStage(2, "instruction", 0.5),))
 IDS = torch.tensor([[1, *[4] * 16, 7, 8, 9]])
@@ -85,6 +88,29 @@ def test_copy_runs_on_its_own_weights() -> None:
         twin.model.language_model.norm.weight.mul_(2)
     assert torch.equal(model(**inputs()).logits, before)
     assert not torch.equal(twin(**inputs()).logits, before)
+
+
+def test_installed_model_can_be_pickled() -> None:
+    model = install_pruning(tiny_llava(), SCHEDULE)
+    before = model(**inputs()).logits
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(twin(**inputs()).logits, before)
+    assert pruning_of(twin).last == pruning_of(model).last
+
+
+def test_attention_chosen_after_installing_is_respected() -> None:
+    model = install_pruning(tiny_llava(attn="sdpa"), SCHEDULE)
+    model.set_attn_implementation("eager")
+    with pytest.raises(RuntimeError, match="call install_pruning again"):
+        model(**inputs())
+    install_pruning(model, SCHEDULE)
+    model(**inputs())
+    assert remove_pruning(model).config.text_config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("ratio, kept", [(0.145, 15), (0.285, 29), (0.575, 58), (0.0049, 1), (0.0, 0)])
+def test_written_ratios_round_half_up(ratio: float, kept: int) -> None:
+    assert keep_from_ratio(ratio, torch.tensor([100])).tolist() == [kept]
 
 
 def test_what_is_not_there_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,8 @@ def check_inputs(
     Raises:
         ValueError: With the way out.
     """
+    if cache is not None:
+        check_cache(cache)  # first: a static cache brings a mask of its own
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
         raise ValueError("a pruned decoder builds its own masks: pass attention_mask as (batch, length), 0 at padding")
     if kwargs.pop("output_attentions", False):
@@ -63,8 +65,6 @@ def check_inputs(
         # transformers reads such numbers as several sequences packed into one row wherever they do not rise by one.
         if bool((position_ids.diff(dim=1) != 1).any()):
             raise ValueError("packed rows (position_ids that start again) cannot be pruned: pass one sequence per row")
-    if cache is not None:
-        check_cache(cache)
     window = getattr(decoder.config, "sliding_window", None)
     if window is not None and total_length > window:
         raise ValueError(

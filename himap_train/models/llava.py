@@ -10,8 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
-from types import MethodType
+from functools import partial, wraps
 from typing import Any, cast
 
 import torch
@@ -19,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from himap_train.models.attention import register_attention
+from himap_train.models.attention import PREFIX, register_attention
 from himap_train.models.decoder import DECODERS, pruned_forward
 from himap_train.models.installed import InstalledPruning, PruningTrace
 from himap_train.models.loading import load_llava
@@ -79,9 +78,9 @@ def install_pruning(model: nn.Module, schedule: PruningSchedule) -> Any:
     stock_attention = decoder.config._attn_implementation
     decoder.config._attn_implementation = register_attention(stock_attention)
     decoder.himap_pruning = InstalledPruning(schedule, stock_attention)
-    # Bound methods, not closures: a deep copy of the model then runs on the copy's own weights.
-    decoder.forward = MethodType(pruned_forward, decoder)
-    base.forward = MethodType(_llava_forward, base)
+    # Partials, not closures: a deep copy of the model then runs on the copy's own weights, and it can be pickled.
+    decoder.forward = partial(pruned_forward, decoder)
+    base.forward = partial(_llava_forward, base)
     return model
 
 
@@ -90,7 +89,8 @@ def remove_pruning(model: nn.Module) -> Any:
     base, decoder = base_llava(model), _decoder(model)
     pruning = pruning_of(model)
     if pruning is not None:
-        decoder.config._attn_implementation = pruning.stock_attention
+        if decoder.config._attn_implementation == PREFIX + pruning.stock_attention:  # else it was changed since
+            decoder.config._attn_implementation = pruning.stock_attention
         del decoder.himap_pruning, decoder.forward, base.forward
     return model
 
@@ -168,7 +168,7 @@ def _masks(base: LlavaForConditionalGeneration, input_ids: Tensor, labels: Tenso
     }
 
 
-@wraps(LlavaForConditionalGeneration.forward)
+@wraps(LlavaForConditionalGeneration.forward, assigned=("__doc__",))  # its signature; the name stays, for pickle
 def _llava_forward(self: LlavaForConditionalGeneration, *args: Any, **kwargs: Any) -> Any:
     """The stock forward, which passes keyword arguments that it does not know on to the decoder."""
     given = _SIGNATURE.bind_partial(self, *args, **kwargs).arguments

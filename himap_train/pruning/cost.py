@@ -79,6 +79,7 @@ def schedule_cost(
     flops = sum(layer_flops(config, n + text_tokens) for n in layers)
     flops += sum(_ranking_flops(stage, config, layers[stage.layer - 1], text_tokens) for stage in schedule.stages)
     dense_flops = sum(layer_flops(config, n + text_tokens) for n in dense)
+    paper_dense = sum(_paper_macs(config, n) for n in dense)
     if bytes_per_value is None:
         dtype = getattr(config, "dtype", None)
         bytes_per_value = dtype.itemsize if isinstance(dtype, torch.dtype) else 2
@@ -88,8 +89,7 @@ def schedule_cost(
         flops=flops,
         dense_flops=dense_flops,
         flops_ratio=flops / dense_flops,
-        image_only_flops_ratio=sum(_paper_macs(config, n) for n in layers)
-        / max(sum(_paper_macs(config, n) for n in dense), 1),
+        image_only_flops_ratio=sum(_paper_macs(config, n) for n in layers) / paper_dense if paper_dense else 1.0,
         kv_bytes=kv_bytes,
         kv_bytes_ratio=kv_bytes / dense_kv_bytes,
         image_tokens_per_layer=layers,

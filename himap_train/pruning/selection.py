@@ -27,7 +27,8 @@ def keep_counts(stage: PruningStage, counts: TokenCounts) -> Tensor:
 
 def keep_from_ratio(ratio: float, image_tokens: Tensor) -> Tensor:
     """`round_half_up(ratio * image_tokens)`, at least 1 unless the ratio is 0. Long, of the shape of `image_tokens`."""
-    rounded = torch.floor(image_tokens.double() * ratio + 0.5).long()
+    # To nine decimals first: 0.145 * 100 is a little below 14.5 in binary.
+    rounded = torch.floor((image_tokens.double() * ratio).round(decimals=9) + 0.5).long()
     return rounded.clamp(min=1) if ratio > 0 else rounded
 
 
