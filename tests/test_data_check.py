@@ -94,12 +94,13 @@ def test_what_the_check_skips_training_skips_too(source):
             assert (sample["id"] in report.truncated) == (sample["dropped_exchanges"] > 0)
 
 
-def test_missing_files_are_found_everywhere_when_only_some_records_are_tokenized(tmp_path):
+def test_missing_files_and_answers_are_found_everywhere_when_only_some_records_are_tokenized(tmp_path):
     image_folder(tmp_path, ("a.png",))
     records = [llava_record(str(i), "gone.png" if i in (33, 66) else "a.png", "<image>Q", "A") for i in range(100)]
+    records[50] = llava_record("mute", None, "Q")
     (tmp_path / "data.json").write_text(json.dumps(records))
     report = check_source(open_source(tmp_path / "data.json"), tiny_processor(), limit=4)
-    assert (report.scanned, report.examined) == (100, 2) and sorted(report.skipped) == [33, 66]
+    assert (report.scanned, report.examined) == (100, 2) and sorted(report.skipped) == [33, 50, 66]
     assert [name for name, _ in report.lengths] == ["0", "99"]
 
 

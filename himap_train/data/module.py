@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -17,11 +16,9 @@ from himap_train.data.lengths import estimate_lengths
 from himap_train.data.loader import BatchLoader, Collate, stream_loader
 from himap_train.data.records import Source, StreamingSource
 from himap_train.data.report import DataReport
-from himap_train.data.sampling import BatchOrder
+from himap_train.data.sampling import BatchOrder, check_at_least_one, warn_of_another_order
 from himap_train.data.skips import SkipLog
 from himap_train.data.sources import open_source
-
-logger = logging.getLogger(__name__)
 
 
 class LlavaDataModule(LightningDataModule):
@@ -72,9 +69,9 @@ class LlavaDataModule(LightningDataModule):
         streaming: bool = False,
     ) -> None:
         super().__init__()
-        _check_at_least_one(batch_size=batch_size, eval_batch_size=eval_batch_size, train_limit=train_limit)
-        _check_at_least_one(max_length=max_length, pad_to_multiple_of=pad_to_multiple_of)
-        _check_at_least_one(validation_limit=validation_limit, test_limit=test_limit)
+        check_at_least_one(batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
+        check_at_least_one(pad_to_multiple_of=pad_to_multiple_of, train_limit=train_limit)
+        check_at_least_one(validation_limit=validation_limit, test_limit=test_limit)
         self.processor: Any = None
         """The checkpoint's processor; the recipe sets it before `setup`."""
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
@@ -144,12 +141,12 @@ class LlavaDataModule(LightningDataModule):
         return self._evaluation("validation")
 
     def test_dataloader(self) -> BatchLoader | list[Any]:
-        """As for validation."""
+        """As `val_dataloader`."""
         return self._evaluation("test")
 
     def state_dict(self) -> dict[str, Any]:
         """What the order of the training data depends on; the place in it is the loader's own state."""
-        source = self.source("train")
+        source = self._sources.get("train")
         return {
             "train": self._specs["train"],
             "records": len(source) if isinstance(source, Source) else None,
@@ -162,16 +159,8 @@ class LlavaDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Warns when a resumed run cannot go on in the order of the run before."""
-        now = self.state_dict()
-        changed = [
-            f"{key}: {old!r} then, {now.get(key)!r} now" for key, old in state_dict.items() if old != now.get(key)
-        ]
-        if changed:
-            logger.warning(
-                "resumed with other data settings (%s): the order of the training data is another one, so within the "
-                "running epoch some samples come twice and some not at all",
-                "; ".join(changed),
-            )
+        if "train" in self._sources:  # not in a test run, which gets the state too
+            warn_of_another_order(state_dict, self.state_dict())
 
     def _evaluation(self, split: str) -> BatchLoader | list[Any]:
         source, encoder = self.source(split), self._ready_encoder()
@@ -203,9 +192,3 @@ class LlavaDataModule(LightningDataModule):
         assert self.trainer is not None
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return int(progress.processed)
-
-
-def _check_at_least_one(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise ValueError(f"data.{name} is {value}; expected at least 1")

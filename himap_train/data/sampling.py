@@ -6,11 +6,14 @@ samples of similar length, hardly any padding, and still other samples in every 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 IndexArray = np.ndarray
+logger = logging.getLogger(__name__)
 
 
 class BatchOrder:
@@ -99,6 +102,24 @@ class BatchOrder:
 
     def _generator(self, epoch: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, epoch, stream])
+
+
+def check_at_least_one(**settings: int | None) -> None:
+    """Raises ValueError naming a setting of the data that is zero or negative; None means not set."""
+    for name, value in settings.items():
+        if value is not None and value < 1:
+            raise ValueError(f"data.{name} is {value}; expected at least 1")
+
+
+def warn_of_another_order(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warns when what the order of the data depends on differs between a run and the one that it resumes."""
+    changed = [f"{key}: {old!r} then, {now.get(key)!r} now" for key, old in then.items() if old != now.get(key)]
+    if changed:
+        logger.warning(
+            "resumed with other data settings (%s): the order of the training data is another one, so within the "
+            "running epoch some samples come twice and some not at all",
+            "; ".join(changed),
+        )
 
 
 def padding_waste(lengths: Sequence[int] | IndexArray, batches: Sequence[Sequence[int] | IndexArray]) -> float:
