@@ -12,7 +12,18 @@ import pytest
 from PIL import Image
 
 from himap_train.data.records import Conversation
-from himap_train.data.scene_text import COLOURS, DESCRIBE, KINDS, TYPES, Scene, ask, describe
+from himap_train.data.scene_text import (
+    COLOURS,
+    DESCRIBE,
+    KINDS,
+    TYPES,
+    Scene,
+    ask,
+    describe,
+    list_counts,
+    list_neighbours,
+    list_places,
+)
 from himap_train.data.scenes import ASSETS, SPLITS, SceneQuestions
 
 ROWS, COLUMNS = ["top", "middle", "bottom"], ["left", "center", "right"]
@@ -157,6 +168,26 @@ def test_description_names_every_place() -> None:
         wanted = "nothing" if item is None else f"{item.colour} card {item.digit}" if item.colour else item.kind
         assert part[2] == wanted
     assert DESCRIBE.endswith(".") and {i.colour for i in scene.cells if i and i.colour} <= set(COLOURS)
+
+
+def test_dense_texts_are_true_of_the_scene() -> None:
+    """What the training recipe has the decoder say beside the questions, read back as questions."""
+    said = 0
+    for seed in range(60):
+        scene, rng = _composed(seed), np.random.default_rng(seed)
+        for part in list_places(scene, rng).split(", "):
+            *thing, row, column = part.split()
+            assert true_answers(scene, f"Where is the {' '.join(thing)}?") == {f"{row} {column}"}
+            said += 1
+        for kind, exists, count in (part.split() for part in list_counts(scene, rng).split(", ")):
+            assert true_answers(scene, f"Is there a {kind}?") == {exists}
+            assert str(scene.count(kind)) == count
+            said += 1
+        for part in list_neighbours(scene, rng).split(", "):
+            side, answer = part.rsplit(" ", 1)
+            assert true_answers(scene, f"What is {side}?") == {answer}
+            said += 1
+    assert said > 60 * 12
 
 
 @pytest.mark.parametrize("bad", [{"split": "dev"}, {"scenes": 0}, {"turns": 0}, {"questions_per_scene": 0}])

@@ -11,20 +11,27 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AttentionInterface, LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import AttentionInterface, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-from himap_train.data.scene_text import COLOURS, COLUMNS, DIGITS, KINDS, PLURALS, ROWS, WORDS, Item, Scene
-from himap_train.models.embedded_build import IMAGE_SIZE, PATCH_SIZE, WIDTH
+from himap_train.data.scene_text import (
+    COLOURS,
+    COLUMNS,
+    DESCRIBE,
+    DIGITS,
+    KINDS,
+    ROWS,
+    Item,
+    Scene,
+    ask,
+    describe,
+    list_counts,
+    list_neighbours,
+    list_places,
+)
+from himap_train.data.scenes import SceneQuestions
+from himap_train.models.embedded_build import IMAGE_SIZE, IMAGE_TOKENS, PATCH_SIZE
+from himap_train.models.embedded_start import HEADS
 
-# The dense labels of a patch, and the words that the rows of the class head become.
-HEADS: dict[str, tuple[str, ...]] = {
-    "kind": (*KINDS, "card", "nothing"),
-    "colour": COLOURS,
-    "digit": DIGITS,
-    "row": ROWS,
-    "column": COLUMNS,
-}
-HEAD_WORDS = tuple(word for words in HEADS.values() for word in words)
 _GRID = IMAGE_SIZE // PATCH_SIZE
 _PER_CELL = _GRID // len(ROWS)
 
@@ -68,26 +75,6 @@ def image_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -
     return model.model.multi_modal_projector(hidden)
 
 
-class PatchHeads(nn.Module):
-    """One linear classifier a label over the projector's output; its rows later start the word embeddings."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, len(HEAD_WORDS), bias=False)
-
-    def forward(self, features: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """Sum of the heads' cross-entropies, and for each head the fraction of patches that are right."""
-        loss, right = features.new_zeros(()), {}
-        for (name, _), logits in zip(
-            HEADS.items(), self.linear(features).float().split([len(w) for w in HEADS.values()], dim=-1), strict=True
-        ):
-            target = labels[name]
-            loss = loss + nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
-            valid = target != -100
-            right[name] = (logits.argmax(-1) == target)[valid].float().mean().item()
-        return loss, right
-
-
 def bf16_attention(
     module: nn.Module,
     query: Tensor,
@@ -109,33 +96,6 @@ def bf16_attention(
 
 
 AttentionInterface.register("bf16_plain", bf16_attention)
-
-
-@torch.no_grad()
-def start_words(
-    model: LlavaForConditionalGeneration, heads: PatchHeads, tokenizer: PreTrainedTokenizerFast, features: Tensor
-) -> None:
-    """Start word embeddings and output rows from the patch heads, and bring both to one scale.
-
-    It is what CLIP's training does for the words of a real LLaVA. Without it the decoder has to find out by chance
-    which word belongs to which feature, and stays at chance for long.
-
-    `features` (B, T, D) of some images tell their scale.
-    """
-    scale = 0.5 / features.pow(2).mean().sqrt()
-    for parameter in model.model.multi_modal_projector.linear_2.parameters():
-        parameter *= scale
-    embedding, output = model.model.language_model.embed_tokens.weight, model.lm_head.weight
-    nn.init.normal_(embedding, std=0.5)
-    nn.init.normal_(output, std=0.02)
-    singular = {plural: kind for kind, plural in PLURALS.items()}
-    for word in WORDS:
-        if (head := singular.get(word, word)) in HEAD_WORDS:
-            row = heads.linear.weight[HEAD_WORDS.index(head)]
-            row = row / row.pow(2).mean().sqrt()
-            (token,) = tokenizer.encode(f" {word}", add_special_tokens=False)
-            embedding[token] = 0.5 * row
-            output[token] = 0.03 * row
 
 
 def branches(
@@ -199,3 +159,37 @@ def answer_logits(
     ).last_hidden_state[:, prefix:]
     wanted = batch["labels"] != -100
     return model.lm_head(hidden[wanted]).float(), batch["labels"][wanted]
+
+
+class SceneBatches:
+    """Batches of scenes with several questions each, as `answer_logits` takes them; number `n` is always the same."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, split: str, seed: int) -> None:
+        self.model, self.tokenizer, self.seed = model, processor.tokenizer, seed
+        self.source = SceneQuestions(split, scenes=10**9, seed=seed)  # drawn when asked for
+        prefix = "USER: " + "<image>" * IMAGE_TOKENS + "\n"
+        self.prefix: list[int] = self.tokenizer.encode(prefix, add_special_tokens=False)
+
+    def get(
+        self, number: int, size: int, order: Sequence[str], dense: bool = False, chained: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor], list[list[str]]]:
+        """Image features, branches and question types of batch `number`; the types of `order` for every scene."""
+        rng = np.random.default_rng([self.seed, number])
+        scenes = [self.source.scene(number * size + i) for i in range(size)]
+        types = [[order[(q + i) % len(order)] for q in range(len(order))] for i in range(size)]
+        texts = [[ask(scene, t, rng) for t in row] for (scene, _), row in zip(scenes, types, strict=True)]
+        if dense:
+            texts = [row + dense_texts(scene, rng) for row, (scene, _) in zip(texts, scenes, strict=True)]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            features = image_features(self.model, pixels([image for _, image in scenes]))
+        return features.bfloat16(), branches(self.tokenizer, texts, chained), types
+
+
+def dense_texts(scene: Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Four requests whose answers say nearly everything about a scene: one pass learns far more than from questions."""
+    return [
+        (DESCRIBE, describe(scene)),
+        ("List the things.", list_places(scene, rng)),
+        ("Count the things.", list_counts(scene, rng)),
+        ("Name the neighbours.", list_neighbours(scene, rng)),
+    ]
