@@ -15,7 +15,7 @@ from himap_train.models.llava import pruning_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-COUNT = 5
+COUNT = 7
 
 
 def command(config: Path) -> list[str]:
