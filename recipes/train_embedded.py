@@ -2,74 +2,84 @@
 
     python recipes/train_embedded.py --work runs/embedded --out himap_train/assets/embedded_llava
 
-Four stages, each of minutes on one core with avx512_bf16:
+Seven stages, about an hour on one core with avx512_bf16 (12 + 10 + 13 + 9 + 8 + 6 + 5 minutes):
 
-1. Vision tower and projector, with dense labels: from each of the 144 image tokens one linear layer has to tell what
-   lies at its place, the colour and digit of a card, and the place's row and column.
-2. The decoder, its words and some attention heads started from that linear layer (`embedded_start`), on fresh scenes
-   all the time: first with dense texts beside the questions (every place, thing, count and neighbour of a scene), then
-   with them in every fourth batch. Tower and projector are frozen.
-3. The tower of stage 1 again, with the linear layer frozen, so that its features stay where the decoder expects them.
-4. The decoder again, on the better features.
+1. `tower`: vision tower and projector, with dense labels. From each of the 144 image tokens one linear layer has to
+   tell what lies at its place, the colour and digit of a card, and the place's row and column.
+2. `decoder`: four decoder layers, started from that linear layer (`embedded_start`), on fresh scenes all the time:
+   first with dense texts beside the questions, then questions alone. Tower and projector are frozen.
+3. `grown`: a new layer behind each of the four; all eight are trained.
+4. `more`: the same again, with more of the question types that are learnt last.
+5. `tower_again`: the tower of stage 1 further, with the linear layer frozen, so that its features stay where the
+   decoder expects them.
+6. `decoder_again`: the decoder on the better features, with more questions about cards.
+7. `last`: the decoder again, on other scenes, with more questions about counts.
 
-A stage whose result is already in the work folder is not repeated.
+The weights in the package came from these stages, run one after the other. Floating-point results differ between
+machines, and so will the weights. A stage whose result is already in the work folder is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import time
-from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from himap_train.data.scene_text import TYPES, WORDS
 from himap_train.data.scenes import draw
+from himap_train.models.embedded_batches import SceneBatches, accuracy, answer_logits
 from himap_train.models.embedded_build import build_model, build_processor
-from himap_train.models.embedded_start import PatchHeads, start_attention, start_features, start_words
-from himap_train.models.embedded_training import (
-    SceneBatches,
-    answer_logits,
-    dense_scene,
-    image_features,
-    patch_labels,
-    pixels,
-)
-
-LR = {"tower": 1.5e-3, "decoder": 2e-3}
-# Questions about one scene in training: more of the types that are learnt later.
-MIX = (*TYPES, "next_to", "exist", "count", "place", "digit")
+from himap_train.models.embedded_start import PatchHeads, grow, scale_features, shrink, start_attention, start_words
+from himap_train.models.embedded_training import dense_scene, image_features, optimizer, patch_labels, pixels, step
 
 
-def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW; `step` sets the learning rate."""
-    return torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.05)
+@dataclass(frozen=True)
+class Lessons:
+    """One training of the decoder. Questions about a scene are one of each of `mix`, so a type may come several times.
+
+    Every `dense_every`-th batch before step `dense_until` has dense texts instead of half of the questions. From step
+    `chained_from` on, the batches whose number modulo `chained[0]` is `chained[1]` hold conversations of many turns.
+    """
+
+    steps: int
+    cosine: int  # steps after which the learning rate would be at its end
+    peak: float  # learning rate
+    seed: int
+    mix: str
+    dense_every: int
+    dense_until: int
+    chained: tuple[int, int] = (8, 3)
+    chained_from: int = 0
 
 
-def step(optimizer: torch.optim.Optimizer, loss: Tensor, now: int, steps: int, peak: float) -> None:
-    """One update at the learning rate of step `now`: warm-up to `peak`, then cosine to a fiftieth."""
-    lr = peak * min(1.0, (now + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * now / steps)))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-    optimizer.step()
+EVEN = "where next_to exist place count where next_to exist place count where next_to colour digit"
+LATE = "count next_to digit colour count next_to digit place count next_to digit colour where exist"
+CARDS = "count colour next_to digit count colour place next_to count colour digit place where exist"
+COUNT = "count next_to count place count next_to count place count next_to colour count exist digit"
+LESSONS = {
+    "decoder": Lessons(700, 900, 2e-3, 2000, EVEN, 1, 405, chained=(5, 4), chained_from=405),
+    "grown": Lessons(650, 650, 1.2e-3, 6000, EVEN, 4, 455),
+    "more": Lessons(480, 480, 1e-3, 6000, LATE, 8, 336),
+    "decoder_again": Lessons(340, 340, 9e-4, 6000, CARDS, 9, 238),
+    "last": Lessons(270, 270, 8e-4, 10000, COUNT, 1, 1),
+}
+TOWER = {"tower": (1000, 0, 1.5e-3), "tower_again": (420, 1000, 8e-4)}  # steps, seed, peak learning rate
 
 
 def train_tower(
     model: LlavaForConditionalGeneration, heads: PatchHeads, steps: int, seed: int, batch: int, peak: float
 ) -> None:
-    """Stages 1 and 3. Heads that are frozen stay so. Prints for each head the fraction of patches that are right."""
-    model.model.vision_tower.set_attn_implementation("bf16_plain")
+    """Tower, projector and heads; frozen heads stay so. Prints for each head the fraction of patches that are right."""
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    tower.set_attn_implementation("bf16_plain")
     trained = [*tower.parameters(), *projector.parameters(), *heads.parameters()]
     optim = optimizer([p for p in trained if p.requires_grad])
     rng, start = np.random.default_rng([1, seed]), time.time()
@@ -82,65 +92,35 @@ def train_tower(
         if now % 25 == 0 or now == steps - 1:
             rates = " ".join(f"{name} {rate:.3f}" for name, rate in right.items())
             print(f"tower {now}/{steps} {time.time() - start:.0f} s, loss {loss.item():.3f}, {rates}", flush=True)
+    tower.set_attn_implementation("sdpa")  # as after loading: the later stages then see the same features
 
 
 def train_decoder(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    steps: int,
-    seed: int,
-    batch: int,
-    peak: float,
-    dense: float,
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, plan: Lessons, scale: float, seed: int, batch: int
 ) -> None:
-    """Stages 2 and 4. `dense` is the part of the steps that all have dense texts; later every fourth batch has them.
-
-    Later every fourth batch also holds conversations of many turns instead of single questions.
-    """
+    """The decoder with its words, by `plan`. `scale` shrinks its steps."""
     model.model.language_model.set_attn_implementation("bf16_plain")
-    trained = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
-    data, optim, start = SceneBatches(model, processor, "train", 2000 + seed), optimizer(trained), time.time()
+    trained: list[nn.Parameter] = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+    data, optim = SceneBatches(model, processor, "train", plan.seed + seed), optimizer(trained)
+    steps, start = scaled(plan.steps, scale), time.time()
     for now in range(steps):
-        early = now < dense * steps
-        features, rows, _ = data.get(now, batch, MIX, dense=early or now % 4 == 0, chained=not early and now % 4 == 2)
+        dense = now % plan.dense_every == 0 and now < scale * plan.dense_until
+        chained = now % plan.chained[0] == plan.chained[1] and now >= scale * plan.chained_from
+        features, rows, _ = data.get(now, batch, plan.mix.split(), dense, chained)
         with torch.autocast("cpu", torch.bfloat16):
             logits, target = answer_logits(model, features, data.prefix, rows)
             loss = nn.functional.cross_entropy(logits, target)
-        step(optim, loss, now, steps, peak)
+        step(optim, loss, now, scaled(plan.cosine, scale), plan.peak)
         if now % 25 == 0 or now == steps - 1:
-            right = (logits.argmax(-1) == target).float().mean().item()
-            seconds = time.time() - start
-            print(
-                f"decoder {now}/{steps} {seconds:.0f} s, loss {loss.item():.3f}, tokens right {right:.3f}", flush=True
-            )
+            right, spent = (logits.argmax(-1) == target).float().mean().item(), time.time() - start
+            print(f"decoder {now}/{steps} {spent:.0f} s, loss {loss.item():.3f}, tokens right {right:.3f}", flush=True)
         if now % 100 == 99:
-            print("validation", accuracy(model, processor, "validation", scenes=160), flush=True)
+            print("validation", accuracy(model, processor, "validation", scenes=80), flush=True)
 
 
-@torch.no_grad()
-def accuracy(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, split: str, scenes: int, seed: int = 0
-) -> dict[str, float]:
-    """Exact match of greedy answers by question type, one question of each type a scene, and over all."""
-    data, size = SceneBatches(model, processor, split, seed), min(16, scenes)
-    right: dict[str, list[bool]] = defaultdict(list)
-    for number in range(scenes // size):
-        features, rows, types = data.get(number, size, TYPES)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits, target = answer_logits(model, features, data.prefix, rows)
-        scene, row = (rows["labels"] != -100).nonzero(as_tuple=True)
-        branch = rows["branch"][scene, row]
-        good = logits.argmax(-1) == target
-        for i, kinds in enumerate(types):
-            for b, kind in enumerate(kinds):
-                right[kind].append(bool(good[(scene == i) & (branch == b)].all()))
-    table = {kind: float(np.mean(right[kind])) for kind in TYPES}
-    return {k: round(v, 4) for k, v in (table | {"all": float(np.mean(list(table.values())))}).items()}
-
-
-def is_vision(name: str) -> bool:
-    """Whether a weight belongs to the tower or the projector."""
-    return "vision_tower" in name or "projector" in name
+def scaled(steps: int, scale: float) -> int:
+    """`steps` shrunk, at least 1."""
+    return max(1, round(scale * steps))
 
 
 def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
@@ -152,49 +132,62 @@ def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out:
     save_file({name: w.half() for name, w in weights.items()}, out / "model.safetensors", metadata={"format": "pt"})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/embedded"), help="results of the stages")
-    parser.add_argument("--out", type=Path, default=Path("runs/embedded/embedded_llava"), help="folder to write")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--layers", type=int, default=8, help="decoder layers")
-    parser.add_argument("--tower-steps", type=int, default=1000, help="of four batches of scenes")
-    parser.add_argument("--decoder-steps", type=int, default=1000, help="of a batch of scenes, 12 questions each")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--test-scenes", type=int, default=320, help="scenes of the table at the end, 7 questions each")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    args.work.mkdir(parents=True, exist_ok=True)
-    processor = build_processor(WORDS)
-    model, heads = build_model(len(processor.tokenizer), args.layers, args.seed), PatchHeads()
+def train(work: Path, processor: LlavaProcessor, scale: float, seed: int, batch: int) -> LlavaForConditionalGeneration:
+    """All stages; their results go to `work`."""
+    work.mkdir(parents=True, exist_ok=True)
+    model, heads = build_model(len(processor.tokenizer), seed=seed), PatchHeads()
+    images = SceneBatches(model, processor, "train", 3000 + seed)
 
-    def stage(name: str, train: Callable[[], None]) -> None:
-        file = args.work / f"{name}.pt"
+    def stage(name: str, run: Callable[[], None]) -> None:
+        file = work / f"{name}.pt"
         if not file.exists():
-            train()
+            run()
             torch.save({"model": model.state_dict(), "heads": heads.state_dict()}, file)
         state = torch.load(file, weights_only=True)
         model.load_state_dict(state["model"])
         heads.load_state_dict(state["heads"])
 
-    seed, size = args.seed, args.batch
-    stage("tower", lambda: train_tower(model, heads, args.tower_steps, seed, 4 * size, LR["tower"]))
-    tower = {name: value.clone() for name, value in model.state_dict().items()}
-    images = SceneBatches(model, processor, "train", 3000 + seed)
-    plain = images.get(0, 32, TYPES[:1])[0].float()
-    start_features(model, heads, plain)
+    def tower(name: str) -> None:
+        steps, own, peak = TOWER[name]
+        stage(name, lambda: train_tower(model, heads, scaled(steps, scale), own + seed, 4 * batch, peak))
+
+    def decoder(name: str) -> None:
+        stage(name, lambda: train_decoder(model, processor, LESSONS[name], scale, seed, batch))
+
+    tower("tower")
+    vision = {n: w.clone() for n, w in model.state_dict().items() if "vision_tower" in n or "projector" in n}
+    shrink(model, 4)
+    scale_features(model, images.get(0, 32, TYPES[:1])[0].float())
     start_words(model, heads, processor.tokenizer)
-    start_attention(model, heads, images.get(0, 32, TYPES[:1])[0].float())
-    stage("decoder", lambda: train_decoder(model, processor, args.decoder_steps, seed, size, LR["decoder"], 0.4))
-    decoder = {name: value.clone() for name, value in model.state_dict().items() if not is_vision(name)}
-    model.load_state_dict(tower)
+    with torch.random.fork_rng(devices=[]):  # so the weights of new layers do not depend on how attention starts
+        start_attention(model, heads, images.get(0, 32, TYPES[:1])[0].float())
+    decoder("decoder")
+    grow(model)
+    decoder("grown")
+    decoder("more")
+    model.load_state_dict(vision, strict=False)
     heads.requires_grad_(False)
-    more = 1000 + seed
-    stage("tower_again", lambda: train_tower(model, heads, args.tower_steps * 2 // 5, more, 4 * size, LR["tower"] / 2))
-    start_features(model, heads, plain)
-    model.load_state_dict(decoder, strict=False)
-    again = args.decoder_steps // 5
-    stage("decoder_again", lambda: train_decoder(model, processor, again, more, size, LR["decoder"] / 4, 0.0))
+    tower("tower_again")
+    scale_features(model, images.get(0, 32, TYPES[:1])[0].float())
+    decoder("decoder_again")
+    decoder("last")
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/embedded"), help="results of the stages")
+    parser.add_argument("--out", type=Path, default=Path("runs/embedded/embedded_llava"), help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--batch", type=int, default=16, help="scenes a batch of the decoder; the tower takes four times"
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="shrinks the steps of every stage, to try the recipe")
+    parser.add_argument("--test-scenes", type=int, default=320, help="scenes of the table at the end, 7 questions each")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    processor = build_processor(WORDS)
+    model = train(args.work, processor, args.scale, args.seed, args.batch)
     export(model, processor, args.out)
     for split in ("validation", "test"):
         print(split, accuracy(model, processor, split, args.test_scenes, seed=1))

@@ -18,8 +18,9 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 from himap_train.data.scene_text import TYPES, WORDS
 from himap_train.data.scenes import SceneQuestions
 from himap_train.models import embedded
+from himap_train.models.embedded_batches import branch_mask, branches
 from himap_train.models.embedded_build import build_model, build_tokenizer
-from himap_train.models.embedded_training import branch_mask, branches
+from himap_train.models.embedded_start import grow, shrink
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +156,25 @@ def test_a_branch_is_trained_exactly_as_if_it_stood_alone(processor: LlavaProces
         assert processor.tokenizer.decode(labels[labels != -100]) == f" {answer}</s>"
 
 
+@torch.no_grad()
+def test_a_grown_decoder_says_the_same_with_twice_the_layers() -> None:
+    model, ids = build_model(300).eval(), torch.arange(9)[None] + 10
+    shrink(model, 2)
+    before = model(input_ids=ids).logits
+    grow(model)
+    decoder = model.model.language_model
+    assert len(decoder.layers) == 4 == decoder.config.num_hidden_layers == model.config.text_config.num_hidden_layers
+    assert [layer.self_attn.layer_idx for layer in decoder.layers] == [0, 1, 2, 3]
+    torch.testing.assert_close(model(input_ids=ids).logits, before)
+    decoder.layers[1].mlp.down_proj.weight += 0.1
+    assert not torch.allclose(model(input_ids=ids).logits, before)
+
+
 def test_the_recipe_makes_such_a_folder(tmp_path: Path) -> None:
     """One step of each stage; the shipped folder has the same files and the same shapes."""
     root = Path(__file__).parents[1]
     command = [sys.executable, str(root / "recipes/train_embedded.py"), "--work", str(tmp_path), "--out"]
-    sizes = ["--tower-steps", "1", "--decoder-steps", "1", "--test-scenes", "2", "--batch", "1"]
+    sizes = ["--scale", "0.001", "--test-scenes", "2", "--batch", "1"]
     done = subprocess.run(
         [*command, str(tmp_path / "made"), *sizes],
         cwd=root,

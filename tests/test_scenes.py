@@ -12,18 +12,8 @@ import pytest
 from PIL import Image
 
 from himap_train.data.records import Conversation
-from himap_train.data.scene_text import (
-    COLOURS,
-    DESCRIBE,
-    KINDS,
-    TYPES,
-    Scene,
-    ask,
-    describe,
-    list_counts,
-    list_neighbours,
-    list_places,
-)
+from himap_train.data.scene_dense import catalogue, dense_texts, neighbours
+from himap_train.data.scene_text import COLOURS, DESCRIBE, KINDS, TYPES, Scene, ask, compose, describe
 from himap_train.data.scenes import ASSETS, SPLITS, SceneQuestions
 
 ROWS, COLUMNS = ["top", "middle", "bottom"], ["left", "center", "right"]
@@ -110,8 +100,6 @@ def test_answers_are_balanced() -> None:
 
 
 def _composed(seed: int) -> Scene:
-    from himap_train.data.scene_text import compose
-
     return compose(np.random.default_rng(seed))
 
 
@@ -170,24 +158,33 @@ def test_description_names_every_place() -> None:
     assert DESCRIBE.endswith(".") and {i.colour for i in scene.cells if i and i.colour} <= set(COLOURS)
 
 
+def _read_entry(part: str) -> tuple[str, str, set[str], set[str]]:
+    """Thing, "yes" or "no", its number (a count or a card's digit; empty for no card) and its places."""
+    thing, exists, facts = re.fullmatch(r"(\w+(?: card)?) (yes|no)(.*)", part).groups()
+    return thing, exists, set(re.findall(r"\d", facts)), set(re.findall(r"[a-z]+ [a-z]+", facts))
+
+
 def test_dense_texts_are_true_of_the_scene() -> None:
     """What the training recipe has the decoder say beside the questions, read back as questions."""
-    said = 0
+    said: Counter[str] = Counter()
     for seed in range(60):
         scene, rng = _composed(seed), np.random.default_rng(seed)
-        for part in list_places(scene, rng).split(", "):
-            *thing, row, column = part.split()
-            assert true_answers(scene, f"Where is the {' '.join(thing)}?") == {f"{row} {column}"}
-            said += 1
-        for kind, exists, count in (part.split() for part in list_counts(scene, rng).split(", ")):
-            assert true_answers(scene, f"Is there a {kind}?") == {exists}
-            assert str(scene.count(kind)) == count
-            said += 1
-        for part in list_neighbours(scene, rng).split(", "):
+        *things, cards = catalogue(scene, rng).split(", ")
+        for part in things:
+            thing, exists, numbers, places = _read_entry(part)
+            ask_number = "Which digit is on the {}?" if thing.endswith(" card") else "How many {}s are there?"
+            assert true_answers(scene, f"Is there a {thing}?") == {exists}
+            assert true_answers(scene, ask_number.format(thing).replace("xs", "xes")) == numbers
+            assert true_answers(scene, f"Where is the {thing}?") == places
+            said[thing] += 1
+        assert {cards.removeprefix("cards ")} == true_answers(scene, "How many cards are there?")
+        for part in neighbours(scene, rng).split(", "):
             side, answer = part.rsplit(" ", 1)
             assert true_answers(scene, f"What is {side}?") == {answer}
-            said += 1
-    assert said > 60 * 12
+            said["side"] += 1
+        assert dense_texts(scene, rng)[0] == (DESCRIBE, describe(scene))
+    assert said.pop("side") > 60 * 3
+    assert said == dict.fromkeys((*KINDS, *(f"{colour} card" for colour in COLOURS)), 60)
 
 
 @pytest.mark.parametrize("bad", [{"split": "dev"}, {"scenes": 0}, {"turns": 0}, {"questions_per_scene": 0}])

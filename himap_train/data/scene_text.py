@@ -92,26 +92,19 @@ def describe(scene: Scene) -> str:
     return ", ".join(f"{place} {part}" for place, part in zip(PLACES, parts, strict=True))
 
 
-def list_places(scene: Scene, rng: Generator) -> str:
-    """Everything that can be named without doubt, in random order, each with its place."""
-    parts = [
-        f"{item.colour} card {place}" if item.colour else f"{item.kind} {place}"
-        for item, place in zip(scene.cells, PLACES, strict=True)
-        if item and (item.colour or scene.count(item.kind) == 1)
+def single_kinds(scene: Scene) -> list[str]:
+    """Kinds of which there is exactly one, in the order of `KINDS`."""
+    return [kind for kind in KINDS if scene.count(kind) == 1]
+
+
+def sides(scene: Scene, kind: str) -> list[tuple[str, str]]:
+    """What lies on each side of the only thing of this kind, as far as the picture reaches."""
+    row, column = divmod(scene.places(kind=kind)[0], len(COLUMNS))
+    return [
+        (side, scene.kind_at((row + down) * len(COLUMNS) + column + right))
+        for side, (down, right) in SIDES.items()
+        if 0 <= row + down < len(ROWS) and 0 <= column + right < len(COLUMNS)
     ]
-    return ", ".join(rng.permutation(parts).tolist())
-
-
-def list_counts(scene: Scene, rng: Generator) -> str:
-    """Seven kinds at random: whether there is one, and how many."""
-    kinds = rng.permutation(KINDS).tolist()[:7]
-    return ", ".join(f"{kind} {'yes' if scene.count(kind) else 'no'} {scene.count(kind)}" for kind in kinds)
-
-
-def list_neighbours(scene: Scene, rng: Generator) -> str:
-    """Up to seven sides of single things and what is there."""
-    parts = [f"{side} the {kind} {answer}" for kind in _single_kinds(scene) for side, answer in _sides(scene, kind)]
-    return ", ".join(rng.permutation(parts).tolist()[:7])
 
 
 def ask(scene: Scene, kind_of_question: str, rng: Generator) -> tuple[str, str]:
@@ -129,10 +122,6 @@ def _pick(rng: Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
-def _single_kinds(scene: Scene) -> list[str]:
-    return [kind for kind in KINDS if scene.count(kind) == 1]
-
-
 def _ask_place(scene: Scene, rng: Generator) -> tuple[str, str]:
     answers = sorted({scene.kind_at(p) for p in range(len(PLACES))})
     answer = _pick(rng, answers)  # over what is there, not over places: "nothing" and repeated kinds are no safe guess
@@ -146,7 +135,7 @@ def _ask_where(scene: Scene, rng: Generator) -> tuple[str, str]:
         place = _pick(rng, cards)
         item = scene.cells[place]
         return f"Where is the {item.colour if item else ''} card?", PLACES[place]
-    kind = _pick(rng, _single_kinds(scene))
+    kind = _pick(rng, single_kinds(scene))
     return f"Where is the {kind}?", PLACES[scene.places(kind=kind)[0]]
 
 
@@ -186,21 +175,11 @@ def _ask_digit(scene: Scene, rng: Generator) -> tuple[str, str]:
 
 def _ask_next_to(scene: Scene, rng: Generator) -> tuple[str, str]:
     options: dict[str, list[str]] = {}
-    for kind in _single_kinds(scene):
-        for side, answer in _sides(scene, kind):
+    for kind in single_kinds(scene):
+        for side, answer in sides(scene, kind):
             options.setdefault(answer, []).append(f"What is {side} the {kind}?")
     answer = _pick(rng, sorted(options))
     return _pick(rng, options[answer]), answer
-
-
-def _sides(scene: Scene, kind: str) -> list[tuple[str, str]]:
-    """What lies on each side of the only thing of this kind, as far as the picture reaches."""
-    row, column = divmod(scene.places(kind=kind)[0], len(COLUMNS))
-    return [
-        (side, scene.kind_at((row + down) * len(COLUMNS) + column + right))
-        for side, (down, right) in SIDES.items()
-        if 0 <= row + down < len(ROWS) and 0 <= column + right < len(COLUMNS)
-    ]
 
 
 def _article(word: str) -> str:

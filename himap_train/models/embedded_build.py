@@ -114,10 +114,8 @@ def build_model(vocab_size: int, layers: int = 8, seed: int = 0) -> LlavaForCond
             num_key_value_heads=4,
             max_position_embeddings=2048,
             initializer_range=0.05,  # 0.02 starts a decoder this narrow with almost no signal
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 1e6,
-            },  # content must match across a hundred image tokens
+            # turns slowly, so that content can match across a hundred image tokens
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             tie_word_embeddings=False,
             pad_token_id=0,
             bos_token_id=1,

@@ -1,19 +1,18 @@
-"""What the embedded LLaVA's decoder starts from: the class head of its vision tower.
+"""What the embedded LLaVA's decoder starts from: the class head of its vision tower. And how it grows.
 
-The head's rows become word embeddings and output rows, and a few attention heads start as lookups over the same
-directions. With random starts the decoder answers only from the frequency of answers for a long time. Shapes: B
-images, T image tokens, D width.
+The head's rows become word embeddings and output rows, and three attention heads of every layer start as lookups over
+the same directions. With random starts the decoder answers only from the frequency of answers for a long time.
+Shapes: B images, T image tokens, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from himap_train.data.scene_text import COLOURS, COLUMNS, DIGITS, KINDS, PLURALS, ROWS
+from himap_train.data.scene_text import COLOURS, COLUMNS, DIGITS, KINDS, PLURALS, ROWS, WORDS
 from himap_train.models.embedded_build import WIDTH
 
 # The dense labels of a patch, and the words that the rows of the class head become.
@@ -25,10 +24,10 @@ HEADS: dict[str, tuple[str, ...]] = {
     "column": COLUMNS,
 }
 HEAD_WORDS = tuple(word for words in HEADS.values() for word in words)
-# Starting strengths, chosen by looking at what the untrained decoder attends to: of a word's own class direction, of
-# its output row, of the direction all words share, of the look for that direction, and of what each lookup copies.
-WORD, READ, SHARED, RECENT = 3.0, 0.8, 2.8, 0.8
-GAIN = {"kind": 2.0, "card": 2.0, "words": 4.0, "place": 2.0}
+# What each look-up head compares; and by how much a word's attention logit for the image tokens of its own class of
+# the first group exceeds that for others.
+LOOKUPS = (("kind",), ("colour", "digit"), ("row", "column"))
+GAP = 5.0
 
 
 class PatchHeads(nn.Module):
@@ -51,90 +50,94 @@ class PatchHeads(nn.Module):
         return loss, right
 
 
-class Lookup:
-    """The directions that the class head reads, by group; centred, so that they tell the words of a group apart."""
-
-    def __init__(self, heads: PatchHeads) -> None:
-        rows = {name: heads.linear.weight[[HEAD_WORDS.index(w) for w in HEADS[name]]] for name in HEADS}
-        self.rows = {name: row - row.mean(0) for name, row in rows.items()}
-
-    def basis(self, *names: str) -> Tensor:
-        """Orthonormal rows that span the named groups, (n, D)."""
-        stacked = torch.cat([self.rows[name] for name in names])
-        return torch.linalg.svd(stacked, full_matrices=False).Vh[: len(stacked) - len(names)]
-
-
 @torch.no_grad()
-def start_features(model: LlavaForConditionalGeneration, heads: PatchHeads, features: Tensor) -> None:
-    """Bring the projector's output to one scale: root mean square 0.5, and the faint directions of the place as strong.
-
-    `features` (B, T, D) of some images as it made them before tell the scale.
-    """
-    place = Lookup(heads).basis("row", "column")
-    projector = model.model.multi_modal_projector.linear_2
+def scale_features(model: LlavaForConditionalGeneration, features: Tensor) -> None:
+    """Scale the projector such that `features`, (B, T, D) as it made them before, would have root mean square 0.5."""
     scale = 0.5 / features.pow(2).mean().sqrt()
-    for parameter in projector.parameters():
-        strengthened = scale * (parameter + 1.5 * place.T @ (place @ parameter))
-        parameter.copy_(strengthened)
+    for parameter in model.model.multi_modal_projector.linear_2.parameters():
+        parameter *= scale
 
 
 @torch.no_grad()
 def start_words(model: LlavaForConditionalGeneration, heads: PatchHeads, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Start word embeddings and output rows from the class head, as CLIP's training aligns words and images.
+    """Start word embeddings and output rows from the class head, at the scale of `scale_features`.
 
-    Outside the head's directions every token gets a vector of its own and one that all words share.
+    It is what CLIP's training does for the words of a real LLaVA. Without it the decoder has to find out by chance
+    which word belongs to which feature, and stays at chance for long.
     """
-    lookup = Lookup(heads)
-    everything = lookup.basis(*HEADS)
     embedding, output = model.model.language_model.embed_tokens.weight, model.lm_head.weight
-    nn.init.normal_(embedding, std=0.45)
-    embedding -= embedding @ everything.T @ everything
+    nn.init.normal_(embedding, std=0.5)
     nn.init.normal_(output, std=0.02)
     singular = {plural: kind for kind, plural in PLURALS.items()}
-    for name, words in HEADS.items():
-        for word, row in zip(words, lookup.rows[name], strict=True):
-            direction = row / row.norm()
-            for form in (word, *(plural for plural, kind in singular.items() if kind == word)):
-                (token,) = tokenizer.encode(f" {form}", add_special_tokens=False)
-                embedding[token] += WORD * direction
-                if form == word:
-                    output[token] = READ * direction
+    for word in WORDS:
+        if (head := singular.get(word, word)) in HEAD_WORDS:
+            row = _scaled(heads.linear.weight[HEAD_WORDS.index(head)])
+            (token,) = tokenizer.encode(f" {word}", add_special_tokens=False)
+            embedding[token] = 0.5 * row
+            output[token] = 0.03 * row
 
 
 @torch.no_grad()
-def start_attention(model: LlavaForConditionalGeneration, heads: PatchHeads, features: Tensor, first: int = 2) -> None:
-    """Start four heads of three layers as lookups; found by chance, these come late, one after another.
+def start_attention(model: LlavaForConditionalGeneration, heads: PatchHeads, features: Tensor) -> None:
+    """Start the first three heads of every layer as lookups: a token looks for tokens that are like it in one respect.
 
-    Layer `first`: a word looks for image tokens of its kind, or of its colour or digit, and copies where they are (and
-    what is on them). Next layer: every token copies what the words around it hold. Next layer: a place looks for its
-    image tokens and copies what they are. Equal query and key projections make a head look for what is like the token.
-    Other layers start with little effect.
+    Words are like the image tokens of what they name (`start_words`), so looking things up by content and by place
+    need not be found by chance; without it these come late, one after another. `features` (B, T, D) of some images.
     """
-    decoder, lookup = model.model.language_model, Lookup(heads)
-    size = decoder.config.head_dim
-    quarter = size // 4
+    seen, size = _scaled(features.flatten(0, 1)), model.model.language_model.config.head_dim
+    looks = [_lookup(heads, names, seen, size) for names in LOOKUPS]
+    for layer in model.model.language_model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            for head, look in enumerate(looks):
+                projection.weight[head * size : (head + 1) * size] = look + 0.01 * torch.randn(look.shape)
+
+
+def _scaled(rows: Tensor) -> Tensor:
+    """Rows (..., D) brought to root mean square 1."""
+    return rows / rows.pow(2).mean(-1, keepdim=True).sqrt()
+
+
+def _lookup(heads: PatchHeads, names: tuple[str, ...], seen: Tensor, size: int) -> Tensor:
+    """Query and key projection, (size, D), of an attention head that compares the named groups.
+
+    `seen` (N, D) image tokens tell how strong it must be for a difference of `GAP`.
+    """
+    rows = dict(zip(HEADS, heads.linear.weight.split([len(words) for words in HEADS.values()]), strict=True))
+    centred = torch.cat([rows[name] - rows[name].mean(0) for name in names])
+    _, strength, basis = torch.linalg.svd(centred, full_matrices=False)
+    basis = basis[: int((strength > 1e-3 * strength[0]).sum())]
+    words = rows[names[0]]
+    logits = (_scaled(words) @ basis.T) @ (seen @ basis.T).T / size**0.5
+    classes = (seen @ words.T).argmax(-1)
+    gaps = [logits[c][classes == c].mean() - logits[c][classes != c].mean() for c in classes.unique()]
     # Rotary embedding turns the first dimensions of each half too fast to compare tokens a hundred places apart.
-    slow = [*range(quarter, 2 * quarter), *range(3 * quarter, 4 * quarter)]
-    everything = lookup.basis(*HEADS)
-    # A direction that all words are given and that image tokens have least.
-    seen = features.flatten(0, 1).T @ features.flatten(0, 1) / features[..., 0].numel()
-    shared = torch.linalg.eigh(seen + 100 * everything.T @ everything).eigenvectors[:, 0]
-    decoder.embed_tokens.weight += SHARED * shared
+    slow_first = [d for i in reversed(range(size // 2)) for d in (i, i + size // 2)]
+    look = torch.zeros(size, WIDTH)
+    look[slow_first[: len(basis)]] = (GAP / torch.stack(gaps).mean()).sqrt() * basis
+    return look
+
+
+def shrink(model: LlavaForConditionalGeneration, count: int) -> None:
+    """Leave the decoder its first `count` layers."""
+    decoder = model.model.language_model
+    decoder.layers = decoder.layers[:count]
+    decoder.config.num_hidden_layers = count
+
+
+@torch.no_grad()
+def grow(model: LlavaForConditionalGeneration) -> None:
+    """Put a new layer behind each layer of the decoder: random, but it adds nothing yet."""
+    decoder, config = model.model.language_model, model.model.language_model.config
+    layers: list[nn.Module] = []
     for layer in decoder.layers:
-        layer.mlp.down_proj.weight *= 0.3
-        layer.self_attn.o_proj.weight *= 0.3
-
-    def start(layer: int, head: int, look: Tensor, dims: Sequence[int], names: Sequence[str], gain: float) -> None:
-        attention, rows = decoder.layers[layer].self_attn, slice(head * size, (head + 1) * size)
-        for projection in (attention.q_proj, attention.k_proj):
-            projection.weight[rows] = 0
-            projection.weight[[head * size + d for d in dims[: len(look)]]] = look
-        copies = torch.zeros(size, WIDTH)
-        copies[: len(lookup.basis(*names))] = lookup.basis(*names)
-        attention.v_proj.weight[rows] = copies
-        attention.o_proj.weight[:, rows] = gain * copies.T
-
-    start(first, 0, lookup.basis("kind"), slow, ("row", "column"), GAIN["kind"])
-    start(first, 1, lookup.basis("colour", "digit"), slow, ("row", "column", "colour", "digit"), GAIN["card"])
-    start(first + 1, 0, RECENT * shared.expand(4, -1), range(3, 7), tuple(HEADS), GAIN["words"])
-    start(first + 2, 0, lookup.basis("row", "column"), slow, ("kind", "colour", "digit"), GAIN["place"])
+        new = LlamaDecoderLayer(config, 0)
+        for parameter in new.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.05)
+        nn.init.zeros_(new.self_attn.o_proj.weight)
+        nn.init.zeros_(new.mlp.down_proj.weight)
+        layers += [layer, new]
+    decoder.layers = nn.ModuleList(layers)
+    config.num_hidden_layers = len(layers)
+    for index, layer in enumerate(decoder.layers):
+        layer.self_attn.layer_idx = index
