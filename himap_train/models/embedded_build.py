@@ -6,9 +6,11 @@ Only `recipes/train_embedded.py` and tests need this; everybody else loads the t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -130,3 +132,12 @@ def build_model(vocab_size: int, layers: int = 8, seed: int = 0) -> LlavaForCond
     model = LlavaForConditionalGeneration(config)
     model.generation_config.update(pad_token_id=0, bos_token_id=1, eos_token_id=2, do_sample=False)
     return model
+
+
+def export(model: LlavaForConditionalGeneration, processor: LlavaProcessor, out: Path) -> None:
+    """Write the Hugging Face folder. Weights are stored in fp16, half the size, and load as the config's float32."""
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+    weights = load_file(out / "model.safetensors")
+    save_file({name: w.half() for name, w in weights.items()}, out / "model.safetensors", metadata={"format": "pt"})
