@@ -24,8 +24,8 @@ from himap_train.evaluation.command_line import run_command
 CONFIGS = ["configs/quickstart.yaml", "configs/results.yaml"]
 RUNS: dict[str, list[str]] = {
     "himap": [],
-    "dense": ["configs/control_dense.yaml"],
     "random": ["configs/control_random.yaml"],
+    "dense": ["configs/control_dense.yaml"],
 }
 # Run and row of its metrics.json -> name in the table; the rows before training are the same in every run.
 ROWS = {
@@ -49,7 +49,7 @@ def main(seeds: list[int] = [0, 1, 2], output: Path = Path("runs/results"), work
         workers: Runs at a time, one thread each.
     """
     # The rows before training do not depend on the seed: the first is enough.
-    jobs = [(kind, seed, output / f"{kind}-{seed}", seed == seeds[0]) for seed in seeds for kind in RUNS]
+    jobs = [(kind, seed, output / f"{kind}-{seed}", seed == seeds[0]) for kind in RUNS for seed in seeds]
     with ThreadPoolExecutor(workers) as pool:
         list(pool.map(lambda job: fine_tune(*job), jobs))
     text, figures = tabulate(output, seeds)
