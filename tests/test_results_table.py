@@ -1,0 +1,71 @@
+"""The README's table: its commands, and means and spreads over seeds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def recipe() -> Any:
+    spec = importlib.util.spec_from_file_location("results_table", ROOT / "recipes" / "results_table.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fake_run(folder: Path, names: list[str], score: float) -> None:
+    folder.mkdir(parents=True)
+    group = {"score": score, "standard_error": 0.01, "count": 50}
+    row = {"overall": group, "types": {"where": group}, "image_tokens": 144.0, "kept": [86.0, 14.0]}
+    rows = [{"name": name, **row, "cost": {"flops_ratio": 0.37}, "schedule": {}} for name in names]
+    (folder / "metrics.json").write_text(json.dumps({"rows": rows}))
+
+
+def test_mean_and_spread_over_seeds(recipe: Any, tmp_path: Path) -> None:
+    for kind in recipe.RUNS:
+        names = [name for run, name in recipe.ROWS if run == kind]
+        for seed, score in enumerate((0.80, 0.82, 0.84)):
+            fake_run(tmp_path / f"{kind}-{seed}", names, score)
+    text, figures = recipe.tabulate(tmp_path, [0, 1, 2])
+    assert "| HiMAP, adapted | 144 -> 86 -> 14 | 0.37 | 82.0 ± 2.0 | 82 |" in text
+    assert set(figures) == set(recipe.ROWS.values())
+    assert "50 test questions" in text
+
+
+def test_runs_differ_in_nothing_but_schedule_and_seed(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(recipe.subprocess, "run", run)
+    for kind in recipe.RUNS:
+        recipe.fine_tune(kind, 1, tmp_path / f"{kind}-1", before=False)
+    assert len(calls) == 3
+    for kind, call in zip(recipe.RUNS, calls, strict=True):
+        configs = [call[i + 1] for i, part in enumerate(call) if part == "--config"]
+        assert all((ROOT / config).is_file() for config in configs)
+        assert configs == [*recipe.CONFIGS, *recipe.RUNS[kind]]
+        assert call[call.index("--data.seed") + 1] == call[call.index("--seed_everything") + 1] == "1"
+    fake_run(tmp_path / "himap-2", [], 0.5)
+    recipe.fine_tune("himap", 2, tmp_path / "himap-2", before=False)
+    assert len(calls) == 3, "a run that is there must not be repeated"
+
+
+def test_a_failed_run_is_named(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = subprocess.CompletedProcess([], 2)
+    monkeypatch.setattr(recipe.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match="himap, seed 0 failed with status 2; see .*himap-0.log"):
+        recipe.fine_tune("himap", 0, tmp_path / "himap-0", before=True)
