@@ -133,8 +133,10 @@ def _kept(stage: PruningStage, image_tokens: int) -> int:
 
 
 def head_width(config: Any) -> int:
+    """Width of one attention head of a decoder."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def kv_width(config: Any) -> int:
+    """Width of a token's keys, and of its values."""
     return (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_width(config)

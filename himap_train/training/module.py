@@ -23,6 +23,7 @@ from himap_train.evaluation.schedule_argument import fit_preset, is_preset
 from himap_train.models.llava import base_llava, hidden_states, install_pruning, pruning_of
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
+from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.guard import check_predicting_rows, check_pruned, check_trained_weights
 from himap_train.training.loss import supervised_loss
 from himap_train.training.optim import cosine_with_warmup, parameter_groups
