@@ -101,6 +101,12 @@ def training_flops(
     )
 
 
+def tokens_of_image(config: Any) -> int:
+    """Image tokens that a LLaVA makes of one image: its patches, and the class token where the config keeps it."""
+    vision = config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+
+
 def vision_flops(config: Any) -> float:
     """FLOPs of a CLIP vision tower over one image: patch embedding and all layers."""
     width, mlp, patches = config.hidden_size, config.intermediate_size, (config.image_size // config.patch_size) ** 2
@@ -112,7 +118,7 @@ def vision_flops(config: Any) -> float:
 def _projector_flops(config: Any, trained: bool) -> float:
     """Two linear layers over the patches of one image; the first needs no gradient of its input."""
     vision, width = config.vision_config, config.text_config.hidden_size
-    tokens = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    tokens = tokens_of_image(config)
     features = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
     first, second = 2.0 * tokens * features * vision.hidden_size * width, 2.0 * tokens * width**2
     return 2 * first + 3 * second if trained else first + second
