@@ -9,9 +9,9 @@ Per token of a decoder layer (width d, MLP m, queries q and keys and values k wi
   else branches with the same input share it; dropout adds its mask.
 
 Without checkpointing all layers' bytes are alive when the backward pass starts. With it only each layer's input is, and
-one layer's bytes come back at a time. The peak is the highest of: the loss, the backward pass of each layer (earlier
-layers hold more tokens under pruning, later ones stand on more saved layers), the ranking before a stage, and the
-vision tower. Assumes that the rows of a batch have equally many tokens, so that no mask is kept.
+one layer's bytes come back at a time. The peak is the highest of: the forward pass's end, where dropped rows are put
+back, the loss, the backward pass of each layer (earlier layers hold more tokens under pruning, later ones stand on more
+saved layers), the ranking before a stage, and the vision tower. Assumes that the rows of a batch have equally many tokens, so that no mask is kept.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class ActivationModel:
         moments = {
             "loss": start + sum(kept) + end + logits + (copies if self.checkpointing else 0),
             "final norm": start + sum(kept) + end + max(20 * tokens[-1] * text.hidden_size, 2 * full),
+            "end of forward": start + sum(kept) + end + self._features(batch) + full * (3 if schedule.stages else 2),
             "vision tower": self._vision(batch),
         }
         for number, extra in enumerate(working):
@@ -166,6 +167,12 @@ class ActivationModel:
         heads = self._text.num_attention_heads
         scores = ranking * (image + batch.text_tokens) * (8 * min(heads, 8) + 10)
         return batch.rows * (scores + ranking * heads * head_width(self._text) * self.numerics.element)
+
+    def _features(self, batch: Batch) -> int:
+        """Image features that transformers holds until the decoder returns: two of the tower, two of the projector."""
+        config: Any = self.facts.config
+        widths = 2 * config.vision_config.hidden_size + 2 * config.text_config.hidden_size
+        return batch.rows * batch.image_tokens * widths * self.numerics.element
 
     def _vision(self, batch: Batch) -> int:
         """All hidden states, which are kept to the tower's end, and the MLP of its last layer."""
