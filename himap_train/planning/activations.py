@@ -132,14 +132,15 @@ class ActivationModel:
         return self.facts.config.text_config
 
     def _start(self, batch: Batch) -> int:
-        """The batch itself and what the projector keeps."""
+        """The batch itself and what the projector keeps, autocast's copy of its second layer included."""
         config: Any = self.facts.config
         vision, e = config.vision_config, self.numerics.element
         pixels = vision.num_channels * vision.image_size**2 * 4
         features = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
         kept = (features * vision.hidden_size + 2 * config.text_config.hidden_size) * e * self.facts.trains_projector
         ids = 3 * 8 * batch.length
-        return batch.rows * (batch.images * pixels + batch.image_tokens * kept + ids)
+        copy = 2 * config.text_config.hidden_size**2 * (self.numerics.mixed and self.facts.trains_projector)
+        return batch.rows * (batch.images * pixels + batch.image_tokens * kept + ids) + copy
 
     def _shared(self, batch: Batch, after_stages: list[int]) -> int:
         """What the layers share, once for the prefill and once after each stage: the rotary embedding.

@@ -64,6 +64,11 @@ class ModelFacts:
         """Number of decoder layers."""
         return len(self.lora)
 
+    @property
+    def ends_adapted(self) -> bool:
+        """Whether every decoder layer ends in LoRA."""
+        return all("down_proj" in layer.inputs for layer in self.lora)
+
 
 def model_facts(config: LlavaConfig, tuner: LlavaFineTuner) -> ModelFacts:
     """Build the model without weights, attach LoRA, and count.

@@ -174,6 +174,7 @@ def _side(
         supervised=sample.supervised,
         images=sample.images or 1 / run.batch_size,  # a batch of text alone runs the tower on one blank image
         trains_projector=facts.trains_projector,
+        ends_adapted=facts.ends_adapted,
         checkpointing=run.checkpointing,
         lm_head_passes=3 if 0 < run.loss_chunk < sample.supervised * run.batch_size else 2,
         attention_backward=2 if run.attention == "eager" else FLASH_BACKWARD,
