@@ -11,7 +11,8 @@ Per token of a decoder layer (width d, MLP m, queries q and keys and values k wi
 Without checkpointing all layers' bytes are alive when the backward pass starts. With it only each layer's input is, and
 one layer's bytes come back at a time. The peak is the highest of: the forward pass's end, where dropped rows are put
 back, the loss, the backward pass of each layer (earlier layers hold more tokens under pruning, later ones stand on more
-saved layers), the ranking before a stage, and the vision tower. Assumes that the rows of a batch have equally many tokens, so that no mask is kept.
+saved layers), the ranking before a stage, and the vision tower. Assumes that the rows of a batch have equally many
+tokens, so that no mask is kept.
 """
 
 from __future__ import annotations

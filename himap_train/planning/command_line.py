@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from jsonargparse import Namespace
@@ -13,10 +14,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 from himap_train.data.module import LlavaDataModule
 from himap_train.evaluation.command_line import with_underscores
 from himap_train.models.attention import ATTENTION_IMPLEMENTATIONS
-from himap_train.planning.facts import model_facts
-from himap_train.planning.memory import configured_strategy
-from himap_train.planning.plan import Plan, RunSettings, make_plan
+from himap_train.planning.facts import ModelFacts, model_facts
+from himap_train.planning.memory import GIB, configured_strategy
+from himap_train.planning.plan import Plan, RunSettings, Sample, make_plan
 from himap_train.planning.sources import find_config, read_sample
+from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.cli import FinetuneCLI
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.rehearsal import rehearse
@@ -71,15 +73,29 @@ class PlanCLI(FinetuneCLI):
                 raise ValueError(f"--{key} is {self.config[key]}; expected 0 or more")
         run = run_settings(self.config)
         config, found = find_config(self.config.model.path)
-        schedule = self.tuner.fitted_schedule(config.text_config.num_hidden_layers)
-        schedule.validate_for(config.text_config.num_hidden_layers)
+        decoder: Any = config.text_config
+        schedule = self.tuner.fitted_schedule(decoder.num_hidden_layers)
+        schedule.validate_for(decoder.num_hidden_layers)
         given = (self.config.text_tokens, self.config.supervised_tokens, self.config.images)
         sample, counted = read_sample(self.data, self.config.model.path, config, *given)
         kernel = (
             "eager, S x S probabilities are kept" if run.attention == "eager" else "a flash kernel, no S x S matrix"
         )
         notes = (f"model: {found}", f"tokens: {counted}", f"attention: {run.attention}, {kernel}")
-        return make_plan(model_facts(config, self.tuner), run, schedule, sample, notes)
+        facts = model_facts(config, self.tuner)
+        return make_plan(facts, run, schedule, sample, (*notes, *self._at_limit(facts, run, schedule, sample)))
+
+    def _at_limit(
+        self, facts: ModelFacts, run: RunSettings, schedule: PruningSchedule, sample: Sample
+    ) -> tuple[str, ...]:
+        """What a batch of the longest rows that `data.max_length` lets through would take."""
+        limit = self.data.max_length
+        text = (limit or 0) - sample.images * sample.image_tokens
+        if text <= sample.longest_text:
+            return ()
+        full = make_plan(facts, run, schedule, replace(sample, longest_text=text))
+        peaks = ", ".join(f"{side.name} {full.peak(run.strategy, side) / GIB:.2f}" for side in full.sides)
+        return (f"rows as long as data.max_length {limit} allows would need, in GiB on {run.strategy}: {peaks}",)
 
 
 def run_settings(config: Namespace) -> RunSettings:

@@ -23,9 +23,9 @@ _FLOPS: dict[str, Callable[[TrainingFlops], float]] = {
     "all": lambda f: f.total,
 }
 _ACTIVATIONS: dict[str, Callable[[Activations], int]] = {
-    "saved by the forward pass": lambda a: a.saved,
+    "saved": lambda a: a.saved,
     "logits": lambda a: a.logits,
-    "one layer's backward": lambda a: a.working,
+    "layer": lambda a: a.working,
     "ranking": lambda a: a.ranking,
     "peak": lambda a: a.peak,
 }
@@ -61,31 +61,36 @@ def _flops(plan: Plan) -> Table:
 
 
 def _activations(plan: Plan) -> Table:
-    columns = [(side, again) for again in (True, False) for side in plan.sides]
-    names = {True: "checkpointing", False: "no checkpointing"}
-    header = ("", *(f"{side.name}, {names[again]}" for side, again in columns))
-    rows = [[name, *(_gib(get(s.activations[c])) for s, c in columns)] for name, get in _ACTIVATIONS.items()]
-    rows.append(["peak at", *(s.activations[c].moment for s, c in columns)])
+    settings = [(side, again) for again in (True, False) for side in plan.sides]
+    found = [side.activations[again] for side, again in settings]
+    rows = [
+        [_setting(side, again), *(_gib(get(one)) for get in _ACTIVATIONS.values()), one.moment]
+        for (side, again), one in zip(settings, found, strict=True)
+    ]
     length = plan.sample.longest_text + plan.sample.images * plan.sample.image_tokens
-    return _table(f"Activations of {plan.run.batch_size} rows of {length} tokens, GiB", header, rows)
+    title = f"Activations of {plan.run.batch_size} rows of {length} tokens, GiB"
+    return _table(title, ("", *_ACTIVATIONS, "peak at"), rows)
 
 
 def _memory(plan: Plan) -> Table:
-    peaks = [f"peak {side.name}" for side in plan.sides]
-    header = ("", "frozen", "trained", "gradients", "optimizer", "buffers", *peaks, "host")
+    header = ("", "frozen", "trained", "grads", "optim", "bufs", *(side.name for side in plan.sides), "host")
     rows = []
     for name, static in plan.memory.items():
         parts = (static.frozen, static.trained, static.gradients, static.optimizer, static.buffers)
         total = [_mark(plan, plan.peak(name, side)) for side in plan.sides]
         rows.append([_name(plan, name), *map(_gib, parts), *total, _gib(static.host)])
     state = "with" if plan.run.checkpointing else "without"
-    title = f"Memory of one GPU of {plan.run.devices}, GiB, batch {plan.run.batch_size}, {state} checkpointing"
+    sides = " and ".join(side.name for side in plan.sides)
+    title = (
+        f"GiB on each of {plan.run.devices} GPUs by part, and peak {sides} at batch {plan.run.batch_size} {state} "
+        "checkpointing"
+    )
     return _table(title, header, rows)
 
 
 def _fits(plan: Plan) -> Table:
     columns = [(side, again) for again in (True, False) for side in plan.sides]
-    header = ("", *(f"{side.name}, {'' if again else 'no '}checkpointing" for side, again in columns))
+    header = ("", *(_setting(side, again) for side, again in columns))
     rows = [[_name(plan, name), *(_batch(side, again, name) for side, again in columns)] for name in plan.memory]
     return _table(f"Largest batch of one GPU in {plan.run.gpu_memory:g} GiB", header, rows)
 
@@ -102,12 +107,16 @@ def _assumptions(plan: Plan) -> list[str]:
 
 
 def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", padding=(0, 1) if len(header) < 7 else 0)
     for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left")
+        table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _setting(side: Side, checkpointing: bool) -> str:
+    return f"{side.name}{', checkpointing' if checkpointing else ''}"
 
 
 def _name(plan: Plan, strategy: str) -> str:

@@ -7,24 +7,21 @@ One is the embedded LLaVA, the other has 100 million random parameters in LLaVA'
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from himap_train.models.llava import base_llava, install_pruning
-from himap_train.models.loading import EMBEDDED, load_config, load_llava, resolve_model
+from himap_train.models.llava import base_llava
 from himap_train.planning.activations import ActivationModel
+from himap_train.planning.cases import Case, build_model, embedded_case, inputs_of, llava_100m_case
 from himap_train.planning.facts import ModelFacts, model_facts
 from himap_train.planning.measure import measured_flops, measured_memory
 from himap_train.planning.memory import static_memory
-from himap_train.planning.quantities import Batch, Numerics
+from himap_train.planning.quantities import Numerics
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.pruning.training_cost import tokens_of_image, training_flops
-from himap_train.training.module import LlavaFineTuner, weights_dtype
+from himap_train.pruning.training_cost import training_flops
+from himap_train.training.module import weights_dtype
 
 
 @dataclass(frozen=True)
@@ -49,54 +46,6 @@ class Comparison:
     def error(self) -> float:
         """Relative; positive where the plan asks for more than is needed."""
         return self.predicted / self.measured - 1
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model and the batch that it takes.
-
-    Attributes:
-        name: For the table.
-        config: Of the LLaVA.
-        path: Of its weights; None for random ones.
-        tuner: How it is trained.
-        rows: Of the batch.
-        text_tokens: Of a row.
-        supervised: Of a row.
-    """
-
-    name: str
-    config: LlavaConfig
-    path: str | None
-    tuner: LlavaFineTuner
-    rows: int
-    text_tokens: int
-    supervised: int
-
-    @property
-    def batch(self) -> Batch:
-        """As the plan sees it."""
-        return Batch(self.rows, tokens_of_image(self.config), self.text_tokens, self.supervised)
-
-
-def embedded_case() -> Case:
-    """The LLaVA in this package."""
-    tuner = LlavaFineTuner(EMBEDDED, lora_r=32, lora_alpha=64, lora_dropout=0.0)
-    return Case("embedded", load_config(resolve_model(EMBEDDED)), EMBEDDED, tuner, 8, 40, 8)
-
-
-def llava_100m_case() -> Case:
-    """100 million random parameters."""
-    vision = CLIPVisionConfig(
-        hidden_size=384, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=6, image_size=336,
-        patch_size=14,
-    )  # fmt: skip
-    text = LlamaConfig(
-        vocab_size=2048, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=4, vision_feature_layer=-2)
-    tuner = LlavaFineTuner(lora_r=16, lora_alpha=32, lora_dropout=0.05)
-    return Case("100M", config, None, tuner, 2, 115, 60)
 
 
 def verify(
@@ -134,7 +83,7 @@ def markdown_table(rows: Sequence[Comparison]) -> str:
 
 def _static(case: Case, facts: ModelFacts) -> list[Comparison]:
     """Weights, gradients and moments, in bytes, after a real optimizer step."""
-    model = _model(case, PruningSchedule(), False, "32-true")
+    model = build_model(case, PruningSchedule(), False, "32-true")
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
@@ -154,7 +103,7 @@ def _step(
     case: Case, facts: ModelFacts, schedule: PruningSchedule, checkpointing: bool, precision: str
 ) -> Iterator[tuple[str, float, float]]:
     """(quantity, predicted, measured) of one training step."""
-    model, batch, inputs = _model(case, schedule, checkpointing, precision), case.batch, _inputs(case)
+    model, batch, inputs = build_model(case, schedule, checkpointing, precision), case.batch, inputs_of(case)
     attention, chunk = base_llava(model).config._attn_implementation or "sdpa", case.tuner.loss_chunk
     predict = ActivationModel(facts, Numerics.of(precision, on_cpu=True), attention, checkpointing, chunk)
     expected = predict(schedule, batch)
@@ -174,35 +123,6 @@ def _step(
             attention_backward=2,
         )  # fmt: skip
         yield "FLOPs", batch.rows * cost.total, measured_flops(model, inputs, chunk)
-
-
-def _model(case: Case, schedule: PruningSchedule, checkpointing: bool, precision: str) -> nn.Module:
-    """As `LlavaFineTuner` sets it up, on weights or random ones."""
-    torch.manual_seed(0)
-    if case.path is None:
-        base = LlavaForConditionalGeneration(deepcopy(case.config)).to(weights_dtype(precision))
-    else:
-        base = load_llava(case.path, dtype=weights_dtype(precision))[0]
-    model = case.tuner.attach(base)
-    if checkpointing:
-        decoder: Any = base_llava(model).model.language_model
-        decoder.activation_checkpointing_enable({"use_reentrant": False})
-    return install_pruning(model, schedule).train()
-
-
-def _inputs(case: Case) -> dict[str, Tensor]:
-    """Rows of one image, a prompt and an answer, all of one length."""
-    batch, image_id = case.batch, case.config.image_token_id
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(
-        image_id + 1, case.config.text_config.vocab_size, (batch.rows, batch.length), generator=generator
-    )
-    ids[:, 1 : 1 + batch.image_tokens] = image_id
-    labels = ids.clone()
-    labels[:, : -batch.supervised] = -100
-    size = case.config.vision_config.image_size
-    pixels = torch.randn(batch.rows, 3, size, size, generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
 
 
 def _bytes(tensors: Any) -> int:
