@@ -22,7 +22,7 @@ from himap_train.planning.verify import markdown_table, verify
 from himap_train.training.loss import supervised_loss
 from himap_train.training.module import LlavaFineTuner
 
-PEAK, SAVED = 0.07, 0.03
+PEAK, SAVED = 0.045, 0.03
 DENSE, HIMAP = PruningSchedule(), PruningSchedule.from_preset("himap").scaled_to(8)
 SETTINGS: dict[str, dict[str, Any]] = {
     "dense": {"schedule": DENSE},
@@ -92,10 +92,10 @@ def test_allocation_counter_by_hand() -> None:
 
 
 def test_embedded_model_as_predicted() -> None:
-    """FLOPs within 5 %, activations within 10 %, weights, gradients and optimizer to the byte, in 8 settings."""
+    """FLOPs within 5 %, activations within 4 %, weights, gradients and optimizer to the byte, in 8 settings."""
     rows = verify([embedded_case()])
     assert len(rows) == 3 + 4 * 3 + 4 * 2
-    limits = {"FLOPs": 0.05, "saved by forward": 0.1, "peak activations": 0.1}
+    limits = {"FLOPs": 0.05, "saved by forward": 0.04, "peak activations": 0.04}
     wrong = [row for row in rows if abs(row.error) > limits.get(row.quantity, 0.0)]
     assert not wrong, markdown_table(wrong)
 
