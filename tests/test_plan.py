@@ -200,3 +200,7 @@ def test_verify_prints_errors_of_both_models(capsys: pytest.CaptureFixture[str],
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
     assert {row[1].strip() for row in rows} == {"embedded", "100M"}
     assert all(abs(float(row[6].strip(" %"))) < 10 for row in rows)
+
+
+def test_longest_rows_are_cut_as_in_training(tmp_path: Path) -> None:
+    assert planned(tmp_path, *EMBEDDED, "--data.max_length", "160")["sample"]["longest_text"] == 160 - 144
