@@ -27,7 +27,12 @@ def save_tiny(folder: Path, **kwargs: Any) -> str:
 
 def finetune(*options: str) -> int:
     """What `python recipes/finetune.py <options>` runs, in this process; its exit status."""
-    spec = importlib.util.spec_from_file_location("recipe_finetune", RECIPES / "finetune.py")
+    return run_main("finetune", *options)
+
+
+def run_main(recipe: str, *options: str) -> int:
+    """What `python recipes/<recipe>.py <options>` runs, for a recipe whose `main` takes the command line."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{recipe}", RECIPES / f"{recipe}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -42,7 +42,7 @@ def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> 
     """
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = [_with_underscores(option) for option in given]
+        args = [with_underscores(option) for option in given]
         auto_cli(main, args=args, as_positional=False, parser_class=SuggestingParser)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
@@ -75,7 +75,7 @@ def new_output_folder(folder: Path, files: Sequence[str], overwrite: bool) -> No
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _with_underscores(option: str) -> str:
+def with_underscores(option: str) -> str:
     """`--show-kept` is `--show_kept`, as many write it; values stay as they are."""
     if not option.startswith("--"):
         return option

@@ -32,14 +32,24 @@ def load_llava(
         ValueError: If the checkpoint is no LLaVA.
     """
     folder = resolve_model(path)
+    config = load_config(folder)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
+    return model.eval(), load_processor(folder, config)
+
+
+def load_config(folder: str | Path) -> LlavaConfig:
+    """The configuration of a LLaVA, from what `resolve_model` returned.
+
+    Raises:
+        ValueError: If the checkpoint is no LLaVA.
+    """
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, LlavaConfig):
         raise ValueError(
-            f"{path} holds a {config.model_type!r} model; expected 'llava' with a Llama, Mistral or Qwen2 decoder "
+            f"{folder} holds a {config.model_type!r} model; expected 'llava' with a Llama, Mistral or Qwen2 decoder "
             "(original LLaVA checkpoints have a converted twin on the hub, such as llava-hf/llava-1.5-7b-hf)"
         )
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
-    return model.eval(), load_processor(folder, config)
+    return config
 
 
 def load_processor(folder: str | Path, config: LlavaConfig) -> LlavaProcessor:

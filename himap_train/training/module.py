@@ -23,11 +23,17 @@ from himap_train.evaluation.schedule_argument import fit_preset, is_preset
 from himap_train.models.llava import base_llava, hidden_states, install_pruning, pruning_of
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
+from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.guard import check_predicting_rows, check_pruned, check_trained_weights
 from himap_train.training.loss import supervised_loss
 from himap_train.training.optim import cosine_with_warmup, parameter_groups
 
 _WEIGHTS = {"bf16": torch.bfloat16, "16": torch.float16}
+
+
+def weights_dtype(precision: str) -> torch.dtype:
+    """Dtype of the frozen weights under one of Lightning's precisions."""
+    return _WEIGHTS.get(precision.split("-")[0], torch.float32)
 
 
 class LlavaFineTuner(LightningModule):
@@ -77,7 +83,7 @@ class LlavaFineTuner(LightningModule):
         self.path = path
         self.schedule = read_schedule(schedule)
         self._preset = is_preset(schedule)
-        self._attach = partial(
+        self.attach = partial(
             attach_lora, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets, projector=projector
         )
         self.rates = {"lora_lr": lora_lr, "projector_lr": projector_lr, "weight_decay": weight_decay}
@@ -105,19 +111,21 @@ class LlavaFineTuner(LightningModule):
         model, self.processor = load_llava(
             self.path, dtype=self._weights_dtype(), attn_implementation=self.attn_implementation
         )
-        self.llava = self._attach(model)
+        self.llava = self.attach(model)
         decoder = base_llava(self.llava).model.language_model
         if self.gradient_checkpointing:
             decoder.activation_checkpointing_enable({"use_reentrant": False})
-        if self._preset:  # written for 32 layers
-            self.schedule = fit_preset(self.schedule, decoder.config.num_hidden_layers)
+        self.schedule = self.fitted_schedule(decoder.config.num_hidden_layers)
         install_pruning(self.llava, self.schedule)
         self.train()
 
+    def fitted_schedule(self, layers: int) -> PruningSchedule:
+        """The schedule for a decoder of so many layers: presets are written for 32."""
+        return fit_preset(self.schedule, layers) if self._preset else self.schedule
+
     def _weights_dtype(self) -> torch.dtype:
         """Frozen weights in the trainer's precision; what is trained stays in fp32 (see `attach_lora`)."""
-        precision = str(self.trainer.precision) if self._trainer else ""
-        return _WEIGHTS.get(precision.split("-")[0], torch.float32)
+        return weights_dtype(str(self.trainer.precision) if self._trainer else "")
 
     def train(self, mode: bool = True) -> LlavaFineTuner:
         """As `nn.Module.train`, but the frozen vision tower stays in evaluation mode."""

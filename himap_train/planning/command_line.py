@@ -1,0 +1,166 @@
+"""The command line of `plan.py`: that of `finetune.py`, with the same files and options, which builds no trainer."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from himap_train.data.module import LlavaDataModule
+from himap_train.evaluation.command_line import with_underscores
+from himap_train.models.attention import ATTENTION_IMPLEMENTATIONS
+from himap_train.planning.facts import ModelFacts, model_facts
+from himap_train.planning.memory import GIB, configured_strategy
+from himap_train.planning.plan import Plan, RunSettings, Sample, make_plan
+from himap_train.planning.sources import find_config, read_sample
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.training.cli import FinetuneCLI
+from himap_train.training.module import LlavaFineTuner
+from himap_train.training.rehearsal import rehearse
+
+
+class PlanCLI(FinetuneCLI):
+    """Parses what `finetune.py` would run with, and plans it.
+
+    Args:
+        args: The command line; None for that of this process.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        super().__init__([with_underscores(option) for option in (sys.argv[1:] if args is None else args)])
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What only planning needs, beside everything that `finetune.py` takes."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--gpu_memory", type=float, default=80.0, help="GiB of one GPU")
+        parser.add_argument("--text_tokens", type=int | None, default=None, help="of a sample, instead of the data's")
+        parser.add_argument("--supervised_tokens", type=int | None, default=None, help="of them, those to predict")
+        parser.add_argument("--images", type=int, default=1, help="of a sample, where the data cannot be read")
+        parser.add_argument("--base_bits", type=Literal[4, 8] | None, default=None, help="frozen weights quantised")
+        parser.add_argument(
+            "--effective_batch", type=int | None, default=None, help="samples an optimizer step; sets accumulation"
+        )
+        parser.add_argument("--json", type=str | None, default=None, help="write every number into this file")
+        parser.add_argument(
+            "--verify", action="store_true", help="run two small models and compare them with their predictions"
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """No folder is claimed, nothing is resumed."""
+        if self.config.rehearse:
+            rehearse(self.config)
+
+    def instantiate_classes(self) -> None:
+        """Model and data, neither of which loads anything yet; no trainer, whose devices need not be here."""
+        self.tuner = LlavaFineTuner(**self.config.model.as_dict())
+        self.data = LlavaDataModule(**self.config.data.as_dict())
+
+    def plan(self) -> Plan:
+        """Predict the configured run.
+
+        Raises:
+            FileNotFoundError: There is no such model.
+            ValueError: Something in the config cannot work; the message names the key and what is valid.
+        """
+        for key in ("text_tokens", "supervised_tokens", "images"):
+            if (self.config[key] or 0) < 0:
+                raise ValueError(f"--{key} is {self.config[key]}; expected 0 or more")
+        run = run_settings(self.config)
+        config, found = find_config(self.config.model.path)
+        decoder: Any = config.text_config
+        schedule = self.tuner.fitted_schedule(decoder.num_hidden_layers)
+        schedule.validate_for(decoder.num_hidden_layers)
+        given = (self.config.text_tokens, self.config.supervised_tokens, self.config.images)
+        sample, counted = read_sample(self.data, self.config.model.path, config, *given)
+        kernel = (
+            "eager, S x S probabilities are kept" if run.attention == "eager" else "a flash kernel, no S x S matrix"
+        )
+        notes = (f"model: {found}", f"tokens: {counted}", f"attention: {run.attention}, {kernel}")
+        facts = model_facts(config, self.tuner)
+        return make_plan(facts, run, schedule, sample, (*notes, *self._at_limit(facts, run, schedule, sample)))
+
+    def _at_limit(
+        self, facts: ModelFacts, run: RunSettings, schedule: PruningSchedule, sample: Sample
+    ) -> tuple[str, ...]:
+        """What a batch of the longest rows that `data.max_length` lets through would take."""
+        limit = self.data.max_length
+        text = (limit or 0) - sample.images * sample.image_tokens
+        if text <= sample.longest_text:
+            return ()
+        full = make_plan(facts, run, schedule, replace(sample, longest_text=text))
+        peaks = ", ".join(f"{side.name} {full.peak(run.strategy, side) / GIB:.2f}" for side in full.sides)
+        return (f"rows as long as data.max_length {limit} allows would need, in GiB on {run.strategy}: {peaks}",)
+
+
+def run_settings(config: Namespace) -> RunSettings:
+    """What a parsed config says about the run.
+
+    Raises:
+        ValueError: The strategy is unknown, the attention cannot be pruned, or the batch does not come out.
+    """
+    trainer, attention = config.trainer, config.model.attn_implementation or "sdpa"
+    if attention not in ATTENTION_IMPLEMENTATIONS:
+        valid = ", ".join(ATTENTION_IMPLEMENTATIONS)
+        raise ValueError(f"model.attn_implementation is {attention!r}; valid: {valid}")
+    if config.gpu_memory <= 0:
+        raise ValueError(f"--gpu_memory is {config.gpu_memory}; expected the GiB of one GPU, such as 80")
+    devices = _number_of_devices(trainer.devices) * int(trainer.num_nodes)
+    accumulate = int(trainer.accumulate_grad_batches)
+    if config.effective_batch is not None:
+        accumulate = _accumulation(config.effective_batch, config.data.batch_size, devices)
+    return RunSettings(
+        precision=str(trainer.precision or "32-true"),
+        strategy=configured_strategy(_strategy_name(trainer.strategy), devices),
+        devices=devices,
+        batch_size=config.data.batch_size,
+        accumulate=accumulate,
+        checkpointing=config.model.gradient_checkpointing,
+        attention=attention,
+        loss_chunk=config.model.loss_chunk,
+        base_bits=config.base_bits,
+        gpu_memory=config.gpu_memory,
+    )
+
+
+def _accumulation(effective: int, batch_size: int, devices: int) -> int:
+    """Micro-batches that make `effective` samples, or an error that lists what would."""
+    step = batch_size * devices
+    if effective < 1 or effective % step:
+        fitting = [size for size in range(1, max(effective, 0) + 1) if effective % (size * devices) == 0]
+        raise ValueError(
+            f"--effective_batch {effective} is no multiple of data.batch_size {batch_size} x {devices} devices = "
+            f"{step}; valid data.batch_size: {', '.join(map(str, fitting)) or 'none with so many devices'}"
+        )
+    return effective // step
+
+
+def _number_of_devices(devices: Any) -> int:
+    """Of one node; "auto" and -1 are taken as one, since this machine need not be the one that trains."""
+    if isinstance(devices, list | tuple):
+        return len(devices)
+    text = str(devices)
+    if text in ("auto", "-1"):
+        return 1
+    if "," in text:
+        return len([part for part in text.split(",") if part.strip()])
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"trainer.devices is {devices!r}; expected a number of GPUs, such as --trainer.devices 8")
+    return int(text)
+
+
+def _strategy_name(strategy: Any) -> str:
+    """The registered name of a strategy that the config gives as a class with options."""
+    if isinstance(strategy, str):
+        return strategy
+    name = str(strategy["class_path"]).rsplit(".", 1)[-1]
+    options = strategy.get("init_args") or {}
+    if "deepspeed" in name.lower():
+        stage = options.get("stage", 2)
+        return f"deepspeed_stage_{stage}{'_offload' if options.get('offload_parameters') else ''}"
+    return {"DDPStrategy": "ddp", "SingleDeviceStrategy": "single_device"}.get(name, name)

@@ -1,0 +1,133 @@
+"""What FLOPs and memory depend on, read from the model on the meta device: the real classes, with shapes and no bytes.
+
+LoRA is attached by the function that training uses, so what is counted is what will be trained.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from himap_train.models.llava import base_llava
+from himap_train.models.lora import parameter_group
+from himap_train.training.module import LlavaFineTuner
+
+
+@dataclass(frozen=True)
+class LayerLora:
+    """LoRA in one decoder layer.
+
+    Attributes:
+        parameters: Number of them.
+        rank: Rank.
+        inputs: Input width of each adapted linear layer, by its name: {"q_proj": 4096, ...}.
+    """
+
+    parameters: int
+    rank: int
+    inputs: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model with its adapter, in numbers.
+
+    Attributes:
+        config: Of the LLaVA.
+        parts: (all, trained) parameters of each part, without the frozen original of a trained copy.
+        frozen: Frozen parameters in memory, that original included.
+        quantisable: Those of them in linear layers of the decoder's layers, which QLoRA stores in few bits.
+        trained: Trained parameters.
+        largest_linear: Weights of the decoder's largest linear layer.
+        lora: LoRA of each decoder layer.
+        dropout: Of LoRA's inputs.
+        trains_projector: Whether the projector has gradients, as a copy or through LoRA.
+    """
+
+    config: LlavaConfig
+    parts: dict[str, tuple[int, int]]
+    frozen: int
+    quantisable: int
+    trained: int
+    largest_linear: int
+    lora: tuple[LayerLora, ...]
+    dropout: float
+    trains_projector: bool
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.lora)
+
+    @property
+    def ends_adapted(self) -> bool:
+        """Whether every decoder layer ends in LoRA."""
+        return all("down_proj" in layer.inputs for layer in self.lora)
+
+
+def model_facts(config: LlavaConfig, tuner: LlavaFineTuner) -> ModelFacts:
+    """Build the model without weights, attach LoRA, and count.
+
+    Args:
+        config: Of the LLaVA.
+        tuner: Knows how LoRA and the projector are trained.
+
+    Raises:
+        ValueError: The LoRA targets do not fit the model.
+    """
+    with torch.device("meta"):
+        model = tuner.attach(LlavaForConditionalGeneration(config))
+    return count(model, tuner.attach.keywords["dropout"])
+
+
+def count(model: nn.Module, dropout: float) -> ModelFacts:
+    """The numbers of a LLaVA with LoRA, on the meta device or a real one.
+
+    Args:
+        model: With LoRA attached.
+        dropout: Of LoRA's inputs.
+    """
+    base = base_llava(model)
+    parts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    frozen = trained = 0
+    for name, parameter in model.named_parameters():
+        trained += parameter.numel() if parameter.requires_grad else 0
+        frozen += 0 if parameter.requires_grad else parameter.numel()
+        if ".original_module." not in name:
+            part = parts["lm_head" if ".lm_head." in name and "lora_" not in name else parameter_group(name)]
+            part[0] += parameter.numel()
+            part[1] += parameter.numel() if parameter.requires_grad else 0
+    decoder: Any = base.model.language_model
+    linear = [m.weight.numel() for m in decoder.layers.modules() if isinstance(m, nn.Linear) and not _trained(m)]
+    return ModelFacts(
+        config=base.config,
+        parts={name: (both[0], both[1]) for name, both in sorted(parts.items())},
+        frozen=frozen,
+        quantisable=sum(linear),
+        trained=trained,
+        largest_linear=max(linear),
+        lora=tuple(_layer_lora(layer) for layer in decoder.layers),
+        dropout=dropout,
+        trains_projector=any(p.requires_grad for p in base.model.multi_modal_projector.parameters()),
+    )
+
+
+def _trained(module: nn.Linear) -> bool:
+    return module.weight.requires_grad
+
+
+def _layer_lora(layer: nn.Module) -> LayerLora:
+    adapted: dict[str, Any] = {
+        name.rsplit(".", 1)[-1]: module for name, module in layer.named_modules() if hasattr(module, "lora_A")
+    }
+    ranks = [next(iter(module.lora_A.values())).out_features for module in adapted.values()]
+    return LayerLora(
+        parameters=sum(p.numel() for name, p in layer.named_parameters() if "lora_" in name),
+        rank=max(ranks, default=0),
+        inputs={name: module.in_features for name, module in adapted.items()},
+    )

@@ -1,0 +1,105 @@
+"""Where a plan's numbers come from: the model's config.json, and the conversations of the training data.
+
+Neither needs weights. Where no hub can be reached, the two sizes of LLaVA-1.5 are known to this package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from transformers import LlavaConfig
+
+from himap_train.data.module import LlavaDataModule
+from himap_train.data.records import RecordError, Source
+from himap_train.data.tokens import ConversationTokenizer
+from himap_train.models.loading import load_config, load_processor, resolve_model
+from himap_train.planning.plan import Sample
+from himap_train.pruning.training_cost import tokens_of_image
+
+_BUILT_IN = Path(__file__).parents[1] / "assets/configs"
+TEXT_TOKENS, SUPERVISED = 115, 60
+"""Of an average conversation of LLaVA-1.5's data, where none can be read."""
+_READ = 400
+
+
+def find_config(path: str) -> tuple[LlavaConfig, str]:
+    """The configuration of a LLaVA, and where it was found.
+
+    Args:
+        path: As `model.path`.
+
+    Raises:
+        FileNotFoundError: It is neither a folder nor on the hub nor one of the architectures in this package.
+        ValueError: It is no LLaVA.
+    """
+    try:
+        folder = resolve_model(path)
+    except FileNotFoundError as error:
+        known = {f"llava-hf/{file.stem}": file for file in sorted(_BUILT_IN.glob("*.json"))}
+        if path not in known:
+            raise FileNotFoundError(
+                f"{error}. Planning needs its config.json alone; without the hub it knows {', '.join(known)}"
+            ) from error
+        return LlavaConfig.from_json_file(known[path]), f"{path} cannot be reached: its published architecture"
+    return load_config(folder), f"config.json of {path}"
+
+
+def read_sample(
+    data: LlavaDataModule, path: str, config: LlavaConfig, text_tokens: int | None, supervised: int | None, images: int
+) -> tuple[Sample, str]:
+    """Tokens of a conversation, from the training data where they can be read, and where they come from.
+
+    Args:
+        data: Of the config; no image is opened.
+        path: As `model.path`, for the tokenizer.
+        config: Of the model.
+        text_tokens: Given instead of what the data says.
+        supervised: Given instead of what the data says.
+        images: Of a conversation, where the data says nothing.
+    """
+    image_tokens = tokens_of_image(config)
+    if text_tokens is None:
+        try:
+            sample, where = _from_data(data, path, config, image_tokens)
+            if supervised is not None:
+                sample = replace(sample, supervised=supervised, most_supervised=supervised)
+            return sample, where
+        except (OSError, ValueError, RecordError) as error:
+            reason = f"the training data cannot be read here ({str(error).splitlines()[0]:.160})"
+        text_tokens = TEXT_TOKENS
+        where = f"{reason}; {text_tokens} text tokens assumed, give --text_tokens"
+    else:
+        where = f"{text_tokens} text tokens as given"
+    answer = min(SUPERVISED, text_tokens) if supervised is None else supervised
+    return Sample(images, image_tokens, text_tokens, text_tokens, answer, answer), where
+
+
+def _from_data(data: LlavaDataModule, path: str, config: LlavaConfig, image_tokens: int) -> tuple[Sample, str]:
+    """Up to `_READ` conversations, spread over the source; those with images decide, where there are any."""
+    data.processor = load_processor(resolve_model(path), config)
+    source = data.source("train")
+    if not isinstance(source, Source):
+        raise ValueError("it is a stream")
+    size = min(data.limits["train"] or len(source), len(source))
+    tokenize, counts = ConversationTokenizer(data.processor), []
+    for index in np.unique(np.linspace(0, size - 1, min(size, _READ)).astype(int)):
+        try:
+            conversation = source[int(index)]
+            exchanges = tokenize(conversation)
+        except RecordError:
+            continue
+        images = len(conversation.images)
+        text = sum(len(one.prompt) + len(one.answer) for one in exchanges) - images
+        room = text if data.max_length is None else max(data.max_length - images * image_tokens, 0)
+        answers = sum(len(one.answer) for one in exchanges)
+        counts.append((images, min(text, room), min(answers, room)))
+    if not counts:
+        raise ValueError("no record of it can be used")
+    table = np.array([row for row in counts if row[0]] or counts)
+    (_, text, answers), (images, longest, most) = table.mean(0).round().astype(int), table.max(0)
+    images = int(np.median(table[:, 0]))
+    kind = "" if images else ", all of them without images"
+    where = f"{len(counts)} conversations of the training data{kind}; memory for its longest text"
+    return Sample(images, image_tokens, int(text), int(longest), int(answers), int(most)), where

@@ -1,0 +1,129 @@
+"""Predictions beside measurements: training steps of two small models are run, and counted, on this machine's CPU.
+
+One is the embedded LLaVA, the other has 100 million random parameters in LLaVA's proportions: 576 image tokens, a
+12-layer decoder 768 wide. Each takes the same batch dense and pruned, with and without gradient checkpointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from himap_train.models.llava import base_llava
+from himap_train.planning.activations import ActivationModel
+from himap_train.planning.cases import Case, build_model, embedded_case, inputs_of, llava_100m_case
+from himap_train.planning.facts import ModelFacts, model_facts
+from himap_train.planning.measure import measured_flops, measured_memory
+from himap_train.planning.memory import static_memory
+from himap_train.planning.quantities import Numerics
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.pruning.training_cost import training_flops
+from himap_train.training.module import weights_dtype
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of the table.
+
+    Attributes:
+        model: Which.
+        setting: Schedule, checkpointing, precision.
+        quantity: What is compared.
+        predicted: By the plan.
+        measured: In a real step.
+    """
+
+    model: str
+    setting: str
+    quantity: str
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        """Relative; positive where the plan asks for more than is needed."""
+        return self.predicted / self.measured - 1
+
+
+def verify(
+    cases: Sequence[Case] | None = None, precisions: Sequence[str] = ("32-true", "bf16-mixed")
+) -> list[Comparison]:
+    """Run all settings of the cases; FLOPs are counted without autocast, which changes none.
+
+    Args:
+        cases: By default both.
+        precisions: Of Lightning's.
+    """
+    rows: list[Comparison] = []
+    for case in cases or (embedded_case(), llava_100m_case()):
+        facts = model_facts(case.config, case.tuner)
+        rows += _static(case, facts)
+        schedules = {"dense": PruningSchedule(), "pruned": case.tuner.fitted_schedule(facts.layers)}
+        for precision in precisions:
+            for name, schedule in schedules.items():
+                for checkpointing in (False, True):
+                    setting = f"{name}, {'' if checkpointing else 'no '}checkpointing, {precision}"
+                    found = _step(case, facts, schedule, checkpointing, precision)
+                    rows += [Comparison(case.name, setting, *quantity) for quantity in found]
+    return rows
+
+
+def markdown_table(rows: Sequence[Comparison]) -> str:
+    """As GitHub Markdown; FLOPs in GFLOP, memory in MB."""
+    lines = ["| model | step | quantity | predicted | measured | error |", "|:--|:--|:--|--:|--:|--:|"]
+    for row in rows:
+        unit, scale = ("GFLOP", 1e9) if row.quantity == "FLOPs" else ("MB", 1e6)
+        numbers = f"{row.predicted / scale:,.1f} {unit} | {row.measured / scale:,.1f} {unit} | {100 * row.error:+.1f} %"
+        lines.append(f"| {row.model} | {row.setting} | {row.quantity} | {numbers} |")
+    return "\n".join(lines)
+
+
+def _static(case: Case, facts: ModelFacts) -> list[Comparison]:
+    """Weights, gradients and moments, in bytes, after a real optimizer step."""
+    model = build_model(case, PruningSchedule(), False, "32-true")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    state = [value for one in optimizer.state.values() for value in one.values() if value.ndim]
+    plan = static_memory("one device", facts, Numerics.of("32-true"), 1)
+    pairs = {
+        "weights": (plan.frozen + plan.trained, _bytes(model.parameters())),
+        "gradients": (plan.gradients, _bytes(p.grad for p in trained if p.grad is not None)),
+        "optimizer": (plan.optimizer, _bytes(state)),
+    }
+    return [Comparison(case.name, "any", name, *pair) for name, pair in pairs.items()]
+
+
+def _step(
+    case: Case, facts: ModelFacts, schedule: PruningSchedule, checkpointing: bool, precision: str
+) -> Iterator[tuple[str, float, float]]:
+    """(quantity, predicted, measured) of one training step."""
+    model, batch, inputs = build_model(case, schedule, checkpointing, precision), case.batch, inputs_of(case)
+    attention, chunk = base_llava(model).config._attn_implementation or "sdpa", case.tuner.loss_chunk
+    predict = ActivationModel(facts, Numerics.of(precision, on_cpu=True), attention, checkpointing, chunk)
+    expected = predict(schedule, batch)
+    mixed = weights_dtype(precision) if precision.endswith("mixed") else None
+    found = measured_memory(model, inputs, chunk, mixed)
+    yield "saved by forward", expected.saved, found.saved
+    yield "peak activations", expected.peak, found.peak
+    if mixed is None:
+        cost = training_flops(
+            schedule, facts.config, batch.image_tokens, batch.text_tokens,
+            lora_parameters=[lora.parameters for lora in facts.lora],
+            supervised=batch.supervised,
+            trains_projector=facts.trains_projector,
+        ends_adapted=facts.ends_adapted,
+            checkpointing=checkpointing,
+            lm_head_passes=2,
+            attention_backward=2,
+        )  # fmt: skip
+        yield "FLOPs", batch.rows * cost.total, measured_flops(model, inputs, chunk)
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

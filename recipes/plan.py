@@ -1,0 +1,47 @@
+"""What a fine-tuning run will take, before a machine is rented: no weights are loaded, no GPU is needed.
+
+python recipes/plan.py --config configs/llava_himap.yaml --trainer.devices 8 --gpu-memory 80
+python recipes/plan.py --config configs/llava_himap.yaml --config configs/llava_13b_himap.yaml --text-tokens 300
+python recipes/plan.py --verify                      # runs two small models: predicted, measured, error
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from himap_train.evaluation.command_line import USER_ERRORS
+from himap_train.evaluation.report import json_ready
+from himap_train.planning.command_line import PlanCLI
+from himap_train.planning.report import print_plan
+from himap_train.planning.verify import markdown_table, verify
+from himap_train.storage import atomic_file
+
+
+def run(cli: PlanCLI) -> None:
+    """Print a plan or, with --verify, how good plans are."""
+    if cli.config.verify:
+        print(markdown_table(verify()))
+        return
+    plan = cli.plan()
+    print_plan(plan)
+    if cli.config.json:
+        text = json.dumps(json_ready(plan.to_dict()), indent=2) + "\n"
+        with atomic_file(Path(cli.config.json)) as part:
+            part.write_text(text, encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 0; 2 after an error that the user can mend."""
+    try:
+        run(PlanCLI(argv))
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

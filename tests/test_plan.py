@@ -1,0 +1,206 @@
+"""The command line of `plan.py`: the same files and options as `finetune.py`, no weights, clear errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import training_toys
+from transformers import LlavaForConditionalGeneration
+
+from himap_train import PruningSchedule
+from himap_train.planning.command_line import PlanCLI, run_settings
+from himap_train.planning.memory import STRATEGIES
+from himap_train.planning.sources import find_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+LLAVA_7B = ("--config", str(CONFIGS / "llava_himap.yaml"))
+EMBEDDED = ("--config", str(CONFIGS / "quickstart.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def no_hub_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a plan must not load weights")
+
+    monkeypatch.setattr("himap_train.models.loading.hf_hub_download", _unreachable)
+    monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", refuse)
+
+
+def _unreachable(*args: Any, **kwargs: Any) -> None:
+    raise ConnectionError("no network in tests")
+
+
+def planned(tmp_path: Path, *options: str) -> dict[str, Any]:
+    file = tmp_path / "plan.json"
+    assert training_toys.run_main("plan", *options, "--json", str(file)) == 0
+    return json.loads(file.read_text())
+
+
+def test_llava_7b_without_hub_or_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(tmp_path, *LLAVA_7B, "--trainer.devices", "8", "--gpu-memory=80", "--text-tokens", "115")
+    parts = plan["facts"]["parts"]
+    assert sum(total for name, (total, _) in parts.items() if name != "lora") == 7_063_427_072  # as published
+    # LoRA of rank r on a linear layer has r (in + out) parameters.
+    widths = 4 * (4096 + 4096) + 3 * (4096 + 11008)
+    assert parts["lora"] == [32 * 128 * widths] * 2
+    dense, pruned = plan["sides"]
+    assert (dense["image_tokens"], pruned["image_tokens"]) == ([576], [576, 288, 72])
+    assert pruned["prefill"]["flops_ratio"] == pytest.approx(0.37, abs=0.005)
+    assert set(plan["memory"]) == set(pruned["peak"]) == set(STRATEGIES)
+    assert plan["run"]["strategy"] == "DDP"
+    assert all(pruned["peak"][name] < dense["peak"][name] for name in STRATEGIES)
+    assert all(p >= d for p, d in zip(_largest(pruned), _largest(dense), strict=True))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "llava-hf/llava-1.5-7b-hf cannot be reached: its published architecture" in out
+    assert "8 x 16 x 8 = 1024" in out
+    longest = planned(tmp_path, *LLAVA_7B, "--trainer.devices", "8", "--text-tokens", str(2048 - 576))
+    assert f"GiB on DDP: dense {longest['sides'][0]['peak']['DDP'] / 2**30:.2f}" in out
+
+
+def _largest(side: dict[str, Any]) -> list[int]:
+    return [rows for by_strategy in side["largest"].values() for rows in by_strategy.values()]
+
+
+def test_overlay_plans_the_13b_model(tmp_path: Path) -> None:
+    plan = planned(tmp_path, *LLAVA_7B, "--config", str(CONFIGS / "llava_13b_himap.yaml"))
+    total = sum(total for name, (total, _) in plan["facts"]["parts"].items() if name != "lora")
+    assert total == pytest.approx(13.35e9, rel=0.005)
+    assert (plan["run"]["batch_size"], plan["run"]["accumulate"]) == (4, 32)
+    assert plan["sides"][1]["schedule"] == PruningSchedule.from_preset("himap").to_dict()
+
+
+def test_data_of_the_config_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(tmp_path, *EMBEDDED)
+    sample = plan["sample"]
+    assert (sample["images"], sample["image_tokens"]) == (1, 144)
+    assert 1 <= sample["supervised"] <= sample["text_tokens"] <= sample["longest_text"] <= 256 - 144
+    assert "conversations of the training data" in " ".join(capsys.readouterr().out.split())
+    assert plan["sides"][1]["image_tokens"] == [144, 86, 14]
+
+
+def test_text_only_data(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "What is two plus two?"}, {"from": "gpt", "value": "Four."}]
+    data = tmp_path / "text.json"
+    data.write_text(json.dumps([{"id": str(n), "conversations": turns} for n in range(4)]))
+    plan = planned(tmp_path, *EMBEDDED, "--data.train", str(data))
+    dense, pruned = plan["sides"]
+    assert plan["sample"]["images"] == 0
+    assert pruned["image_tokens"] == [0, 0, 0]
+    assert pruned["flops"]["forward"] == pytest.approx(dense["flops"]["forward"], rel=0.01)  # ranking alone
+    assert pruned["flops"]["vision"] == dense["flops"]["vision"] > 0  # one blank image a batch
+
+
+@pytest.mark.parametrize(
+    ("schedule", "tokens"),
+    [
+        ("null", [[144]]),
+        ("none", [[144]]),
+        ("himap", [[144], [144, 72, 18]]),
+        ("random", [[144], [144, 72, 18]]),
+        ('{"stages": [{"layer": 3, "criterion": "last_token", "keep_count": 20}]}', [[144], [144, 20]]),
+    ],
+)
+def test_schedules(tmp_path: Path, schedule: str, tokens: list[list[int]]) -> None:
+    options = ("--model.path", "embedded", "--model.schedule", schedule, "--text_tokens", "40")
+    plan = planned(tmp_path, *options)
+    assert [side["image_tokens"] for side in plan["sides"]] == tokens
+    assert all(stage["layer"] < 8 for side in plan["sides"] for stage in side["schedule"]["stages"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer.strategy", "deepspeed_stage2"], "did you mean 'deepspeed_stage_2'? valid: auto"),
+        (
+            ["--effective_batch", "100", "--trainer.devices", "8"],
+            "is no multiple of data.batch_size 8 x 8 devices = 64",
+        ),
+        (["--effective_batch", "96", "--trainer.devices", "8"], "valid data.batch_size: 1, 2, 3, 4, 6, 12"),
+        (["--trainer.devices", "0"], "trainer.devices is '0'; expected a number"),
+        (["--model.attn_implementation", "paged"], "valid: sdpa, eager, flash_attention_2"),
+        (["--model.lora_targets", '["qproj"]'], "match nothing; the decoder has the linear layers down_proj"),
+        (["--model.path", "nobody/nothing"], "without the hub it knows llava-hf/llava-1.5-13b-hf"),
+        (["--gpu-memory", "0"], "expected the GiB of one GPU"),
+        (["--text-tokens", "-1"], "--text_tokens is -1; expected 0 or more"),
+        (
+            ["--model.schedule", '{"stages": [{"layer": 32, "criterion": "image", "keep_ratio": 0.5}]}'],
+            "the decoder has layers 0 to 31",
+        ),
+    ],
+)
+def test_errors_name_the_key_and_what_is_valid(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert training_toys.run_main("plan", *LLAVA_7B, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        training_toys.run_main("plan", *LLAVA_7B, "--data.batchsize", "4")
+    assert "Did you mean 'data.batch_size'?" in capsys.readouterr().err
+
+
+def test_run_as_configured() -> None:
+    options = ["--trainer.devices", "4", "--trainer.num_nodes", "2", "--trainer.precision", "16-mixed"]
+    strategy = ["--trainer.strategy", "deepspeed_stage_3_offload", "--effective_batch", "128"]
+    run = run_settings(PlanCLI([*LLAVA_7B, *options, *strategy, "--model.attn_implementation", "eager"]).config)
+    assert (run.devices, run.accumulate, run.effective_batch) == (8, 2, 128)
+    assert (run.strategy, run.precision, run.attention) == ("ZeRO-3 offload", "16-mixed", "eager")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "found"),
+    [
+        ({"class_path": "lightning.pytorch.strategies.DDPStrategy"}, "DDP"),
+        ({"class_path": "lightning.pytorch.strategies.DeepSpeedStrategy", "init_args": {"stage": 3}}, "ZeRO-3"),
+    ],
+)
+def test_strategy_given_as_a_class(strategy: dict[str, Any], found: str) -> None:
+    options = ["--trainer.devices", "2", "--trainer.strategy", json.dumps(strategy)]
+    assert run_settings(PlanCLI([*LLAVA_7B, *options]).config).strategy == found
+
+
+def test_eager_attention_and_quantised_weights_change_the_memory(tmp_path: Path) -> None:
+    usual = planned(tmp_path, *LLAVA_7B)
+    eager = planned(tmp_path, *LLAVA_7B, "--model.attn_implementation", "eager")
+    nf4 = planned(tmp_path, *LLAVA_7B, "--base-bits", "4")
+    state = "no checkpointing"
+    length, heads, layers = 576 + 115, 32, 32
+    more = [plan["sides"][0]["activations"][state]["saved"] for plan in (eager, usual)]
+    probabilities = 8 * layers * heads * length**2 * (4 + 2)  # fp32 and bf16
+    of_flash_alone = 8 * layers * length * (2 * 4096 + 4 * heads)  # its output and log-sum-exp
+    assert more[0] - more[1] == pytest.approx(probabilities - of_flash_alone, rel=0.001)
+    frozen = [plan["memory"]["one device"]["frozen"] for plan in (usual, nf4)]
+    assert frozen[0] - frozen[1] == pytest.approx(6.476e9 * (2 - 4.127 / 8), rel=0.001)
+
+
+def test_every_shipped_config_can_be_planned(tmp_path: Path) -> None:
+    files = sorted(CONFIGS.rglob("*.yaml"))
+    assert len(files) >= 7
+    for file in files:
+        first = LLAVA_7B if "llava" in file.name or file.parent != CONFIGS else EMBEDDED
+        planned(tmp_path, *first, "--config", str(file), "--text_tokens", "60")
+
+
+def test_built_in_architectures_are_read_where_the_hub_is_not_reached() -> None:
+    config, found = find_config("llava-hf/llava-1.5-13b-hf")
+    assert "cannot be reached" in found
+    text: Any = config.text_config
+    assert (text.num_hidden_layers, text.hidden_size, text.vocab_size) == (40, 5120, 32064)
+
+
+@pytest.mark.slow
+def test_verify_prints_errors_of_both_models(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.undo()  # here weights are loaded
+    assert training_toys.run_main("plan", "--verify") == 0
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert {row[1].strip() for row in rows} == {"embedded", "100M"}
+    assert all(abs(float(row[6].strip(" %"))) < 10 for row in rows)
+
+
+def test_longest_rows_are_cut_as_in_training(tmp_path: Path) -> None:
+    assert planned(tmp_path, *EMBEDDED, "--data.max_length", "160")["sample"]["longest_text"] == 160 - 144
