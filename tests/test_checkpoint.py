@@ -16,7 +16,8 @@ from training_toys import SCHEDULE, collate, sample, save_tiny
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from himap_train.agreement import check_agreement
-from himap_train.checkpoint import copy_adapter, export_merged, load_checkpoint, read_schedule, save_adapter
+from himap_train.checkpoint import load_checkpoint, read_schedule, save_adapter
+from himap_train.export.folders import export_adapter, export_merged
 from himap_train.models.llava import install_pruning, load_llava, pruning_of, record_pruning, remove_pruning
 from himap_train.models.lora import attach_lora
 from himap_train.pruning.schedule import PruningSchedule
@@ -105,7 +106,7 @@ def test_adapter_equals_merged_equals_reloaded_pruned_too(adapter: Path, tmp_pat
 def test_export_check_notices_other_weights(adapter: Path, base: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not compute what"):
         check_agreement(adapter, base)
-    copied = copy_adapter(adapter.parent, tmp_path / "copy")
+    copied = export_adapter(adapter.parent, tmp_path / "copy")
     assert check_agreement(adapter, copied).dense == 0
 
 
@@ -195,10 +196,10 @@ def test_clear_errors(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="not empty"):
         export_merged(adapter, moved)
     with pytest.raises(FileNotFoundError, match="has no adapter"):
-        copy_adapter(tmp_path, tmp_path / "x")
+        export_adapter(tmp_path, tmp_path / "x")
     checkpoint = tmp_path / "last.ckpt"
     checkpoint.touch()
-    with pytest.raises(ValueError, match="is a training checkpoint"):
+    with pytest.raises(ValueError, match="cannot be read as a training checkpoint"):
         load_checkpoint(checkpoint)
     (moved / "adapter_model.safetensors").unlink()
     with pytest.raises((FileNotFoundError, ValueError)):
