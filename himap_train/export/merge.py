@@ -136,7 +136,7 @@ class Merger:
             self.unused = self.unused - {name}
             if name in self.whole:
                 return self.whole[name]
-            return self._checked(name, info.read().float().add_(self._update(name)))
+            return self._checked(name, self._update(name).add_(info.read()))  # in place: the sum is fp32
         if name in self.low_rank or name in self.whole:
             raise ValueError(f"{self.base} holds {name} twice, under two names")
         return info.read()
