@@ -30,7 +30,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Requests)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.token = "hf_of_a_test"
-        self.repositories: dict[str, dict[str, Any]] = {}
+        self.private: dict[str, bool] = {}
         self.large: dict[str, bytes] = {}
         self.files: dict[str, bytes] = {}
         self.failing: str | None = None
@@ -66,7 +66,7 @@ class Requests(BaseHTTPRequestHandler):
         self.answer({})
 
     def do_GET(self) -> None:
-        self.answer({})
+        self.answer({"error": "Repository not found"}, 404)
 
     def do_POST(self) -> None:
         body = self.body()
@@ -76,7 +76,8 @@ class Requests(BaseHTTPRequestHandler):
             self.answer({"error": "Invalid username or password."}, 401)
         elif self.path == "/api/repos/create":
             asked = json.loads(body)
-            self.server.repositories[f"{asked.get('organization', 'me')}/{asked['name']}"] = asked
+            private = asked.get("private") or asked.get("visibility") == "private"  # as older and newer clients say it
+            self.server.private[f"{asked.get('organization', 'me')}/{asked['name']}"] = bool(private)
             self.answer({"url": f"{self.server.url}/me/model", "id": "me/model"})
         elif "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
@@ -107,10 +108,11 @@ class Requests(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server = Hub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a binary protocol of its own, not stood in for here
     monkeypatch.setenv("HF_TOKEN", server.token)
     yield server
     server.shutdown()
@@ -136,12 +138,12 @@ def test_export_uploads_every_file(hub: Hub, adapter: Path, tmp_path: Path, caps
     sent.pop(".gitattributes", None)
     assert sent == content(tmp_path / "out")
     assert len([name for name in sent if name.endswith(".safetensors")]) == 4
-    assert hub.repositories["me/model"]["private"] is True
+    assert hub.private == {"me/model": True}
 
 
 def test_public_unless_asked(hub: Hub, adapter: Path) -> None:
     push_to_hub(adapter, "me/model", private=False)
-    assert not hub.repositories["me/model"].get("private")
+    assert hub.private == {"me/model": False}
 
 
 @pytest.mark.parametrize("failing", ["/api/repos/create", "/commit/"])

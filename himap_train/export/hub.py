@@ -35,7 +35,7 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
     Args:
         folder: What is uploaded.
         repository: owner/name.
-        private: Of a repository that is made now.
+        private: Of a repository that is made now; else it is as its owner has set for new ones, mostly public.
 
     Returns:
         The address of the commit.
@@ -45,10 +45,10 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
     """
     api = HfApi()
     try:
-        api.create_repo(repository, private=private, exist_ok=True)
+        api.create_repo(repository, private=private or None, exist_ok=True)  # None: as its owner has set
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload with himap-train")
     except Exception as error:  # errors of its HTTP library too, which another release may replace
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join([f"{type(error).__name__}:", *str(error).split()])[:300]
         raise ConnectionError(
             f"{folder} is complete, but could not be uploaded to {repository}: {reason}. Check the token's rights and "
             f"the network, then: hf upload {repository} {folder}"
