@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -46,26 +47,39 @@ def adapter_card(base: str, schedule: PruningSchedule, config: Any, run: RunFact
         config: Of the base model.
         run: What is known about the run.
     """
-    front = {"library_name": "peft", "base_model": base, "pipeline_tag": "image-text-to-text"}
-    title = f"LoRA adapter for {base}, fine-tuned while image tokens are pruned"
+    title = f"LoRA adapter for {_short(base)}, {_how(schedule)}"
     note = "`PeftModel.from_pretrained` loads this folder too; the model then runs dense."
-    return _card(front, title, [_LOAD_PRUNED, note], schedule, config, run)
+    return _card(_front("peft", base), title, [_LOAD_PRUNED, note], schedule, config, run)
 
 
 def merged_card(base: str, schedule: PruningSchedule, config: Any, run: RunFacts) -> str:
     """The card of a merged model; arguments as for `adapter_card`."""
-    front = {"library_name": "transformers", "base_model": base, "pipeline_tag": "image-text-to-text"}
-    title = f"{base}, fine-tuned while image tokens are pruned" if schedule.stages else f"{base}, fine-tuned"
-    return _card(front, title, [_LOAD_PRUNED, _LOAD_MERGED], schedule, config, run)
+    title = f"{_short(base)}, {_how(schedule)}"
+    return _card(_front("transformers", base), title, [_LOAD_PRUNED, _LOAD_MERGED], schedule, config, run)
+
+
+def _front(library: str, base: str) -> dict[str, Any]:
+    """What the hub reads. It refuses a card whose `base_model` is a folder on somebody's disk."""
+    on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).is_dir()
+    named = {"base_model": base} if on_hub else {}
+    tags = ["llava", "himap", "token-pruning"]
+    return {"library_name": library, **named, "pipeline_tag": "image-text-to-text", "tags": tags}
+
+
+def _short(base: str) -> str:
+    return Path(base).name
+
+
+def _how(schedule: PruningSchedule) -> str:
+    return "fine-tuned while image tokens are pruned" if schedule.stages else "fine-tuned"
 
 
 def _card(
-    front: dict[str, str], title: str, loading: list[str], schedule: PruningSchedule, config: Any, run: RunFacts
+    front: dict[str, Any], title: str, loading: list[str], schedule: PruningSchedule, config: Any, run: RunFacts
 ) -> str:
     """Front matter, title and sections; what is not known is left out."""
-    tags = {"tags": ["llava", "himap", "token-pruning"]}
     sections = [
-        ("", "\n".join(["---", yaml.safe_dump(front | tags, sort_keys=False).strip(), "---", f"# {title}"])),
+        ("", "\n".join(["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", f"# {title}"])),
         ("Loading", "\n\n".join(loading)),
         ("Pruning schedule", f"{_schedule(schedule)}\n\n{_cost(schedule, config)}"),
         ("Scores", _scores(run.rows)),
@@ -89,7 +103,8 @@ def _cost(schedule: PruningSchedule, config: Any) -> str:
     layers = cost.image_tokens_per_layer
     starts = [layer for layer, count in enumerate(layers) if layer == 0 or count != layers[layer - 1]]
     ends = [*(start - 1 for start in starts[1:]), len(layers) - 1]
-    kept = ", ".join(f"{layers[a]} in layers {a}-{b}" for a, b in zip(starts, ends, strict=True))
+    spans = [f"layers {a}-{b}" if a < b else f"layer {a}" for a, b in zip(starts, ends, strict=True)]
+    kept = ", ".join(f"{layers[start]} in {span}" for start, span in zip(starts, spans, strict=True))
     kv, dense_kv = cost.kv_bytes / 1e6, cost.kv_bytes / cost.kv_bytes_ratio / 1e6
     rows = [
         ("image tokens", kept, str(tokens)),

@@ -15,14 +15,17 @@ from peft import PeftModel
 from recipes_cli import run_recipe
 from safetensors.torch import load_file, save_file
 from training_toys import SCHEDULE, ToyData, quiet_trainer, save_tiny, tuner
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from himap_train import agreement
 from himap_train.agreement import check_agreement, require_stock_keys
 from himap_train.checkpoint import load_checkpoint, read_schedule, save_adapter
 from himap_train.export import merged as merged_module
 from himap_train.export.folders import export_adapter, export_merged
+from himap_train.export.run_facts import RunFacts
+from himap_train.model_card import adapter_card, merged_card
 from himap_train.models.llava import pruning_of
+from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.saving import AtomicCheckpointIO, RememberConfig
 
@@ -291,7 +294,8 @@ def test_card_tells_data_schedule_cost_training_scores_and_loading(
     (folder / "metrics.json").write_text(json.dumps({"rows": [row]}))
     card = (export_merged(folder, tmp_path / "merged") / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
-    assert front["library_name"] == "transformers" and front["base_model"] == config["model"]["path"]
+    assert front["library_name"] == "transformers" and "base_model" not in front  # a folder on this machine
+    assert str(tmp_path.parent) not in card.replace(config["data"]["train"], "")
     # of 16 image tokens 8 stay from layer 2 of 6 on; 115 text tokens: (2 * 131 + 4 * 123) / (6 * 131) of the cache
     for text in (
         "| adapted pruned | 91.4 ± 1.1 | 700 | 0.421 |",
@@ -312,3 +316,14 @@ def test_card_tells_data_schedule_cost_training_scores_and_loading(
     other = shutil.copy(folder / "checkpoints/last.ckpt", folder / "checkpoints/best.ckpt")
     assert "91.4" not in (export_merged(other, tmp_path / "best") / "README.md").read_text()  # not what was measured
     assert "Scores" not in (export_merged(run[0], tmp_path / "bare") / "README.md").read_text()
+
+
+def test_card_names_a_base_on_the_hub(base: str) -> None:
+    config = LlavaConfig.from_pretrained(base)
+    for card, library in ((adapter_card, "peft"), (merged_card, "transformers")):
+        text = card("llava-hf/llava-1.5-7b-hf", PruningSchedule(), config, RunFacts())
+        front = yaml.safe_load(text.split("---")[1])
+        assert (front["base_model"], front["library_name"]) == ("llava-hf/llava-1.5-7b-hf", library)
+        assert "llava-1.5-7b-hf, fine-tuned\n" in text
+    quantized = merged_card("a/b", PruningSchedule(), config, RunFacts({"model": {"quantize": "4bit"}}))
+    assert "QLoRA" in quantized and "QLoRA" not in text
