@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -68,6 +69,7 @@ def check_agreement(
         ValueError: They differ by more than rounding, or the second does not load as a stock model.
     """
     expected = outputs(first, base)
+    gc.collect()  # two 13B models may not fit side by side
     found = _in_fresh_process(second, base) if fresh_process else outputs(second, base)
     same_kept = expected.kept == found.kept
     tolerance = max(TOLERANCE[expected.dtype], TOLERANCE[found.dtype])

@@ -295,7 +295,7 @@ def test_card_tells_data_schedule_cost_training_scores_and_loading(
     card = (export_merged(folder, tmp_path / "merged") / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers" and "base_model" not in front  # a folder on this machine
-    assert str(tmp_path.parent) not in card.replace(config["data"]["train"], "")
+    assert str(tmp_path.parent) not in card
     # of 16 image tokens 8 stay from layer 2 of 6 on; 115 text tokens: (2 * 131 + 4 * 123) / (6 * 131) of the cache
     for text in (
         "| adapted pruned | 91.4 ± 1.1 | 700 | 0.421 |",
