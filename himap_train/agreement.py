@@ -29,6 +29,9 @@ from himap_train.models.loading import stock_llava
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference of logits over their largest size: merging rounds, the more the fewer bits the weights have."""
 
+EXCHANGED = 0.25
+"""Share of removed columns that may be others: rounding exchanges a few whose scores nearly tie."""
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -66,7 +69,7 @@ def check_agreement(
         fresh_process: Load the second one in a process of its own.
 
     Raises:
-        ValueError: They differ by more than rounding, or the second does not load as a stock model.
+        ValueError: They differ by more than rounding, prune otherwise, or the second does not load as a stock model.
     """
     expected = outputs(first, base)
     gc.collect()  # two 13B models may not fit side by side
@@ -77,6 +80,12 @@ def check_agreement(
     result = Agreement(*gaps, same_kept, tolerance)
     if not result.dense <= tolerance or (same_kept and not result.pruned <= tolerance):  # nan is no agreement
         raise ValueError(f"{second} does not compute what {first} computes: {result}, at most {tolerance} expected")
+    if not _nearly_the_same(expected, found):
+        counts = [[len(stage[0]) for stage in side.kept] for side in (expected, found)]
+        raise ValueError(
+            f"{second} does not keep the image tokens that {first} keeps: its stages keep {counts[1]} columns, those of "
+            f"the first {counts[0]}; has the schedule been changed?"
+        )
     return result
 
 
@@ -137,6 +146,17 @@ def _example(processor: Any) -> dict[str, Tensor]:
     pixels = sample["pixel_values"]
     assert pixels is not None
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def _nearly_the_same(first: Outputs, second: Outputs) -> bool:
+    """Whether the stages remove the same columns, but for a few whose scores nearly tie."""
+    if [len(stage[0]) for stage in first.kept] != [len(stage[0]) for stage in second.kept]:
+        return False
+    columns = first.dense.shape[1]
+    exchanged = [
+        (len(set(a[0]) - set(b[0])), columns - len(a[0])) for a, b in zip(first.kept, second.kept, strict=True)
+    ]
+    return all(count <= max(1, EXCHANGED * removed) for count, removed in exchanged)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:

@@ -126,6 +126,27 @@ def test_check_notices_weights_that_are_not_numbers(run: tuple[Path, LlavaFineTu
         check_agreement(run[0], folder)
 
 
+def test_check_notices_another_schedule(run: tuple[Path, LlavaFineTuner], tmp_path: Path) -> None:
+    """The weights are right and dense logits agree, but it would be pruned as nobody trained it."""
+    folder = export_merged(run[0], tmp_path / "merged")
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"keep_ratio": 0.25}, {"criterion": "random"}):
+        stage = {**config["himap"]["stages"][0], **change}
+        (folder / "config.json").write_text(json.dumps({**config, "himap": {"stages": [stage]}}))
+        with pytest.raises(ValueError, match="does not keep the image tokens that"):
+            check_agreement(run[0], folder)
+
+
+def test_base_that_is_not_here_is_named(run: tuple[Path, LlavaFineTuner], base: str, tmp_path: Path) -> None:
+    adapter = Path(shutil.copytree(run[0] / "adapter", tmp_path / "adapter"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "./gone"}))
+    for export in (export_merged, export_adapter):
+        with pytest.raises(FileNotFoundError, match="was trained on './gone', and that is not here.*--base"):
+            export(adapter, tmp_path / "never")
+        export(adapter, tmp_path / export.__name__, base=base)
+
+
 def test_check_is_of_the_checkpoint_itself(run: tuple[Path, LlavaFineTuner]) -> None:
     """Pruned and dense outputs differ, and are those of the model that was trained."""
     found = agreement.outputs(run[0] / "checkpoints/last.ckpt")

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from himap_train.checkpoint import adapter_source
-from himap_train.export.adapter import CONFIG_FILE, read_adapter
+from himap_train.export.adapter import CONFIG_FILE, Adapter, read_adapter
 from himap_train.export.merged import ExportDtype, write_merged
 from himap_train.export.run_facts import run_facts
 from himap_train.export.same_base import require_same_base
@@ -23,6 +23,16 @@ def _empty(folder: Path) -> Path:
     return folder
 
 
+def _base_folder(source: Path | str, adapter: Adapter, base: str | None) -> Path:
+    """Where the base model's files are on this machine."""
+    try:
+        return local_folder(base or adapter.base)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{source} was trained on {adapter.base!r}, and that is not here: {error}. Give its folder with --base"
+        ) from error
+
+
 def export_adapter(path: Path | str, folder: Path | str, *, base: str | None = None) -> Path:
     """Write the adapter of a run or of a training checkpoint to a folder of its own, with schedule and processor.
 
@@ -34,7 +44,7 @@ def export_adapter(path: Path | str, folder: Path | str, *, base: str | None = N
     if source is None:
         raise FileNotFoundError(f"{path} has no adapter (no {CONFIG_FILE}); a whole model is exported as merged")
     adapter = read_adapter(source)
-    place = local_folder(base or adapter.base)
+    place = _base_folder(source, adapter, base)
     config = AutoConfig.from_pretrained(place)
     require_same_base(adapter.base_facts, config, str(base), adapter.base)
     card = adapter_card(adapter.base, adapter.schedule, config, run_facts(source))
@@ -69,7 +79,7 @@ def export_merged(
     """
     target, source = _empty(Path(folder)), adapter_source(path)
     adapter = None if source is None else read_adapter(source)
-    name = str(path) if adapter is None else adapter.base
+    name, place = (str(path), str(path)) if adapter is None else (adapter.base, _base_folder(path, adapter, base))
     card = partial(merged_card, name, run=run_facts(source or Path(path)))
-    write_merged(target, base or name, adapter, card, dtype, max_shard_size)
+    write_merged(target, str(place), adapter, card, dtype, max_shard_size)
     return target
