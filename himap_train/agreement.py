@@ -83,8 +83,8 @@ def check_agreement(
     if not _nearly_the_same(expected, found):
         counts = [[len(stage[0]) for stage in side.kept] for side in (expected, found)]
         raise ValueError(
-            f"{second} does not keep the image tokens that {first} keeps: its stages keep {counts[1]} columns, those of "
-            f"the first {counts[0]}; has the schedule been changed?"
+            f"{second} does not keep the image tokens that {first} keeps: its stages keep {counts[1]} columns, "
+            f"those of the first {counts[0]}; has the schedule been changed?"
         )
     return result
 
