@@ -1,23 +1,46 @@
-"""Whether an exported model computes what the checkpoint computes that it was made from."""
+"""Whether an exported model computes what the checkpoint computes that it was made from.
+
+`python -m himap_train.agreement FOLDER RESULTS` is the other side: a process that has seen nothing of the first model.
+"""
 
 from __future__ import annotations
 
 import gc
+import json
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from himap_train.checkpoint import load_checkpoint
+from himap_train.checkpoint import adapter_source, load_checkpoint
 from himap_train.data.encode import encode_prompt
 from himap_train.data.records import Conversation, Turn
-from himap_train.models.llava import pruning_of, record_pruning
+from himap_train.models.llava import record_pruning, remove_pruning
+from himap_train.models.loading import stock_llava
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 """Largest difference of logits over their largest size: merging rounds, the more the fewer bits the weights have."""
+
+EXCHANGED = 0.25
+"""Share of removed columns that may be others: rounding exchanges a few whose scores nearly tie."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Of one model on the example: dtype of its weights, logits (1, S, V) dense and pruned, columns kept by stage."""
+
+    dtype: str
+    dense: Tensor
+    pruned: Tensor
+    kept: list[list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -34,40 +57,84 @@ class Agreement:
         return f"logits differ by {self.dense:.1e} dense and {self.pruned:.1e} pruned ({kept})"
 
 
-def check_agreement(first: Path | str, second: Path | str, base: str | None = None) -> Agreement:
+def check_agreement(
+    first: Path | str, second: Path | str, base: str | None = None, fresh_process: bool = False
+) -> Agreement:
     """Load two checkpoints from disk, one after the other, and compare their logits on an image and a question.
 
+    Args:
+        first: Whatever `load_checkpoint` takes.
+        second: The same, made from the first.
+        base: Base model of adapters, where it is not at the place that they recorded.
+        fresh_process: Load the second one in a process of its own.
+
     Raises:
-        ValueError: They differ by more than rounding.
+        ValueError: They differ by more than rounding, prune otherwise, or the second does not load as a stock model.
     """
-    dtype, dense, pruned, kept = _outputs(first, base)
-    _, other_dense, other_pruned, other_kept = _outputs(second, None)
-    same_kept = kept == other_kept
-    result = Agreement(_gap(dense, other_dense), _gap(pruned, other_pruned), same_kept, TOLERANCE[dtype])
-    if result.dense > result.tolerance or (same_kept and result.pruned > result.tolerance):
+    expected = outputs(first, base)
+    gc.collect()  # two 13B models may not fit side by side
+    found = _in_fresh_process(second, base) if fresh_process else outputs(second, base)
+    same_kept = expected.kept == found.kept
+    tolerance = max(TOLERANCE[expected.dtype], TOLERANCE[found.dtype])
+    gaps = _gap(expected.dense, found.dense), _gap(expected.pruned, found.pruned)
+    result = Agreement(*gaps, same_kept, tolerance)
+    if not result.dense <= tolerance or (same_kept and not result.pruned <= tolerance):  # nan is no agreement
+        raise ValueError(f"{second} does not compute what {first} computes: {result}, at most {tolerance} expected")
+    if not _nearly_the_same(expected, found):
+        counts = [[len(stage[0]) for stage in side.kept] for side in (expected, found)]
         raise ValueError(
-            f"{second} does not compute what {first} computes: {result}, at most {result.tolerance} expected"
+            f"{second} does not keep the image tokens that {first} keeps: its stages keep {counts[1]} columns, "
+            f"those of the first {counts[0]}; has the schedule been changed?"
         )
     return result
 
 
 @torch.no_grad()
-def _outputs(path: Path | str, base: str | None) -> tuple[torch.dtype, Tensor, Tensor, list[Any]]:
-    """Weights' dtype, logits dense and pruned, and the kept columns of each stage."""
-    model, processor = load_checkpoint(path, None, base=base)
+def outputs(path: Path | str, base: str | None = None) -> Outputs:
+    """What a checkpoint computes, pruned as it was trained and then dense."""
+    model: Any
+    model, processor = load_checkpoint(path, base=base)
     inputs = _example(processor)
-    dense = model(**inputs).logits.float()
-    del model
-    gc.collect()  # two 13B models may not fit side by side
-    module: nn.Module
-    module, _ = load_checkpoint(path, base=base)
-    pruning = pruning_of(module)
-    if pruning is None or not pruning.schedule.stages:
-        return next(module.parameters()).dtype, dense, dense, []
-    with record_pruning(module) as trace:
-        pruned = module(**inputs).logits.float()
+    with record_pruning(model) as trace:
+        pruned = model(**inputs).logits.float()
     kept = [[row.tolist() for row in stage] for stage in trace.kept]
-    return next(module.parameters()).dtype, dense, pruned, kept
+    dense = remove_pruning(model)(**inputs).logits.float()
+    dtype = next(model.parameters()).dtype
+    return Outputs(str(dtype).removeprefix("torch."), dense, pruned, kept)
+
+
+def require_stock_keys(folder: Path | str) -> None:
+    """Load a folder with stock transformers.
+
+    Raises:
+        ValueError: Keys are missing, unexpected or of another shape.
+    """
+    _, wrong = stock_llava(folder, dtype="auto")
+    if any(wrong.values()):
+        named = "; ".join(f"{len(keys)} {kind} {keys[:2]}" for kind, keys in wrong.items() if keys)
+        raise ValueError(f"{folder} does not load as a stock LLaVA: {named}")
+
+
+def _in_fresh_process(path: Path | str, base: str | None) -> Outputs:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "outputs.safetensors"
+        command = [sys.executable, "-m", "himap_train.agreement", str(path), str(file), *([base] if base else [])]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"{path} could not be loaded in a fresh process:\n{done.stderr.strip()[-2000:]}")
+        with safe_open(file, framework="pt") as saved:
+            facts = json.loads(saved.metadata()["facts"])
+            return Outputs(facts["dtype"], saved.get_tensor("dense"), saved.get_tensor("pruned"), facts["kept"])
+
+
+def _main(path: str, results: str, base: str | None = None) -> None:
+    """The fresh process: stock keys first, then what is computed."""
+    if adapter_source(path) is None:
+        require_stock_keys(path)
+    found = outputs(path, base)
+    facts = json.dumps({"dtype": found.dtype, "kept": found.kept})
+    tensors = {"dense": found.dense.contiguous(), "pruned": found.pruned.contiguous()}
+    save_file(tensors, results, metadata={"facts": facts})
 
 
 def _example(processor: Any) -> dict[str, Tensor]:
@@ -81,5 +148,20 @@ def _example(processor: Any) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
+def _nearly_the_same(first: Outputs, second: Outputs) -> bool:
+    """Whether the stages remove the same columns, but for a few whose scores nearly tie."""
+    if [len(stage[0]) for stage in first.kept] != [len(stage[0]) for stage in second.kept]:
+        return False
+    columns = first.dense.shape[1]
+    exchanged = [
+        (len(set(a[0]) - set(b[0])), columns - len(a[0])) for a, b in zip(first.kept, second.kept, strict=True)
+    ]
+    return all(count <= max(1, EXCHANGED * removed) for count, removed in exchanged)
+
+
 def _gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / a.abs().max())
+    return float((a - b).abs().max() / a.abs().max()) if a.shape == b.shape else float("inf")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

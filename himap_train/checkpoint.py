@@ -7,26 +7,28 @@ and the processor. A *merged* model is a stock Hugging Face LLaVA folder whose `
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 import yaml
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from himap_train.adapter_check import check_adapter
-from himap_train.model_card import adapter_card, merged_card
-from himap_train.models.embedded import embedded_model_path
-from himap_train.models.llava import install_pruning, pruning_of, remove_pruning
-from himap_train.models.loading import EMBEDDED, load_llava
+from himap_train.export.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of, read_adapter
+from himap_train.export.run_facts import run_facts
+from himap_train.export.same_base import require_same_base
+from himap_train.model_card import adapter_card
+from himap_train.models.llava import base_llava, install_pruning
+from himap_train.models.loading import load_llava
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.storage import atomic_folder
 
-SCHEDULE_FILE = "pruning.yaml"
+Weights = Literal["adapter", "last", "best"]
+"""Of a run: the adapter that it kept, or one of its training checkpoints."""
 
 
 class _Saved(Enum):
@@ -62,33 +64,10 @@ def save_adapter(
         ValueError: A tensor to be saved is empty (sharded parameters that nobody gathered).
         OSError: Nothing could be written; an older folder is untouched.
     """
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = base = _portable(str(config.base_model_name_or_path))
-    state = {
-        name: tensor.detach().cpu()
-        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
-    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
-    if empty:
-        raise ValueError(
-            f"{len(empty)} tensors to save are empty, the first is {empty[0]}: gather sharded weights first"
-        )
-    with atomic_folder(Path(folder)) as temporary:
-        # "auto" would ask the hub whether the embeddings were resized
-        model.save_pretrained(str(temporary), save_embedding_layers=False)
-        (temporary / SCHEDULE_FILE).write_text(yaml.safe_dump(schedule.to_dict(), sort_keys=False), encoding="utf-8")
-        (temporary / "README.md").write_text(adapter_card(base, schedule), "utf-8")
-        if processor is not None:
-            processor.save_pretrained(str(temporary))
-    return Path(folder)
-
-
-def _portable(base: str) -> str:
-    """The name of a base model as another machine understands it."""
-    try:
-        return EMBEDDED if Path(base) == embedded_model_path() else base
-    except FileNotFoundError:  # installed without the embedded model
-        return base
+    adapter, target = adapter_of(model, schedule), Path(folder)
+    card = adapter_card(adapter.base, schedule, base_llava(model).config, run_facts(target.parent))
+    adapter.write(target, card, processor)
+    return target
 
 
 def load_checkpoint(
@@ -99,10 +78,10 @@ def load_checkpoint(
     dtype: torch.dtype | str = "auto",
     attn_implementation: str | None = None,
 ) -> tuple[LlavaForConditionalGeneration | PeftModel, LlavaProcessor]:
-    """Load what `finetune` or `export` wrote, a run folder, or any stock LLaVA, with its pruner installed.
+    """Load what `finetune` or `export` wrote, or any stock LLaVA, with its pruner installed.
 
     Args:
-        path: Adapter folder, run folder (its `adapter/`), merged folder, hub id, or "embedded".
+        path: Adapter folder, run folder (its `adapter/`), training checkpoint, merged folder, hub id, or "embedded".
         schedule: Overrides the saved one; None is dense.
         base: The base model of an adapter, where it is not at the place that the adapter recorded.
         dtype: Of the base weights. attn_implementation: as in `load_llava`.
@@ -112,82 +91,62 @@ def load_checkpoint(
         The model in evaluation mode and the processor.
 
     Raises:
-        FileNotFoundError: No such checkpoint, or the adapter's base model cannot be found.
-        ValueError: Keys of the adapter are missing, renamed or empty.
+        FileNotFoundError: No such checkpoint, a file of it is gone, or the adapter's base model cannot be found.
+        ValueError: Keys of the adapter are missing, renamed or empty, or it was trained on another base.
     """
-    folder = Path(path)
-    if folder.is_file():
-        raise ValueError(
-            f"{folder} is a training checkpoint; give the run's `adapter` folder, or resume training from it"
-        )
-    adapter = _adapter_folder(folder)
-    if adapter is None:
-        model, processor = load_llava(str(path), dtype=dtype, attn_implementation=attn_implementation)
+    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    source = adapter_source(path)
+    if source is None:
+        model, processor = load_llava(str(path), **how)
         saved = PruningSchedule.from_dict(getattr(model.config, "himap", None) or {})
-        return install_pruning(
-            model, saved if isinstance(schedule, _Saved) else schedule or PruningSchedule()
-        ), processor
-    folder = adapter
-    base = base or str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+        wanted = saved if isinstance(schedule, _Saved) else schedule or PruningSchedule()
+        return install_pruning(model, wanted), processor
+    adapter = read_adapter(source)
+    base = base or adapter.base
     try:
-        model, processor = load_llava(base, dtype=dtype, attn_implementation=attn_implementation)
+        model, processor = load_llava(base, **how)
     except OSError as error:
         raise FileNotFoundError(
-            f"the adapter {folder} was trained on {base!r}, which cannot be loaded here: {error}. "
+            f"the adapter {source} was trained on {base!r}, which cannot be loaded here: {error}. "
             "Pass base=<local folder>"
         ) from error
-    peft_model = PeftModel.from_pretrained(model, str(folder))
-    check_adapter(peft_model, folder)
-    file = folder / SCHEDULE_FILE
-    saved = read_schedule(file) if file.is_file() else PruningSchedule()
-    install_pruning(peft_model, saved if isinstance(schedule, _Saved) else schedule or PruningSchedule())
+    require_same_base(adapter.base_facts, model.config, base, adapter.base)
+    if source.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            adapter.write(Path(folder) / "adapter", card="")
+            peft_model = _with_adapter(model, Path(folder) / "adapter")
+    else:
+        peft_model = _with_adapter(model, source)
+    install_pruning(peft_model, adapter.schedule if isinstance(schedule, _Saved) else schedule or PruningSchedule())
     return peft_model.eval(), processor
 
 
-def _adapter_folder(path: Path) -> Path | None:
-    """`path` itself or the adapter of the run in it; None where there is none."""
-    return next((folder for folder in (path, path / "adapter") if (folder / "adapter_config.json").is_file()), None)
+def _with_adapter(model: LlavaForConditionalGeneration, folder: Path) -> PeftModel:
+    peft_model = PeftModel.from_pretrained(model, str(folder))
+    check_adapter(peft_model, folder)
+    return peft_model
 
 
-def _empty(folder: Path) -> Path:
-    """`folder`, if nothing is in it."""
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; choose another folder or remove it")
-    return folder
+def adapter_source(path: Path | str, weights: Weights = "adapter") -> Path | None:
+    """The adapter folder or training checkpoint that `path` stands for; None for a whole model.
 
-
-def copy_adapter(path: Path | str, folder: Path | str) -> Path:
-    """Copy the adapter of a run, with its schedule and processor, to a folder of its own.
+    Args:
+        path: A run folder, an adapter folder, a training checkpoint, or a whole model.
+        weights: Of a run folder: its `adapter`, or the `last` or `best` training checkpoint.
 
     Raises:
-        FileNotFoundError: `path` has no adapter.
-        FileExistsError: `folder` is there and not empty.
+        FileNotFoundError: A run without these weights.
     """
-    source = _adapter_folder(Path(path))
-    if source is None:
-        raise FileNotFoundError(f"{path} has no adapter (no adapter_config.json)")
-    with atomic_folder(_empty(Path(folder))) as temporary:
-        shutil.copytree(source, temporary, dirs_exist_ok=True)
-    return Path(folder)
-
-
-def export_merged(path: Path | str, folder: Path | str, *, base: str | None = None) -> Path:
-    """Merge an adapter into its base model and write a stock Hugging Face folder.
-
-    Reads `path` from disk, so that what is exported is what was saved. `config.json` gets the schedule under `himap`.
-
-    Raises:
-        FileExistsError: `folder` is there and not empty.
-    """
-    folder = _empty(Path(folder))
-    model, processor = load_checkpoint(path, base=base)
-    installed = pruning_of(model)
-    schedule = installed.schedule if installed else PruningSchedule()
-    remove_pruning(model)
-    merged = model.merge_and_unload(safe_merge=True) if isinstance(model, PeftModel) else model
-    merged.config.himap = schedule.to_dict()
-    with atomic_folder(folder) as temporary:
-        merged.save_pretrained(str(temporary))
-        processor.save_pretrained(str(temporary))
-        (temporary / "README.md").write_text(merged_card(str(path), schedule), encoding="utf-8")
-    return folder
+    path = Path(path)
+    if path.is_file() or any((path / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        return path
+    if not (path / "checkpoints").is_dir() and not (path / "adapter").is_dir():
+        return None
+    source = path / ("adapter" if weights == "adapter" else f"checkpoints/{weights}.ckpt")
+    if not source.exists():
+        there = sorted((path / "checkpoints").glob("*.ckpt"))
+        raise FileNotFoundError(
+            f"{path} has no {source.relative_to(path)}: the run did not end, or files were removed. "
+            + (f"Give {there[-1]} instead" if there else "There are no training checkpoints in it either")
+        )
+    return source

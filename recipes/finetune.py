@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from himap_train.agreement import check_agreement
-from himap_train.checkpoint import export_merged, read_schedule, save_adapter
+from himap_train.checkpoint import read_schedule, save_adapter
 from himap_train.evaluation.command_line import USER_ERRORS
 from himap_train.evaluation.compare import Row, compare
 from himap_train.evaluation.report import print_table, save_table
+from himap_train.export.folders import export_merged
 from himap_train.models.loading import resolve_model
 from himap_train.models.lora import trainable_report
 from himap_train.pruning.schedule import PruningSchedule

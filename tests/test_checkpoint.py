@@ -9,19 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from export_toys import PRUNED, logits, trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import tiny_processor
-from training_toys import SCHEDULE, collate, sample, save_tiny
+from training_toys import save_tiny
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from himap_train.agreement import check_agreement
-from himap_train.checkpoint import copy_adapter, export_merged, load_checkpoint, read_schedule, save_adapter
-from himap_train.models.llava import install_pruning, load_llava, pruning_of, record_pruning, remove_pruning
+from himap_train.checkpoint import load_checkpoint, read_schedule, save_adapter
+from himap_train.export.folders import export_adapter, export_merged
+from himap_train.models.llava import load_llava, pruning_of, record_pruning, remove_pruning
 from himap_train.models.lora import attach_lora
 from himap_train.pruning.schedule import PruningSchedule
 
-PRUNED = read_schedule(SCHEDULE)
 MERGED_FILES = {
     "README.md",
     "chat_template.jinja",
@@ -32,24 +33,6 @@ MERGED_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-
-
-def trained(path: str, projector: str = "train", schedule: PruningSchedule = PRUNED) -> PeftModel:
-    """A model whose LoRA and projector are far from where they started."""
-    model = attach_lora(load_llava(path)[0], r=4, alpha=8, projector=projector)  # type: ignore[arg-type]
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return install_pruning(model.eval(), schedule)
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    batch = collate([sample(0), sample(1, answer=5)])
-    batch.pop("ids")
-    return model(**{**batch, "labels": None}).logits
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +88,7 @@ def test_adapter_equals_merged_equals_reloaded_pruned_too(adapter: Path, tmp_pat
 def test_export_check_notices_other_weights(adapter: Path, base: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not compute what"):
         check_agreement(adapter, base)
-    copied = copy_adapter(adapter.parent, tmp_path / "copy")
+    copied = export_adapter(adapter.parent, tmp_path / "copy")
     assert check_agreement(adapter, copied).dense == 0
 
 
@@ -195,10 +178,10 @@ def test_clear_errors(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="not empty"):
         export_merged(adapter, moved)
     with pytest.raises(FileNotFoundError, match="has no adapter"):
-        copy_adapter(tmp_path, tmp_path / "x")
+        export_adapter(tmp_path, tmp_path / "x")
     checkpoint = tmp_path / "last.ckpt"
     checkpoint.touch()
-    with pytest.raises(ValueError, match="is a training checkpoint"):
+    with pytest.raises(ValueError, match="cannot be read as a training checkpoint"):
         load_checkpoint(checkpoint)
     (moved / "adapter_model.safetensors").unlink()
     with pytest.raises((FileNotFoundError, ValueError)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import shutil
 import sys
@@ -42,7 +43,7 @@ def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> 
     """
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = [with_underscores(option) for option in given]
+        args = _with_values([with_underscores(option) for option in given], main)
         auto_cli(main, args=args, as_positional=False, parser_class=SuggestingParser)
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
@@ -73,6 +74,16 @@ def new_output_folder(folder: Path, files: Sequence[str], overwrite: bool) -> No
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def _with_values(args: list[str], main: Callable[..., Any]) -> list[str]:
+    """`--private` alone is `--private=true`, for options of `main` that are true or false."""
+    flags = {f"--{name}" for name, given in inspect.signature(main).parameters.items() if given.annotation == "bool"}
+    following = [*args[1:], "--"]
+    return [
+        f"{arg}=true" if arg in flags and after.startswith("-") else arg
+        for arg, after in zip(args, following, strict=False)
+    ]
 
 
 def with_underscores(option: str) -> str:

@@ -7,15 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, get_session, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, get_session, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
+from himap_train.models.quantize import Quantize, quantization_config
+
 EMBEDDED = "embedded"
+_WRONG = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
 
 def load_llava(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", attn_implementation: str | None = None
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    quantize: Quantize | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Load a LLaVA as it is, in evaluation mode.
 
@@ -23,17 +30,26 @@ def load_llava(
         path: A local folder, a model id on the Hugging Face hub, or "embedded" for the small LLaVA in this package.
         dtype: As stored ("auto"), or a torch dtype or its name.
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; None lets transformers choose.
+        quantize: "4bit" stores the decoder's linear layers in 4 bits (see `quantize`).
 
     Returns:
         The model and its processor.
 
     Raises:
         FileNotFoundError: If the weights cannot be reached; the message names the ways out.
-        ValueError: If the checkpoint is no LLaVA.
+        ValueError: If the checkpoint is no LLaVA or lacks weights, or it cannot be quantised here.
     """
+    quantization = None if quantize is None else quantization_config(dtype)
     folder = resolve_model(path)
     config = load_config(folder)
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, attn_implementation=attn_implementation)
+    model, wrong = stock_llava(
+        folder, dtype=dtype, attn_implementation=attn_implementation, quantization_config=quantization
+    )
+    missing = wrong["missing_keys"]
+    if missing:  # transformers would leave them random
+        raise ValueError(
+            f"{path} has no weights for {len(missing)} parameters, the first is {missing[0]}; fetch the model again"
+        )
     return model.eval(), load_processor(folder, config)
 
 
@@ -50,6 +66,21 @@ def load_config(folder: str | Path) -> LlavaConfig:
             "(original LLaVA checkpoints have a converted twin on the hub, such as llava-hf/llava-1.5-7b-hf)"
         )
     return config
+
+
+def stock_llava(folder: str | Path, **options: Any) -> tuple[LlavaForConditionalGeneration, dict[str, list[str]]]:
+    """A model as transformers alone loads it, and the names that do not fit.
+
+    Args:
+        folder: What `from_pretrained` takes.
+        **options: Those of `from_pretrained`.
+
+    Returns:
+        The model, and sorted names under `missing_keys`, `unexpected_keys` and `mismatched_keys`.
+    """
+    loaded: Any = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **options)
+    model, found = loaded
+    return model, {kind: sorted(map(str, found[kind])) for kind in _WRONG}
 
 
 def load_processor(folder: str | Path, config: LlavaConfig) -> LlavaProcessor:
@@ -110,6 +141,18 @@ def resolve_model(path: str | Path) -> str:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise FileNotFoundError(f"{path} is neither in the local cache nor reachable{offline}; {_WAYS_OUT}") from error
     return str(path)
+
+
+def local_folder(path: str | Path) -> Path:
+    """The folder on this machine that holds a model's files; a model on the hub is downloaded into the cache.
+
+    Raises:
+        FileNotFoundError: As in `resolve_model`.
+    """
+    found = resolve_model(path)
+    if Path(found).is_dir():
+        return Path(found)
+    return Path(snapshot_download(found, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
 
 
 _WAYS_OUT = (

@@ -79,7 +79,7 @@ def attach_lora(
 
 def _target_pattern(model: nn.Module, targets: str | list[str]) -> str:
     """One regular expression over whole module names, checked against the model."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in model.named_modules() if is_linear(module)]
     in_decoder = [name for name in linear if re.match(_DECODER, name)]
     if isinstance(targets, str) and targets != DECODER_LINEAR:
         pattern = targets
@@ -104,6 +104,12 @@ def _target_pattern(model: nn.Module, targets: str | list[str]) -> str:
             "start the expression with `.*language_model.*`. For the projector use projector='lora'."
         )
     return pattern
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, quantised ones included: some are no subclass of `nn.Linear`."""
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return isinstance(module, nn.Linear) or (all(type(size) is int for size in sizes) and not any(module.children()))
 
 
 def _ending_pattern(endings: Iterable[str]) -> str:
@@ -136,8 +142,10 @@ def trainable_report(model: nn.Module) -> str:
         if ".original_module." in name:
             continue
         group = parameter_group(name)
-        total[group] += parameter.numel()
-        trained[group] += parameter.numel() if parameter.requires_grad else 0
+        packed = getattr(parameter, "quant_state", None)  # bitsandbytes holds two weights in a byte
+        count = parameter.numel() if packed is None else packed.shape.numel()
+        total[group] += count
+        trained[group] += count if parameter.requires_grad else 0
     lines = [f"  {group:<13}{trained[group]:>15,} of {count:>15,}" for group, count in sorted(total.items())]
     share = 100 * trained.total() / max(total.total(), 1)
     return "\n".join(

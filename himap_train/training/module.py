@@ -20,9 +20,11 @@ from transformers import LlavaProcessor
 
 from himap_train.checkpoint import read_schedule
 from himap_train.evaluation.schedule_argument import fit_preset, is_preset
+from himap_train.export.adapter import CHECKPOINT_KEY, adapter_facts
 from himap_train.models.llava import base_llava, hidden_states, install_pruning, pruning_of
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
+from himap_train.models.quantize import Quantize
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.guard import check_predicting_rows, check_pruned, check_trained_weights
 from himap_train.training.loss import supervised_loss
@@ -55,6 +57,7 @@ class LlavaFineTuner(LightningModule):
         betas: AdamW's decay rates.
         gradient_checkpointing: Compute each decoder layer again in the backward pass instead of keeping it.
         attn_implementation: "sdpa", "eager", "flash_attention_2", or null for the model's own choice.
+        quantize: "4bit" stores the frozen decoder in 4 bits (QLoRA; needs bitsandbytes and CUDA), null as it is.
         loss_average: "token" averages over all tokens of an optimizer step, "batch" over micro-batches.
         loss_chunk: Supervised positions whose logits exist at a time; 0 for all at once.
     """
@@ -75,6 +78,7 @@ class LlavaFineTuner(LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         gradient_checkpointing: bool = True,
         attn_implementation: str | None = None,
+        quantize: Quantize | None = None,
         loss_average: Literal["token", "batch"] = "token",
         loss_chunk: int = 1024,
     ) -> None:
@@ -91,6 +95,7 @@ class LlavaFineTuner(LightningModule):
         self.betas = betas
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
+        self.quantize = quantize
         self.loss_average = loss_average
         self.loss_chunk = loss_chunk
         self.llava: PeftModel | None = None
@@ -109,7 +114,10 @@ class LlavaFineTuner(LightningModule):
         if self.llava is not None:
             return
         model, self.processor = load_llava(
-            self.path, dtype=self._weights_dtype(), attn_implementation=self.attn_implementation
+            self.path,
+            dtype=self._weights_dtype(),
+            attn_implementation=self.attn_implementation,
+            quantize=self.quantize,
         )
         self.llava = self.attach(model)
         decoder = base_llava(self.llava).model.language_model
@@ -206,7 +214,8 @@ class LlavaFineTuner(LightningModule):
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep trained weights only: the rest is where it was loaded from."""
+        """Keep trained weights only, the rest is where it was loaded from; and what makes an adapter of them."""
+        checkpoint[CHECKPOINT_KEY] = adapter_facts(self.peft_model, self.schedule)
         names = self.trained_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
 

@@ -1,0 +1,1 @@
+"""From a training checkpoint of any strategy to what others load, without loading the model."""

@@ -1,0 +1,56 @@
+"""Put an exported folder on the Hugging Face hub, or say why that did not work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+
+
+def require_hub(repository: str) -> None:
+    """Before hours are spent on an export: is the name one, and is somebody logged in?
+
+    Raises:
+        ValueError: The name is not of the form owner/name.
+        PermissionError: There is no token.
+    """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ValueError(f"--push-to-hub={repository!r} is no name on the hub: {error}") from error
+    if repository.count("/") != 1:
+        raise ValueError(f"--push-to-hub={repository!r} is no name on the hub; expected owner/name")
+    if get_token() is None:
+        raise PermissionError(
+            f"--push-to-hub={repository} needs a token with write access: run `hf auth login` or set HF_TOKEN, or "
+            "leave the option out"
+        )
+
+
+def push_to_hub(folder: Path, repository: str, private: bool) -> str:
+    """Make the repository if it is not there and upload a folder in one commit.
+
+    Args:
+        folder: What is uploaded.
+        repository: owner/name.
+        private: Of a repository that is made now; else it is as its owner has set for new ones, mostly public.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ConnectionError: The hub refused or cannot be reached; the folder stays.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private or None, exist_ok=True)  # None: as its owner has set
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload with himap-train")
+    except Exception as error:  # errors of its HTTP library too, which another release may replace
+        reason = " ".join([f"{type(error).__name__}:", *str(error).split()])[:300]
+        raise ConnectionError(
+            f"{folder} is complete, but could not be uploaded to {repository}: {reason}. Check the token's rights and "
+            f"the network, then: hf upload {repository} {folder}"
+        ) from error
+    return str(commit.commit_url)

@@ -1,0 +1,84 @@
+"""Whether a model is the one that an adapter was trained on, as far as its config tells.
+
+LoRA fits every matrix of the right shape: merged into another base of the same size it gives a model that talks
+nonsense. Configs tell most bases apart (shapes, vocabulary, rotary base, norm epsilon, activation, vision tower).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_TEXT = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+)
+_VISION = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+)
+_WHOLE = (
+    "model_type",
+    "image_token_id",
+    "image_seq_length",
+    "projector_hidden_act",
+    "multimodal_projector_bias",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+)
+
+
+def base_facts(config: Any) -> dict[str, Any]:
+    """What decides a LLaVA's shapes and arithmetic, as plain values under dotted keys."""
+    parts = (("", config, _WHOLE), ("text_config.", config.text_config, _TEXT))
+    facts: dict[str, Any] = {}
+    for prefix, part, keys in (*parts, ("vision_config.", config.vision_config, _VISION)):
+        facts |= {prefix + key: _plain(getattr(part, key, None)) for key in keys}
+    return facts
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def require_same_base(trained_on: Mapping[str, Any] | None, config: Any, base: str, trained_name: str) -> None:
+    """Raise where a base model differs from the one that an adapter was trained on.
+
+    Args:
+        trained_on: `base_facts` of that one; None where nobody wrote them down.
+        config: Config of the model at `base`.
+        base: Where it is.
+        trained_name: What the adapter calls its base.
+
+    Raises:
+        ValueError: Lists what differs.
+    """
+    if trained_on is None:
+        return
+    here = base_facts(config)
+    differing = [key for key, value in trained_on.items() if key in here and here[key] != value]
+    if differing:
+        lines = [f"  {key}: {trained_on[key]!r} then, {here[key]!r} in {base}" for key in differing]
+        raise ValueError(
+            "\n".join([f"{base} is not the model that the adapter was trained on ({trained_name}):", *lines])
+            + f"\nGive a copy of {trained_name} as the base model"
+        )

@@ -1,0 +1,52 @@
+"""What earlier versions saved keeps loading and computes the same; tests/data/checkpoint_*/make.py made the folders."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from himap_train.checkpoint import load_checkpoint
+from himap_train.export.folders import export_merged
+from himap_train.models.llava import record_pruning
+
+DATA = Path(__file__).parent / "data"
+OLD = sorted(folder.name for folder in DATA.glob("checkpoint_*"))
+
+
+def test_all_are_here_and_small() -> None:
+    assert OLD == ["checkpoint_v0_1"]
+    assert sum(file.stat().st_size for file in DATA.glob("checkpoint_*/**/*") if file.is_file()) < 500_000
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+@pytest.mark.parametrize("version", OLD)
+@torch.no_grad()
+def test_old_checkpoint_computes_its_stored_logits(version: str, form: str) -> None:
+    expected = load_file(DATA / version / "expected.safetensors")
+    inputs = {key: expected[key] for key in ("input_ids", "attention_mask", "pixel_values")}
+    base = str(DATA / version / "base") if form == "adapter" else None
+    # merged weights were rounded to fp16
+    tolerance = {"atol": 1e-4, "rtol": 1e-4} if form == "adapter" else {"atol": 2e-2, "rtol": 1e-2}
+    model, _ = load_checkpoint(DATA / version / form, base=base, dtype="float32")
+    with record_pruning(model) as trace:
+        torch.testing.assert_close(model(**inputs).logits, expected["pruned"], **tolerance)
+    for row, columns in enumerate(trace.kept[-1]):
+        assert torch.equal(columns, expected[f"kept.{row}"])
+    dense, _ = load_checkpoint(DATA / version / form, None, base=base, dtype="float32")
+    torch.testing.assert_close(dense(**inputs).logits, expected["dense"], **tolerance)
+    assert not torch.allclose(expected["dense"], expected["pruned"], atol=0.1)
+
+
+@pytest.mark.parametrize("version", OLD)
+def test_old_adapter_still_merges_into_the_same_weights(version: str, tmp_path: Path) -> None:
+    adapter = shutil.copytree(DATA / version / "adapter", tmp_path / "adapter")
+    folder = export_merged(adapter, tmp_path / "merged", base=str(DATA / version / "base"))
+    found = load_file(folder / "model.safetensors")
+    before = load_file(DATA / version / "merged/model.safetensors")
+    assert found.keys() == before.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(found[name], value, atol=0, rtol=2**-10)  # sums may round the other way elsewhere
