@@ -78,7 +78,7 @@ def test_data_of_the_config_is_counted(tmp_path: Path, capsys: pytest.CaptureFix
     assert (sample["images"], sample["image_tokens"]) == (1, 144)
     assert 1 <= sample["supervised"] <= sample["text_tokens"] <= sample["longest_text"] <= 256 - 144
     assert "conversations of the training data" in " ".join(capsys.readouterr().out.split())
-    assert plan["sides"][1]["image_tokens"] == [144, 86, 14]
+    assert plan["sides"][1]["image_tokens"] == [144, 86, 22]
 
 
 def test_text_only_data(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_strategy_given_as_a_class(strategy: dict[str, Any], found: str) -> None
 def test_eager_attention_and_quantised_weights_change_the_memory(tmp_path: Path) -> None:
     usual = planned(tmp_path, *LLAVA_7B)
     eager = planned(tmp_path, *LLAVA_7B, "--model.attn_implementation", "eager")
-    nf4 = planned(tmp_path, *LLAVA_7B, "--base-bits", "4")
+    nf4 = planned(tmp_path, *LLAVA_7B, "--model.quantize", "4bit")
     state = "no checkpointing"
     length, heads, layers = 576 + 115, 32, 32
     more = [plan["sides"][0]["activations"][state]["saved"] for plan in (eager, usual)]

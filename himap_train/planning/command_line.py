@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -42,7 +42,6 @@ class PlanCLI(FinetuneCLI):
         parser.add_argument("--text_tokens", type=int | None, default=None, help="of a sample, instead of the data's")
         parser.add_argument("--supervised_tokens", type=int | None, default=None, help="of them, those to predict")
         parser.add_argument("--images", type=int, default=1, help="of a sample, where the data cannot be read")
-        parser.add_argument("--base_bits", type=Literal[4, 8] | None, default=None, help="frozen weights quantised")
         parser.add_argument(
             "--effective_batch", type=int | None, default=None, help="samples an optimizer step; sets accumulation"
         )
@@ -123,7 +122,7 @@ def run_settings(config: Namespace) -> RunSettings:
         checkpointing=config.model.gradient_checkpointing,
         attention=attention,
         loss_chunk=config.model.loss_chunk,
-        base_bits=config.base_bits,
+        four_bit=config.model.quantize == "4bit",
         gpu_memory=config.gpu_memory,
     )
 

@@ -96,19 +96,19 @@ def configured_strategy(strategy: str, devices: int) -> str:
     return "one device" if found == "DDP" and devices == 1 else found
 
 
-def frozen_bytes(facts: ModelFacts, numerics: Numerics, base_bits: int | None = None) -> int:
-    """Frozen weights; with `base_bits` (4 or 8) the decoder's linear layers are quantised as bitsandbytes does.
+def frozen_bytes(facts: ModelFacts, numerics: Numerics, four_bit: bool = False) -> int:
+    """Frozen weights; with `four_bit` the decoder's linear layers are quantised as bitsandbytes does.
 
-    NF4 keeps one fp32 scale for 64 weights, or with double quantisation 8 bits and a little more: 4.13 bits a weight.
+    NF4 keeps a scale for 64 weights, with double quantisation in 8 bits and a little more: 4.13 bits a weight.
     """
-    if base_bits is None:
+    if not four_bit:
         return facts.frozen * numerics.element
-    bits = {4: 4 + 8 / 64 + 32 / (64 * 256), 8: 8.0}[base_bits]
+    bits = 4 + 8 / 64 + 32 / (64 * 256)
     return (facts.frozen - facts.quantisable) * numerics.element + int(facts.quantisable * bits / 8)
 
 
 def static_memory(
-    strategy: str, facts: ModelFacts, numerics: Numerics, devices: int, base_bits: int | None = None
+    strategy: str, facts: ModelFacts, numerics: Numerics, devices: int, four_bit: bool = False
 ) -> StaticMemory:
     """Weights, gradients, optimizer and buffers of one of `STRATEGIES` on one GPU.
 
@@ -117,12 +117,12 @@ def static_memory(
         facts: Of the model.
         numerics: Bytes of an element.
         devices: All of the run.
-        base_bits: 4 or 8 for quantised frozen weights.
+        four_bit: Whether the frozen weights are quantised.
     """
-    count, frozen = facts.trained, frozen_bytes(facts, numerics, base_bits)
+    count, frozen = facts.trained, frozen_bytes(facts, numerics, four_bit)
     trained = count * numerics.trained
     whole = StaticMemory(strategy, devices, frozen, trained, trained, 2 * trained, 0, trained)
-    if base_bits is not None:  # one layer's weights at a time in the precision of the run
+    if four_bit:  # one layer's weights at a time in the precision of the run
         whole = replace(whole, buffers=facts.largest_linear * numerics.element)
     if strategy == "one device":
         return replace(whole, devices=1)

@@ -48,7 +48,7 @@ class RunSettings:
         checkpointing: Whether decoder layers run again in the backward pass.
         attention: "sdpa", "flash_attention_2" or "eager".
         loss_chunk: Positions whose logits exist at a time.
-        base_bits: 4 or 8 where the frozen weights are quantised.
+        four_bit: Whether the frozen weights are quantised.
         gpu_memory: GiB of one GPU.
     """
 
@@ -60,7 +60,7 @@ class RunSettings:
     checkpointing: bool
     attention: str
     loss_chunk: int
-    base_bits: int | None
+    four_bit: bool
     gpu_memory: float
 
     @property
@@ -143,7 +143,7 @@ def make_plan(
         notes: To be printed.
     """
     numerics = Numerics.of(run.precision)
-    memory = {name: static_memory(name, facts, numerics, run.devices, run.base_bits) for name in STRATEGIES}
+    memory = {name: static_memory(name, facts, numerics, run.devices, run.four_bit) for name in STRATEGIES}
     schedules = {"dense": PruningSchedule()} | ({"pruned": schedule} if schedule.stages else {})
     sides = tuple(_side(name, facts, run, one, sample, memory) for name, one in schedules.items())
     return Plan(facts, run, sample, memory, sides, notes)
