@@ -135,9 +135,9 @@ def trainable_report(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
             continue
-        group = parameter_group(name)
-        total[group] += parameter.numel()
-        trained[group] += parameter.numel() if parameter.requires_grad else 0
+        group, elements = parameter_group(name), getattr(parameter, "ds_numel", parameter.numel())  # whole under ZeRO-3
+        total[group] += elements
+        trained[group] += elements if parameter.requires_grad else 0
     lines = [f"  {group:<13}{trained[group]:>15,} of {count:>15,}" for group, count in sorted(total.items())]
     share = 100 * trained.total() / max(total.total(), 1)
     return "\n".join(
