@@ -54,9 +54,21 @@ def read_schedule(value: str | Path | Mapping[str, Any] | PruningSchedule | None
 
 
 def save_adapter(
-    model: PeftModel, folder: Path | str, schedule: PruningSchedule, processor: LlavaProcessor | None = None
+    model: PeftModel,
+    folder: Path | str,
+    schedule: PruningSchedule,
+    processor: LlavaProcessor | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a PEFT folder with the schedule and the processor in it; what was there before stays until all is written.
+
+    Args:
+        model: Whose adapter is written.
+        folder: Made, or replaced.
+        schedule: Goes into `pruning.yaml`.
+        processor: Written too where it is given.
+        weights: The trained weights under the model's parameter names, where they are spread over processes and the
+            model itself does not have them; see `himap_train.training.gather`.
 
     Raises:
         ValueError: A tensor to be saved is empty (sharded parameters that nobody gathered).
@@ -66,7 +78,7 @@ def save_adapter(
     config.base_model_name_or_path = base = _portable(str(config.base_model_name_or_path))
     state = {
         name: tensor.detach().cpu()
-        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        for name, tensor in get_peft_model_state_dict(model, weights, save_embedding_layers=False).items()
     }
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     if empty:
@@ -75,7 +87,7 @@ def save_adapter(
         )
     with atomic_folder(Path(folder)) as temporary:
         # "auto" would ask the hub whether the embeddings were resized
-        model.save_pretrained(str(temporary), save_embedding_layers=False)
+        model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=weights)
         (temporary / SCHEDULE_FILE).write_text(yaml.safe_dump(schedule.to_dict(), sort_keys=False), encoding="utf-8")
         (temporary / "README.md").write_text(adapter_card(base, schedule), "utf-8")
         if processor is not None:

@@ -249,7 +249,7 @@ def test_checkpoint_of_another_config_is_refused_with_the_keys(tmp_path: Path) -
     checkpoint: dict[str, Any] = {}
     RememberConfig(config).on_save_checkpoint(None, None, checkpoint)  # type: ignore[arg-type]
     file = tmp_path / "last.ckpt"
-    torch.save(checkpoint, file)
+    torch.save({"state_dict": {}, "optimizer_states": [], "loops": {}, **checkpoint}, file)
     free = {**config, "output": "b", "data": {"num_workers": 0}, "trainer": {"max_steps": 9, "precision": "32-true"}}
     refuse_other_config(file, free)
     other = {**free, "model": {"lora_lr": 0.2, "schedule": {"positions": "renumber"}}}

@@ -55,6 +55,10 @@ class WindowedLoader:
         """Batches with `window_tokens`."""
         return self.windows.count(self.loader)
 
+    def __len__(self) -> int:
+        """Of the loader; TypeError where it has none."""
+        return len(self.loader)  # type: ignore[arg-type]
+
 
 def _with_tokens(window: list[Any]) -> Iterator[Any]:
     # The first column is never a target: no row predicts it.

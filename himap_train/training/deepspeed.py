@@ -39,13 +39,8 @@ _PRECISIONS = ("32-true", "bf16-mixed")
 
 def register_strategies() -> None:
     """Make `deepspeed_stage_1`, `_2`, `_3` and `_3_offload` mean `ZeroStrategy`."""
-    for name, options in {
-        "deepspeed_stage_1": {"stage": 1},
-        "deepspeed_stage_2": {"stage": 2},
-        "deepspeed_stage_3": {"stage": 3},
-        "deepspeed_stage_3_offload": {"stage": 3, "offload": True},
-    }.items():
-        StrategyRegistry.register(name, ZeroStrategy, override=True, **options)
+    for name, stage, offload in (("1", 1, False), ("2", 2, False), ("3", 3, False), ("3_offload", 3, True)):
+        StrategyRegistry.register(f"deepspeed_stage_{name}", ZeroStrategy, override=True, stage=stage, offload=offload)
 
 
 class ZeroPrecision(DeepSpeedPrecision):
@@ -53,7 +48,8 @@ class ZeroPrecision(DeepSpeedPrecision):
 
     def __init__(self, precision: str, device: str) -> None:
         if precision not in _PRECISIONS:
-            raise ValueError(f"trainer.precision={precision!r} with DeepSpeed; expected one of {', '.join(_PRECISIONS)}")
+            expected = " or ".join(_PRECISIONS)
+            raise ValueError(f"trainer.precision={precision!r} does not go with DeepSpeed here; expected {expected}")
         super().__init__(precision)  # type: ignore[arg-type]
         self.device = device
 
@@ -98,7 +94,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, when deepspeed is imported
         options = {"offload_optimizer": offload, "offload_parameters": offload, "logging_batch_size_per_gpu": 1}
         buckets = {"reduce_bucket_size": bucket_size, "allgather_bucket_size": bucket_size}
-        super().__init__(stage=stage, **{**options, **buckets, **kwargs})  # type: ignore[arg-type]
+        super().__init__(stage=stage, **{**options, **buckets, **kwargs})
         assert isinstance(self.config, dict)
         self.config["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW, the same numbers with and without offload
         if persistence_threshold is not None:
@@ -161,6 +157,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.deepspeed_engine.set_gradient_accumulation_boundary(ends)
         return super().training_step(*args, **kwargs)
 
+    def block_backward_sync(self) -> AbstractContextManager[None]:
+        """Nothing to block: where no window ends the engine keeps gradients, as `training_step` has told it."""
+        return nullcontext()
+
     def gradient_norm(self) -> Tensor | float | None:
         """That of the last optimizer step, before clipping."""
         norm: Tensor | float | None = self.deepspeed_engine.get_global_grad_norm()
@@ -176,7 +176,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         """
         self._init_config_if_needed()
         if self.zero_stage_3:
-            from transformers.integrations import HfDeepSpeedConfig
+            from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
             half = {"bf16": {"enabled": True}} if self.precision_plugin.precision == "bf16-mixed" else {}
             self._sharded_loading = HfDeepSpeedConfig({**self.config, **half})  # type: ignore[dict-item]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_PARTS_1_AND_2 = "single_partition_of_fp32_groups"
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
@@ -60,6 +61,8 @@ def optimizer_state(zero: Any, groups: list[list[nn.Parameter]]) -> dict[str, An
 
     state: dict[int, dict[str, Tensor]] = {}
     steps = [part["step"] for part in zero.optimizer.state.values() if _MOMENTS[0] in part]
+    if steps:
+        _link_moments(zero)
     for index, parameter in enumerate(sum(groups, [])) if steps else ():
         full = _kept({key: safe_get_full_optimizer_state(parameter, key) for key in _MOMENTS})
         if full:
@@ -85,16 +88,24 @@ def load_optimizer_state(zero: Any, groups: list[list[nn.Parameter]], saved: Map
     if not saved["state"]:
         return  # saved before the first step
     if len(saved["state"]) != len(parameters):
-        raise ValueError(f"the checkpoint has moments of {len(saved['state'])} weights; this run trains {len(parameters)}")
-    stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
-    for part in zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups:
+        raise ValueError(
+            f"the checkpoint has moments of {len(saved['state'])} weights; this run trains {len(parameters)}"
+        )
+    parts = "fp32_partitioned_groups_flat" if hasattr(zero, "fp32_partitioned_groups_flat") else _PARTS_1_AND_2
+    for part in getattr(zero, parts):
         empty = {key: torch.zeros_like(part.data) for key in _MOMENTS}
         zero.optimizer.state[part] = {"step": torch.as_tensor(saved["state"][0]["step"]).clone(), **empty}
-    if not stage_3:
-        zero._lazy_init_hp_params_optimizer_state()
+    _link_moments(zero)
     for index, parameter in enumerate(parameters):
         for key in _MOMENTS:
             safe_set_full_optimizer_state(parameter, saved["state"][index][key].to(parameter.device), key)
+
+
+def _link_moments(zero: Any) -> None:
+    """Let each parameter find its moments. Stages 1 and 2 do so once, when only the first group has stepped."""
+    if hasattr(zero, _PARTS_1_AND_2):
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -162,7 +162,10 @@ class LlavaFineTuner(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One micro-batch; see the module's docstring for what is averaged over what."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._window_tokens, self._window_loss = self._tokens_on_all_ranks(batch), torch.zeros_like(self._window_loss)
+            self._window_tokens, self._window_loss = (
+                self._tokens_on_all_ranks(batch),
+                torch.zeros_like(self._window_loss),
+            )
         total, count = self.batch_loss(batch)
         self._window_loss = self._window_loss.to(total.device) + total.detach()
         if step_ended(self.trainer, batch_idx):
@@ -178,18 +181,6 @@ class LlavaFineTuner(LightningModule):
             raise ValueError(f"the batch has no {WINDOW_TOKENS!r}: let `himap_train.data.windows.Windows` count it")
         tokens = torch.tensor(float(batch[WINDOW_TOKENS]), device=self.device)
         return max(float(self.trainer.strategy.reduce(tokens, reduce_op="sum")), 1.0)
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the norm of the gradient before clipping; under ZeRO no process has it, see `on_train_batch_end`."""
-        if not hasattr(self.trainer.strategy, "gradient_norm"):
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the norm that ZeRO has found."""
-        strategy: Any = self.trainer.strategy
-        if hasattr(strategy, "gradient_norm") and step_ended(self.trainer, batch_idx):
-            self.log("train/grad_norm", float(strategy.gradient_norm()))
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add up loss and tokens; accuracies come from the `GenerationAccuracy` callback."""
