@@ -65,7 +65,7 @@ def run_scenarios(work: Path, scenarios: list[dict[str, Any]], seconds: float) -
     logs = [work / f"rank{rank}.log" for rank in (0, 1)]
     processes = [
         start(
-            [sys.executable, WORKER, work, file, seconds - 5],
+            [sys.executable, WORKER, work, file, seconds - 20],
             logs[rank],
             RANK=rank,
             LOCAL_RANK=rank,

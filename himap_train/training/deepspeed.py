@@ -157,9 +157,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         self.deepspeed_engine.set_gradient_accumulation_boundary(ends)
         return super().training_step(*args, **kwargs)
 
-    def block_backward_sync(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
         """Nothing to block: where no window ends the engine keeps gradients, as `training_step` has told it."""
-        return nullcontext()
+        yield
 
     def gradient_norm(self) -> Tensor | float | None:
         """That of the last optimizer step, before clipping."""

@@ -22,11 +22,11 @@ from transformers import LlavaProcessor
 from himap_train.checkpoint import read_schedule
 from himap_train.data.windows import WINDOW_TOKENS
 from himap_train.evaluation.schedule_argument import fit_preset, is_preset
-from himap_train.models.llava import base_llava, hidden_states, install_pruning, pruning_of
+from himap_train.models.llava import base_llava, hidden_states, install_pruning, pruning_of, weights_are_spread
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
 from himap_train.training.guard import check_predicting_rows, check_pruned, check_trained_weights
-from himap_train.training.loss import supervised_loss
+from himap_train.training.loss import calls_needed, supervised_loss
 from himap_train.training.optim import cosine_with_warmup, parameter_groups
 from himap_train.training.place import continue_in_this_split
 from himap_train.training.progress import step_ended
@@ -157,7 +157,12 @@ class LlavaFineTuner(LightningModule):
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "labels")}
         hidden = hidden_states(self.peft_model, **inputs)
         check_pruned(self.schedule, pruning_of(self.peft_model), before, image_tokens)
-        return supervised_loss(hidden, batch["labels"], base_llava(self.peft_model).lm_head, self.loss_chunk)
+        lm_head, calls = base_llava(self.peft_model).lm_head, 1
+        if weights_are_spread(self.peft_model):  # as many calls on every rank
+            calls = calls_needed(batch["labels"], self.loss_chunk)
+            needed = torch.tensor(calls, dtype=torch.float32, device=self.device)
+            calls = int(self.trainer.strategy.reduce(needed, reduce_op="max"))
+        return supervised_loss(hidden, batch["labels"], lm_head, self.loss_chunk, calls)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One micro-batch; see the module's docstring for what is averaged over what."""
