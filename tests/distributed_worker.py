@@ -67,6 +67,19 @@ def strategy_of(name: str) -> Any:
     return ZeroStrategy(int(name[4]), offload=name.endswith("offload"), persistence_threshold=0, bucket_size=100_000)
 
 
+def frozen_weights(model: Any) -> dict[str, torch.Tensor]:
+    """What ZeRO-3 has loaded, gathered, under the names of the stock model."""
+    from deepspeed.zero import GatheredParameters
+
+    found = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            stock = name.removeprefix("llava.base_model.model.")
+            with GatheredParameters([parameter]):
+                found[stock.replace(".base_layer", "").replace(".original_module", "")] = parameter.detach().clone()
+    return found
+
+
 def train(
     work: Path,
     *,
@@ -104,6 +117,9 @@ def train(
         own = [getattr(p, "ds_tensor", p).numel() for p in tuner_.parameters()]
         facts["resident"], facts["all"] = sum(own), sum(getattr(p, "ds_numel", p.numel()) for p in tuner_.parameters())
 
+        if name == "zero3":
+            facts["frozen"] = frozen_weights(tuner_)
+
     def after() -> None:
         facts["weights"] = trained_state(tuner_)
 
@@ -131,7 +147,7 @@ def train(
         ],
     )
     trainer.fit(tuner_, datamodule=module, ckpt_path=resume, weights_only=True)
-    facts["val_loss"] = float(trainer.callback_metrics["val/loss"])
+    facts["val_loss"] = float(trainer.callback_metrics.get("val/loss", float("nan")))
     pruning = pruning_of(tuner_.peft_model)
     if pruning:
         pruning.last = None

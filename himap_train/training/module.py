@@ -110,7 +110,9 @@ class LlavaFineTuner(LightningModule):
         model, self.processor = load_llava(
             self.path, dtype=self._weights_dtype(), attn_implementation=self.attn_implementation
         )
-        self.llava = self._attach(model)
+        with torch.random.fork_rng(devices=[]):  # LoRA starts the same however the weights were loaded
+            torch.manual_seed(torch.initial_seed())
+            self.llava = self._attach(model)
         decoder = base_llava(self.llava).model.language_model
         if self.gradient_checkpointing:
             decoder.activation_checkpointing_enable({"use_reentrant": False})
