@@ -26,7 +26,7 @@ from himap_train.models.llava import pruning_of
 from himap_train.training.deepspeed import ZeroStrategy
 from himap_train.training.gather import trained_state
 from himap_train.training.launch import AroundTraining, FineTuneTrainer
-from himap_train.training.progress import GradientNorm
+from himap_train.training.progress import GradientNorm, step_ended
 from himap_train.training.saving import AtomicCheckpointIO, SaveLast
 from himap_train.training.seeding import StepSeeds
 
@@ -55,7 +55,7 @@ class Recorder(Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.samples.append(list(batch["ids"]))
-        if len(self.losses) < trainer.global_step:
+        if step_ended(trainer, batch_idx):
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
 
@@ -69,7 +69,7 @@ def strategy_of(name: str) -> Any:
 
 def frozen_weights(model: Any) -> dict[str, torch.Tensor]:
     """What ZeRO-3 has loaded, gathered, under the names of the stock model."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     found = {}
     for name, parameter in model.named_parameters():

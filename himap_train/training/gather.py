@@ -34,7 +34,7 @@ def set_full_value(parameter: nn.Parameter, value: Tensor) -> None:
     """Give a parameter, and the fp32 copy that ZeRO's optimizer has of it, a full value that every process holds."""
     value = value.to(parameter.device)
     if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter], modifier_rank=0):
             if _is_first():
@@ -118,7 +118,7 @@ def _full_value(parameter: nn.Parameter) -> Tensor:
 
         return safe_get_full_fp32_param(parameter)
     if hasattr(parameter, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([parameter]):
             return parameter.detach().clone()
