@@ -101,7 +101,12 @@ def train(
     """Train, save every step, validate afterwards in the same process; what a comparison needs."""
     torch.manual_seed(0)
     tuner_ = tuner(
-        model, schedule=SCHEDULES[schedule], gradient_checkpointing=checkpointing, weight_decay=0.1, lora_lr=3e-3
+        model,
+        schedule=SCHEDULES[schedule],
+        gradient_checkpointing=checkpointing,
+        weight_decay=0.1,
+        lora_lr=3e-3,
+        lora_dropout=0.0,
     )
     module = (
         MixedModalities()
