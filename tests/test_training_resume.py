@@ -133,6 +133,7 @@ class Crash(Losses):
         pytest.param(6, 5, {}, id="from the end of the epoch"),
         pytest.param(8, 7, {"limit_val_batches": 2, "val_check_interval": 2}, id="from a validation"),
         pytest.param(3, 2, {"every_n_steps": 1}, id="from a step"),
+        pytest.param(6, 5, {"max_steps": 6}, id="from the end of the epoch where max_steps ends the run"),
     ],
 )
 def test_resumed_from_a_saved_checkpoint_after_a_crash(

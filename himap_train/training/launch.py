@@ -73,7 +73,7 @@ class FineTuneTrainer(Trainer):
         Raises:
             OSError: In all processes: it could not be written.
         """
-        checkpoint = self._checkpoint_connector.dump_checkpoint(weights_only)
+        checkpoint = self._checkpoint_connector.dump_checkpoint(bool(weights_only))
         failure: str | None = None
         try:
             self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)

@@ -28,7 +28,7 @@ from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
 from himap_train.training.guard import check_predicting_rows, check_pruned, check_trained_weights
 from himap_train.training.loss import calls_needed, supervised_loss
 from himap_train.training.optim import cosine_with_warmup, parameter_groups
-from himap_train.training.place import continue_in_this_split
+from himap_train.training.place import begin_next_epoch, continue_in_this_split
 from himap_train.training.progress import step_ended
 
 _WEIGHTS = {"bf16": torch.bfloat16, "16": torch.float16}
@@ -222,3 +222,5 @@ class LlavaFineTuner(LightningModule):
         check_trained_weights(set(checkpoint["state_dict"]), self.trained_names())
         if self._trainer:
             continue_in_this_split(checkpoint, getattr(self.trainer, "datamodule", None))
+            if self.trainer.max_steps != -1:
+                begin_next_epoch(checkpoint)

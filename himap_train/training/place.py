@@ -10,6 +10,23 @@ import math
 from typing import Any
 
 
+def begin_next_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let a run with `max_steps` go on with the next epoch from a checkpoint that was made at the end of one, in place.
+
+    Lightning takes such an epoch for an unfinished one, ends it a second time, and loses count.
+    """
+    loops = checkpoint.get("loops", {}).get("fit_loop")
+    if not loops:
+        return
+    epoch, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+    now = epoch["current"]
+    if now["completed"] < now["processed"] == now["ready"]:
+        for counts in epoch.values():
+            counts["completed"] = counts["processed"]
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        batches["is_last_batch"] = False
+
+
 def continue_in_this_split(checkpoint: dict[str, Any], data: Any) -> None:
     """Change the batch counters of a checkpoint, in place, to those of this run's batch size and processes.
 
