@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,15 @@ class Recorder(Callback):
         if step_ended(trainer, batch_idx):
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+
+
+class KeepFirst(Callback):
+    """Keeps the checkpoint of the first step as `first.ckpt`: what a run leaves that is killed then."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        last = Path(trainer.default_root_dir) / "last.ckpt"
+        if trainer.is_global_zero and trainer.global_step == 1 and last.exists():
+            shutil.copy(last, last.with_name("first.ckpt"))
 
 
 def strategy_of(name: str) -> Any:
@@ -149,6 +159,7 @@ def train(
             recorder,
             StepSeeds(1),
             saving,
+            KeepFirst(),
         ],
     )
     trainer.fit(tuner_, datamodule=module, ckpt_path=resume, weights_only=True)
