@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint
 from tiny import tiny_processor
 from torch.utils.data import DataLoader
 from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, tuner
@@ -61,8 +62,11 @@ class Recorder(Callback):
             self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
 
 
-class KeepFirst(Callback):
-    """Keeps the checkpoint of the first step as `first.ckpt`: what a run leaves that is killed then."""
+class KeepFirst(Checkpoint):
+    """Keeps the checkpoint of the first step as `first.ckpt`: what a run leaves that is killed then.
+
+    Lightning calls callbacks of this class after all others.
+    """
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         last = Path(trainer.default_root_dir) / "last.ckpt"

@@ -71,7 +71,7 @@ def pair(work: Path, alone: dict[str, dict[str, Any]]) -> dict[str, list[dict[st
         scenarios.append({"name": f"{first}-to-{second}", "strategy": second, **resumed, **common(work)})
     one = {"resume": str(work / "one" / "first.ckpt"), **common(work)}
     scenarios.append({"name": "one-to-zero3", "strategy": "zero3", **one})
-    return run_scenarios(work, scenarios, seconds=240)
+    return run_scenarios(work, scenarios, seconds=400)
 
 
 def compare(found: dict[str, Any], expected: dict[str, Any], steps: slice = slice(None)) -> None:
