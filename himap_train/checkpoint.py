@@ -56,15 +56,27 @@ def read_schedule(value: str | Path | Mapping[str, Any] | PruningSchedule | None
 
 
 def save_adapter(
-    model: PeftModel, folder: Path | str, schedule: PruningSchedule, processor: LlavaProcessor | None = None
+    model: PeftModel,
+    folder: Path | str,
+    schedule: PruningSchedule,
+    processor: LlavaProcessor | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a PEFT folder with the schedule and the processor in it; what was there before stays until all is written.
+
+    Args:
+        model: Whose adapter is written.
+        folder: Made, or replaced.
+        schedule: Goes into `pruning.yaml`.
+        processor: Written too where it is given.
+        weights: The trained weights under the model's parameter names, where they are spread over processes and the
+            model itself does not have them; see `himap_train.training.gather`.
 
     Raises:
         ValueError: A tensor to be saved is empty (sharded parameters that nobody gathered).
         OSError: Nothing could be written; an older folder is untouched.
     """
-    adapter, target = adapter_of(model, schedule), Path(folder)
+    adapter, target = adapter_of(model, schedule, weights), Path(folder)
     card = adapter_card(adapter.base, schedule, base_llava(model).config, run_facts(target.parent))
     adapter.write(target, card, processor)
     return target

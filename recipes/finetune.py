@@ -4,15 +4,16 @@ python recipes/finetune.py --config configs/quickstart.yaml                  # e
 python recipes/finetune.py --config configs/llava_himap.yaml --rehearse      # any config, once, small
 python recipes/finetune.py --config configs/llava_himap.yaml --model.lora_lr 1e-4 --output runs/mine
 python recipes/finetune.py --config runs/mine/config.yaml --resume           # after Ctrl-C or a crash
+python recipes/finetune.py --config configs/llava_himap.yaml --config configs/deepspeed/zero2.yaml --trainer.devices 8
+torchrun --nproc-per-node 8 recipes/finetune.py --config ...                 # see docs/multi_gpu.md
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from himap_train.agreement import check_agreement
 from himap_train.checkpoint import read_schedule, save_adapter
@@ -24,34 +25,61 @@ from himap_train.models.loading import resolve_model
 from himap_train.models.lora import trainable_report
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.cli import FinetuneCLI
+from himap_train.training.gather import trained_state
+from himap_train.training.guard import check_trained_weights
 from himap_train.training.interrupt import Interrupted
+from himap_train.training.launch import AroundTraining, end_children, is_first_process, say
 from himap_train.training.run_folder import package_versions, record_run
+from himap_train.training.saving import read_checkpoint
 
 
 def run(cli: FinetuneCLI) -> None:
-    """The story of a run: load, check the data, measure, train, save, measure again."""
-    tuner, data, trainer = cli.model, cli.datamodule, cli.trainer
-    resolve_model(tuner.path)  # ends within seconds where the weights cannot be reached
-    check_data(cli)
-    tuner.configure_model()
-    record_run(cli.output, cli.resolved_config(), tuner.schedule)
-    print(trainable_report(tuner.peft_model), f"schedule: {tuner.schedule.to_dict()}", sep="\n")
+    """The story of a run: check the data, load, measure, train, save, measure again.
 
-    pruned = read_schedule(cli.settings.schedule) if cli.settings.schedule else tuner.schedule
-    rows = measure(cli, {"dense": None, "training-free pruned": pruned}) if cli.settings.before else []
-    trainer.fit(tuner, datamodule=data, ckpt_path=cli.resume_from, weights_only=True)
+    What comes before and after training happens in the processes that train, on the model as it is spread over them.
+    """
+    rows: list[Row] = []
+    resolve_model(cli.model.path)  # ends within seconds where the weights cannot be reached
+    check_data(cli)
+    around = AroundTraining(lambda: rows.extend(before_training(cli)), lambda: after_training(cli, rows))
+    cli.trainer.callbacks.insert(0, around)  # type: ignore[attr-defined]
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
+    if cli.config.rehearse and is_first_process():
+        merged = export_merged(cli.output / "adapter", cli.output / "merged")
+        agreement = check_agreement(cli.output / "adapter", merged)
+        say(f"rehearsed: trained, saved, evaluated, exported; {agreement}")
+
+
+def before_training(cli: FinetuneCLI) -> list[Row]:
+    """Write down what is run, and measure the model that it starts from, in a resumed run too."""
+    tuner = cli.model
+    if is_first_process():
+        record_run(cli.output, cli.resolved_config(), tuner.schedule)
+    say(trainable_report(tuner.peft_model), f"schedule: {tuner.schedule.to_dict()}")
+    if not cli.settings.before:
+        return []
+    with tuner.peft_model.disable_adapter():
+        return measure(cli, {"dense": None, "training-free pruned": evaluated_schedule(cli)})
+
+
+def after_training(cli: FinetuneCLI, rows: list[Row]) -> None:
+    """Save the adapter, measure, print the table."""
+    tuner = cli.model
     if cli.config.keep == "best":
         take_best(cli)
-    adapter = save_adapter(tuner.peft_model, cli.output / "adapter", tuner.schedule, tuner.processor)
-    print(f"saved {adapter}")
+    weights = trained_state(tuner.peft_model)
+    if is_first_process():
+        say(f"saved {save_adapter(tuner.peft_model, cli.output / 'adapter', tuner.schedule, tuner.processor, weights)}")
     if cli.settings.after:
-        rows += measure(cli, rows_after(tuner.schedule, pruned))
-    if rows and trainer.is_global_zero:
+        rows = rows + measure(cli, rows_after(tuner.schedule, evaluated_schedule(cli)))
+    if rows and is_first_process():
         save_table(rows, cli.output, {"config": cli.resolved_config(), "versions": package_versions()})
         print_table(rows)
-    if cli.config.rehearse:
-        merged = export_merged(adapter, cli.output / "merged")
-        print(f"rehearsed: trained, saved, evaluated, exported; {check_agreement(adapter, merged)}")
+
+
+def evaluated_schedule(cli: FinetuneCLI) -> PruningSchedule:
+    """That of the pruned rows."""
+    return read_schedule(cli.settings.schedule) if cli.settings.schedule else cli.model.schedule
 
 
 def check_data(cli: FinetuneCLI) -> None:
@@ -59,9 +87,9 @@ def check_data(cli: FinetuneCLI) -> None:
     data = cli.datamodule
     data.processor = cli.load_processor()
     data.setup("fit")
-    report = data.check("train")
+    report = data.check("train") if is_first_process() else None
     if report is not None:
-        print(report)
+        say(report)
         report.require_usable(data.max_skipped)
 
 
@@ -81,28 +109,34 @@ def measure(cli: FinetuneCLI, schedules: dict[str, PruningSchedule | None]) -> l
     wanted = {name: schedule for name, schedule in schedules.items() if schedule is None or schedule.stages}
     limits = [limit for limit in (cli.settings.limit, data.limits[split]) if limit is not None]
     settings = cli.settings.for_data(data, min(limits, default=None))
-    tuner.to(cli.trainer.strategy.root_device)
     with cli.trainer.precision_plugin.forward_context():
         return compare(tuner.peft_model, tuner.processor, data.source(split), wanted, **settings)
 
 
 def take_best(cli: FinetuneCLI) -> None:
     """Put the weights of `best.ckpt` into the model."""
-    best: dict[str, Any] = torch.load(cli.checkpoints / "best.ckpt", map_location="cpu", weights_only=True)
-    cli.model.on_load_checkpoint(best)
-    cli.model.load_state_dict(best["state_dict"], strict=False)
+    best = read_checkpoint(cli.checkpoints / "best.ckpt")
+    check_trained_weights(set(best["state_dict"]), cli.model.trained_names())
+    cli.trainer.strategy.load_model_state_dict(best, strict=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0; 2 after an error that the user can mend; 130 after Ctrl-C."""
+    """Exit status 0; 2 after an error that the user can mend; 130 after Ctrl-C, 143 after SIGTERM."""
+    cli: FinetuneCLI | None = None
     try:
-        run(FinetuneCLI(argv))
+        cli = FinetuneCLI(argv)
+        run(cli)
     except Interrupted as stop:
+        if not is_first_process():
+            return 0  # any other status makes launchers kill the first process while it writes its message
         print(stop, file=sys.stderr)
-        return 130
-    except USER_ERRORS as error:
+        return stop.status
+    except (*USER_ERRORS, MisconfigurationException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        if cli is not None:
+            end_children(cli.trainer)
     return 0
 
 

@@ -166,7 +166,7 @@ def test_print_config_prints_everything_and_reads_back(
 def test_checkpoint_path_never_changes_the_config(finished: Path, tmp_path: Path) -> None:
     """Lightning's own CLI would take the stored values over what the command line says."""
     last = str(finished / "checkpoints" / "last.ckpt")
-    options = ["--config", str(finished / "config.yaml"), "--output", str(tmp_path / "b"), "--ckpt_path", last]
+    options = ["--config", str(finished / "config.yaml"), "--output", str(tmp_path / "b"), "--resume", last]
     assert build(*options, "--data.num_workers", "3").config.data.num_workers == 3
     with pytest.raises(ValueError, match=r"model.lora_lr: 0.0002 then, 0.5 now"):
         build(*options, "--model.lora_lr", "0.5")
@@ -175,7 +175,7 @@ def test_checkpoint_path_never_changes_the_config(finished: Path, tmp_path: Path
 def test_more_steps_after_the_end(finished: Path, tmp_path: Path) -> None:
     options = ["--config", str(finished / "config.yaml"), "--output", str(tmp_path / "more")]
     last = str(finished / "checkpoints" / "last.ckpt")
-    assert finetune(*options, "--ckpt_path", last, "--trainer.max_steps", "3", "--evaluation.before", "false") == 0
+    assert finetune(*options, "--resume", last, "--trainer.max_steps", "3", "--evaluation.before", "false") == 0
     assert torch.load(tmp_path / "more" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
 
 

@@ -121,7 +121,7 @@ def test_accumulated_gradient_equals_the_big_batch(tiny_path: str, tmp_path: Pat
 
     class Uneven(ToyData):
         def train_dataloader(self) -> Any:
-            return batches(collate(self.samples[:4]), collate(self.samples[4:]))
+            return self.windowed(batches(collate(self.samples[:4]), collate(self.samples[4:])))
 
     big = fit(tiny_path, tmp_path, Uneven(6), **common)
     assert small.global_step == big.global_step == 2
@@ -139,15 +139,13 @@ def test_average_over_batches_differs_from_average_over_tokens(tiny_path: str, t
     assert any(not torch.allclose(value, batch[name], atol=1e-6) for name, value in token.items())
 
 
-def test_token_average_is_refused_where_the_engine_owns_the_gradients(tiny_path: str, tmp_path: Path) -> None:
-    model = tuner(tiny_path)
-    trainer = quiet_trainer(tmp_path, max_steps=1)
-    type(trainer.strategy).handles_gradient_accumulation, before = True, False
-    try:
-        with pytest.raises(ValueError, match="loss_average=batch"):
-            trainer.fit(model, datamodule=ToyData())
-    finally:
-        type(trainer.strategy).handles_gradient_accumulation = before
+def test_batches_without_their_window_are_refused(tiny_path: str, tmp_path: Path) -> None:
+    class Plain(ToyData):
+        def train_dataloader(self) -> Any:
+            return batches(collate(self.samples))
+
+    with pytest.raises(ValueError, match="no 'window_tokens'"):
+        fit(tiny_path, tmp_path, Plain())
 
 
 def test_optimizer_groups(tiny_path: str, tmp_path: Path) -> None:
@@ -179,7 +177,7 @@ def test_text_only_batches_train(tiny_path: str, tmp_path: Path) -> None:
     class TextOnly(ToyData):
         def train_dataloader(self) -> Any:
             text_only = collate([sample(0, image=False), sample(1, image=False)])
-            return batches(text_only, collate([sample(2), sample(3)]))
+            return self.windowed(batches(text_only, collate([sample(2), sample(3)])))
 
     assert fit(tiny_path, tmp_path, TextOnly()).global_step == 2
 
@@ -226,7 +224,7 @@ def test_streamed_data_needs_max_steps(tiny_path: str, tmp_path: Path) -> None:
 
     class Stream(ToyData):
         def train_dataloader(self) -> Any:
-            return DataLoader(Endless(), batch_size=None)
+            return self.windowed(DataLoader(Endless(), batch_size=None))
 
     with pytest.raises(ValueError, match="set trainer.max_steps"):
         fit(tiny_path, tmp_path, Stream(), max_steps=-1, max_epochs=1)

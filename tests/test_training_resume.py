@@ -133,6 +133,7 @@ class Crash(Losses):
         pytest.param(6, 5, {}, id="from the end of the epoch"),
         pytest.param(8, 7, {"limit_val_batches": 2, "val_check_interval": 2}, id="from a validation"),
         pytest.param(3, 2, {"every_n_steps": 1}, id="from a step"),
+        pytest.param(6, 5, {"max_steps": 6}, id="from the end of the epoch where max_steps ends the run"),
     ],
 )
 def test_resumed_from_a_saved_checkpoint_after_a_crash(
@@ -249,7 +250,7 @@ def test_checkpoint_of_another_config_is_refused_with_the_keys(tmp_path: Path) -
     checkpoint: dict[str, Any] = {}
     RememberConfig(config).on_save_checkpoint(None, None, checkpoint)  # type: ignore[arg-type]
     file = tmp_path / "last.ckpt"
-    torch.save(checkpoint, file)
+    torch.save({"state_dict": {}, "optimizer_states": [], "loops": {}, **checkpoint}, file)
     free = {**config, "output": "b", "data": {"num_workers": 0}, "trainer": {"max_steps": 9, "precision": "32-true"}}
     refuse_other_config(file, free)
     other = {**free, "model": {"lora_lr": 0.2, "schedule": {"positions": "renumber"}}}

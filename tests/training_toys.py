@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from tiny import IMAGE_SIZE, IMAGE_TOKENS, tiny_llava, tiny_processor
 from torch.utils.data import DataLoader
 
+from himap_train.data.windows import WindowedLoader, Windows
 from himap_train.training.module import LlavaFineTuner
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -75,8 +76,13 @@ class ToyData(LightningDataModule):
         self.samples = [sample(index, answer=1 + index % 4) for index in range(count)]
         self.batch_size = batch_size
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.samples, self.batch_size, collate_fn=collate)  # type: ignore[arg-type]
+    def train_dataloader(self) -> WindowedLoader:
+        return self.windowed(DataLoader(self.samples, self.batch_size, collate_fn=collate))  # type: ignore[arg-type]
+
+    def windowed(self, loader: DataLoader) -> WindowedLoader:
+        """Any loader of batches, as training wants it."""
+        trainer = self.trainer
+        return WindowedLoader(loader, Windows(trainer.accumulate_grad_batches, lambda: trainer.num_training_batches))
 
     val_dataloader = train_dataloader
 
@@ -105,4 +111,5 @@ def quiet_trainer(folder: Path, **kwargs: Any) -> Trainer:
         "num_sanity_val_steps": 0,
         "limit_val_batches": 0,
     }
-    return Trainer(default_root_dir=folder, **{**defaults, **kwargs})
+    kind = kwargs.pop("kind", Trainer)
+    return kind(default_root_dir=folder, **{**defaults, **kwargs})

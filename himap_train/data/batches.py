@@ -23,6 +23,7 @@ class Batch(TypedDict):
     labels: NotRequired[torch.Tensor]  # (B, S), -100 where not supervised
     answers: NotRequired[list[str]]
     dropped_exchanges: NotRequired[int]  # questions with their answers that did not fit into max_length
+    window_tokens: NotRequired[int]  # training: supervised tokens of the whole accumulation window, see `Windows`
 
 
 def collate(

@@ -13,6 +13,8 @@ from himap_train.data.skips import SkipLog
 Encode = Callable[[Conversation], Sample]
 SUBSTITUTE = "substitute_for"
 """Key in a sample's `meta`: the index of the broken record in whose place it stands."""
+REPEATED = "repeated"
+"""Key in a sample's `meta`: it only gives this process as many batches as the others have, and must not count."""
 
 
 class EncodedRecords(Dataset[Sample]):
@@ -34,8 +36,11 @@ class EncodedRecords(Dataset[Sample]):
         return self._length
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """The sample of (epoch, index)."""
+        """The sample of (epoch, index); of (epoch, ~index) the same, marked as repeated (see `BatchOrder`)."""
         epoch, wanted = key
+        if wanted < 0:
+            sample = self[epoch, ~wanted]
+            return {**sample, "meta": {**sample["meta"], REPEATED: str(~wanted)}}
         if hasattr(self._source, "epoch"):
             self._source.epoch = epoch
         for step in range(self._length):

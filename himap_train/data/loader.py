@@ -14,9 +14,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from himap_train.data.batches import Batch, PaddingSide, collate
-from himap_train.data.datasets import SUBSTITUTE, EncodedRecords, EncodedStream
-from himap_train.data.encode import Sample
+from himap_train.data.datasets import REPEATED, SUBSTITUTE, EncodedRecords, EncodedStream
+from himap_train.data.encode import IGNORED, Sample
 from himap_train.data.sampling import BatchOrder
+from himap_train.data.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,16 @@ class Collate:
     keep_substitutes: bool = True
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Pads; a batch of nothing but substitutes keeps one, so that every process has as many batches."""
-        own = [sample for sample in samples if self.keep_substitutes or SUBSTITUTE not in sample["meta"]]
-        return collate(own or samples[:1], self.pad_token_id, self.padding_side, self.pad_to_multiple_of)
+        """Pads what counts. Where nothing does, one sample stays without supervision: every process needs a batch."""
+        own = [sample for sample in samples if self._counts(sample)] or [_unsupervised(samples[0])]
+        return collate(own, self.pad_token_id, self.padding_side, self.pad_to_multiple_of)
+
+    def _counts(self, sample: Sample) -> bool:
+        return REPEATED not in sample["meta"] and (self.keep_substitutes or SUBSTITUTE not in sample["meta"])
+
+
+def _unsupervised(sample: Sample) -> Sample:
+    return {**sample, "labels": torch.full_like(sample["labels"], IGNORED)} if "labels" in sample else sample
 
 
 def worker_options(num_workers: int) -> dict[str, Any]:
@@ -60,6 +68,7 @@ class BatchLoader:
         order: which records make up which batch.
         collate_fn: samples -> batch.
         num_workers: processes that read and encode; 0 does it in this one.
+        windows: for training, how batches make up optimizer steps.
         trained: how many batches of the running epoch have been trained on; by default, what was handed out, which is
             one more when a run is interrupted within a step.
     """
@@ -70,12 +79,13 @@ class BatchLoader:
         order: BatchOrder,
         collate_fn: Collate,
         num_workers: int = 0,
+        windows: Windows | None = None,
         trained: Callable[[], int] | None = None,
     ) -> None:
         self.sampler = order  # the names that Lightning looks at, here to call set_epoch
         self.batch_sampler = None
         self._loader = DataLoader(dataset, batch_sampler=order, collate_fn=collate_fn, **worker_options(num_workers))
-        self._trained = trained
+        self._windows, self._trained = windows, trained
         self._handed_out = 0
         self._resume: tuple[int, int] | None = None
 
@@ -88,17 +98,19 @@ class BatchLoader:
 
         A generator on purpose: Lightning asks for the iterator before it sets the epoch.
         """
-        epoch, done = self._resume or (0, 0)
+        epoch, records = self._resume or (0, 0)
         self._resume = None
-        self._handed_out = self.sampler.start_batch = done if epoch == self.sampler.epoch else 0
-        for batch in self._loader:
+        done = self.sampler.batches_for(records) if epoch == self.sampler.epoch else 0
+        self._handed_out = self.sampler.start_batch = done
+        for batch in self._windows.count(self._loader, done) if self._windows else self._loader:
             self._handed_out += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Epoch and batches done in it."""
-        return {"epoch": self.sampler.epoch, "batches": self._trained() if self._trained else self._handed_out}
+        """Epoch, and how many of its records all processes have taken: this does not depend on their number."""
+        batches = self._trained() if self._trained else self._handed_out
+        return {"epoch": self.sampler.epoch, "records": self.sampler.records_in(batches)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Makes the next iteration go on from there, if it is of the same epoch."""
-        self._resume = (state["epoch"], state["batches"])
+        self._resume = (state["epoch"], state["records"])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 
 from himap_train.data.batches import pad_token_id_of
 from himap_train.data.check import check_source
@@ -16,9 +16,10 @@ from himap_train.data.lengths import estimate_lengths
 from himap_train.data.loader import BatchLoader, Collate, stream_loader
 from himap_train.data.records import Source, StreamingSource
 from himap_train.data.report import DataReport
-from himap_train.data.sampling import BatchOrder, check_at_least_one, warn_of_another_order
+from himap_train.data.sampling import BatchOrder, check_at_least_one, check_same_order
 from himap_train.data.skips import SkipLog
 from himap_train.data.sources import open_source
+from himap_train.data.windows import WindowedLoader, Windows
 
 
 class LlavaDataModule(LightningDataModule):
@@ -117,7 +118,7 @@ class LlavaDataModule(LightningDataModule):
         options = (encoder.max_length, limit, self.limits[split], encoder.image_aspect_ratio)
         return check_source(source, self.processor, *options, name=str(self._specs[split]))
 
-    def train_dataloader(self) -> BatchLoader | DataLoader[Any]:
+    def train_dataloader(self) -> BatchLoader | WindowedLoader:
         """Right-padded batches with labels, in an order that only (seed, epoch) decides."""
         source, encoder = self.source("train"), self._ready_encoder()
         replicas, rank = self._replicas()
@@ -125,13 +126,16 @@ class LlavaDataModule(LightningDataModule):
             assert source is not None
             skips = self.skips["train"] = SkipLog(None, self.max_skipped)
             stream = EncodedStream(source, encoder.encode, skips, self.limits["train"], replicas, rank)
-            return stream_loader(stream, self.batch_size, self._collate(), self.num_workers)
+            loader = stream_loader(stream, self.batch_size, self._collate(), self.num_workers)
+            return WindowedLoader(loader, self._windows())
         lengths = estimate_lengths(source, encoder, self.limits["train"]) if self.group_by_length else None
         dataset = self._dataset("train", source, encoder)
-        order = BatchOrder(len(dataset), self.batch_size, lengths, True, self.seed, replicas, rank)
-        return BatchLoader(
-            dataset, order, self._collate(), self.num_workers, self._trained_batches if self.trainer else None
+        windows = self._windows()
+        order = BatchOrder(
+            len(dataset), self.batch_size, lengths, True, self.seed, replicas, rank, accumulate=windows.accumulate
         )
+        trained = self._trained_batches if self.trainer else None
+        return BatchLoader(dataset, order, self._collate(), self.num_workers, windows, trained)
 
     def val_dataloader(self) -> BatchLoader | list[Any]:
         """Batches as for training, in the order of the data.
@@ -147,20 +151,23 @@ class LlavaDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What the order of the training data depends on; the place in it is the loader's own state."""
         source = self._sources.get("train")
+        processes, accumulate = self._replicas()[0], self._windows().accumulate
         return {
             "train": self._specs["train"],
             "records": len(source) if isinstance(source, Source) else None,
             "train_limit": self.limits["train"],
             "batch_size": self.batch_size,
-            "devices": self._replicas()[0],
+            "accumulate": accumulate,
+            "processes": processes,
+            "global_batch": self.batch_size * accumulate * processes,
             "seed": self.seed,
             "group_by_length": self.group_by_length,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warns when a resumed run cannot go on in the order of the run before."""
+        """Refuses another global batch, and warns when a resumed run cannot go on in the order of the run before."""
         if "train" in self._sources:  # not in a test run, which gets the state too
-            warn_of_another_order(state_dict, self.state_dict())
+            check_same_order(state_dict, self.state_dict())
 
     def _evaluation(self, split: str) -> BatchLoader | list[Any]:
         source, encoder = self.source(split), self._ready_encoder()
@@ -187,6 +194,12 @@ class LlavaDataModule(LightningDataModule):
     def _replicas(self) -> tuple[int, int]:
         """(number of devices, rank of this one)."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
+
+    def _windows(self) -> Windows:
+        if self.trainer is None:
+            return Windows(1, lambda: math.inf)
+        trainer = self.trainer
+        return Windows(trainer.accumulate_grad_batches, lambda: trainer.num_training_batches)
 
     def _trained_batches(self) -> int:
         assert self.trainer is not None

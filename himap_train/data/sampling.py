@@ -1,5 +1,9 @@
 """Which records make up which batch: shuffled, grouped by length, shared between processes, the same at every start.
 
+Records are put in order in pieces of one *global batch*: what all processes take for one optimizer step. Each piece is
+then cut into micro-batches, and each of those among the processes. So the order, and what each optimizer step learns
+from, is the same however a global batch is divided into batch size, accumulation and processes.
+
 Grouping follows LLaVA's trainer: shuffle, cut into megabatches, sort each by length, cut into batches. So a batch holds
 samples of similar length, hardly any padding, and still other samples in every epoch.
 """
@@ -20,6 +24,8 @@ class BatchOrder:
     """Batch sampler whose order depends on (seed, epoch) alone.
 
     Yields lists of (epoch, index): the epoch travels with the index because worker processes may outlive an epoch.
+    All processes get the same number of batches, for which up to num_replicas - 1 records are repeated at the end;
+    a repeated record has ~index in the place of its index.
 
     Args:
         size: number of records.
@@ -27,10 +33,10 @@ class BatchOrder:
         lengths: estimated length of each record, to group by; None for no grouping.
         shuffle: another order in every epoch; otherwise the order of the source, and always epoch 0.
         seed: another seed, other orders.
-        num_replicas: number of processes. All get the same number of batches; for it up to num_replicas - 1 records are
-            repeated.
+        num_replicas: number of processes.
         rank: of this process.
-        megabatch: batches that are sorted together (at most a quarter of all): more, less padding, less chance.
+        megabatch: global batches that are sorted together (at most a quarter of all): more, less padding, less chance.
+        accumulate: micro-batches of an optimizer step.
     """
 
     def __init__(
@@ -43,15 +49,18 @@ class BatchOrder:
         num_replicas: int = 1,
         rank: int = 0,
         megabatch: int = 50,
+        accumulate: int = 1,
     ) -> None:
-        if min(size, batch_size, num_replicas, megabatch) < 1 or not 0 <= rank < num_replicas:
+        if min(size, batch_size, num_replicas, megabatch, accumulate) < 1 or not 0 <= rank < num_replicas:
             raise ValueError(
-                f"size={size}, batch_size={batch_size}, num_replicas={num_replicas}, megabatch={megabatch} must be "
-                f"at least 1 and rank={rank} below num_replicas"
+                f"size={size}, batch_size={batch_size}, num_replicas={num_replicas}, megabatch={megabatch}, "
+                f"accumulate={accumulate} must be at least 1 and rank={rank} below num_replicas"
             )
         if lengths is not None and len(lengths) != size:
             raise ValueError(f"{len(lengths)} lengths for {size} records")
-        self._size, self._batch_size, self._shuffle, self._seed = size, batch_size, shuffle, seed
+        self._size, self._shuffle, self._seed = size, shuffle, seed
+        self._micro = num_replicas * batch_size  # records that all processes take together, each for one batch
+        self._global = self._micro * accumulate
         self._lengths = None if lengths is None else np.asarray(lengths)
         self._num_replicas, self._rank, self._megabatch = num_replicas, rank, megabatch
         self.epoch = 0
@@ -64,41 +73,50 @@ class BatchOrder:
 
     def __len__(self) -> int:
         """Batches of this process in a whole epoch."""
-        return -(-self._size // (self._num_replicas * self._batch_size))
+        return self.batches_for(self._size)
+
+    def records_in(self, batches: int) -> int:
+        """Records that all processes together have taken after so many batches of each."""
+        return min(batches * self._micro, self._size)
+
+    def batches_for(self, records: int) -> int:
+        """Batches of each process after which all together have taken so many records."""
+        return -(-records // self._micro)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, start = self.epoch, self.start_batch
         return ([(epoch, int(index)) for index in batch] for batch in self.batches(epoch)[start:])
 
     def batches(self, epoch: int) -> list[IndexArray]:
-        """Record indices of each batch of this process."""
-        step = self._num_replicas * self._batch_size
-        order = self._order(epoch, step)
+        """Record indices of each batch of this process; ~index where the record is repeated."""
+        order = self._order(epoch)
         missing = -len(order) % self._num_replicas
-        order = np.concatenate([order, np.resize(order, missing)])
-        shared = [order[start : start + step] for start in range(0, len(order), step)]
-        if self._lengths is not None and self._shuffle:
-            shared = self._mixed(shared, epoch)
+        order = np.concatenate([order, ~np.resize(order, missing)])
+        shared = [order[start : start + self._micro] for start in range(0, len(order), self._micro)]
         return [batch[self._rank :: self._num_replicas] for batch in shared]
 
-    def _order(self, epoch: int, step: int) -> IndexArray:
+    def _order(self, epoch: int) -> IndexArray:
         order = self._generator(epoch, 0).permutation(self._size) if self._shuffle else np.arange(self._size)
         if self._lengths is None:
             return order
-        span = step * max(1, min(self._megabatch, self._size // (4 * step)))
+        span = self._global * max(1, min(self._megabatch, self._size // (4 * self._global)))
         chunks = [order[start : start + span] for start in range(0, len(order), span)]
-        return np.concatenate([chunk[np.argsort(-self._lengths[chunk], kind="stable")] for chunk in chunks])
+        order = np.concatenate([chunk[np.argsort(-self._lengths[chunk], kind="stable")] for chunk in chunks])
+        return self._mixed(order, epoch) if self._shuffle else order
 
-    def _mixed(self, batches: list[IndexArray], epoch: int) -> list[IndexArray]:
-        """Batches in random order, so that lengths do not fall within every megabatch.
+    def _mixed(self, order: IndexArray, epoch: int) -> IndexArray:
+        """Global batches in random order, so that lengths do not fall within every megabatch.
 
-        The longest comes first, to run out of memory at once or never. An incomplete batch stays the last.
+        The longest comes first, to run out of memory at once or never. An incomplete one stays the last.
         """
         assert self._lengths is not None
-        full = [batch for batch in batches if len(batch) == len(batches[0])]
-        longest = int(np.argmax([self._lengths[batch].max() for batch in full]))
-        others = [full[i] for i in self._generator(epoch, 1).permutation(len(full)) if i != longest]
-        return [full[longest], *others, *batches[len(full) :]]
+        full = len(order) // self._global
+        if not full:
+            return order
+        pieces = order[: full * self._global].reshape(full, self._global)
+        longest = int(np.argmax(self._lengths[pieces].max(axis=1)))
+        others = [i for i in self._generator(epoch, 1).permutation(full) if i != longest]
+        return np.concatenate([pieces[[longest, *others]].reshape(-1), order[full * self._global :]])
 
     def _generator(self, epoch: int, stream: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, epoch, stream])
@@ -111,15 +129,43 @@ def check_at_least_one(**settings: int | None) -> None:
             raise ValueError(f"data.{name} is {value}; expected at least 1")
 
 
-def warn_of_another_order(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Warns when what the order of the data depends on differs between a run and the one that it resumes."""
-    changed = [f"{key}: {old!r} then, {now.get(key)!r} now" for key, old in then.items() if old != now.get(key)]
+def check_same_order(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Compares what the order of the training data depends on in a run and in the one that it resumes.
+
+    Raises:
+        ValueError: the global batch is another one; says what to set. Other differences are a warning.
+    """
+    if then["global_batch"] != now["global_batch"]:
+        processes = max(now["processes"], 1)
+        wanted = then["global_batch"] / (now["batch_size"] * processes)
+        way = (
+            f"set trainer.accumulate_grad_batches to {wanted:g}"
+            if wanted.is_integer() and wanted >= 1
+            else f"choose data.batch_size and trainer.accumulate_grad_batches with a product of "
+            f"{then['global_batch'] / processes:g}, or another number of processes"
+        )
+        raise ValueError(
+            f"the checkpoint was trained with {then['global_batch']} records an optimizer step ({_split(then)}), this "
+            f"run has {now['global_batch']} ({_split(now)}); {way}"
+        )
+    changed = [
+        f"{key}: {old!r} then, {now.get(key)!r} now"
+        for key, old in then.items()
+        if key not in _SPLIT and old != now.get(key)
+    ]
     if changed:
         logger.warning(
             "resumed with other data settings (%s): the order of the training data is another one, so within the "
             "running epoch some samples come twice and some not at all",
             "; ".join(changed),
         )
+
+
+_SPLIT = ("batch_size", "accumulate", "processes")
+
+
+def _split(state: Mapping[str, Any]) -> str:
+    return " x ".join(f"{state[name]} {name}" for name in _SPLIT)
 
 
 def padding_waste(lengths: Sequence[int] | IndexArray, batches: Sequence[Sequence[int] | IndexArray]) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from himap_train.data.batches import pad_token_id_of
-from himap_train.models.llava import base_llava, pruning_of
+from himap_train.models.llava import base_llava, encode_nothing, pruning_of, weights_are_spread
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.guard import check_pruned
 
@@ -65,6 +65,8 @@ def answer_batch(
     inputs = {name: batch[name].to(base.device) for name in names if batch.get(name) is not None}
     pruning = pruning_of(model)
     before = pruning.last if pruning else None
+    if "pixel_values" not in inputs and weights_are_spread(base):
+        encode_nothing(base)  # other processes may have images in this batch, and `generate` encodes them first
     output = generator.generate(
         **inputs,
         do_sample=False,

@@ -97,10 +97,12 @@ def adapter_facts(model: PeftModel, schedule: PruningSchedule) -> dict[str, Any]
     }
 
 
-def adapter_of(model: PeftModel, schedule: PruningSchedule) -> Adapter:
-    """The adapter of a model in memory; where parameters are sharded they must be gathered."""
+def adapter_of(model: PeftModel, schedule: PruningSchedule, weights: Mapping[str, Tensor] | None = None) -> Adapter:
+    """The adapter of a model in memory; `weights` are its trained parameters where the model holds only parts."""
     # "auto" would ask the hub whether the embeddings were resized
-    return _adapter(get_peft_model_state_dict(model, save_embedding_layers=False), adapter_facts(model, schedule))
+    return _adapter(
+        get_peft_model_state_dict(model, weights, save_embedding_layers=False), adapter_facts(model, schedule)
+    )
 
 
 def read_adapter(path: Path) -> Adapter:

@@ -134,6 +134,12 @@ def parameter_group(name: str) -> str:
     return "decoder" if "language_model" in name else "other"
 
 
+def _elements(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: bitsandbytes holds two weights in a byte, ZeRO-3 only a share of them."""
+    packed = getattr(parameter, "quant_state", None)
+    return int(getattr(parameter, "ds_numel", parameter.numel()) if packed is None else packed.shape.numel())
+
+
 def trainable_report(model: nn.Module) -> str:
     """One line a part: how many of its parameters are trained. The frozen original of a trained copy is not counted."""
     total: Counter[str] = Counter()
@@ -141,11 +147,9 @@ def trainable_report(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
             continue
-        group = parameter_group(name)
-        packed = getattr(parameter, "quant_state", None)  # bitsandbytes holds two weights in a byte
-        count = parameter.numel() if packed is None else packed.shape.numel()
-        total[group] += count
-        trained[group] += count if parameter.requires_grad else 0
+        group, elements = parameter_group(name), _elements(parameter)
+        total[group] += elements
+        trained[group] += elements if parameter.requires_grad else 0
     lines = [f"  {group:<13}{trained[group]:>15,} of {count:>15,}" for group, count in sorted(total.items())]
     share = 100 * trained.total() / max(total.total(), 1)
     return "\n".join(

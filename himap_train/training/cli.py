@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 import shlex
 import sys
@@ -22,22 +23,32 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from transformers import AutoConfig, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.loading import load_processor, resolve_model
 from himap_train.training.accuracy import EvaluationSettings, GenerationAccuracy
+from himap_train.training.deepspeed import register_strategies
 from himap_train.training.interrupt import SaveOnInterrupt
+from himap_train.training.launch import FineTuneTrainer, is_first_process
 from himap_train.training.module import LlavaFineTuner
-from himap_train.training.progress import ProgressLines, Throughput
+from himap_train.training.progress import GradientNorm, ProgressLines, Throughput
 from himap_train.training.rehearsal import rehearsal_folder, rehearse
 from himap_train.training.run_folder import claim_folder
-from himap_train.training.saving import AtomicCheckpointIO, RememberConfig, last_and_best, refuse_other_config
+from himap_train.training.saving import (
+    AtomicCheckpointIO,
+    RememberConfig,
+    last_and_best,
+    newest_good,
+    refuse_other_config,
+)
 from himap_train.training.seeding import StepSeeds
 
 TRAINER_DEFAULTS = {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "enable_model_summary": False}
-_NOT_IN_CONFIG = ("config", "resume", "ckpt_path", "rehearse")
+AUTO, _LAST = "auto", "last"
+_NOT_IN_CONFIG = ("config", "resume", "rehearse")
 
 
 class SuggestingParser(LightningArgumentParser):
@@ -67,6 +78,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing. is deprecated")  # PEFT asks for it
     warnings.filterwarnings("ignore", message=r".*does not have many workers")
     warnings.filterwarnings("ignore", message=r".*LeafSpec")
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated")  # DeepSpeed calls it
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
 
@@ -80,7 +92,9 @@ class FinetuneCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
         _quiet_libraries()
-        self.command = ["python", *sys.argv] if args is None else ["python", "recipes/finetune.py", *args]
+        register_strategies()
+        started = ["torchrun", "..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
+        self.command = [*started, *(sys.argv if args is None else ["recipes/finetune.py", *args])]
         super().__init__(
             LlavaFineTuner,
             LlavaDataModule,
@@ -103,26 +117,41 @@ class FinetuneCLI(LightningCLI):
         )
         parser.add_argument("--save_every", type=int | None, default=None, help="optimizer steps between saves")
         parser.add_class_arguments(EvaluationSettings, "evaluation")
-        parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output")
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="go on from this checkpoint")
+        parser.add_argument(
+            "--resume",
+            type=str,
+            nargs="?",
+            const=_LAST,
+            help="go on from the last checkpoint in --output; `--resume auto`: from the newest good one there, or "
+            "start anew where there is none; `--resume FILE`: from that one",
+        )
         parser.add_argument(
             "--rehearse", action="store_true", help="run everything once, small, on the embedded model and data"
         )
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before anything is loaded."""
+        _known_strategy(self.config.trainer.strategy)
+        if self.config.trainer.accelerator == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed would look for a GPU
         if self.config.rehearse:
             rehearse(self.config)
         self.output = Path(self.config.output)
         self.checkpoints = self.output / "checkpoints"
-        self.resume_from = Path(self.config.ckpt_path) if self.config.ckpt_path else None
-        if self.config.resume and self.resume_from is None:
-            self.resume_from = self.checkpoints / "last.ckpt"
+        self.resume_from = self._checkpoint_to_resume()
         if self.resume_from is not None:
             refuse_other_config(self.resume_from, self.resolved_config())
-        if self.config.rehearse:
-            rehearsal_folder(self.output)
-        claim_folder(self.output, resuming=self.resume_from is not None)
+        if is_first_process():
+            if self.config.rehearse:
+                rehearsal_folder(self.output)
+            claim_folder(self.output, resuming=self.config.resume == AUTO or self.resume_from is not None)
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        if self.config.resume == AUTO:
+            return newest_good(self.checkpoints)
+        if self.config.resume in (None, _LAST):
+            return self.checkpoints / "last.ckpt" if self.config.resume else None
+        return Path(self.config.resume)
 
     def resolved_config(self) -> dict[str, Any]:
         """The whole config as plain values, without what belongs to this one call."""
@@ -143,6 +172,7 @@ class FinetuneCLI(LightningCLI):
         callbacks: list[Any] = [
             *(given.pop("callbacks", None) or []),
             StepSeeds(int(self.config.seed_everything)),
+            GradientNorm(),
             Throughput(),
             LearningRateMonitor("step"),
             *([GenerationAccuracy(settings)] if generates else []),
@@ -164,7 +194,7 @@ class FinetuneCLI(LightningCLI):
             given["enable_progress_bar"] = False
         given["plugins"] = [*(given.pop("plugins", None) or []), AtomicCheckpointIO()]
         given["default_root_dir"] = str(self.output)
-        return Trainer(**{**given, **kwargs, "callbacks": callbacks})
+        return FineTuneTrainer(**{**given, **kwargs, "callbacks": callbacks})
 
     def load_processor(self) -> LlavaProcessor:
         """The processor alone, for the data check; the weights come later."""
@@ -172,4 +202,19 @@ class FinetuneCLI(LightningCLI):
         return load_processor(folder, AutoConfig.from_pretrained(folder))
 
     def _how_to_resume(self) -> str:
-        return shlex.join([*(part for part in self.command if part != "--resume"), "--resume"])
+        given = [part for part in self.command if not part.startswith("--resume=")]
+        if "--resume" in given:
+            at = given.index("--resume")
+            value = at + 1 < len(given) and not given[at + 1].startswith("--")
+            del given[at : at + 1 + value]
+        return shlex.join([*given, "--resume"])
+
+
+def _known_strategy(strategy: Any) -> None:
+    """Raises ValueError naming the nearest strategy where an unknown one is given."""
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(strategy, str) and strategy not in known:
+        near = difflib.get_close_matches(strategy, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        usual = "auto, ddp, deepspeed_stage_1, deepspeed_stage_2, deepspeed_stage_3, deepspeed_stage_3_offload"
+        raise ValueError(f"trainer.strategy={strategy!r} is unknown{hint} Usual ones: {usual}")

@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 IGNORED = -100
 
 
-def supervised_loss(hidden: Tensor, labels: Tensor, lm_head: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+def supervised_loss(
+    hidden: Tensor, labels: Tensor, lm_head: nn.Module, chunk: int = 1024, calls: int = 1
+) -> tuple[Tensor, Tensor]:
     """Sum of the next-token losses and their number.
 
     The sum and not the mean: only the caller knows over what to average (see `LlavaFineTuner`, gradient accumulation).
@@ -26,6 +28,7 @@ def supervised_loss(hidden: Tensor, labels: Tensor, lm_head: nn.Module, chunk: i
         labels: (B, S), -100 where nothing is supervised.
         lm_head: Called as a module, so that LoRA on it, quantised weights and ZeRO-3 gathering work.
         chunk: Positions per call of `lm_head`; 0 means all at once.
+        calls: At least so many calls of `lm_head`, some of them for nothing; see `calls_needed`.
 
     Returns:
         The sum, a scalar in fp32, and the number of supervised positions, a scalar int64.
@@ -34,16 +37,20 @@ def supervised_loss(hidden: Tensor, labels: Tensor, lm_head: nn.Module, chunk: i
     supervised = targets != IGNORED
     states, targets = hidden[:, :-1][supervised], targets[supervised]  # (N, D), (N,)
     count = torch.tensor(targets.numel(), device=hidden.device)
-    if targets.numel() == 0:  # keep the graph, and the same module calls on every rank
-        return lm_head(hidden[:, :1]).float().sum() * 0.0, count
-    step = chunk or targets.numel()
-    if targets.numel() <= step:
-        return _chunk_loss(states, targets, lm_head), count
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, targets.numel(), step):
-        piece = (states[start : start + step], targets[start : start + step])
-        total = total + checkpoint(_chunk_loss, *piece, lm_head, use_reentrant=False)
-    return total, count
+    step = chunk or max(targets.numel(), 1)
+    pieces = list(zip(states.split(step), targets.split(step), strict=True)) if targets.numel() else []
+    # Where there is nothing to predict: keep the graph, and the same module calls on every rank.
+    nothing = (hidden[:1, 0], torch.full_like(labels[:1, 0], IGNORED))
+    pieces += [nothing] * (max(calls, 1) - len(pieces))
+    if len(pieces) == 1:
+        return _chunk_loss(*pieces[0], lm_head), count
+    losses = [checkpoint(_chunk_loss, *piece, lm_head, use_reentrant=False) for piece in pieces]
+    return torch.stack(losses).sum(), count
+
+
+def calls_needed(labels: Tensor, chunk: int) -> int:
+    """Calls of `lm_head` that `supervised_loss` makes for these labels (B, S)."""
+    return -(-int((labels[:, 1:] != IGNORED).sum()) // chunk) if chunk else 1
 
 
 def _chunk_loss(states: Tensor, targets: Tensor, lm_head: nn.Module) -> Tensor:

@@ -1,9 +1,10 @@
 """The LightningModule: a LLaVA with LoRA, pruned by its schedule in every forward, and the loss on it.
 
 Averaging. The loss of an optimizer step is the mean over all supervised tokens of its micro-batches and ranks, as if
-they were one batch. Each micro-batch therefore contributes its *sum*, and the gradient is divided by the number of
-tokens once, just before clipping. With the mean of means instead (`loss_average="batch"`, what LLaVA's own trainer did)
-a batch of one-word answers weighs as much as a batch of essays.
+they were one batch. So each micro-batch contributes its *sum*, divided by the number of tokens of the whole window on
+all ranks. That number is known in time because the loader reads a window ahead (`himap_train.data.windows`). With the
+mean of means instead (`loss_average="batch"`, what LLaVA's own trainer did) a batch of one-word answers weighs as much
+as a batch of essays.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ from torch import Tensor
 from transformers import LlavaProcessor
 
 from himap_train.checkpoint import read_schedule
+from himap_train.data.windows import WINDOW_TOKENS
 from himap_train.evaluation.schedule_argument import fit_preset, is_preset
 from himap_train.export.adapter import CHECKPOINT_KEY, adapter_facts
-from himap_train.models.llava import base_llava, hidden_states, install_pruning, pruning_of
+from himap_train.models.llava import base_llava, hidden_states, install_pruning, pruning_of, weights_are_spread
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
 from himap_train.models.quantize import Quantize
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.guard import check_predicting_rows, check_pruned, check_trained_weights
-from himap_train.training.loss import supervised_loss
+from himap_train.training.loss import calls_needed, supervised_loss
 from himap_train.training.optim import cosine_with_warmup, parameter_groups
+from himap_train.training.place import begin_next_epoch, continue_in_this_split
+from himap_train.training.progress import step_ended
 
 _WEIGHTS = {"bf16": torch.bfloat16, "16": torch.float16}
 
@@ -100,7 +104,8 @@ class LlavaFineTuner(LightningModule):
         self.loss_chunk = loss_chunk
         self.llava: PeftModel | None = None
         self.processor: LlavaProcessor | None = None
-        self._window_tokens: Tensor | None = None
+        self._window_tokens, self._window_loss = 1.0, torch.zeros(())
+        self._validation = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
 
     @property
     def peft_model(self) -> PeftModel:
@@ -119,7 +124,9 @@ class LlavaFineTuner(LightningModule):
             attn_implementation=self.attn_implementation,
             quantize=self.quantize,
         )
-        self.llava = self.attach(model)
+        with torch.random.fork_rng(devices=[]):  # LoRA starts the same however the weights were loaded
+            torch.manual_seed(torch.initial_seed())
+            self.llava = self.attach(model)
         decoder = base_llava(self.llava).model.language_model
         if self.gradient_checkpointing:
             decoder.activation_checkpointing_enable({"use_reentrant": False})
@@ -143,15 +150,8 @@ class LlavaFineTuner(LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Hugging Face models load in evaluation mode, in which nothing is checkpointed and dropout is off.
-
-        Raises:
-            ValueError: The strategy owns the gradients, which then cannot be divided by the number of tokens here.
-        """
+        """Hugging Face models load in evaluation mode, in which nothing is checkpointed and dropout is off."""
         self.train()
-        if self.loss_average == "token" and self.trainer.strategy.handles_gradient_accumulation:
-            name = type(self.trainer.strategy).__name__
-            raise ValueError(f"{name} accumulates gradients itself; set model.loss_average=batch")
 
     def on_train_start(self) -> None:
         """Give a resumed loader its place in the epoch back.
@@ -175,32 +175,47 @@ class LlavaFineTuner(LightningModule):
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "labels")}
         hidden = hidden_states(self.peft_model, **inputs)
         check_pruned(self.schedule, pruning_of(self.peft_model), before, image_tokens)
-        return supervised_loss(hidden, batch["labels"], base_llava(self.peft_model).lm_head, self.loss_chunk)
+        lm_head, calls = base_llava(self.peft_model).lm_head, 1
+        if weights_are_spread(self.peft_model):  # as many calls on every rank
+            calls = calls_needed(batch["labels"], self.loss_chunk)
+            needed = torch.tensor(calls, dtype=torch.float32, device=self.device)
+            calls = int(self.trainer.strategy.reduce(needed, reduce_op="max"))
+        return supervised_loss(hidden, batch["labels"], lm_head, self.loss_chunk, calls)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One micro-batch; see the module's docstring for what is averaged over what."""
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._window_tokens, self._window_loss = (
+                self._tokens_on_all_ranks(batch),
+                torch.zeros_like(self._window_loss),
+            )
         total, count = self.batch_loss(batch)
-        self.log("train/loss", total.detach() / count.clamp(min=1), prog_bar=True, batch_size=len(batch["input_ids"]))
+        self._window_loss = self._window_loss.to(total.device) + total.detach()
+        if step_ended(self.trainer, batch_idx):
+            mean = self.trainer.strategy.reduce(self._window_loss, reduce_op="sum") / self._window_tokens
+            self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["input_ids"]))
         if self.loss_average == "batch":
             return total / count.clamp(min=1)
-        self._window_tokens = count if self._window_tokens is None else self._window_tokens + count
-        return total
+        # Lightning divides by the number of micro-batches, and data-parallel ranks are averaged.
+        return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / self._window_tokens)
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Turn the gradient of the summed loss into that of the mean over the window's tokens on all ranks."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        if self._window_tokens is not None:
-            # Lightning divided by the number of micro-batches, and data-parallel ranks were averaged.
-            tokens = torch.as_tensor(self.all_gather(self._window_tokens)).sum().clamp(min=1)
-            torch._foreach_mul_(gradients, self.trainer.accumulate_grad_batches * self.trainer.world_size / tokens)
-            self._window_tokens = None
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+    def _tokens_on_all_ranks(self, batch: dict[str, Any]) -> float:
+        if WINDOW_TOKENS not in batch:
+            raise ValueError(f"the batch has no {WINDOW_TOKENS!r}: let `himap_train.data.windows.Windows` count it")
+        tokens = torch.tensor(float(batch[WINDOW_TOKENS]), device=self.device)
+        return max(float(self.trainer.strategy.reduce(tokens, reduce_op="sum")), 1.0)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Token-weighted loss under the schedule; accuracies come from the `GenerationAccuracy` callback."""
+        """Add up loss and tokens; accuracies come from the `GenerationAccuracy` callback."""
         total, count = self.batch_loss(batch)
+        self._validation = self._validation.to(total.device) + torch.stack([total.double(), count.double()])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean over the supervised tokens of all ranks."""
+        total, count = self.trainer.strategy.reduce(self._validation, reduce_op="sum").tolist()
+        self._validation = torch.zeros_like(self._validation)
         if count:
-            self.log("val/loss", total / count, batch_size=int(count), prog_bar=True, sync_dist=True)
+            self.log("val/loss", total / count, prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over LoRA and projector, each with its own rate; cosine with warm-up, stepped each optimizer step."""
@@ -222,3 +237,7 @@ class LlavaFineTuner(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Not strict about what is absent by design, but strict about what was trained."""
         check_trained_weights(set(checkpoint["state_dict"]), self.trained_names())
+        if self._trainer:
+            continue_in_this_split(checkpoint, getattr(self.trainer, "datamodule", None))
+            if self.trainer.max_steps != -1:
+                begin_next_epoch(checkpoint)

@@ -7,6 +7,7 @@ has them, so that a mistake in one of them shows before a GPU is rented.
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoConfig
 
 from himap_train.checkpoint import read_schedule
 from himap_train.models.loading import EMBEDDED, resolve_model
+from himap_train.training.launch import say
 
 _MARK = "REHEARSAL"
 STEPS = 4
@@ -61,9 +63,21 @@ def _short_training(trainer: Any) -> None:
     trainer.check_val_every_n_epoch = None
     trainer.limit_val_batches = 2
     trainer.log_every_n_steps = 1
-    trainer.devices, trainer.num_nodes = 1, 1
+    if str(trainer.strategy).startswith("deepspeed") and find_spec("deepspeed") is None:
+        say(f"not rehearsed: {trainer.strategy} needs DeepSpeed (`pip install -e .[deepspeed]`); ddp takes its place")
+        trainer.strategy = "ddp"
+    several = _processes(trainer)
+    trainer.num_nodes = 1
     if not torch.cuda.is_available():
-        trainer.accelerator, trainer.strategy, trainer.precision = "cpu", "auto", "32-true"
+        trainer.accelerator, trainer.precision = "cpu", "32-true"
+    trainer.devices = min(several, torch.cuda.device_count()) if torch.cuda.is_available() else several
+
+
+def _processes(trainer: Any) -> int:
+    """2 where the config trains on several devices, else 1."""
+    if isinstance(trainer.strategy, str) and trainer.strategy.startswith("auto"):
+        return 2 if trainer.num_nodes > 1 or str(trainer.devices) not in ("1", "auto") else 1
+    return 2
 
 
 def rehearsal_folder(folder: Path) -> None:

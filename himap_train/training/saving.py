@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from himap_train.storage import atomic_file, disk_full_message
 from himap_train.training.progress import step_ended
 
+logger = logging.getLogger(__name__)
+
 CONFIG_KEY = "himap_config"
 MAY_DIFFER = (
     # where it runs and what it shows, not what it computes
@@ -22,6 +26,7 @@ MAY_DIFFER = (
     "evaluation",
     "keep",
     "data.num_workers",
+    "data.batch_size",  # with trainer.accumulate_grad_batches and the processes: the global batch, see check_same_order
     "data.eval_batch_size",
     "data.validation",
     "data.test",
@@ -30,7 +35,7 @@ MAY_DIFFER = (
     "data.max_skipped",
     "trainer",
 )
-BUT_NOT = ("trainer.precision", "trainer.accumulate_grad_batches", "trainer.gradient_clip_val")
+BUT_NOT = ("trainer.precision", "trainer.gradient_clip_val")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -106,16 +111,59 @@ class RememberConfig(Callback):
         checkpoint[CONFIG_KEY] = self.config
 
 
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """A training checkpoint, its tensors left on the disk until they are used.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no whole checkpoint. Both name the newest good one beside it.
+    """
+    if not file.is_file():
+        reason = "a checkpoint is one file, this is a folder" if file.is_dir() else "leave out --resume to start anew"
+        raise FileNotFoundError(f"there is no checkpoint {file} to resume from{_other_good(file)}; {reason}")
+    try:
+        return _read(file)
+    except _DAMAGE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the checkpoint {file} is damaged or incomplete ({reason}){_other_good(file)}") from error
+
+
+def newest_good(folder: Path, but: Path | None = None) -> Path | None:
+    """The newest checkpoint in a folder that can be read; damaged ones are reported and passed over."""
+    files = [file for file in folder.glob("*.ckpt") if file != but and file.is_file()]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            _read(file)
+        except _DAMAGE as error:
+            logger.warning("the checkpoint %s is damaged or incomplete (%s); passed over", file, error)
+        else:
+            return file
+    return None
+
+
+_DAMAGE = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    for key in ("state_dict", "optimizer_states", "loops"):
+        found[key]
+    return found
+
+
+def _other_good(file: Path) -> str:
+    other = newest_good(file.parent, but=file)
+    return f"; {other} is good: --resume {other}" if other else ""
+
+
 def refuse_other_config(checkpoint: Path, config: Mapping[str, Any]) -> None:
     """Raise unless a checkpoint was made with this config, as far as it decides what is computed.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        ValueError: Lists the keys that differ.
+        ValueError: It is damaged, or the config differs; lists the keys.
     """
-    if not checkpoint.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {checkpoint} to resume from; leave out --resume to start anew")
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get(CONFIG_KEY)
+    saved = read_checkpoint(checkpoint).get(CONFIG_KEY)
     if saved is None:
         raise ValueError(f"{checkpoint} holds no config; it was not written by finetune.py")
     then, now = _flat(saved), _flat(config)

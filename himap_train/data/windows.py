@@ -1,0 +1,66 @@
+"""Accumulation windows: how many supervised tokens the batches of one optimizer step have together.
+
+The loss of an optimizer step is the mean over the tokens of all its micro-batches. The weight of the first micro-batch
+depends on the last one, so the loader reads a whole window before it hands out the first batch of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from himap_train.data.encode import IGNORED
+
+WINDOW_TOKENS = "window_tokens"
+"""Key in a training batch: supervised tokens in its whole window on this process, an int."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How Lightning joins batches to optimizer steps.
+
+    Attributes:
+        accumulate: batches of a full window.
+        batches: training batches of an epoch, asked when it starts; the last of them ends its window. May be infinite.
+    """
+
+    accumulate: int
+    batches: Callable[[], float]
+
+    def count(self, batches: Iterable[Any], done: int = 0) -> Iterator[Any]:
+        """The same batches, each with `window_tokens`.
+
+        Args:
+            batches: those of one epoch; with `labels` (B, S), -100 where nothing is supervised.
+            done: batches of this epoch that were trained on before; they are not among `batches`.
+        """
+        last, window = self.batches(), []
+        for number, batch in enumerate(batches, start=done + 1):
+            window.append(batch)
+            if number % self.accumulate == 0 or number == last:
+                yield from _with_tokens(window)
+                window = []
+        yield from _with_tokens(window)
+
+
+@dataclass(frozen=True)
+class WindowedLoader:
+    """A loader without places to resume at, such as that of a stream, with its windows counted."""
+
+    loader: Iterable[Any]
+    windows: Windows
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches with `window_tokens`."""
+        return self.windows.count(self.loader)
+
+    def __len__(self) -> int:
+        """Of the loader; TypeError where it has none."""
+        return len(self.loader)  # type: ignore[arg-type]
+
+
+def _with_tokens(window: list[Any]) -> Iterator[Any]:
+    # The first column is never a target: no row predicts it.
+    tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in window)
+    return ({**batch, WINDOW_TOKENS: tokens} for batch in window)

@@ -1,0 +1,84 @@
+"""What a run of several processes needs around Lightning's launchers.
+
+Processes come from Lightning itself (`--trainer.devices 2`: the first one starts the others when training starts, each
+with the same command line), from torchrun, or from SLURM. What only one process may do, such as making the run folder,
+is done by the first.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+_RANK = ("RANK", "SLURM_PROCID")
+_RANK_BY_PARTS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+
+
+def is_first_process() -> bool:
+    """Whether this is the process of rank 0, also before anything is set up."""
+    ranks = [os.environ[name] for name in _RANK if name in os.environ][:1]
+    ranks += [os.environ[name] for name in _RANK_BY_PARTS if name in os.environ and not ranks]
+    return all(int(rank) == 0 for rank in ranks)
+
+
+def say(*parts: object) -> None:
+    """Print, in the first process only."""
+    if is_first_process():
+        print(*parts, sep="\n", flush=True)
+
+
+def end_children(trainer: Trainer, patience: float = 20.0) -> None:
+    """Wait for the processes that Lightning started here; end those that hang, as on an error of this one."""
+    children: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+    limit = time.monotonic() + patience
+    for child in children:
+        try:
+            child.wait(max(limit - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            child.kill()
+
+
+class AroundTraining(Callback):
+    """Runs something before and after training, in all processes, on the model as it is set up for training.
+
+    Outside `Trainer.fit` there may be no other processes yet, and a model whose weights are spread over them cannot
+    run.
+    """
+
+    def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        self.before, self.after = before, after
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Also where a resumed run has nothing left to train."""
+        self.before()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Not after an error or an interruption."""
+        self.after()
+
+
+class FineTuneTrainer(Trainer):
+    """Lightning's Trainer, which all processes leave together when one of them cannot save."""
+
+    def save_checkpoint(
+        self, filepath: Any, weights_only: bool | None = None, storage_options: Any | None = None
+    ) -> None:
+        """Save; only the first process writes.
+
+        Raises:
+            OSError: In all processes: it could not be written.
+        """
+        checkpoint = self._checkpoint_connector.dump_checkpoint(bool(weights_only))
+        failure: str | None = None
+        try:
+            self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+        except OSError as error:
+            failure = str(error)
+        failure = self.strategy.broadcast(failure)
+        if failure:
+            raise OSError(failure)

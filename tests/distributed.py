@@ -1,0 +1,84 @@
+"""Processes joined by gloo that a test starts, with a time limit after which all of them are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def start(command: Sequence[object], log: Path, **environment: object) -> subprocess.Popen[bytes]:
+    """Start a command in a process group of its own, its output in `log`."""
+    env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [str(part) for part in command], stdout=output, stderr=output, env=env, start_new_session=True
+        )
+
+
+def finish(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], seconds: float) -> list[int]:
+    """Wait for all; exit statuses. At the time limit all are killed and the test fails with their output."""
+    try:
+        return [process.wait(timeout=seconds) for process in processes]
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"not done in {seconds} s:\n{tails(logs)}") from None
+    finally:
+        for process in processes:
+            kill_group(process)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for a process and what it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def tails(logs: Sequence[Path]) -> str:
+    """The end of each log."""
+    return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
+
+
+def run_scenarios(work: Path, scenarios: list[dict[str, Any]], seconds: float) -> dict[str, list[dict[str, Any]]]:
+    """What two workers return for each scenario (see `distributed_worker.train`), by name, one a rank."""
+    file, port = work / "scenarios.json", free_port()
+    file.write_text(json.dumps(scenarios), encoding="utf-8")
+    logs = [work / f"rank{rank}.log" for rank in (0, 1)]
+    processes = [
+        start(
+            [sys.executable, WORKER, work, file, seconds - 20],
+            logs[rank],
+            RANK=rank,
+            LOCAL_RANK=rank,
+            NODE_RANK=0,
+            WORLD_SIZE=2,
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for rank in (0, 1)
+    ]
+    statuses = finish(processes, logs, seconds)
+    assert statuses == [0, 0], tails(logs)
+    return {
+        name: [torch.load(work / f"{name}.rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+        for name in (scenario["name"] for scenario in scenarios)
+    }

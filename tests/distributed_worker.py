@@ -1,0 +1,193 @@
+"""One of several processes that train the tiny LLaVA under one strategy after another; see `distributed.py`.
+
+    RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=... MASTER_PORT=... python distributed_worker.py WORK SCENARIOS.json
+
+SCENARIOS.json is a list of the keyword arguments of `train`; the first process writes what it returns to
+WORK/<name>.pt.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint
+from tiny import tiny_processor
+from torch.utils.data import DataLoader
+from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, tuner
+
+from himap_train.data.module import LlavaDataModule
+from himap_train.models.llava import pruning_of
+from himap_train.training.deepspeed import ZeroStrategy
+from himap_train.training.gather import trained_state
+from himap_train.training.launch import AroundTraining, FineTuneTrainer
+from himap_train.training.progress import GradientNorm, step_ended
+from himap_train.training.saving import AtomicCheckpointIO, SaveLast
+from himap_train.training.seeding import StepSeeds
+
+SCHEDULES: dict[str, Any] = {"pruned": SCHEDULE, "dense": None}
+
+
+class MixedModalities(ToyData):
+    """Global batches of four rows, images and text in turn: of two processes one sees images only, the other text."""
+
+    def train_dataloader(self) -> Any:
+        rows = [sample(index, answer=1 + index % 4, image=index % 2 == 0) for index in range(8)]
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        batches = [collate(rows[start : start + 4][rank::world]) for start in (0, 4)]
+        return self.windowed(DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+
+    val_dataloader = train_dataloader
+
+
+class Recorder(Callback):
+    """Loss and gradient norm of each optimizer step, the samples in it, the last validation's loss."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.samples: list[list[str]] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.samples.append(list(batch["ids"]))
+        if step_ended(trainer, batch_idx):
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+            self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
+
+
+class KeepFirst(Checkpoint):
+    """Keeps the checkpoint of the first step as `first.ckpt`: what a run leaves that is killed then.
+
+    Lightning calls callbacks of this class after all others.
+    """
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        last = Path(trainer.default_root_dir) / "last.ckpt"
+        if trainer.is_global_zero and trainer.global_step == 1 and last.exists():
+            shutil.copy(last, last.with_name("first.ckpt"))
+
+
+def strategy_of(name: str) -> Any:
+    """`ddp`, `zero1`, `zero2`, `zero3`, `zero3_offload` or `auto`; parameters of every size are spread."""
+    if not name.startswith("zero"):
+        return name
+    return ZeroStrategy(int(name[4]), offload=name.endswith("offload"), persistence_threshold=0, bucket_size=100_000)
+
+
+def frozen_weights(model: Any) -> dict[str, torch.Tensor]:
+    """What ZeRO-3 has loaded, gathered, under the names of the stock model."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    found = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            stock = name.removeprefix("llava.base_model.model.")
+            with GatheredParameters([parameter]):
+                found[stock.replace(".base_layer", "").replace(".original_module", "")] = parameter.detach().clone()
+    return found
+
+
+def train(
+    work: Path,
+    *,
+    name: str,
+    strategy: str,
+    model: str,
+    data: str | None = None,
+    schedule: str = "pruned",
+    batch_size: int = 2,
+    accumulate: int = 2,
+    epochs: int = 2,
+    max_steps: int = -1,
+    resume: str | None = None,
+    precision: str = "32-true",
+    checkpointing: bool = False,
+    devices: int = 2,
+    grouped: bool = False,
+) -> dict[str, Any]:
+    """Train, save every step, validate afterwards in the same process; what a comparison needs."""
+    torch.manual_seed(0)
+    tuner_ = tuner(
+        model,
+        schedule=SCHEDULES[schedule],
+        gradient_checkpointing=checkpointing,
+        weight_decay=0.1,
+        lora_lr=3e-3,
+        lora_dropout=0.0,
+    )
+    module = (
+        MixedModalities()
+        if data is None
+        else LlavaDataModule(
+            data, data, batch_size=batch_size, eval_batch_size=3, group_by_length=grouped, max_length=400
+        )
+    )
+    module.processor = tiny_processor()  # type: ignore[union-attr]
+    recorder, facts = Recorder(), dict[str, Any]()
+
+    def before() -> None:
+        own = [getattr(p, "ds_tensor", p).numel() for p in tuner_.parameters()]
+        facts["resident"], facts["all"] = sum(own), sum(getattr(p, "ds_numel", p.numel()) for p in tuner_.parameters())
+
+        if name == "zero3":
+            facts["frozen"] = frozen_weights(tuner_)
+
+    def after() -> None:
+        facts["weights"] = trained_state(tuner_)
+
+    folder = work / name
+    saving = SaveLast(folder / "last.ckpt", 1)
+    trainer = quiet_trainer(
+        folder,
+        kind=FineTuneTrainer,
+        strategy=strategy_of(strategy),
+        devices=devices,
+        max_epochs=epochs,
+        max_steps=max_steps,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=0.5,
+        precision=precision,
+        enable_checkpointing=True,
+        limit_val_batches=1.0,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[
+            AroundTraining(before, after),
+            GradientNorm(),
+            recorder,
+            StepSeeds(1),
+            saving,
+            KeepFirst(),
+        ],
+    )
+    trainer.fit(tuner_, datamodule=module, ckpt_path=resume, weights_only=True)
+    facts["val_loss"] = float(trainer.callback_metrics.get("val/loss", float("nan")))
+    pruning = pruning_of(tuner_.peft_model)
+    if pruning:
+        pruning.last = None
+    again = trainer.validate(tuner_, datamodule=module, verbose=False)
+    facts["val_loss_after"] = again[0]["val/loss"]
+    facts["kept"] = pruning.last.kept if pruning and pruning.last else None
+    facts |= {"losses": recorder.losses, "norms": recorder.norms, "samples": recorder.samples}
+    facts["checkpoint"] = str(folder / "last.ckpt")
+    return facts
+
+
+def main() -> None:
+    """Run all scenarios."""
+    faulthandler.dump_traceback_later(float(sys.argv[3]))  # just before the time limit: where it hangs
+    work, scenarios = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    for scenario in scenarios:
+        facts = train(work, **scenario)
+        torch.distributed.barrier()
+        torch.save(facts, work / f"{scenario['name']}.rank{os.environ['RANK']}.pt")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""`kill -9` at any time, saving included: the run that goes on ends as an uninterrupted one, losses and weights.
+
+Each attempt is a fork of this process, so that many fit into one test: starting Python anew takes longer than the run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from training_toys import SCHEDULE, finetune, save_tiny
+
+from himap_train import storage
+from himap_train.training import saving
+
+STEPS = 20
+
+
+def config(folder: Path) -> str:
+    """Twenty steps with dropout and accumulation over two and a half epochs, saved every third."""
+    content = {
+        "output": str(folder / "run"),
+        "save_every": 3,
+        "model": {"path": save_tiny(folder / "tiny"), "schedule": SCHEDULE, "lora_r": 4, "lora_alpha": 8},
+        "data": {"batch_size": 2, "train_limit": 31, "validation": None, "max_length": 400},
+        "trainer": {"accelerator": "cpu", "max_steps": STEPS, "max_epochs": 9, "accumulate_grad_batches": 2},
+        "evaluation": {"before": False, "after": False, "during": 0},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    return str(folder / "config.yaml")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def arm(kind: str, number: int, losses: Path) -> None:
+    """In the child: write each step's loss down, and let the process die at the `number`-th event of a kind."""
+    seen = dict.fromkeys(("step", "write", "move"), 0)
+
+    def event(name: str) -> bool:
+        seen[name] += 1
+        return kind == name and seen[name] == number
+
+    after_step, save, replace = saving.SaveLast.on_train_batch_end, torch.save, os.replace
+
+    def on_train_batch_end(self: Any, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        with losses.open("a") as file:
+            file.write(f"{trainer.global_step} {batch_idx} {float(outputs['loss'])!r}\n")
+        if event("step"):
+            die()
+        after_step(self, trainer, module, outputs, batch, batch_idx)
+
+    def torch_save(content: Any, path: Any) -> None:
+        save(content, path)
+        if event("write"):
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
+
+    def os_replace(source: Any, target: Any) -> None:
+        if str(target).endswith(".ckpt") and event("move"):
+            die()
+        replace(source, target)
+
+    saving.SaveLast.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
+    saving.torch.save, storage.os.replace = torch_save, os_replace
+
+
+def attempt(options: list[str], losses: Path, kind: str = "", number: int = 0, seconds: float | None = None) -> int:
+    """Run in a fork; its exit status, or minus the signal that ended it. Killed after `seconds` of training."""
+    child = os.fork()
+    if not child:
+        try:
+            with open(losses.with_suffix(".log"), "a") as log:
+                os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+            arm(kind, number, losses)
+            os._exit(finetune(*options))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(70)
+    lines = losses.read_text().count("\n") if losses.exists() else 0
+    limit, started = time.monotonic() + 60, None
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        training = losses.exists() and losses.read_text().count("\n") > lines
+        started = started or (time.monotonic() if training else None)
+        late = seconds is not None and started is not None and time.monotonic() - started > seconds
+        if late or time.monotonic() > limit:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.002)
+
+
+def test_killed_many_times_equals_uninterrupted_to_the_last_bit(tmp_path: Path) -> None:
+    options = ["--config", config(tmp_path), "--resume", "auto"]
+    straight = tmp_path / "straight.txt"
+    assert attempt([*options, "--output", str(tmp_path / "straight")], straight) == 0, straight.with_suffix(
+        ".log"
+    ).read_text()
+    losses, chance, killed = tmp_path / "losses.txt", random.Random(0), 0
+    kinds = ["write", "move", "step", "time", "write", "move", "step", "time", "time"]
+    for kind in kinds:
+        # a run from step 0 dies at its first save too: then there is nothing to resume from
+        number = chance.choice((1, 2)) if kind in ("write", "move") else chance.randint(2, 12)
+        status = attempt(options, losses, kind, number, chance.uniform(0.0, 0.4) if kind == "time" else None)
+        assert status in (0, -signal.SIGKILL), losses.with_suffix(".log").read_text()[-3000:]
+        killed += status == -signal.SIGKILL
+        for file in (tmp_path / "run" / "checkpoints").glob("*.ckpt"):
+            saving.read_checkpoint(file)  # what is there is whole
+    assert killed >= 6
+    assert attempt(options, losses) == 0
+    expected = dict(line.rsplit(" ", 1) for line in straight.read_text().splitlines())
+    for line in losses.read_text().splitlines():
+        place, loss = line.rsplit(" ", 1)
+        assert expected[place] == loss, f"step and batch {place}"
+    assert {line.rsplit(" ", 1)[0] for line in losses.read_text().splitlines()} == set(expected)
+    one, two = (
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("straight", "run")
+    )
+    assert one["global_step"] == two["global_step"] == STEPS
+    assert all(torch.equal(value, two["state_dict"][name]) for name, value in one["state_dict"].items())
+    for index, moments in one["optimizer_states"][0]["state"].items():
+        assert all(
+            torch.equal(value, two["optimizer_states"][0]["state"][index][key]) for key, value in moments.items()
+        )
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "folder", "gone"])
+def test_damaged_checkpoint_names_the_good_one(tmp_path: Path, damage: str) -> None:
+    content = {"state_dict": {"a": torch.zeros(9)}, "optimizer_states": [], "loops": {}}
+    last, best = tmp_path / "last.ckpt", tmp_path / "best.ckpt"
+    torch.save(content, best)
+    if damage in ("cut", "empty"):
+        torch.save(content, last)
+        os.truncate(last, os.path.getsize(last) // 2 if damage == "cut" else 0)
+    elif damage == "folder":
+        last.mkdir()
+    with pytest.raises((ValueError, FileNotFoundError), match=r"last.ckpt.*best.ckpt is good: --resume .*best.ckpt"):
+        saving.read_checkpoint(last)
+    assert saving.newest_good(tmp_path) == best
+    best.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match="last.ckpt"):
+        saving.read_checkpoint(last)
+    assert saving.newest_good(tmp_path) is None
