@@ -92,10 +92,10 @@ def test_allocation_counter_by_hand() -> None:
 
 
 def test_embedded_model_as_predicted() -> None:
-    """FLOPs within 5 %, activations within 4 %, weights, gradients and optimizer to the byte, in 8 settings."""
+    """FLOPs and peak within 5 %, saved activations within 4 %, weights, gradients and optimizer to the byte, in 8 settings."""
     rows = verify([embedded_case()])
     assert len(rows) == 3 + 4 * 3 + 4 * 2
-    limits = {"FLOPs": 0.05, "saved by forward": 0.04, "peak activations": 0.04}
+    limits = {"FLOPs": 0.05, "saved by forward": 0.04, "peak activations": 0.05}
     wrong = [row for row in rows if abs(row.error) > limits.get(row.quantity, 0.0)]
     assert not wrong, markdown_table(wrong)
 
@@ -124,9 +124,9 @@ def test_strategies_by_hand() -> None:
     )  # fmt: skip
     assert ddp.held == one.held + 4 * trained
     share = -(-trained // 8)
-    assert (zero1.trained, zero1.gradients, zero1.optimizer) == (2 * trained, 2 * trained, 12 * share)
-    assert (zero2.gradients, zero2.frozen) == (2 * share, 2 * frozen)
-    assert (zero3.frozen, zero3.trained) == (-(-2 * frozen // 8), 2 * share)
+    assert (zero1.trained, zero1.gradients, zero1.optimizer) == (4 * trained, 4 * trained, 12 * share)
+    assert (zero2.gradients, zero2.frozen) == (4 * share, 2 * frozen)
+    assert (zero3.frozen, zero3.trained) == (-(-2 * frozen // 8), 4 * share)
     assert offload.frozen + offload.trained + offload.gradients + offload.optimizer == 0
     assert offload.host == zero3.frozen + zero3.trained + zero3.gradients + zero3.optimizer
 
@@ -135,7 +135,7 @@ def test_quantised_weights() -> None:
     known, mixed = facts(), Numerics.of("bf16-mixed")
     linear = sum(m.weight.numel() for m in _decoder_linear())
     assert known.quantisable == linear
-    whole, nf4 = (static_memory("one device", known, mixed, 1, bits).frozen for bits in (None, 4))
+    whole, nf4 = (static_memory("one device", known, mixed, 1, four_bit).frozen for four_bit in (False, True))
     assert whole - nf4 == pytest.approx(linear * (2 - 4.127 / 8), rel=1e-4)
 
 

@@ -159,7 +159,6 @@ def _strategy_name(strategy: Any) -> str:
         return strategy
     name = str(strategy["class_path"]).rsplit(".", 1)[-1]
     options = strategy.get("init_args") or {}
-    if "deepspeed" in name.lower():
-        stage = options.get("stage", 2)
-        return f"deepspeed_stage_{stage}{'_offload' if options.get('offload_parameters') else ''}"
+    if name == "ZeroStrategy":
+        return f"deepspeed_stage_{options.get('stage', 2)}{'_offload' if options.get('offload') else ''}"
     return {"DDPStrategy": "ddp", "SingleDeviceStrategy": "single_device"}.get(name, name)

@@ -3,9 +3,10 @@
 With N devices, T trained and F frozen parameters:
 - one device, DDP: all weights, and trained weights, gradients and AdamW's two moments in fp32 (`16 T` bytes); DDP adds
   its buckets, a second copy of the gradients.
-- ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054) holds trained weights and gradients in the precision
-  of the run and a fp32 copy beside the moments (`12 T / N`). Stage 2 shards the gradients, stage 3 the weights too, the
-  frozen ones included; then up to `stage3_max_live_parameters` are gathered at a time. Buckets are allocated in full.
+- ZeRO (Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054) as `ZeroStrategy` runs it: trained weights and their
+  gradients in fp32, and beside the moments a fp32 copy of the process's own share (`12 T / N`). Stage 2 shards the
+  gradients, stage 3 the weights too, the frozen ones included; then up to `stage3_max_live_parameters` are gathered at
+  a time. Buckets are allocated in full.
 - offload keeps the shards in the host's memory.
 
 The optimizer's step needs a temporary as large as the trained weights it updates, when no activation is alive.
@@ -24,8 +25,8 @@ from himap_train.pruning.schedule import PruningSchedule, nearest
 GIB = 2**30
 RESERVE = 2 * GIB
 """Of a GPU for the CUDA context, libraries' workspaces and fragmentation."""
-BUCKET = 200_000_000
-"""Lightning's default number of elements in one of DeepSpeed's communication buckets."""
+BUCKET = 50_000_000
+"""Elements in one of DeepSpeed's communication buckets, as `ZeroStrategy` has it."""
 LIVE = 1_000_000_000
 """DeepSpeed's default number of gathered elements under stage 3."""
 STRATEGIES = ("one device", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 offload")
@@ -128,19 +129,17 @@ def static_memory(
         return replace(whole, devices=1)
     if strategy == "DDP":
         return replace(whole, buffers=whole.buffers + trained * (devices > 1))
-    share, weights = -(-count // devices), count * numerics.element
-    zero = replace(
-        whole, trained=weights, gradients=weights, optimizer=12 * share, step=4 * share,
-        buffers=whole.buffers + 2 * BUCKET * numerics.element,
-    )  # fmt: skip
+    share = -(-count // devices)
+    bucket = BUCKET * numerics.trained
+    zero = replace(whole, optimizer=12 * share, step=4 * share, buffers=whole.buffers + 2 * bucket)
     if strategy == "ZeRO-1":
         return zero
     if strategy == "ZeRO-2":
-        return replace(zero, gradients=share * numerics.element)
+        return replace(zero, gradients=share * numerics.trained)
     live = min(facts.frozen + count, LIVE) * numerics.element
     sharded = replace(
-        zero, frozen=-(-frozen // devices), trained=share * numerics.element, gradients=share * numerics.element,
-        buffers=whole.buffers + BUCKET * numerics.element + live,
+        zero, frozen=-(-frozen // devices), trained=share * numerics.trained, gradients=share * numerics.trained,
+        buffers=whole.buffers + bucket + live,
     )  # fmt: skip
     if strategy == "ZeRO-3":
         return sharded
