@@ -77,13 +77,13 @@ def schedule_cost(
     layers = image_tokens_per_layer(schedule, config.num_hidden_layers, image_tokens)
     dense = (image_tokens,) * config.num_hidden_layers
     flops = sum(layer_flops(config, n + text_tokens) for n in layers)
-    flops += sum(_ranking_flops(stage, config, layers[stage.layer - 1], text_tokens) for stage in schedule.stages)
+    flops += sum(ranking_flops(stage, config, layers[stage.layer - 1], text_tokens) for stage in schedule.stages)
     dense_flops = sum(layer_flops(config, n + text_tokens) for n in dense)
     paper_dense = sum(_paper_macs(config, n) for n in dense)
     if bytes_per_value is None:
         dtype = getattr(config, "dtype", None)
         bytes_per_value = dtype.itemsize if isinstance(dtype, torch.dtype) else 2
-    per_token = 2 * _kv_width(config) * bytes_per_value
+    per_token = 2 * kv_width(config) * bytes_per_value
     kv_bytes, dense_kv_bytes = (per_token * sum(n + text_tokens for n in counts) for counts in (layers, dense))
     return Cost(
         flops=flops,
@@ -98,18 +98,27 @@ def schedule_cost(
 
 def layer_flops(config: Any, tokens: int) -> float:
     """FLOPs (two per multiply-add) of one decoder layer over `tokens` tokens."""
-    width, mlp = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads * _head_width(config)
-    projections = (2 * heads + 2 * _kv_width(config)) * tokens * width
-    return 2.0 * (projections + 2 * tokens**2 * heads + 3 * tokens * width * mlp)
+    return linear_flops(config, tokens) + attention_flops(config, tokens)
 
 
-def _ranking_flops(stage: PruningStage, config: Any, image_tokens: int, text_tokens: int) -> float:
+def linear_flops(config: Any, tokens: int) -> float:
+    """Projections and gated MLP of one decoder layer."""
+    width, heads = config.hidden_size, config.num_attention_heads * head_width(config)
+    projections = (2 * heads + 2 * kv_width(config)) * tokens * width
+    return 2.0 * (projections + 3 * tokens * width * config.intermediate_size)
+
+
+def attention_flops(config: Any, tokens: int) -> float:
+    """Scores and their product with the values."""
+    return 4.0 * tokens**2 * config.num_attention_heads * head_width(config)
+
+
+def ranking_flops(stage: PruningStage, config: Any, image_tokens: int, text_tokens: int) -> float:
     """Attention logits of the ranking rows at the layer before the stage."""
     if not stage.needs_attention:
         return 0.0
     rows = {"instruction": text_tokens, "last_token": 1}.get(stage.criterion, image_tokens)
-    return 2.0 * rows * (image_tokens + text_tokens) * config.num_attention_heads * _head_width(config)
+    return 2.0 * rows * (image_tokens + text_tokens) * config.num_attention_heads * head_width(config)
 
 
 def _paper_macs(config: Any, n: int) -> int:
@@ -123,9 +132,11 @@ def _kept(stage: PruningStage, image_tokens: int) -> int:
     return int(keep_from_ratio(float(stage.keep_ratio or 0.0), torch.tensor(image_tokens)))
 
 
-def _head_width(config: Any) -> int:
+def head_width(config: Any) -> int:
+    """Width of one attention head of a decoder."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _kv_width(config: Any) -> int:
-    return (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * _head_width(config)
+def kv_width(config: Any) -> int:
+    """Width of a token's keys, and of its values."""
+    return (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_width(config)

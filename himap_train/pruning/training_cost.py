@@ -1,0 +1,118 @@
+"""FLOPs of a training step, from the same layer formulas as the prefill's in `cost`.
+
+A training step with LoRA (p parameters a layer) on frozen weights: the backward pass needs the gradient of every input
+but of no frozen weight, so the layer's projections cost once their forward again, LoRA (`2 p t` forward) twice, the two
+attention products four products, or five in a flash kernel, which makes its scores anew. Gradient checkpointing adds
+one forward of the layers; the ranking is not repeated. Vision tower: `4 t d^2 + 2 t^2 d + 2 t d m` multiply-adds a
+layer, forward only, since it is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from himap_train.pruning.cost import attention_flops, image_tokens_per_layer, linear_flops, ranking_flops
+from himap_train.pruning.schedule import PruningSchedule
+
+FLASH_BACKWARD = 2.5
+"""A flash kernel's backward is five products to its forward's two."""
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs of one sample in a training step.
+
+    Attributes:
+        forward: Decoder layers with LoRA and ranking.
+        backward: The same layers backward.
+        recompute: Their forward again, under gradient checkpointing.
+        lm_head: Logits of the supervised positions, forward and backward.
+        vision: Vision tower, forward.
+        projector: Forward and backward.
+    """
+
+    forward: float
+    backward: float
+    recompute: float
+    lm_head: float
+    vision: float
+    projector: float
+
+    @property
+    def decoder(self) -> float:
+        """Decoder layers in the whole step."""
+        return self.forward + self.backward + self.recompute
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return self.decoder + self.lm_head + self.vision + self.projector
+
+
+def training_flops(
+    schedule: PruningSchedule,
+    config: Any,
+    image_tokens: int,
+    text_tokens: int,
+    *,
+    lora_parameters: Sequence[int],
+    supervised: float = 0,
+    images: float = 1,
+    trains_projector: bool = True,
+    checkpointing: bool = False,
+    lm_head_passes: int = 3,
+    attention_backward: float = FLASH_BACKWARD,
+) -> TrainingFlops:
+    """FLOPs of one sample in a training step of a LLaVA with LoRA.
+
+    Args:
+        schedule: What is removed where.
+        config: Hugging Face configuration of a LLaVA.
+        image_tokens: Image tokens of the sample.
+        text_tokens: All other tokens.
+        lora_parameters: Of each decoder layer.
+        supervised: Positions whose logits are computed.
+        images: That go through the vision tower.
+        trains_projector: Whether its weights get gradients.
+        checkpointing: Whether layers run again in the backward pass.
+        lm_head_passes: Forward and backward; 3 where the loss is computed in chunks and so its forward twice, else 2.
+        attention_backward: Attention's backward in units of its forward: `FLASH_BACKWARD`, or 2 product by product.
+    """
+    text = config.text_config
+    schedule.validate_for(text.num_hidden_layers)
+    layers = image_tokens_per_layer(schedule, text.num_hidden_layers, image_tokens)
+    forward = backward = 0.0
+    for count, parameters in zip(layers, lora_parameters, strict=True):
+        tokens = count + text_tokens
+        linear, attention = linear_flops(text, tokens), attention_flops(text, tokens)
+        lora = 2.0 * parameters * tokens
+        forward += linear + attention + lora
+        backward += linear + 2 * lora + attention_backward * attention
+    ranking = sum(ranking_flops(stage, text, layers[stage.layer - 1], text_tokens) for stage in schedule.stages)
+    return TrainingFlops(
+        forward=forward + ranking,
+        backward=backward,
+        recompute=forward if checkpointing else 0.0,
+        lm_head=lm_head_passes * 2.0 * supervised * text.hidden_size * text.vocab_size,
+        vision=images * vision_flops(config.vision_config),
+        projector=images * _projector_flops(config, trains_projector),
+    )
+
+
+def vision_flops(config: Any) -> float:
+    """FLOPs of a CLIP vision tower over one image: patch embedding and all layers."""
+    width, mlp, patches = config.hidden_size, config.intermediate_size, (config.image_size // config.patch_size) ** 2
+    tokens = patches + 1
+    layer = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * mlp
+    return 2.0 * (patches * width * config.num_channels * config.patch_size**2 + config.num_hidden_layers * layer)
+
+
+def _projector_flops(config: Any, trained: bool) -> float:
+    """Two linear layers over the patches of one image; the first needs no gradient of its input."""
+    vision, width = config.vision_config, config.text_config.hidden_size
+    tokens = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    features = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+    first, second = 2.0 * tokens * features * vision.hidden_size * width, 2.0 * tokens * width**2
+    return 2 * first + 3 * second if trained else first + second
