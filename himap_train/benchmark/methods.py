@@ -1,4 +1,4 @@
-"""What can be measured by name: no pruning, every schedule, and how others do it. Each says why it costs what it does."""
+"""What can be measured by name: no pruning, every schedule, and how others do it. Each says why it costs that."""
 
 from __future__ import annotations
 
