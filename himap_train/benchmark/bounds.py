@@ -37,14 +37,15 @@ def step_flops(
         whole: Whether images go through the tower.
         checkpointing: Whether layers run again in the backward pass.
     """
-    tokens = {"image_tokens": workload.image_tokens, "text_tokens": workload.text_tokens}
     images = workload.image_tokens / TOKENS_PER_IMAGE if whole else 0
     if measure == "prefill":
-        return schedule_cost(schedule, config, **tokens).flops + images * vision_flops(config.vision_config)
+        prefill = schedule_cost(schedule, config, workload.image_tokens, workload.text_tokens).flops
+        return prefill + images * vision_flops(config.vision_config)
     return training_flops(
         schedule,
         config,
-        **tokens,
+        workload.image_tokens,
+        workload.text_tokens,
         lora_parameters=lora_parameters,
         supervised=workload.answer,
         images=images,

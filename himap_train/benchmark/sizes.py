@@ -94,7 +94,7 @@ def model_config(size: Size, whole: bool = False) -> LlavaConfig:
     return LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=IMAGE_ID,
+        image_token_index=IMAGE_ID,
         image_seq_length=TOKENS_PER_IMAGE,
         vision_feature_layer=-2 if whole else -1,
         vision_feature_select_strategy="default",
