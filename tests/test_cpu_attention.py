@@ -56,6 +56,7 @@ def test_nothing_but_plain_causal_attention_runs_in_blocks() -> None:
     assert not runs_in_blocks(query, key, None, 0.1)
     assert not runs_in_blocks(query[:, :, -1:], key, None, 0.0)  # decoding
     assert not runs_in_blocks(query[:, :, -9:], key, None, 0.0)  # behind a cache
+    assert not runs_in_blocks(query[:, :, :128], key[:, :, :128], None, 0.0)  # a single block
     assert not runs_in_blocks(query.half(), key.half(), None, 0.0)
     assert not runs_in_blocks(query.to("meta"), key.to("meta"), None, 0.0)
     long = torch.empty(1, 1, LONGEST + 1, 1)

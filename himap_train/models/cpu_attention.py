@@ -29,7 +29,7 @@ def runs_in_blocks(query: Tensor, key: Tensor, attention_mask: Tensor | None, dr
         and query.dtype in BLOCK
         and attention_mask is None
         and dropout == 0.0
-        and 1 < length <= LONGEST
+        and (BLOCK[query.dtype] if query.dtype == torch.float32 else 1) < length <= LONGEST
         and length == key.shape[2]
     )
 
