@@ -29,6 +29,7 @@ from himap_train.benchmark.predicted import predict
 from himap_train.benchmark.run import Row
 from himap_train.benchmark.series import AXES, points
 from himap_train.benchmark.sizes import SIZES, build_model, find_size, model_config
+from himap_train.benchmark.tasks import inference_task
 from himap_train.benchmark.timing import Pairs, Spread, Task, time_once, time_pairs
 from himap_train.benchmark.workload import Workload, make_batch
 from himap_train.models.llava import hidden_states
@@ -60,6 +61,19 @@ def test_a_task_runs_inside_its_context() -> None:
         seen: list[bool] = []
         time_once(Task(lambda: seen.append(torch.is_grad_enabled()), torch.no_grad), CPU)
         assert seen == [False] and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(("measure", "prepared", "ran"), [("prefill", 0, 1), ("decode", 1, 16), ("generate", 0, 64)])
+def test_inference_tasks_run_as_many_passes_as_they_say(measure: str, prepared: int, ran: int) -> None:
+    model = build_model(find_size("tiny"))
+    passes: list[int] = []
+    model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    task = inference_task(measure, model, find_method("himap", 4), make_batch(model, SMALL))
+    with task.within():
+        task.prepare()
+        assert len(passes) == prepared
+        task.run()
+    assert len(passes) == prepared + ran and task.parts == (ran if measure == "decode" else 1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8])

@@ -54,7 +54,6 @@ def test_decoding_a_token_and_generating(tmp_path: Path) -> None:
     assert decode["bound"] < 1 and generate["bound"] is None and generate["efficiency"] is None
     assert decode["tokens_per_second"] == pytest.approx(1 / decode["seconds"]["median"])
     assert generate["tokens_per_second"] == pytest.approx(64 / generate["seconds"]["median"])
-    assert 20 < generate["seconds"]["median"] / decode["seconds"]["median"] < 400  # 64 tokens, and a prefill
 
 
 def test_series_are_fitted_and_drawn(tmp_path: Path) -> None:
