@@ -45,7 +45,7 @@ class ScoreCollector:
     def collect(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """Read (B, H, L, D) queries and (B, K, L, D) keys with the rotary embedding applied."""
         if self._scores is None:
-            attention = attention_rows(query, key, self.rows.index, self.valid, scaling)
+            attention = attention_rows(query, key, self.rows.index, self.valid, scaling, self.rows.fewest)
             self._scores = scores_from_attention(self.stage.criterion, attention, self.rows)
 
     def scores(self) -> Tensor:

@@ -18,6 +18,9 @@ from himap_train.pruning.layout import TokenCounts, TokenLayout
 from himap_train.pruning.schedule import PruningStage
 from himap_train.pruning.selection import compact, gather_tokens
 
+_CPU_LOGITS, _GPU_LOGITS = 2**20, 2**24
+"""Attention logits in memory at once."""
+
 
 @dataclass(frozen=True)
 class RankingRows:
@@ -26,10 +29,12 @@ class RankingRows:
     Attributes:
         index: (B, R) column of the current layout of each ranking row.
         may_rank: Bool, the row is real and the token of its group; (B, R, L), or (B, R, 1) where there is one group.
+        fewest: Every row of the batch has at least so many ranking rows.
     """
 
     index: Tensor
     may_rank: Tensor
+    fewest: int
 
 
 def ranking_rows(stage: PruningStage, layout: TokenLayout, counts: TokenCounts) -> RankingRows:
@@ -37,15 +42,16 @@ def ranking_rows(stage: PruningStage, layout: TokenLayout, counts: TokenCounts) 
     groups = counts.image.shape[1]
     if stage.criterion == "last_token":
         index, real = _last_rows(layout, groups)
+        fewest = 0
     else:
         by_image = stage.criterion in ("image", "image_debiased")
         rows, number = (layout.image, counts.current.sum(1)) if by_image else (layout.ranking, counts.ranking)
-        index = compact(rows, max(int(number.max()), 1))
+        index, fewest = compact(rows, max(int(number.max()), 1)), int(number.min())
         real = torch.arange(index.shape[1], device=index.device) < rows.sum(1, keepdim=True)
     may_rank = real.unsqueeze(2)
     if groups > 1:
         may_rank = may_rank & (layout.group.gather(1, index).unsqueeze(2) == layout.group.unsqueeze(1))
-    return RankingRows(index, may_rank)
+    return RankingRows(index, may_rank, fewest)
 
 
 def _last_rows(layout: TokenLayout, groups: int) -> tuple[Tensor, Tensor]:
@@ -55,37 +61,47 @@ def _last_rows(layout: TokenLayout, groups: int) -> tuple[Tensor, Tensor]:
     return (last - 1).clamp(min=0), last > 0
 
 
-def attention_rows(
-    query: Tensor, key: Tensor, rows: Tensor, valid: Tensor, scaling: float, head_chunk: int = 8
-) -> Tensor:
+def attention_rows(query: Tensor, key: Tensor, rows: Tensor, valid: Tensor, scaling: float, fewest: int = 0) -> Tensor:
     """Causal softmax attention of a few query rows, averaged over heads.
+
+    Rows are taken in blocks: that bounds the memory, and a block leaves out the columns behind its last row.
 
     Args:
         query: (B, H, L, D), rotary embedding applied.
         key: (B, K, L, D) with H a multiple of K, rotary embedding applied.
-        rows: (B, R) columns of the ranking queries.
+        rows: (B, R) columns of the ranking queries, ascending; what fills up a row of the batch points at column 0.
         valid: (B, L) bool, false at padding.
         scaling: What the layer multiplies the logits with.
-        head_chunk: Query heads in memory at once; bounds the memory to B * head_chunk * R * L floats.
+        fewest: Every row of the batch has at least so many ranking rows.
 
     Returns:
         (B, R, L) fp32, each row summing to one.
     """
     batch, heads, length, _ = query.shape
-    share = heads // key.shape[1]
-    query = gather_tokens(query.transpose(1, 2), rows).transpose(1, 2)
+    number, share = rows.shape[1], heads // key.shape[1]
+    query = gather_tokens(query.transpose(1, 2), rows).transpose(1, 2).unflatten(1, (-1, share))
+    keys = key.transpose(2, 3).unsqueeze(2)
     hidden = (torch.arange(length, device=rows.device) > rows.unsqueeze(2)) | ~valid.unsqueeze(1)
     # Added, which is faster than filling. Not -inf: an index that only fills up a row may point at padding that sees
     # nothing, and 0 * nan is nan.
     bias = torch.where(hidden, torch.finfo(torch.float32).min, 0.0)[:, None, None]
-    total = query.new_zeros(batch, rows.shape[1], length, dtype=torch.float32)
-    step = max(head_chunk // share, 1)
-    for start in range(0, key.shape[1], step):
-        some_keys = key[:, start : start + step].unsqueeze(2)
-        some = query[:, start * share : (start + step) * share].unflatten(1, (-1, share))
-        logits = (some @ some_keys.transpose(-1, -2)).float().mul_(scaling).add_(bias)
-        total += logits.softmax(-1).sum((1, 2))
+    total = query.new_zeros(batch, number, length, dtype=torch.float32)
+    block = _block(number, batch * heads * length, rows.device)
+    for start in range(0, number, block):
+        stop = min(start + block, number)
+        # At least `fewest - stop` ranking rows follow, each at a column of its own.
+        seen = length - max(fewest - stop, 0)
+        logits = (query[..., start:stop, :] @ keys[..., :seen]).float()
+        logits.mul_(scaling).add_(bias[..., start:stop, :seen])
+        total[:, start:stop, :seen] = logits.softmax(-1).sum((1, 2))
     return total.div_(heads)
+
+
+def _block(number: int, logits_a_row: int, device: torch.device) -> int:
+    """Ranking rows at a time: what a cache (CPU) or little memory (GPU) holds; more blocks leave more columns out."""
+    on_cpu = device.type == "cpu"
+    block = max((_CPU_LOGITS if on_cpu else _GPU_LOGITS) // logits_a_row, 1)
+    return min(block, max(-(-number // 4), 48)) if on_cpu else block
 
 
 def scores_from_attention(criterion: str, attention: Tensor, rows: RankingRows) -> Tensor:
