@@ -28,6 +28,7 @@ from himap_train.training.loss import supervised_loss
 
 IMAGE, QUESTION, ANSWER = 144, 20, 10
 ROW = f"t10 i{IMAGE} t{QUESTION} a{ANSWER}"
+HIMAP_OF_SIX = plan((2, "instruction", 0.5), (4, "image", 0.25))
 CALLS_ONCE = 110  # operator calls of a pruned prefill beside those of its layers: layout, counts, scattering back
 CALLS_A_STAGE = 125  # scoring, selecting, gathering; views and host arithmetic are counted too
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "item", "index.Tensor")
@@ -88,14 +89,14 @@ def test_operator_calls_of_a_stage_and_of_the_rest() -> None:
     model, row = tiny_llava(), ["t3 i16 t4"]
     layers = sum(prefill_calls(PruningSchedule(), row, model).values())
     one = sum(prefill_calls(plan((2, "instruction", 0.5)), row, model).values())
-    two = sum(prefill_calls(plan((2, "instruction", 0.5), (4, "image", 0.25)), row, model).values())
+    two = sum(prefill_calls(HIMAP_OF_SIX, row, model).values())
     assert 0 < two - one <= CALLS_A_STAGE
     assert 0 < 2 * one - two - layers <= CALLS_ONCE
 
 
 def test_operator_calls_do_not_grow_with_rows_or_tokens() -> None:
     model = tiny_llava()
-    schedule = plan((2, "instruction", 0.5), (4, "image", 0.25))
+    schedule = HIMAP_OF_SIX
     base = prefill_calls(schedule, ["t3 i16 t4"] * 2, model)
     assert prefill_calls(schedule, ["t3 i16 t4"] * 7, model) == base
     assert prefill_calls(schedule, ["t9 i64 t30"] * 2, model) == base
@@ -187,3 +188,29 @@ def test_one_transfer_and_no_other_wait_for_the_device(
     assert found["dense"].waits, "the stock model itself asks the device; if it no longer does, drop this line"
     assert found["pruned"].waits == found["dense"].waits
     assert (found["dense"].transfers, found["pruned"].transfers) == (0, 1)
+
+
+def test_logits_of_all_positions_never_exist_at_once() -> None:
+    supervised, width, vocabulary, chunk = 2000, 64, 5000, 100
+    lm_head = torch.nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
+    hidden = torch.randn(1, supervised + 1, width, requires_grad=True)
+    labels = torch.randint(0, vocabulary, (1, supervised + 1))
+    with AllocationCounter([lm_head.weight, hidden, labels]) as counter:
+        total, count = supervised_loss(hidden, labels, lm_head, chunk)
+        total.backward()
+    assert int(count) == supervised
+    one_chunk, all_states = chunk * vocabulary * 4, supervised * width * 4
+    assert one_chunk < counter.peak < 5 * one_chunk + 5 * all_states < supervised * vocabulary * 4
+
+
+def test_the_frozen_tower_keeps_nothing_for_a_backward_pass() -> None:
+    model = tiny_llava().train()
+    trained: Any = install_pruning(attach_lora(model, r=4, alpha=8, projector="train"), HIMAP_OF_SIX)
+    outputs: list[Tensor] = []
+    for module in model.model.vision_tower.modules():
+        module.register_forward_hook(lambda module, args, out: outputs.extend(tree_iter(out)))
+    ids = make_case(model, ["t3 i16 t4 a2"])
+    hidden = hidden_states(trained, input_ids=ids.input_ids, labels=ids.labels, pixel_values=torch.randn(1, 3, 32, 32))
+    assert hidden.requires_grad
+    tensors = [out for out in outputs if isinstance(out, Tensor)]
+    assert len(tensors) > 10 and not any(out.requires_grad for out in tensors)
