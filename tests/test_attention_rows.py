@@ -30,10 +30,10 @@ def test_blocks_give_the_rows_of_the_whole_map(kv_heads: int, logits: int, monke
     query, key = (torch.randn(2, heads, LENGTH, 8, generator=draw) for heads in (4, kv_heads))
     valid = torch.ones(2, LENGTH, dtype=torch.bool)
     valid[0, :9] = False  # left padding
-    # 230 rows that end with the sequence, as tightly as rows can; 215 somewhere, the rest filled up with column 0.
+    # Rows that end with the sequence, as tightly as they can: 230, and 215 with the rest filled up by column 0.
     rows = torch.zeros(2, 230, dtype=torch.long)
     rows[0] = torch.arange(30, LENGTH)
-    rows[1, :215] = torch.arange(20, 235)
+    rows[1, :215] = torch.arange(45, LENGTH)
     expected = whole_map(query, key, valid)
     found = attention_rows(query, key, rows, valid, SCALING, fewest=215)
     for row, count in ((0, 230), (1, 215)):
