@@ -21,7 +21,6 @@ from himap_train.benchmark.methods import METHODS, find_method
 from himap_train.benchmark.peers import (
     fastv_attention_maps,
     masking,
-    masking_attention,
     peer_decoder,
     pyramiddrop_ranking,
 )
@@ -32,6 +31,7 @@ from himap_train.benchmark.sizes import SIZES, build_model, find_size, model_con
 from himap_train.benchmark.tasks import inference_task
 from himap_train.benchmark.timing import Pairs, Spread, Task, time_once, time_pairs
 from himap_train.benchmark.workload import Workload, make_batch
+from himap_train.models.attention import register_attention
 from himap_train.models.llava import hidden_states
 
 CPU = torch.device("cpu")
@@ -105,7 +105,7 @@ def test_a_peer_computes_what_its_preset_does_here(name: str, labels: bool) -> N
     batch = make_batch(model, SMALL)
     method = find_method(name, 4)
     peer, attention = {
-        "masking": (masking, masking_attention()),
+        "masking": (masking, register_attention("sdpa")),
         "fastv-attention-maps": (fastv_attention_maps, "eager"),
     }[name]
     found = peer_states(model, batch, labels, peer, method.schedule, attention)

@@ -14,12 +14,12 @@ from himap_train.benchmark.peers import (
     PeerLayers,
     fastv_attention_maps,
     masking,
-    masking_attention,
     peer_decoder,
     pyramiddrop_ranking,
 )
 from himap_train.checkpoint import read_schedule
 from himap_train.evaluation.schedule_argument import fit_preset, is_preset
+from himap_train.models.attention import register_attention
 from himap_train.models.llava import install_pruning, remove_pruning
 from himap_train.pruning.schedule import PRESETS, PruningSchedule, nearest
 
@@ -38,6 +38,7 @@ class Method:
         why: Why it costs what it costs.
         active: Makes a model run it inside the block.
         measures: What can be measured of it.
+        peer: Whether it takes the place of the decoder's forward, and must be told where image and answer are.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Method:
     why: str
     active: Callable[[nn.Module], AbstractContextManager[Any]]
     measures: tuple[str, ...] = MEASURES
+    peer: bool = False
 
 
 @contextmanager
@@ -82,7 +84,7 @@ _PEERS = {
     "masking": _Peer(
         masking,
         "himap",
-        masking_attention,
+        lambda: register_attention("sdpa"),
         "removes nothing: every layer runs on all tokens, and a (B, 1, S, S) mask takes the causal kernel's place",
     ),
 }
@@ -113,7 +115,7 @@ def find_method(name: str, layers: int) -> Method:
         def active(model: nn.Module) -> AbstractContextManager[None]:
             return peer_decoder(model, peer.layers, schedule, peer.attention())
 
-        return Method(name, schedule, peer.why, active, MEASURES[:2])
+        return Method(name, schedule, peer.why, active, MEASURES[:2], peer=True)
     if name not in METHODS and not name.endswith((".yaml", ".yml")):
         raise ValueError(f"method {name!r} is unknown{nearest(name, METHODS)}; or a YAML file with a schedule")
     schedule = read_schedule(name)

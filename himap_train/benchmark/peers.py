@@ -24,7 +24,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
-from himap_train.models.attention import ScoreCollector, register_attention
+from himap_train.models.attention import ScoreCollector
 from himap_train.models.llava import base_llava
 from himap_train.pruning.layout import TokenLayout, build_layout
 from himap_train.pruning.schedule import PruningSchedule
@@ -198,8 +198,3 @@ def _counts(schedule: PruningSchedule, state: _State) -> dict[int, int]:
     _, counts = build_layout(state.image[:1])
     removals = plan_removals(schedule, counts)
     return {layer: int(removal.after.current[0, 0]) for layer, removal in removals.items()}
-
-
-def masking_attention() -> str:
-    """Name of the attention that hands the ranking rows to a collector."""
-    return register_attention("sdpa")

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from himap_train.benchmark.bounds import decode_ratio, step_flops
 from himap_train.benchmark.memory import cache_bytes, peak_bytes, weight_bytes
@@ -106,7 +105,7 @@ class Bench:
             device=settings.device,
             attention=settings.attention,
         )
-        self.model: nn.Module = model
+        self.model: Any = model
         self.config: Any = model.config
         self.batch: Batch = make_batch(model, workload, settings.whole, settings.seed)
         self.weights = weight_bytes(model)
@@ -148,12 +147,10 @@ class Bench:
 
     def _with_lora(self) -> Any:
         rank, model = self.settings.size.lora_rank, self.model
-        projector: Any = "train" if self.settings.whole else "freeze"
-        trained = attach_lora(model, r=rank, alpha=2 * rank, projector=projector).train()  # type: ignore[arg-type]
-        decoder = self.config and model.model.language_model  # type: ignore[union-attr]
+        trained = attach_lora(model, r=rank, alpha=2 * rank, projector="train" if self.settings.whole else "freeze")
         if self.settings.checkpointing:
-            decoder.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator, union-attr]
-        return trained
+            model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        return trained.train()
 
     def _peak(self, measure: str, method: Method, task: Task) -> int:
         key = (measure, method.name)
@@ -188,10 +185,9 @@ class Bench:
         return decode_ratio(schedule, self.config, self.workload, self.weights, self.settings.dtype.itemsize)
 
 
-def lora_parameters(model: nn.Module) -> Sequence[int]:
+def lora_parameters(model: Any) -> Sequence[int]:
     """Trained parameters of each decoder layer."""
-    layers: Any = model
     return [
         sum(p.numel() for name, p in layer.named_parameters() if parameter_group(name) == "lora")
-        for layer in layers.model.language_model.layers
+        for layer in model.model.language_model.layers
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,13 +48,15 @@ def inference_task(measure: str, model: nn.Module, method: Method, batch: Batch)
 
     def prepare() -> None:
         if measure == "decode":
-            state["cache"] = _prefill(base, batch).past_key_values
+            state["cache"] = _prefill(base, batch, method.peer).past_key_values
 
     def run() -> None:
         if measure == "decode":
             _decode(base, state["cache"], batch)
+        elif measure == "generate":
+            _generate(base, batch)
         else:
-            {"prefill": _prefill, "generate": _generate}[measure](base, batch)
+            _prefill(base, batch, method.peer)
 
     return Task(run, within, prepare, DECODED if measure == "decode" else 1)
 
@@ -62,11 +65,11 @@ def inference_task(measure: str, model: nn.Module, method: Method, batch: Batch)
 def prefilled_cache(model: nn.Module, method: Method, batch: Batch) -> Any:
     """The KV cache after a prefill."""
     with method.active(model):
-        return _prefill(base_llava(model), batch).past_key_values
+        return _prefill(base_llava(model), batch, method.peer).past_key_values
 
 
-def _prefill(model: Any, batch: Batch) -> Any:
-    extra = {"image_token_mask": _image_mask(model, batch)} if _is_peer(model) else {}
+def _prefill(model: Any, batch: Batch, peer: bool) -> Any:
+    extra = {"image_token_mask": _image_mask(model, batch)} if peer else {}
     return model(input_ids=batch.input_ids, **batch.images(), use_cache=True, logits_to_keep=1, **extra)
 
 
@@ -84,12 +87,6 @@ def _generate(model: Any, batch: Batch) -> Any:
 
 def _image_mask(model: Any, batch: Batch) -> Any:
     return batch.input_ids == model.config.image_token_id
-
-
-def _is_peer(model: Any) -> bool:
-    """Whether a decoder's forward has been replaced by something other than `install_pruning`."""
-    decoder = model.model.language_model
-    return "forward" in vars(decoder) and not hasattr(decoder, "himap_pruning")
 
 
 class TrainingSteps:
@@ -110,15 +107,15 @@ class TrainingSteps:
 
     def task(self, method: Method) -> Task:
         """One step of a method."""
-        run = self._hugging_face if method.name == HF_TRAINER else self._step
+        run = self._hugging_face if method.name == HF_TRAINER else partial(self._step, method.peer)
         return Task(run, lambda: method.active(self.model))
 
-    def _step(self) -> None:
+    def _step(self, peer: bool) -> None:
         base, batch = base_llava(self.model), self.batch
         # Frozen weights that are not fp32 mean mixed precision: LoRA always is.
         mixed = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
         with mixed:
-            if _is_peer(base):
+            if peer:
                 masks = {"image_token_mask": _image_mask(base, batch), "supervised_mask": batch.labels != -100}
                 given: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
                 hidden = base.model(**given, **batch.images(), **masks).last_hidden_state
