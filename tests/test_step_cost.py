@@ -79,10 +79,11 @@ def test_flops_of_a_pruned_training_step_stay_within_the_bound() -> None:
         lora_parameters=[sum(p.numel() for n, p in layer.named_parameters() if "lora_" in n) for layer in layers],
         supervised=ANSWER,
         images=0,
+        trains_projector=False,
         lm_head_passes=2,
         attention_backward=2,
     )
-    assert 0.95 * bound.total < counter.get_total_flops() <= bound.total
+    assert 0.98 * bound.total < counter.get_total_flops() <= bound.total
 
 
 def test_operator_calls_of_a_stage_and_of_the_rest() -> None:

@@ -71,7 +71,7 @@ class StepMemory:
     peak: int
 
 
-def measured_flops(model: nn.Module, batch: dict[str, Tensor], loss_chunk: int, backward: bool = True) -> int:
+def measured_flops(model: nn.Module, batch: dict[str, Any], loss_chunk: int, backward: bool = True) -> int:
     """FLOPs of a step; attention runs product by product, because CPU flash attention has no entry in the counter."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss = _loss(model, batch, loss_chunk)
@@ -82,7 +82,7 @@ def measured_flops(model: nn.Module, batch: dict[str, Tensor], loss_chunk: int, 
 
 
 def measured_memory(
-    model: nn.Module, batch: dict[str, Tensor], loss_chunk: int, autocast: torch.dtype | None = None
+    model: nn.Module, batch: dict[str, Any], loss_chunk: int, autocast: torch.dtype | None = None
 ) -> StepMemory:
     """Memory of a second micro-batch: gradients are there already, as in all but the first of an optimizer step.
 
@@ -103,7 +103,7 @@ def measured_memory(
     return StepMemory(saved, counter.peak)
 
 
-def _loss(model: nn.Module, batch: dict[str, Tensor], chunk: int, autocast: torch.dtype | None = None) -> Tensor:
+def _loss(model: nn.Module, batch: dict[str, Any], chunk: int, autocast: torch.dtype | None = None) -> Tensor:
     """As `LlavaFineTuner.training_step` computes it."""
     with nullcontext() if autocast is None else torch.autocast(batch["input_ids"].device.type, autocast):
         return supervised_loss(hidden_states(model, **batch), batch["labels"], base_llava(model).lm_head, chunk)[0]

@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from himap_train.pruning.cost import attention_flops, image_tokens_per_layer, linear_flops, ranking_flops
+from himap_train.pruning.cost import (
+    attention_flops,
+    head_width,
+    image_tokens_per_layer,
+    kv_width,
+    linear_flops,
+    ranking_flops,
+)
 from himap_train.pruning.schedule import PruningSchedule
 
 FLASH_BACKWARD = 2.5
@@ -62,6 +69,7 @@ def training_flops(
     images: float = 1,
     trains_projector: bool = True,
     checkpointing: bool = False,
+    ends_adapted: bool = True,
     lm_head_passes: int = 3,
     attention_backward: float = FLASH_BACKWARD,
 ) -> TrainingFlops:
@@ -77,28 +85,40 @@ def training_flops(
         images: That go through the vision tower.
         trains_projector: Whether its weights get gradients.
         checkpointing: Whether layers run again in the backward pass.
+        ends_adapted: Whether layers end in LoRA, on `down_proj`. Else the second forward of checkpointing stops before
+            that last product, which nothing needs.
         lm_head_passes: Forward and backward; 3 where the loss is computed in chunks and so its forward twice, else 2.
         attention_backward: Attention's backward in units of its forward: `FLASH_BACKWARD`, or 2 product by product.
     """
     text = config.text_config
     schedule.validate_for(text.num_hidden_layers)
     layers = image_tokens_per_layer(schedule, text.num_hidden_layers, image_tokens)
-    forward = backward = 0.0
+    forward = backward = last = 0.0
     for count, parameters in zip(layers, lora_parameters, strict=True):
         tokens = count + text_tokens
         linear, attention = linear_flops(text, tokens), attention_flops(text, tokens)
         lora = 2.0 * parameters * tokens
         forward += linear + attention + lora
         backward += linear + 2 * lora + attention_backward * attention
+        last += 2.0 * tokens * text.hidden_size * text.intermediate_size
+    if not trains_projector and not checkpointing:  # nothing before the first layer needs a gradient
+        widths = text.num_attention_heads * head_width(text) + 2 * kv_width(text)
+        backward -= 2.0 * (image_tokens + text_tokens) * text.hidden_size * widths
     ranking = sum(ranking_flops(stage, text, layers[stage.layer - 1], text_tokens) for stage in schedule.stages)
     return TrainingFlops(
         forward=forward + ranking,
         backward=backward,
-        recompute=forward if checkpointing else 0.0,
+        recompute=(forward - (0.0 if ends_adapted else last)) if checkpointing else 0.0,
         lm_head=lm_head_passes * 2.0 * supervised * text.hidden_size * text.vocab_size,
         vision=images * vision_flops(config.vision_config),
         projector=images * _projector_flops(config, trains_projector),
     )
+
+
+def tokens_of_image(config: Any) -> int:
+    """Image tokens that a LLaVA makes of one image: its patches, and the class token where the config keeps it."""
+    vision = config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
 
 
 def vision_flops(config: Any) -> float:
@@ -112,7 +132,7 @@ def vision_flops(config: Any) -> float:
 def _projector_flops(config: Any, trained: bool) -> float:
     """Two linear layers over the patches of one image; the first needs no gradient of its input."""
     vision, width = config.vision_config, config.text_config.hidden_size
-    tokens = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    tokens = tokens_of_image(config)
     features = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
     first, second = 2.0 * tokens * features * vision.hidden_size * width, 2.0 * tokens * width**2
     return 2 * first + 3 * second if trained else first + second
