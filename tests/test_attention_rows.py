@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from himap_train.pruning import scoring
-from himap_train.pruning.scoring import attention_rows
+from himap_train.pruning.scoring import attention_blocks
 
 LENGTH, SCALING = 260, 0.25
 
@@ -35,7 +35,9 @@ def test_blocks_give_the_rows_of_the_whole_map(kv_heads: int, logits: int, monke
     rows[0] = torch.arange(30, LENGTH)
     rows[1, :215] = torch.arange(45, LENGTH)
     expected = whole_map(query, key, valid)
-    found = attention_rows(query, key, rows, valid, SCALING, fewest=215)
+    found = torch.full((2, 230, LENGTH), -1.0)
+    for part, attention in attention_blocks(query, key, rows, valid, SCALING, fewest=215):
+        found[:, part] = torch.nn.functional.pad(attention, (0, LENGTH - attention.shape[2]))
     for row, count in ((0, 230), (1, 215)):
         torch.testing.assert_close(found[row, :count].double(), expected[row, rows[row, :count]], atol=1e-6, rtol=1e-5)
     assert not found.isnan().any()

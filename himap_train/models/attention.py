@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from himap_train.models.cpu_attention import attend_in_blocks, runs_in_blocks
 from himap_train.pruning.schedule import PruningStage
-from himap_train.pruning.scoring import RankingRows, attention_rows, scores_from_attention
+from himap_train.pruning.scoring import RankingRows, attention_blocks, scores_from_attention
 
 PREFIX = "himap_"
 AttentionResult = tuple[Tensor, Tensor | None]
@@ -45,8 +45,8 @@ class ScoreCollector:
     def collect(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """Read (B, H, L, D) queries and (B, K, L, D) keys with the rotary embedding applied."""
         if self._scores is None:
-            attention = attention_rows(query, key, self.rows.index, self.valid, scaling, self.rows.fewest)
-            self._scores = scores_from_attention(self.stage.criterion, attention, self.rows)
+            blocks = attention_blocks(query, key, self.rows.index, self.valid, scaling, self.rows.fewest)
+            self._scores = scores_from_attention(self.stage.criterion, blocks, self.rows, query.shape[2])
 
     def scores(self) -> Tensor:
         """(B, L) fp32.

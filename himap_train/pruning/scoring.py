@@ -9,6 +9,7 @@ Shapes: B rows, L current columns, R ranking rows (queries), H heads, K key-valu
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,10 +62,12 @@ def _last_rows(layout: TokenLayout, groups: int) -> tuple[Tensor, Tensor]:
     return (last - 1).clamp(min=0), last > 0
 
 
-def attention_rows(query: Tensor, key: Tensor, rows: Tensor, valid: Tensor, scaling: float, fewest: int = 0) -> Tensor:
-    """Causal softmax attention of a few query rows, averaged over heads.
+def attention_blocks(
+    query: Tensor, key: Tensor, rows: Tensor, valid: Tensor, scaling: float, fewest: int = 0
+) -> Iterator[tuple[slice, Tensor]]:
+    """Causal softmax attention of a few query rows, averaged over heads, a block of rows at a time.
 
-    Rows are taken in blocks: that bounds the memory, and a block leaves out the columns behind its last row.
+    Blocks bound the memory, and each leaves out the columns behind its last row.
 
     Args:
         query: (B, H, L, D), rotary embedding applied.
@@ -74,27 +77,25 @@ def attention_rows(query: Tensor, key: Tensor, rows: Tensor, valid: Tensor, scal
         scaling: What the layer multiplies the logits with.
         fewest: Every row of the batch has at least so many ranking rows.
 
-    Returns:
-        (B, R, L) fp32, each row summing to one.
+    Yields:
+        Which of the R rows, and their attention (B, rows, columns up to the last that any of them sees) fp32.
     """
     batch, heads, length, _ = query.shape
     number, share = rows.shape[1], heads // key.shape[1]
     query = gather_tokens(query.transpose(1, 2), rows).transpose(1, 2).unflatten(1, (-1, share))
     keys = key.transpose(2, 3).unsqueeze(2)
-    hidden = (torch.arange(length, device=rows.device) > rows.unsqueeze(2)) | ~valid.unsqueeze(1)
-    # Added, which is faster than filling. Not -inf: an index that only fills up a row may point at padding that sees
-    # nothing, and 0 * nan is nan.
-    bias = torch.where(hidden, torch.finfo(torch.float32).min, 0.0)[:, None, None]
-    total = query.new_zeros(batch, number, length, dtype=torch.float32)
+    columns = torch.arange(length, device=rows.device)
     block = _block(number, batch * heads * length, rows.device)
     for start in range(0, number, block):
-        stop = min(start + block, number)
-        # At least `fewest - stop` ranking rows follow, each at a column of its own.
-        seen = length - max(fewest - stop, 0)
-        logits = (query[..., start:stop, :] @ keys[..., :seen]).float()
-        logits.mul_(scaling).add_(bias[..., start:stop, :seen])
-        total[:, start:stop, :seen] = logits.softmax(-1).sum((1, 2))
-    return total.div_(heads)
+        part = slice(start, min(start + block, number))
+        # At least `fewest - part.stop` ranking rows follow, each at a column of its own.
+        seen = length - max(fewest - part.stop, 0)
+        hidden = (columns[:seen] > rows[:, part].unsqueeze(2)) | ~valid[:, None, :seen]
+        # Added, which is faster than filling. Not -inf: an index that only fills up a row may point at padding that
+        # sees nothing, and 0 * nan is nan.
+        bias = torch.where(hidden, torch.finfo(torch.float32).min, 0.0)[:, None, None]
+        logits = (query[..., part, :] @ keys[..., :seen]).float().mul_(scaling).add_(bias)
+        yield part, logits.softmax(-1).sum((1, 2)).div_(heads)
 
 
 def _block(number: int, logits_a_row: int, device: torch.device) -> int:
@@ -104,15 +105,28 @@ def _block(number: int, logits_a_row: int, device: torch.device) -> int:
     return min(block, max(-(-number // 4), 48)) if on_cpu else block
 
 
-def scores_from_attention(criterion: str, attention: Tensor, rows: RankingRows) -> Tensor:
-    """Score of every column from the attention (B, R, L) of the ranking rows: (B, L) fp32; of use for image tokens."""
-    total = (attention * rows.may_rank).sum(1)
-    if criterion != "image_debiased":
-        return total
+def scores_from_attention(
+    criterion: str, blocks: Iterable[tuple[slice, Tensor]], rows: RankingRows, length: int
+) -> Tensor:
+    """Score of every column from the attention of the ranking rows: (B, L) fp32; of use for image tokens.
+
+    Args:
+        criterion: What is summed how.
+        blocks: As `attention_blocks` yields them.
+        rows: Which rows they are.
+        length: L.
+    """
+    total = torch.zeros(len(rows.index), length, device=rows.index.device)
+    seen_by = torch.zeros_like(total)
+    columns = torch.arange(length, device=total.device)
+    for part, attention in blocks:
+        seen = attention.shape[2]
+        may_rank = rows.may_rank[:, part, :seen]
+        total[:, :seen] += (attention * may_rank).sum(1)
+        if criterion == "image_debiased":
+            seen_by[:, :seen] += (may_rank & (rows.index[:, part].unsqueeze(2) >= columns[:seen])).sum(1)
     # Under a causal mask the first image token is seen by all image rows, the last by one: divide by how many see it.
-    columns = torch.arange(attention.shape[2], device=attention.device)
-    seen_by = (rows.may_rank & (rows.index.unsqueeze(2) >= columns)).sum(1)
-    return total / seen_by.clamp(min=1)
+    return total / seen_by.clamp(min=1) if criterion == "image_debiased" else total
 
 
 def scores_without_attention(criterion: str, layout: TokenLayout, counts: TokenCounts, kept: Tensor) -> Tensor:
