@@ -24,6 +24,7 @@ from himap_train.benchmark.predicted import predict
 from himap_train.benchmark.report import FILES, Results, save
 from himap_train.benchmark.run import Settings
 from himap_train.benchmark.sizes import find_size
+from himap_train.benchmark.timing import Clock
 from himap_train.benchmark.workload import Workload
 from himap_train.evaluation.command_line import new_output_folder, run_command
 
@@ -49,6 +50,7 @@ def main(
     attention: str = "sdpa",
     device: str = "auto",
     threads: int | None = None,
+    clock: Clock = "wall",
     seed: int = 0,
     output: Path = Path("runs/benchmark"),
     overwrite: bool = False,
@@ -74,6 +76,7 @@ def main(
         attention: "sdpa", "eager" or "flash_attention_2".
         device: "auto", "cpu", "cuda", ...
         threads: Of the CPU; by default torch's own choice.
+        clock: On a CPU, "wall", or "cpu" for the time of this process alone (one thread, on a machine that is shared).
         seed: Of weights and inputs.
         output: Folder for benchmark.json, benchmark.md, methods.png and series.png.
         overwrite: Replace results that are there.
@@ -85,7 +88,15 @@ def main(
         torch.set_num_threads(threads)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     settings = Settings(
-        find_size(size), whole_model, getattr(torch, dtype), place, attention, gradient_checkpointing, rounds, seed
+        size=find_size(size),
+        whole=whole_model,
+        dtype=getattr(torch, dtype),
+        device=place,
+        attention=attention,
+        checkpointing=gradient_checkpointing,
+        rounds=rounds,
+        seed=seed,
+        clock=clock,
     )
     workload = Workload(batch, image_tokens, text_before, text_after)
     jobs = [table_job(settings, workload, methods, measures)] if methods else []
@@ -93,7 +104,7 @@ def main(
         jobs += series_jobs(axis, settings, workload, series_methods, series_measures, series_values)
     new_output_folder(output, FILES, overwrite)
 
-    shown = {"size": size, **asdict(workload), "dtype": dtype, "attention": attention, "rounds": rounds}
+    shown = {"size": size, **asdict(workload), "dtype": dtype, "attention": attention, "rounds": rounds, "clock": clock}
     shown |= {"whole_model": whole_model, "gradient_checkpointing": gradient_checkpointing}
     results = Results({"command": command_line(), "environment": environment(place), "settings": shown})
     results.rows, results.series = run_jobs(jobs)

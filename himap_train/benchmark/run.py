@@ -13,7 +13,7 @@ from himap_train.benchmark.memory import cache_bytes, peak_bytes, weight_bytes
 from himap_train.benchmark.methods import DENSE, Method, find_method
 from himap_train.benchmark.sizes import Size, build_model
 from himap_train.benchmark.tasks import NEW_TOKENS, TrainingSteps, inference_task, prefilled_cache
-from himap_train.benchmark.timing import Spread, Task, nothing, time_pairs
+from himap_train.benchmark.timing import Clock, Spread, Task, nothing, time_pairs
 from himap_train.benchmark.workload import Batch, Workload, make_batch
 from himap_train.models.lora import attach_lora, parameter_group
 from himap_train.pruning.schedule import PruningSchedule
@@ -32,6 +32,7 @@ class Settings:
         checkpointing: Gradient checkpointing in training.
         rounds: Pairs.
         seed: Of weights and inputs.
+        clock: What reads the time on a CPU.
     """
 
     size: Size
@@ -42,6 +43,7 @@ class Settings:
     checkpointing: bool = False
     rounds: int = 5
     seed: int = 0
+    clock: Clock = "wall"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ class Bench:
         """Time `measure` of a method against dense in pairs."""
         method, dense = (find_method(which, self.settings.size.layers) for which in (name, DENSE))
         ours, theirs = (self._task(measure, which) for which in (method, dense))
-        pairs = time_pairs(theirs, ours, self.settings.rounds, self.batch.input_ids.device, each=each)
+        how = self.settings
+        pairs = time_pairs(theirs, ours, how.rounds, self.batch.input_ids.device, clock=how.clock, each=each)
         seconds = Spread.of(pairs.second)
         in_training = measure == "training_step"
         made = {"decode": self.workload.batch, "generate": self.workload.batch * NEW_TOKENS}

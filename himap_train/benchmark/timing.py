@@ -11,9 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+
+Clock = Literal["wall", "cpu"]
+"""What reads the time on a CPU: the wall clock, or the processor time of this process, which leaves out the share of
+other users of the machine and adds up threads: it is for one thread.
+"""
 
 
 def nothing() -> None:
@@ -67,8 +72,9 @@ class Pairs:
         return Spread.of([b / a for a, b in zip(self.first, self.second, strict=True)])
 
 
-def time_once(task: Task, device: torch.device) -> float:
+def time_once(task: Task, device: torch.device, clock: Clock = "wall") -> float:
     """Seconds of one part of a run."""
+    now = time.perf_counter if clock == "wall" else time.process_time
     with task.within():
         task.prepare()
         if device.type == "cuda":
@@ -79,13 +85,20 @@ def time_once(task: Task, device: torch.device) -> float:
             end.record()
             torch.cuda.synchronize(device)
             return start.elapsed_time(end) / 1000 / task.parts
-        began = time.perf_counter()
+        began = now()
         task.run()
-        return (time.perf_counter() - began) / task.parts
+        return (now() - began) / task.parts
 
 
 def time_pairs(
-    first: Task, second: Task, rounds: int, device: torch.device, *, warmup: int = 1, each: Callable[[], Any] = nothing
+    first: Task,
+    second: Task,
+    rounds: int,
+    device: torch.device,
+    *,
+    warmup: int = 1,
+    clock: Clock = "wall",
+    each: Callable[[], Any] = nothing,
 ) -> Pairs:
     """Time two tasks in alternation.
 
@@ -95,6 +108,7 @@ def time_pairs(
         rounds: Pairs.
         device: Where they run.
         warmup: Runs of each beforehand, untimed.
+        clock: On a CPU.
         each: Called after each pair.
     """
     for task in (first, second) * warmup:
@@ -105,7 +119,7 @@ def time_pairs(
     try:
         for number in range(rounds):
             for which in (0, 1) if number % 2 == 0 else (1, 0):
-                times[which].append(time_once((first, second)[which], device))
+                times[which].append(time_once((first, second)[which], device, clock))
             each()
     finally:
         if collects:
