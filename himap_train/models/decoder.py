@@ -147,6 +147,7 @@ def _prefill(
         if states is not None:
             states.append(scatter_back(tokens.hidden, layout, length))
         collector = _collector(removals.get(number + 1), layout)
+        # Only here: an empty schedule runs the stock forward, bit for bit.
         extra = {"causal_blocks": True} | ({"score_collector": collector} if collector else {})
         tokens.hidden = _run(layer, tokens, call | extra)
     pruning.last = seen
