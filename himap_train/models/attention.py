@@ -20,8 +20,9 @@ from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_ma
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from himap_train.models.cpu_attention import attend_in_blocks, runs_in_blocks
 from himap_train.pruning.schedule import PruningStage
-from himap_train.pruning.scoring import RankingRows, attention_rows, scores_from_attention
+from himap_train.pruning.scoring import RankingRows, attention_blocks, scores_from_attention
 
 PREFIX = "himap_"
 AttentionResult = tuple[Tensor, Tensor | None]
@@ -44,8 +45,8 @@ class ScoreCollector:
     def collect(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """Read (B, H, L, D) queries and (B, K, L, D) keys with the rotary embedding applied."""
         if self._scores is None:
-            attention = attention_rows(query, key, self.rows.index, self.valid, scaling)
-            self._scores = scores_from_attention(self.stage.criterion, attention, self.rows)
+            blocks = attention_blocks(query, key, self.rows.index, self.valid, scaling, self.rows.fewest)
+            self._scores = scores_from_attention(self.stage.criterion, blocks, self.rows, query.shape[2])
 
     def scores(self) -> Tensor:
         """(B, L) fp32.
@@ -110,10 +111,13 @@ def register_attention(name: str) -> str:
         value: Tensor,
         attention_mask: Tensor | None,
         score_collector: ScoreCollector | None = None,
+        causal_blocks: bool = False,
         **kwargs: Any,
     ) -> AttentionResult:
         if score_collector is not None:
             score_collector.collect(query, key, kwargs["scaling"])
+        if causal_blocks and name == "sdpa" and runs_in_blocks(query, key, attention_mask, kwargs.get("dropout", 0.0)):
+            return attend_in_blocks(query, key, value, kwargs["scaling"]), None
         return forward(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(PREFIX + name, collecting_attention)

@@ -11,7 +11,7 @@ never shown to transformers' mask functions, which would read them as packed seq
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -27,9 +27,8 @@ from himap_train.models.cache import mark_stage, stage_of
 from himap_train.models.inputs import check_image_mask, check_inputs
 from himap_train.models.installed import InstalledPruning, PruneCounts
 from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
-from himap_train.pruning.schedule import PruningStage
 from himap_train.pruning.scoring import ranking_rows, scores_without_attention
-from himap_train.pruning.selection import compact, gather_tokens, keep_counts, scatter_back, select
+from himap_train.pruning.selection import Removal, compact, gather_tokens, plan_removals, scatter_back, select
 
 DECODERS: tuple[type[nn.Module], ...] = (LlamaModel, MistralModel, Qwen2Model)
 
@@ -128,38 +127,40 @@ def _prefill(
 ) -> Tensor:
     """HiMAP: all layers with the removals between them; (B, S, D), dropped rows zero."""
     pruning: InstalledPruning = decoder.himap_pruning
-    stages = {stage.layer: stage for stage in pruning.schedule.stages}
+    removals = plan_removals(pruning.schedule, counts)
     length = tokens.hidden.shape[1]
     seen, layouts = PruneCounts(int(counts.image.sum()), []), []
     start = _first_positions(tokens.positions, layout) if pruning.schedule.positions == "renumber" else None
     collector: ScoreCollector | None = None
     for number, layer in enumerate(decoder.layers):
-        if stage := stages.get(number):
-            kept = keep_counts(stage, counts)
-            if not torch.equal(kept, counts.current):
+        if removal := removals.get(number):
+            if removal.removes:
+                kept = removal.after.current
                 if collector is not None:
                     scores = collector.scores()
                 else:
-                    scores = scores_without_attention(stage.criterion, layout, counts, kept)
-                keep, counts = select(scores, layout, kept), replace(counts, current=kept)
-                tokens, layout = _remove(decoder, number, tokens, layout, keep, counts, start, call["past_key_values"])
-            seen.kept.append(int(kept.sum()))
+                    scores = scores_without_attention(removal.stage.criterion, layout, removal.before, kept)
+                keep = select(scores, layout, kept)
+                tokens, layout = _remove(decoder, number, tokens, layout, keep, removal, start, call["past_key_values"])
+            seen.kept.append(int(removal.after.current.sum()))
             layouts.append(layout)
         if states is not None:
             states.append(scatter_back(tokens.hidden, layout, length))
-        collector = _collector(stages.get(number + 1), layout, counts)
-        tokens.hidden = _run(layer, tokens, call | ({"score_collector": collector} if collector else {}))
+        collector = _collector(removals.get(number + 1), layout)
+        # Only here: an empty schedule runs the stock forward, bit for bit.
+        extra = {"causal_blocks": True} | ({"score_collector": collector} if collector else {})
+        tokens.hidden = _run(layer, tokens, call | extra)
     pruning.last = seen
     for trace in pruning.traces:
         trace.kept = [[row[real].cpu() for row, real in zip(at.columns, at.valid, strict=True)] for at in layouts]
     return scatter_back(decoder.norm(tokens.hidden), layout, length)
 
 
-def _collector(stage: PruningStage | None, layout: TokenLayout, counts: TokenCounts) -> ScoreCollector | None:
+def _collector(removal: Removal | None, layout: TokenLayout) -> ScoreCollector | None:
     """HiMAP: what the layer before a stage reports to; None where nothing will be ranked."""
-    if stage is None or not stage.needs_attention or torch.equal(keep_counts(stage, counts), counts.current):
+    if removal is None or not removal.removes or not removal.stage.needs_attention:
         return None
-    return ScoreCollector(stage, ranking_rows(stage, layout, counts), layout.valid)
+    return ScoreCollector(removal.stage, ranking_rows(removal.stage, layout, removal.before), layout.valid)
 
 
 def _remove(
@@ -168,7 +169,7 @@ def _remove(
     tokens: _Tokens,
     layout: TokenLayout,
     keep: Tensor,
-    counts: TokenCounts,
+    removal: Removal,
     start: Tensor | None,
     cache: Cache | None,
 ) -> tuple[_Tokens, TokenLayout]:
@@ -176,7 +177,7 @@ def _remove(
 
     With `start` (B, 1) positions are counted anew from there, without it every token keeps its own.
     """
-    device, lengths = keep.device, counts.lengths
+    device, counts, lengths = keep.device, removal.after, removal.after.lengths
     longest = int(lengths.max())
     index = compact(keep, longest)
     valid = torch.arange(longest, device=device) < lengths.to(device, non_blocking=True).unsqueeze(1)

@@ -13,7 +13,7 @@ Shapes: B rows, L columns of the current layout, G groups.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,30 +21,50 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Per token, each of shape (B, L).
+    """What each token is. Facts of one type lie in one tensor, so that two gathers move them all.
 
     Attributes:
-        columns: Column of the batch as passed in, long.
-        valid: Not padding.
-        image: Image token.
-        group: Number of supervised spans that start at or before the token, long.
-        ranking: Text token of the prompt that ranks its group's image tokens.
-        protected: Must stay although it may be an image token: what follows it is predicted from it.
+        numbers: (2, B, L) long, see `columns` and `group`.
+        flags: (4, B, L) bool, see `valid`, `image`, `ranking` and `protected`.
     """
 
-    columns: Tensor
-    valid: Tensor
-    image: Tensor
-    group: Tensor
-    ranking: Tensor
-    protected: Tensor
+    numbers: Tensor
+    flags: Tensor
+
+    @property
+    def columns(self) -> Tensor:
+        """(B, L) long, column of the batch as passed in."""
+        return self.numbers[0]
+
+    @property
+    def group(self) -> Tensor:
+        """(B, L) long, number of supervised spans that start at or before the token."""
+        return self.numbers[1]
+
+    @property
+    def valid(self) -> Tensor:
+        """(B, L) bool, not padding."""
+        return self.flags[0]
+
+    @property
+    def image(self) -> Tensor:
+        """(B, L) bool, image token."""
+        return self.flags[1]
+
+    @property
+    def ranking(self) -> Tensor:
+        """(B, L) bool, text token of the prompt that ranks its group's image tokens."""
+        return self.flags[2]
+
+    @property
+    def protected(self) -> Tensor:
+        """(B, L) bool, must stay although it may be an image token: what follows it is predicted from it."""
+        return self.flags[3]
 
     def gather(self, index: Tensor, valid: Tensor) -> TokenLayout:
         """The tokens at `index` (B, L'); entries where `valid` (B, L') is false are padding."""
-        moved = {field.name: getattr(self, field.name).gather(1, index) for field in fields(self)}
-        for name in ("image", "ranking", "protected"):
-            moved[name] &= valid
-        return TokenLayout(**moved | {"valid": valid})
+        numbers, flags = (part.gather(2, index.expand(len(part), -1, -1)) for part in (self.numbers, self.flags))
+        return TokenLayout(numbers, flags & valid)
 
 
 @dataclass(frozen=True)
@@ -97,10 +117,10 @@ def build_layout(
         supervised = supervised_mask & valid
         protected = torch.nn.functional.pad(supervised[:, 1:], (0, 1))
     starts = supervised & ~torch.nn.functional.pad(supervised[:, :-1], (1, 0))
-    group = starts.long().cumsum(1)
+    group = starts.cumsum(1)
     prompt = valid & ~supervised
     ranking = _ranking_rows(image, prompt, group)
-    layout = TokenLayout(columns, valid, image, group, ranking, protected & image)
+    layout = TokenLayout(torch.stack([columns, group]), torch.stack([valid, image, ranking, protected & image]))
     return layout, _count(layout)
 
 
@@ -116,24 +136,27 @@ def _ranking_rows(image: Tensor, prompt: Tensor, group: Tensor) -> Tensor:
 
 def _running_in_group(mask: Tensor, group: Tensor) -> Tensor:
     """How many of `mask` lie at or before each token within its own group; groups are runs of equal numbers. (B, S)."""
-    total = mask.long().cumsum(1)
+    total = mask.cumsum(1)
     new_group = torch.nn.functional.pad(group[:, 1:] != group[:, :-1], (1, 0))
     before = torch.where(new_group, total - mask.long(), 0)
     return total - before.cummax(1).values
 
 
 def _count(layout: TokenLayout) -> TokenCounts:
-    image_group = torch.where(layout.image, layout.group, -1)
-    text = layout.valid & ~layout.image
     # The one transfer: everything below runs on the host.
-    image_group, flags = torch.stack([image_group, text * 4 + layout.ranking * 2 + layout.protected]).cpu().unbind()
-    groups = max(int(image_group.max()) + 1 if image_group.numel() else 1, 1)
-    one_hot = image_group.unsqueeze(-1) == torch.arange(groups)
-    image = one_hot.sum(1)
+    facts = torch.cat([layout.flags.short(), layout.numbers[1:].short()]).cpu()
+    valid, image, ranking, protected = facts[:4].bool()
+    slot = torch.where(image, facts[4].long() + 1, 0)  # 0: no image token
+    groups = max(int(slot.max()), 1) if slot.numel() else 1
+
+    def per_group(tokens: Tensor) -> Tensor:
+        return torch.zeros(len(slot), groups + 1, dtype=torch.long).scatter_add_(1, slot, tokens.long())[:, 1:]
+
+    count = per_group(image)
     return TokenCounts(
-        text=(flags // 4).sum(1),
-        image=image,
-        current=image,
-        protected=(one_hot & (flags % 2 == 1).unsqueeze(-1)).sum(1),
-        ranking=(flags // 2 % 2).sum(1),
+        text=(valid & ~image).sum(1),
+        image=count,
+        current=count,
+        protected=per_group(protected),
+        ranking=ranking.sum(1),
     )

@@ -5,11 +5,13 @@ Shapes: B rows, L current columns, L' columns after the removal, G groups (see `
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 
 from himap_train.pruning.layout import TokenCounts, TokenLayout
-from himap_train.pruning.schedule import PruningStage
+from himap_train.pruning.schedule import PruningSchedule, PruningStage
 
 
 def keep_counts(stage: PruningStage, counts: TokenCounts) -> Tensor:
@@ -23,6 +25,30 @@ def keep_counts(stage: PruningStage, counts: TokenCounts) -> Tensor:
     else:
         kept = keep_from_ratio(float(stage.keep_ratio or 0.0), counts.image)
     return torch.minimum(torch.maximum(kept, counts.protected), counts.current)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One stage of one batch: how many tokens there are before and after it."""
+
+    stage: PruningStage
+    before: TokenCounts
+    after: TokenCounts
+
+    @property
+    def removes(self) -> bool:
+        """Whether any token leaves."""
+        return not torch.equal(self.before.current, self.after.current)
+
+
+def plan_removals(schedule: PruningSchedule, counts: TokenCounts) -> dict[int, Removal]:
+    """All counts of a forward pass before it runs, by layer: they follow from the schedule and what the batch holds."""
+    removals = {}
+    for stage in schedule.stages:
+        after = replace(counts, current=keep_counts(stage, counts))
+        removals[stage.layer] = Removal(stage, counts, after)
+        counts = after
+    return removals
 
 
 def keep_from_ratio(ratio: float, image_tokens: Tensor) -> Tensor:
@@ -45,8 +71,9 @@ def select(scores: Tensor, layout: TokenLayout, kept: Tensor) -> Tensor:
     """
     keep = layout.valid & ~layout.image
     scores = scores.masked_fill(layout.protected, torch.inf)
+    groups = kept.shape[1]
     for number, places in enumerate(kept.to(scores.device, non_blocking=True).unbind(1)):
-        candidates = layout.image & (layout.group == number)
+        candidates = layout.image & (layout.group == number) if groups > 1 else layout.image
         order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
         places = places.unsqueeze(1)
         chosen = torch.arange(order.shape[1], device=order.device) < places
@@ -56,7 +83,7 @@ def select(scores: Tensor, layout: TokenLayout, kept: Tensor) -> Tensor:
 
 def compact(keep: Tensor, length: int) -> Tensor:
     """Index (B, length) of the tokens to `keep` (B, L) in their order, packed left; the rest points at column 0."""
-    place = torch.where(keep, keep.long().cumsum(1) - 1, length)
+    place = torch.where(keep, keep.cumsum(1) - 1, length)
     columns = torch.arange(keep.shape[1], device=keep.device).expand_as(keep)
     index = columns.new_zeros(keep.shape[0], length + 1)
     return index.scatter(1, place, columns)[:, :length]
@@ -65,7 +92,7 @@ def compact(keep: Tensor, length: int) -> Tensor:
 def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """Rows `index` (B, L') of `tokens` (B, L, ...); a batch of one is shared by all rows. Returns (B, L', ...)."""
     batch, length = tokens.shape[:2]
-    if batch == 1 and index.shape[0] > 1:
+    if batch == 1:
         flat = index
     else:
         flat = index + torch.arange(index.shape[0], device=index.device).unsqueeze(1) * length

@@ -1,0 +1,66 @@
+"""What the saving could be at most: the ratio of FLOPs, or of bytes where bytes are what a step waits for.
+
+Decoding one token does two FLOPs for each weight that it reads, so it waits for memory: its bound is the ratio of the
+bytes that it reads, weights and cache. `generate` is both at once and has no bound of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from himap_train.benchmark.sizes import TOKENS_PER_IMAGE
+from himap_train.benchmark.workload import Workload
+from himap_train.pruning.cost import schedule_cost
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.pruning.training_cost import training_flops, vision_flops
+
+
+def step_flops(
+    measure: str,
+    schedule: PruningSchedule,
+    config: Any,
+    workload: Workload,
+    *,
+    lora_parameters: Sequence[int],
+    whole: bool = False,
+    checkpointing: bool = False,
+) -> float:
+    """FLOPs of a training step or a prefill of one sample; the vision tower is in it if the model is `whole`.
+
+    Args:
+        measure: "training_step" or "prefill".
+        schedule: What is removed where.
+        config: Of the model.
+        workload: Shape of the batch.
+        lora_parameters: Of each decoder layer.
+        whole: Whether images go through the tower.
+        checkpointing: Whether layers run again in the backward pass.
+    """
+    images = workload.image_tokens / TOKENS_PER_IMAGE if whole else 0
+    if measure == "prefill":
+        prefill = schedule_cost(schedule, config, workload.image_tokens, workload.text_tokens).flops
+        return prefill + images * vision_flops(config.vision_config)
+    return training_flops(
+        schedule,
+        config,
+        workload.image_tokens,
+        workload.text_tokens,
+        lora_parameters=lora_parameters,
+        supervised=workload.answer,
+        images=images,
+        checkpointing=checkpointing,
+        lm_head_passes=2,
+    ).total
+
+
+def decode_ratio(
+    schedule: PruningSchedule, config: Any, workload: Workload, weights: int, bytes_per_value: int
+) -> float:
+    """Bytes that decoding a token reads, pruned / dense: all weights once, and the cache of each sample."""
+    tokens = {"image_tokens": workload.image_tokens, "text_tokens": workload.text_tokens}
+    pruned, dense = (
+        weights + workload.batch * schedule_cost(kind, config, **tokens, bytes_per_value=bytes_per_value).kv_bytes
+        for kind in (schedule, PruningSchedule())
+    )
+    return pruned / dense

@@ -1,0 +1,130 @@
+"""What can be measured by name: no pruning, every schedule, and how others do it. Each says why it costs that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from himap_train.benchmark.peers import (
+    PeerLayers,
+    fastv_attention_maps,
+    masking,
+    peer_decoder,
+    pyramiddrop_ranking,
+)
+from himap_train.checkpoint import read_schedule
+from himap_train.evaluation.schedule_argument import fit_preset, is_preset
+from himap_train.models.attention import register_attention
+from himap_train.models.llava import install_pruning, remove_pruning
+from himap_train.pruning.schedule import PRESETS, PruningSchedule, nearest
+
+DENSE = "dense"
+HF_TRAINER = "hf-trainer"
+MEASURES = ("training_step", "prefill", "decode", "generate")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One line of the table.
+
+    Attributes:
+        name: How it is asked for.
+        schedule: What it removes where; the bound follows from it. Empty for dense.
+        why: Why it costs what it costs.
+        active: Makes a model run it inside the block.
+        measures: What can be measured of it.
+        peer: Whether it takes the place of the decoder's forward, and must be told where image and answer are.
+    """
+
+    name: str
+    schedule: PruningSchedule
+    why: str
+    active: Callable[[nn.Module], AbstractContextManager[Any]]
+    measures: tuple[str, ...] = MEASURES
+    peer: bool = False
+
+
+@contextmanager
+def _pruned(schedule: PruningSchedule, model: nn.Module) -> Iterator[None]:
+    install_pruning(model, schedule)
+    try:
+        yield
+    finally:
+        remove_pruning(model)
+
+
+@dataclass(frozen=True)
+class _Peer:
+    """A peer, the preset that it stands for, and its attention implementation."""
+
+    layers: PeerLayers
+    preset: str
+    attention: Callable[[], str]
+    why: str
+
+
+_PEERS = {
+    "fastv-attention-maps": _Peer(
+        fastv_attention_maps,
+        "fastv",
+        lambda: "eager",
+        "asks for attention maps, so every layer runs eager attention and writes its whole (heads, L, L) map",
+    ),
+    "pyramiddrop-ranking": _Peer(
+        pyramiddrop_ranking,
+        "pyramiddrop",
+        lambda: "sdpa",
+        "norm, query and key projections of the next layer run once more at each stage, in a loop over the samples",
+    ),
+    "masking": _Peer(
+        masking,
+        "himap",
+        lambda: register_attention("sdpa"),
+        "removes nothing: every layer runs on all tokens, and a (B, 1, S, S) mask takes the causal kernel's place",
+    ),
+}
+_WHY = {
+    DENSE: "every layer runs on all tokens",
+    HF_TRAINER: "Trainer.training_step of a PEFT model: dense, and logits of all positions instead of the answer's",
+}
+METHODS = (DENSE, HF_TRAINER, *(name for name in PRESETS if name != "none"), *_PEERS)
+
+
+def find_method(name: str, layers: int) -> Method:
+    """A method by its name, for a decoder of so many layers.
+
+    Args:
+        name: One of `METHODS`, or a YAML file with a schedule.
+        layers: Presets that are too deep are taken at the same relative depth.
+
+    Raises:
+        ValueError: There is no such method.
+    """
+    if name in (DENSE, HF_TRAINER):
+        measures = MEASURES if name == DENSE else MEASURES[:1]
+        return Method(name, PruningSchedule(), _WHY[name], lambda model: nullcontext(), measures)
+    if name in _PEERS:
+        peer = _PEERS[name]
+        schedule = fit_preset(PruningSchedule.from_preset(peer.preset), layers)
+
+        def active(model: nn.Module) -> AbstractContextManager[None]:
+            return peer_decoder(model, peer.layers, schedule, peer.attention())
+
+        return Method(name, schedule, peer.why, active, MEASURES[:2], peer=True)
+    if name not in METHODS and not name.endswith((".yaml", ".yml")):
+        raise ValueError(f"method {name!r} is unknown{nearest(name, METHODS)}; or a YAML file with a schedule")
+    schedule = read_schedule(name)
+    schedule = fit_preset(schedule, layers) if is_preset(name) else schedule
+    return Method(name, schedule, _why(schedule), partial(_pruned, schedule))
+
+
+def _why(schedule: PruningSchedule) -> str:
+    ranked = [stage.criterion for stage in schedule.stages if stage.needs_attention]
+    places = ", ".join(str(stage.layer) for stage in schedule.stages)
+    how = f"ranked by {' and '.join(dict.fromkeys(ranked))} rows of the layer before" if ranked else "nothing is ranked"
+    return f"tokens leave at layer {places}; {how}"

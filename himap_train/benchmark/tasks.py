@@ -1,0 +1,153 @@
+"""The four things that are timed, as tasks on one model: a training step, the prefill, decoding, and `generate`.
+
+Prefill and decoding run without LoRA, as a merged checkpoint does; the training step is that of `LlavaFineTuner`:
+`hidden_states`, the loss at supervised positions alone, AdamW over LoRA.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from himap_train.benchmark.methods import HF_TRAINER, Method
+from himap_train.benchmark.timing import Task
+from himap_train.benchmark.workload import Batch
+from himap_train.models.llava import base_llava, hidden_states
+from himap_train.training.loss import supervised_loss
+
+NEW_TOKENS = 64
+"""Of `generate`."""
+DECODED = 16
+"""Tokens of a timed stretch of decoding."""
+
+
+def inference_task(measure: str, model: nn.Module, method: Method, batch: Batch) -> Task:
+    """Prefill, decode or generate.
+
+    Args:
+        measure: One of the three.
+        model: In evaluation mode.
+        method: What it runs.
+        batch: What it is given.
+    """
+    base: Any = base_llava(model)
+    state: dict[str, Any] = {}
+
+    @contextmanager
+    def within() -> Iterator[None]:
+        with torch.no_grad(), method.active(model):
+            yield
+
+    def prepare() -> None:
+        if measure == "decode":
+            state["cache"] = _prefill(base, batch, method.peer).past_key_values
+
+    def run() -> None:
+        if measure == "decode":
+            _decode(base, state["cache"], batch)
+        elif measure == "generate":
+            _generate(base, batch)
+        else:
+            _prefill(base, batch, method.peer)
+
+    return Task(run, within, prepare, DECODED if measure == "decode" else 1)
+
+
+@torch.no_grad()
+def prefilled_cache(model: nn.Module, method: Method, batch: Batch) -> Any:
+    """The KV cache after a prefill."""
+    with method.active(model):
+        return _prefill(base_llava(model), batch, method.peer).past_key_values
+
+
+def _prefill(model: Any, batch: Batch, peer: bool) -> Any:
+    extra = {"image_token_mask": _image_mask(model, batch)} if peer else {}
+    return model(input_ids=batch.input_ids, **batch.images(), use_cache=True, logits_to_keep=1, **extra)
+
+
+def _decode(model: Any, cache: Any, batch: Batch) -> None:
+    token = batch.input_ids[:, -1:]
+    for _ in range(DECODED):
+        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+
+
+def _generate(model: Any, batch: Batch) -> Any:
+    return model.generate(
+        input_ids=batch.input_ids, **batch.images(), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS
+    )
+
+
+def _image_mask(model: Any, batch: Batch) -> Any:
+    return batch.input_ids == model.config.image_token_id
+
+
+class TrainingSteps:
+    """Training steps on one model with LoRA; all methods share its weights and its optimizer.
+
+    Args:
+        model: With LoRA, in training mode.
+        batch: What each step sees.
+    """
+
+    def __init__(self, model: PeftModel, batch: Batch) -> None:
+        self.model = model
+        self.batch = batch
+        self.device = batch.input_ids.device
+        self.dtype = base_llava(model).dtype
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        self._trainer: Any = None
+
+    def task(self, method: Method) -> Task:
+        """One step of a method."""
+        run = self._hugging_face if method.name == HF_TRAINER else partial(self._step, method.peer)
+        return Task(run, lambda: method.active(self.model))
+
+    def _step(self, peer: bool) -> None:
+        base, batch = base_llava(self.model), self.batch
+        # Frozen weights that are not fp32 mean mixed precision: LoRA always is.
+        mixed = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+        with mixed:
+            if peer:
+                masks = {"image_token_mask": _image_mask(base, batch), "supervised_mask": batch.labels != -100}
+                given: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+                hidden = base.model(**given, **batch.images(), **masks).last_hidden_state
+            else:
+                given = {"input_ids": batch.input_ids, "labels": batch.labels}
+                hidden = hidden_states(self.model, **given, **batch.images())
+            total, count = supervised_loss(hidden, batch.labels, base.lm_head)
+        (total / count).backward()
+        self._update()
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        for feature in self.batch.features:
+            feature.grad = None
+
+    def _hugging_face(self) -> None:
+        trainer = self._trainer or self._make_trainer()
+        inputs = {"input_ids": self.batch.input_ids, "labels": self.batch.labels, **self.batch.images()}
+        trainer.training_step(self.model, inputs)
+        self._update()
+
+    def _make_trainer(self) -> Any:
+        arguments = TrainingArguments(
+            output_dir=tempfile.gettempdir(),
+            per_device_train_batch_size=len(self.batch.input_ids),
+            use_cpu=self.device.type == "cpu",
+            bf16=self.dtype == torch.bfloat16,
+            fp16=self.dtype == torch.float16,
+            report_to=[],
+            save_strategy="no",
+        )
+        self._trainer = Trainer(model=self.model, args=arguments)
+        self._trainer.current_gradient_accumulation_steps = 1  # set by `train`, whose loop over data is not timed
+        return self._trainer

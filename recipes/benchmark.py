@@ -1,0 +1,118 @@
+"""What pruning saves on this machine, and whether all of the saving that the FLOPs promise arrives.
+
+python recipes/benchmark.py                                        # a small LLaVA, every method, some minutes
+python recipes/benchmark.py --size tiny --rounds 1                 # what the output looks like, in seconds
+python recipes/benchmark.py --methods [himap] --series [image_tokens,batch,depth,text_tokens]
+python recipes/benchmark.py --size llava-1.5-7b --device cuda --dtype bfloat16 --batch 8 --gradient_checkpointing true
+
+Weights are random; of times and memory that changes nothing. Every method is timed in pairs with dense.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from himap_train.benchmark.environment import command_line, environment, load_average
+from himap_train.benchmark.methods import DENSE, MEASURES, METHODS
+from himap_train.benchmark.plan import fit_series, run_jobs, series_jobs, table_job
+from himap_train.benchmark.predicted import predict
+from himap_train.benchmark.report import FILES, Results, save
+from himap_train.benchmark.run import Settings
+from himap_train.benchmark.sizes import find_size
+from himap_train.benchmark.timing import Clock
+from himap_train.benchmark.workload import Workload
+from himap_train.evaluation.command_line import new_output_folder, run_command
+
+ALL = [name for name in METHODS if name != DENSE]
+
+
+def main(
+    size: str = "laptop",
+    methods: list[str] = ALL,  # noqa: B006 - never changed; the default that --help shows
+    measures: list[str] = list(MEASURES),  # noqa: B006, B008
+    series: list[str] = [],  # noqa: B006
+    series_values: list[int] | None = None,
+    series_methods: list[str] = ["himap"],  # noqa: B006
+    series_measures: list[str] = ["training_step", "prefill"],  # noqa: B006
+    rounds: int = 5,
+    batch: int = 1,
+    image_tokens: int = 576,
+    text_before: int = 35,
+    text_after: int = 80,
+    whole_model: bool = False,
+    gradient_checkpointing: bool = False,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    attention: str = "sdpa",
+    device: str = "auto",
+    threads: int | None = None,
+    clock: Clock = "wall",
+    seed: int = 0,
+    output: Path = Path("runs/benchmark"),
+    overwrite: bool = False,
+) -> None:
+    """Time every method against dense in pairs and compare with what the cost model promises.
+
+    Args:
+        size: tiny, laptop, 100m, llava-1.5-7b, llava-1.5-13b or llava-next-34b.
+        methods: Presets, schedules as YAML, hf-trainer, fastv-attention-maps, pyramiddrop-ranking, masking.
+        measures: training_step, prefill, decode (one token), generate (64 tokens).
+        series: Also along image_tokens, batch, depth or text_tokens.
+        series_values: The values of the axis instead of its own; with one series.
+        series_methods: Methods of the series.
+        series_measures: Measures of the series.
+        rounds: Pairs of each.
+        batch: Samples in a batch.
+        image_tokens: Of a sample.
+        text_before: Text tokens before the image.
+        text_after: Text tokens behind it; half of them are the answer.
+        whole_model: With a vision tower in proportion, which is timed too.
+        gradient_checkpointing: In training.
+        dtype: Of the weights; LoRA is float32 under mixed precision.
+        attention: "sdpa", "eager" or "flash_attention_2".
+        device: "auto", "cpu", "cuda", ...
+        threads: Of the CPU; by default torch's own choice.
+        clock: On a CPU, "wall", or "cpu" for the time of this process alone (one thread, on a machine that is shared).
+        seed: Of weights and inputs.
+        output: Folder for benchmark.json, benchmark.md, methods.png and series.png.
+        overwrite: Replace results that are there.
+
+    Raises:
+        ValueError: A name is unknown or a shape impossible.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    settings = Settings(
+        size=find_size(size),
+        whole=whole_model,
+        dtype=getattr(torch, dtype),
+        device=place,
+        attention=attention,
+        checkpointing=gradient_checkpointing,
+        rounds=rounds,
+        seed=seed,
+        clock=clock,
+    )
+    workload = Workload(batch, image_tokens, text_before, text_after)
+    jobs = [table_job(settings, workload, methods, measures)] if methods else []
+    for axis in series:
+        jobs += series_jobs(axis, settings, workload, series_methods, series_measures, series_values)
+    new_output_folder(output, FILES, overwrite)
+
+    shown = {"size": size, **asdict(workload), "dtype": dtype, "attention": attention, "rounds": rounds, "clock": clock}
+    shown |= {"whole_model": whole_model, "gradient_checkpointing": gradient_checkpointing}
+    results = Results({"command": command_line(), "environment": environment(place), "settings": shown})
+    results.rows, results.series = run_jobs(jobs)
+    results.fits, results.predictions = fit_series(results.series), predict()
+    results.facts["load_after"] = load_average()
+    print(save(results, output))
+    print(f"saved in {output}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

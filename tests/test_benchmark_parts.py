@@ -1,0 +1,228 @@
+"""What the benchmark is made of: pairs, peers that compute what they stand for, fits, bounds and shapes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_cost import llava_7b
+from torch import Tensor
+
+from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
+from himap_train.benchmark import methods as methods_module
+from himap_train.benchmark import timing
+from himap_train.benchmark.bounds import decode_ratio, step_flops
+from himap_train.benchmark.growth import fit_growth
+from himap_train.benchmark.memory import cache_bytes, weight_bytes
+from himap_train.benchmark.methods import METHODS, find_method
+from himap_train.benchmark.peers import (
+    fastv_attention_maps,
+    masking,
+    peer_decoder,
+    pyramiddrop_ranking,
+)
+from himap_train.benchmark.predicted import predict
+from himap_train.benchmark.run import Row
+from himap_train.benchmark.series import AXES, points
+from himap_train.benchmark.sizes import SIZES, build_model, find_size, model_config
+from himap_train.benchmark.tasks import inference_task
+from himap_train.benchmark.timing import Pairs, Spread, Task, time_once, time_pairs
+from himap_train.benchmark.workload import Workload, make_batch
+from himap_train.models.attention import register_attention
+from himap_train.models.llava import hidden_states
+
+CPU = torch.device("cpu")
+SMALL = Workload(batch=2, image_tokens=40, text_before=5, text_after=12)
+
+
+def test_pairs_alternate_and_only_the_run_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def task(name: str, seconds: float) -> Task:
+        def work(amount: float, label: str | None = None) -> None:
+            clock[0] += amount * (1 + len(calls))  # later runs are slower
+            calls.extend([label] if label else [])
+
+        return Task(run=lambda: work(seconds, name), prepare=lambda: work(100.0), parts=4)
+
+    pairs = time_pairs(task("dense", 4.0), task("pruned", 8.0), rounds=3, device=CPU, warmup=1)
+    assert calls == ["dense", "pruned", "dense", "pruned", "pruned", "dense", "dense", "pruned"]
+    assert (pairs.first, pairs.second) == ([3.0, 6.0, 7.0], [8.0, 10.0, 16.0])
+    assert pairs.ratio.median == pytest.approx(16 / 7)
+
+
+def test_a_task_runs_inside_its_context() -> None:
+    with torch.enable_grad():
+        seen: list[bool] = []
+        time_once(Task(lambda: seen.append(torch.is_grad_enabled()), torch.no_grad), CPU)
+        assert seen == [False] and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(("measure", "prepared", "ran"), [("prefill", 0, 1), ("decode", 1, 16), ("generate", 0, 64)])
+def test_inference_tasks_run_as_many_passes_as_they_say(measure: str, prepared: int, ran: int) -> None:
+    model = build_model(find_size("tiny"))
+    passes: list[int] = []
+    model.lm_head.register_forward_hook(lambda *_: passes.append(1))
+    task = inference_task(measure, model, find_method("himap", 4), make_batch(model, SMALL))
+    with task.within():
+        task.prepare()
+        assert len(passes) == prepared
+        task.run()
+    assert len(passes) == prepared + ran and task.parts == (ran if measure == "decode" else 1)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8])
+def test_spread_is_median_and_quartiles(count: int) -> None:
+    values = [float(value) ** 2 for value in range(count)]
+    low, median, high = np.percentile(values, [25, 50, 75])
+    assert Spread.of(values) == Spread(pytest.approx(median), pytest.approx(low), pytest.approx(high))
+    assert Pairs([2.0] * count, values).ratio.median == pytest.approx(median / 2)
+
+
+def states_of(model: Any, batch: Any, labels: bool) -> Tensor:
+    given = {"input_ids": batch.input_ids, "labels": batch.labels if labels else None}
+    with torch.no_grad():
+        return hidden_states(model, **given, **batch.images())
+
+
+def peer_states(model: Any, batch: Any, labels: bool, peer: Any, schedule: PruningSchedule, attention: str) -> Tensor:
+    masks = {"image_token_mask": batch.input_ids == model.config.image_token_id}
+    masks["supervised_mask"] = batch.labels != -100 if labels else None
+    with torch.no_grad(), peer_decoder(model, peer, schedule, attention):
+        return model.model(input_ids=batch.input_ids, **batch.images(), **masks).last_hidden_state
+
+
+@pytest.mark.parametrize("labels", [False, True], ids=["prompt", "training"])
+@pytest.mark.parametrize("name", ["masking", "fastv-attention-maps"])
+def test_a_peer_computes_what_its_preset_does_here(name: str, labels: bool) -> None:
+    """Two ways to the same numbers: hidden or removed, by attention maps or by a few rows."""
+    model = build_model(find_size("tiny"))
+    batch = make_batch(model, SMALL)
+    method = find_method(name, 4)
+    peer, attention = {
+        "masking": (masking, register_attention("sdpa")),
+        "fastv-attention-maps": (fastv_attention_maps, "eager"),
+    }[name]
+    found = peer_states(model, batch, labels, peer, method.schedule, attention)
+    expected = states_of(install_pruning(model, method.schedule), batch, labels)
+    kept = expected.abs().sum(-1) > 0
+    assert 0 < int(kept.sum()) < kept.numel()
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_pyramiddrops_ranking_removes_what_its_schedule_says_and_counts_positions_anew() -> None:
+    model = build_model(find_size("tiny"))
+    batch = make_batch(model, SMALL)
+    everything = PruningSchedule((PruningStage(2, "last_token", 1.0),), positions="renumber")
+    assert torch.equal(
+        peer_states(model, batch, True, pyramiddrop_ranking, everything, "sdpa"),
+        states_of(remove_pruning(model), batch, True),
+    )
+    found = peer_states(model, batch, True, pyramiddrop_ranking, find_method("pyramiddrop", 4).schedule, "sdpa")
+    image = batch.input_ids == model.config.image_token_id
+    kept = found.abs().sum(-1) > 0
+    assert kept[~image].all() and (kept & image).sum(1).tolist() == [40 // 8] * 2
+
+
+def test_peers_and_methods_leave_the_model_as_it_was() -> None:
+    model = build_model(find_size("tiny"))
+    batch = make_batch(model, SMALL)
+    before = states_of(model, batch, False)
+    for name in METHODS:
+        with find_method(name, 4).active(model):
+            pass
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+    assert torch.equal(states_of(model, batch, False), before)
+
+
+def test_every_method_says_why_it_costs_what_it_costs() -> None:
+    assert len(METHODS) == 12 and set(methods_module._PEERS) < set(METHODS)
+    assert all(len(find_method(name, 12).why) > 20 for name in METHODS)
+    with pytest.raises(ValueError, match="did you mean 'himap'"):
+        find_method("himpa", 12)
+
+
+def row(value: int, seconds: float, dense_seconds: float, flops: tuple[float, float], method: str = "himap") -> Row:
+    one, dense = Spread.of([seconds]), Spread.of([dense_seconds])
+    work = Workload(image_tokens=value)
+    return Row("prefill", method, "", work, 12, one, dense, Spread.of([1.0]), None, flops, 1, 1, None, None, 1.0)
+
+
+def test_a_fit_finds_fixed_time_and_rate() -> None:
+    values, rate, fixed = [144, 288, 576], 1e11, 0.003
+    flops = [(1e9 * value, 4e8 * value + 1e8) for value in values]
+    rows = [row(v, fixed + f[1] / rate, fixed + f[0] / rate, f) for v, f in zip(values, flops, strict=True)]
+    (fit,) = fit_growth("image_tokens", values, rows)
+    assert (fit.fixed, fit.slope) == (pytest.approx(fixed), pytest.approx(rate))
+    assert fit.r2 == pytest.approx(1) and fit.worst < 1e-9 and 0.9 < fit.dense_exponent < 1
+    assert fit_growth("image_tokens", values[:2], rows[:2]) == []
+
+
+def test_bounds_are_those_of_the_cost_model() -> None:
+    schedule, config = PruningSchedule.from_preset("himap"), llava_7b()
+    cost = schedule.cost(config)
+    flops = [
+        step_flops("prefill", kind, config, Workload(), lora_parameters=[0] * 32)
+        for kind in (PruningSchedule(), schedule)
+    ]
+    assert flops[1] / flops[0] == pytest.approx(cost.flops_ratio)
+    # A cache of as many bytes as there are weights: half of the traffic shrinks.
+    dense = PruningSchedule().cost(config).kv_bytes
+    ratio = decode_ratio(schedule, config, Workload(), weights=dense, bytes_per_value=2)
+    assert ratio == pytest.approx((1 + cost.kv_bytes_ratio) / 2)
+
+
+def test_cache_and_weights_are_counted_in_bytes() -> None:
+    model = build_model(find_size("tiny"), dtype=torch.bfloat16)
+    batch = make_batch(model, SMALL)
+    with torch.no_grad():
+        cache = model(input_ids=batch.input_ids, **batch.images(), use_cache=True).past_key_values
+    assert cache_bytes(cache) == 4 * 2 * 2 * 57 * 64 * 2  # layers, keys and values, rows, tokens, width, bytes
+    layer = 4 * 64 * 64 + 3 * 64 * 172 + 2 * 64
+    assert weight_bytes(model) == 2 * (4 * layer + 264 * 64)
+
+
+def test_shapes_have_llavas_proportions() -> None:
+    seven = SIZES["llava-1.5-7b"]
+    for name in ("laptop", "100m"):
+        size = SIZES[name]
+        assert size.mlp / size.width == pytest.approx(seven.mlp / seven.width)
+        assert size.lora_rank / size.width == seven.lora_rank / seven.width
+        assert size.tower_width / size.width == seven.tower_width / seven.width
+    with torch.device("meta"):
+        count = sum(p.numel() for p in build_model(SIZES["100m"], device="meta").parameters())
+    assert count == pytest.approx(1e8, rel=0.1)
+    text: Any = model_config(seven).text_config
+    assert (text.hidden_size, text.intermediate_size, text.num_hidden_layers) == (4096, 11008, 32)
+
+
+def test_series_change_one_thing() -> None:
+    size, workload = find_size("laptop"), Workload()
+    found = {axis: list(points(axis, size, workload)) for axis in AXES}
+    assert [point.workload.image_tokens for point in found["image_tokens"]] == [144, 288, 576, 1152, 2880]
+    assert [point.size.layers for point in found["depth"]] == [6, 12, 24]
+    assert all(point.workload.text_tokens == point.value for point in found["text_tokens"])
+    assert all(point.workload.batch == point.value and point.size == size for point in found["batch"])
+    with pytest.raises(ValueError, match="did you mean 'depth'"):
+        list(points("dept", size, workload))
+
+
+@pytest.mark.parametrize("change", [{"batch": 0}, {"image_tokens": 0}, {"text_after": 1}, {"text_before": 0}])
+def test_impossible_shapes_are_refused(change: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="cannot be run"):
+        Workload(**change)
+
+
+def test_predictions_are_the_cost_models() -> None:
+    found = {(one.model, one.schedule): one for one in predict()}
+    assert found["llava-1.5-7b", "himap"].prefill_ratio == pytest.approx(0.37, abs=0.005)
+    assert found["llava-1.5-7b", "none"].step_ratio == 1.0
+    # 6.5e9 weights in the layers, 691 tokens, 2 FLOPs a weight in each of 3 passes; attention comes on top.
+    assert found["llava-1.5-7b", "none"].step_flops == pytest.approx(6 * 6.5e9 * 691, rel=0.2)
+    assert found["llava-next-34b", "none"].kv_bytes == 2 * 2 * 60 * 8 * 128 * (2880 + 115)
+    assert all(math.isfinite(one.samples_per_second) for one in found.values())

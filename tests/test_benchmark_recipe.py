@@ -1,0 +1,104 @@
+"""recipes/benchmark.py through its command line, at a size of seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from recipes_cli import run_recipe
+
+from himap_train.benchmark.methods import METHODS
+
+SHAPE = ("--size", "tiny", "--rounds", "1", "--image_tokens", "48", "--text_before", "4", "--text_after", "8")
+KV_TOKEN = 2 * 64 * 4  # keys and values, width, bytes
+
+
+def run(folder: Path, *options: object) -> dict[str, Any]:
+    assert run_recipe("benchmark", *SHAPE, "--output", folder, *options) == 0
+    return json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
+
+
+def test_every_method_in_training_and_prefill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(tmp_path / "out", "--batch", 2, "--measures", "[training_step,prefill]")
+    rows = {(row["measure"], row["method"]): row for row in found["rows"]}
+    expected = {("training_step", name) for name in METHODS[1:]} | {("prefill", name) for name in METHODS[2:]}
+    assert set(rows) == expected and len(rows) == len(found["rows"]) == 21
+
+    himap = rows["prefill", "himap"]  # 48 -> 24 at layer 1 -> 6 at layer 2
+    assert himap["kv"] == 2 * KV_TOKEN * (60 + 36 + 18 + 18) and himap["dense_kv"] == 2 * KV_TOKEN * 60 * 4
+    assert rows["prefill", "masking"]["kv"] == himap["dense_kv"]
+    assert himap["ratio"]["median"] == pytest.approx(himap["seconds"]["median"] / himap["dense_seconds"]["median"])
+    assert himap["efficiency"] == pytest.approx(himap["bound"] / himap["ratio"]["median"])
+    step = rows["training_step", "himap"]
+    assert step["peak"] < step["dense_peak"]
+    assert rows["training_step", "fastv"]["peak"] < rows["training_step", "fastv-attention-maps"]["peak"]
+    assert step["tokens_per_second"] == pytest.approx(2 * 60 / step["seconds"]["median"])
+
+    assert found["environment"]["versions"]["torch"] and found["settings"]["image_tokens"] == 48
+    assert {one["model"] for one in found["predicted"]} == {"llava-1.5-7b", "llava-1.5-13b", "llava-next-34b"}
+    text = (tmp_path / "out" / "benchmark.md").read_text(encoding="utf-8")
+    assert text in capsys.readouterr().out
+    assert "## training step" in text and "Predicted, not measured" in text and "attention maps" in text
+    with Image.open(tmp_path / "out" / "methods.png") as picture:
+        assert min(picture.size) > 300
+    assert not (tmp_path / "out" / "series.png").exists()
+
+
+def test_decoding_a_token_and_generating(tmp_path: Path) -> None:
+    found = run(tmp_path, "--methods", "[himap,masking]", "--measures", "[decode,generate]")
+    decode, generate = found["rows"]  # masking has no cache to decode with
+    assert (decode["method"], generate["method"]) == ("himap", "himap")
+    assert decode["bound"] < 1 and generate["bound"] is None and generate["efficiency"] is None
+    assert decode["tokens_per_second"] == pytest.approx(1 / decode["seconds"]["median"])
+    assert generate["tokens_per_second"] == pytest.approx(64 / generate["seconds"]["median"])
+
+
+def test_series_are_fitted_and_drawn(tmp_path: Path) -> None:
+    options = ("--methods", "[]", "--series", "[image_tokens]", "--series_values", "[16,48,96]")
+    found = run(tmp_path, *options, "--series_methods", "[himap,vtw]", "--gradient_checkpointing", "true")
+    points = found["series"]["image_tokens"]
+    assert [point["value"] for point in points] == [16] * 4 + [48] * 4 + [96] * 4 and not found["rows"]
+    assert all(point["workload"]["image_tokens"] == point["value"] for point in points)
+    fits = [(fit["measure"], fit["quantity"]) for fit in found["growth"]]
+    assert (
+        sorted(fits) == [("prefill", "time")] * 2 + [("training_step", "memory")] * 2 + [("training_step", "time")] * 2
+    )
+    assert (tmp_path / "series.png").stat().st_size > 10_000
+
+
+def test_a_whole_model_runs_its_tower(tmp_path: Path) -> None:
+    options = ("--methods", "[himap]", "--measures", "[prefill,training_step]", "--image_tokens", 576)
+    whole = run(tmp_path / "whole", *options, "--whole_model", "true", "--dtype", "bfloat16")
+    alone = run(tmp_path / "alone", *options)
+    for measured, bare in zip(whole["rows"], alone["rows"], strict=True):
+        assert bare["bound"] < measured["bound"] < 1  # the tower is not pruned
+        assert measured["flops"][0] > bare["flops"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--methods", "[himpa]"), "did you mean 'himap'"),
+        (("--measures", "[prefil]"), "did you mean 'prefill'"),
+        (("--series", "[dept]"), "did you mean 'depth'"),
+        (("--size", "laptp"), "did you mean 'laptop'"),
+        (("--text_after", "1"), "cannot be run"),
+        (("--whole_model", "true"), "no multiple of 576"),
+        (("--series", "[text_tokens]", "--series_values", "[3]"), "cannot be run"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_first(
+    options: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_recipe("benchmark", *SHAPE, "--output", tmp_path / "out", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "benchmark.json").exists()
+
+
+def test_results_are_not_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "benchmark.json").write_text("{}", encoding="utf-8")
+    assert run_recipe("benchmark", *SHAPE, "--output", tmp_path) == 2
+    assert "already holds results" in capsys.readouterr().err
