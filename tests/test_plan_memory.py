@@ -92,7 +92,7 @@ def test_allocation_counter_by_hand() -> None:
 
 
 def test_embedded_model_as_predicted() -> None:
-    """FLOPs and peak within 5 %, saved activations within 4 %, weights, gradients and optimizer to the byte, in 8 settings."""
+    """FLOPs and peak within 5 %, what is saved within 4 %, weights, gradients, optimizer to the byte, in 8 settings."""
     rows = verify([embedded_case()])
     assert len(rows) == 3 + 4 * 3 + 4 * 2
     limits = {"FLOPs": 0.05, "saved by forward": 0.04, "peak activations": 0.05}

@@ -148,7 +148,7 @@ def _prefill(
             states.append(scatter_back(tokens.hidden, layout, length))
         collector = _collector(removals.get(number + 1), layout)
         # Only here: an empty schedule runs the stock forward, bit for bit.
-        extra = {"causal_blocks": True} | ({"score_collector": collector} if collector else {})
+        extra = {"causal_blocks": pruning.cpu_blocks} | ({"score_collector": collector} if collector else {})
         tokens.hidden = _run(layer, tokens, call | extra)
     pruning.last = seen
     for trace in pruning.traces:

@@ -31,9 +31,18 @@ class PruningTrace:
 
 @dataclass
 class InstalledPruning:
-    """What `install_pruning` leaves on a text decoder. Written by a forward pass, read by nothing in its backward."""
+    """What `install_pruning` leaves on a text decoder. Written by a forward pass, read by nothing in its backward.
+
+    Attributes:
+        schedule: What to remove where.
+        stock_attention: The attention implementation that the decoder had.
+        cpu_blocks: Whether SDPA runs in blocks on a CPU, see `cpu_attention`.
+        last: Of the last prefill or training forward.
+        traces: Those of `record_pruning`.
+    """
 
     schedule: PruningSchedule
     stock_attention: str
+    cpu_blocks: bool = True
     last: PruneCounts | None = None
     traces: list[PruningTrace] = field(default_factory=list)

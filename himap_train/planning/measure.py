@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from himap_train.models.llava import base_llava, hidden_states
+from himap_train.models.llava import base_llava, hidden_states, pruning_of
 from himap_train.training.loss import supervised_loss
 
 
@@ -92,6 +92,9 @@ def measured_memory(
         loss_chunk: As in training.
         autocast: The dtype of mixed precision; None for none.
     """
+    pruning = pruning_of(model)
+    if pruning is not None:  # plans are for kernels that keep no attention weights
+        pruning.cpu_blocks = False
     _loss(model, batch, loss_chunk, autocast).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     with AllocationCounter([*model.parameters(), *model.buffers(), *gradients]) as counter:

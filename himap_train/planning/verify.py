@@ -117,7 +117,7 @@ def _step(
             lora_parameters=[lora.parameters for lora in facts.lora],
             supervised=batch.supervised,
             trains_projector=facts.trains_projector,
-        ends_adapted=facts.ends_adapted,
+            ends_adapted=facts.ends_adapted,
             checkpointing=checkpointing,
             lm_head_passes=2,
             attention_backward=2,
