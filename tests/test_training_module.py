@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, save_tiny, tuner
 
 from himap_train.data.module import LlavaDataModule
-from himap_train.models.llava import base_llava, install_pruning, pruning_of, remove_pruning
+from himap_train.models.llava import base_llava, install_pruning, pruning_of, record_pruning, remove_pruning
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.accuracy import EvaluationSettings, GenerationAccuracy
 from himap_train.training.module import LlavaFineTuner
@@ -207,13 +207,18 @@ def test_guard_is_silent_when_dense_was_asked_for(tiny_path: str, tmp_path: Path
     assert pruning is None or not pruning.schedule.stages
 
 
-def test_answer_right_after_an_image_is_refused(tiny_path: str) -> None:
+def test_answer_right_after_an_image_keeps_the_token_that_predicts_it(tiny_path: str) -> None:
+    """As in caption pre-training, where an image is followed by its caption."""
     model = tuner(tiny_path)
     model.configure_model()
     batch = collate([sample(0), sample(1)])
     batch["labels"][1, 17] = 9
-    with pytest.raises(ValueError, match="sample toy-1: an answer starts right after an image token"):
-        model.batch_loss(batch)
+    assert batch["input_ids"][1, 16] == model.peft_model.config.image_token_id
+    with record_pruning(model.peft_model) as trace:
+        total, count = model.batch_loss(batch)
+    assert all(16 in stage[1] for stage in trace.kept)
+    alone, fewer = model.batch_loss({**batch, "labels": batch["labels"].where(batch["labels"] != 9, -100)})
+    assert count == fewer + 1 and total > alone
 
 
 def test_streamed_data_needs_max_steps(tiny_path: str, tmp_path: Path) -> None:

@@ -6,14 +6,11 @@ checkpointing, and Lightning's DeepSpeed strategy strips hooks from every module
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.training.loss import IGNORED
 
 
 def check_pruned(schedule: PruningSchedule, pruning: Any, before: Any, image_tokens: Tensor) -> None:
@@ -39,29 +36,6 @@ def check_pruned(schedule: PruningSchedule, pruning: Any, before: Any, image_tok
         raise RuntimeError(
             f"the batch has {found} image tokens and the schedule {len(schedule.stages)} stages, but the pruner saw "
             f"{pruning.last.image_tokens} tokens and ran {len(pruning.last.kept)} stages"
-        )
-
-
-def check_predicting_rows(schedule: PruningSchedule, image_tokens: Tensor, batch: Mapping[str, Any]) -> None:
-    """Raise where an image token is the row that predicts a supervised token: pruning could remove that row.
-
-    Args:
-        schedule: Without stages nothing is removed.
-        image_tokens: (B, S) bool.
-        batch: Its `labels` (B, S) are -100 where nothing is supervised; row i predicts label i + 1.
-
-    Raises:
-        ValueError: Naming the first such sample.
-    """
-    if not schedule.stages:
-        return
-    labels, ids = batch["labels"], batch.get("ids")
-    bad = image_tokens[:, :-1] & (labels[:, 1:] != IGNORED)
-    if bad.any():
-        row = int(torch.nonzero(bad.any(dim=1))[0])
-        raise ValueError(
-            f"sample {ids[row] if ids else row}: an answer starts right after an image token, which pruning may "
-            "remove; put text between image and answer (the chat template's role marker does)"
         )
 
 
