@@ -16,8 +16,9 @@ Eight stages, about 67 minutes on one core with avx512_bf16 (12 + 10 + 13 + 9 + 
 7. `counts`: the decoder again, on other scenes, with more questions about counts.
 8. `last`: the decoder once more, on other scenes, from the mean of the weights of stages 6 and 7.
 
-The weights in the package came from these stages, run one after the other. Floating-point results differ between
-machines, and so will the weights. A stage whose result is already in the work folder is not repeated.
+The weights in the package came from these stages; a second run of the whole recipe, on the same kind of machine, gave
+the same file to the last byte. Floating-point results differ between machines, and so will the weights. A stage whose
+result is already in the work folder is not repeated.
 """
 
 from __future__ import annotations
