@@ -62,7 +62,7 @@ class CausalBlocks:
         logits = (query @ key.transpose(2, 3)) * scaling
         # Only the last keys are hidden from any row of this block.
         logits[..., -query.shape[2] :].add_(self._mask(query, query.shape[2]))
-        return logits.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+        return logits.softmax(-1) @ value  # in fp32 inside; what is kept for the backward pass is not
 
     def _mask(self, query: Tensor, keys: int) -> Tensor:
         """Minus infinity at keys behind each query row, (rows, keys), where the last row is that of the last key."""
