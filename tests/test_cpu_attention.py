@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from himap_train.models.cpu_attention import BLOCK, LONGEST, attend_in_blocks, runs_in_blocks
+from himap_train.models.cpu_attention import BLOCK, LONGEST, CausalBlocks, runs_in_blocks
 
 TOLERANCE = {torch.float32: {"atol": 2e-6, "rtol": 1e-5}, torch.bfloat16: {"atol": 2e-2, "rtol": 2e-2}}
 SCALING = 0.3
@@ -39,7 +39,7 @@ def test_values_and_gradients_are_those_of_the_formula(length: int, kv_heads: in
         [part.requires_grad_() for part in parts]
         for parts in (tensors(length, dtype, kv_heads), [p.double() for p in tensors(length, dtype, kv_heads)])
     )
-    out, expected = attend_in_blocks(*ours, SCALING), written_out(*exact)
+    out, expected = CausalBlocks().attend(*ours, SCALING), written_out(*exact)
     torch.testing.assert_close(out.double(), expected, **TOLERANCE[dtype])
     weight = torch.linspace(-1, 1, out.numel()).view_as(out)
     (out.float() * weight).sum().backward()

@@ -20,7 +20,7 @@ from transformers.masking_utils import eager_mask, flash_attention_mask, sdpa_ma
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from himap_train.models.cpu_attention import attend_in_blocks, runs_in_blocks
+from himap_train.models.cpu_attention import CausalBlocks, runs_in_blocks
 from himap_train.pruning.schedule import PruningStage
 from himap_train.pruning.scoring import RankingRows, attention_blocks, scores_from_attention
 
@@ -111,13 +111,13 @@ def register_attention(name: str) -> str:
         value: Tensor,
         attention_mask: Tensor | None,
         score_collector: ScoreCollector | None = None,
-        causal_blocks: bool = False,
+        causal_blocks: CausalBlocks | None = None,
         **kwargs: Any,
     ) -> AttentionResult:
         if score_collector is not None:
             score_collector.collect(query, key, kwargs["scaling"])
         if causal_blocks and name == "sdpa" and runs_in_blocks(query, key, attention_mask, kwargs.get("dropout", 0.0)):
-            return attend_in_blocks(query, key, value, kwargs["scaling"]), None
+            return causal_blocks.attend(query, key, value, kwargs["scaling"]), None
         return forward(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(PREFIX + name, collecting_attention)

@@ -22,7 +22,7 @@ LONGEST = 1024
 
 
 def runs_in_blocks(query: Tensor, key: Tensor, attention_mask: Tensor | None, dropout: float) -> bool:
-    """Whether `attend_in_blocks` computes what the stock function would, and is worth it."""
+    """Whether `CausalBlocks` computes what the stock function would, and is worth it."""
     length = query.shape[2]
     return (
         query.device.type == "cpu"
@@ -34,35 +34,40 @@ def runs_in_blocks(query: Tensor, key: Tensor, attention_mask: Tensor | None, dr
     )
 
 
-def attend_in_blocks(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention of (B, H, L, D) queries on (B, K, L, D) keys and values: (B, L, H, D)."""
-    heads, length = query.shape[1:3]
-    key, value = (repeat_kv(tokens, heads // key.shape[1]) for tokens in (key, value))
-    attend = _kernel if query.dtype == torch.float32 else _products
-    rows = BLOCK[query.dtype]
-    blocks = [
-        attend(query[:, :, start : start + rows], key[:, :, : start + rows], value[:, :, : start + rows], scaling)
-        for start in range(0, length, rows)
-    ]
-    return torch.cat([block.transpose(1, 2) for block in blocks], dim=1)
+class CausalBlocks:
+    """Attention in blocks for the layers of one forward pass, which share the masks."""
 
+    def __init__(self) -> None:
+        self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
-def _kernel(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    if query.shape[2] == key.shape[2]:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    hidden = _hidden(query, key)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=~hidden, scale=scaling)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Causal attention of (B, H, L, D) queries on (B, K, L, D) keys and values: (B, L, H, D)."""
+        heads, length = query.shape[1:3]
+        key, value = (repeat_kv(tokens, heads // key.shape[1]) for tokens in (key, value))
+        attend = self._kernel if query.dtype == torch.float32 else self._products
+        rows = BLOCK[query.dtype]
+        blocks = [
+            attend(query[:, :, start : start + rows], key[:, :, : start + rows], value[:, :, : start + rows], scaling)
+            for start in range(0, length, rows)
+        ]
+        return torch.cat([block.transpose(1, 2) for block in blocks], dim=1)
 
+    def _kernel(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        if query.shape[2] == key.shape[2]:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+        mask = self._mask(query, key.shape[2])
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
 
-def _products(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    logits = (query @ key.transpose(2, 3)) * scaling
-    # Only the last keys are hidden from any row of this block.
-    own = logits[..., -query.shape[2] :]
-    own.masked_fill_(_hidden(query, query), torch.finfo(logits.dtype).min)
-    return logits.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+    def _products(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        logits = (query @ key.transpose(2, 3)) * scaling
+        # Only the last keys are hidden from any row of this block.
+        logits[..., -query.shape[2] :].add_(self._mask(query, query.shape[2]))
+        return logits.softmax(-1) @ value  # in fp32 inside; what is kept for the backward pass is not
 
-
-def _hidden(query: Tensor, key: Tensor) -> Tensor:
-    """Keys behind each query row, (rows, keys) bool, where the last row is that of the last key."""
-    rows, keys = query.shape[2], key.shape[2]
-    return torch.ones(rows, keys, dtype=torch.bool, device=query.device).triu_(keys - rows + 1)
+    def _mask(self, query: Tensor, keys: int) -> Tensor:
+        """Minus infinity at keys behind each query row, (rows, keys), where the last row is that of the last key."""
+        kind = (query.shape[2], keys, query.dtype)
+        if kind not in self._masks:
+            mask = torch.full(kind[:2], -torch.inf, dtype=query.dtype, device=query.device)
+            self._masks[kind] = mask.triu_(keys - kind[0] + 1)
+        return self._masks[kind]

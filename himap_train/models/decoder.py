@@ -24,6 +24,7 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from himap_train.models.attention import ScoreCollector
 from himap_train.models.cache import mark_stage, stage_of
+from himap_train.models.cpu_attention import CausalBlocks
 from himap_train.models.inputs import check_image_mask, check_inputs
 from himap_train.models.installed import InstalledPruning, PruneCounts
 from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
@@ -132,6 +133,8 @@ def _prefill(
     seen, layouts = PruneCounts(int(counts.image.sum()), []), []
     start = _first_positions(tokens.positions, layout) if pruning.schedule.positions == "renumber" else None
     collector: ScoreCollector | None = None
+    # Only here: an empty schedule runs the stock forward, bit for bit.
+    call["causal_blocks"] = CausalBlocks() if pruning.cpu_blocks else None
     for number, layer in enumerate(decoder.layers):
         if removal := removals.get(number):
             if removal.removes:
@@ -147,9 +150,7 @@ def _prefill(
         if states is not None:
             states.append(scatter_back(tokens.hidden, layout, length))
         collector = _collector(removals.get(number + 1), layout)
-        # Only here: an empty schedule runs the stock forward, bit for bit.
-        extra = {"causal_blocks": pruning.cpu_blocks} | ({"score_collector": collector} if collector else {})
-        tokens.hidden = _run(layer, tokens, call | extra)
+        tokens.hidden = _run(layer, tokens, call | ({"score_collector": collector} if collector else {}))
     pruning.last = seen
     for trace in pruning.traces:
         trace.kept = [[row[real].cpu() for row, real in zip(at.columns, at.valid, strict=True)] for at in layouts]
