@@ -23,14 +23,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import StrategyRegistry
 from transformers import AutoConfig, LlavaProcessor
 from transformers.utils import logging as transformers_logging
 
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.loading import load_processor, resolve_model
 from himap_train.training.accuracy import EvaluationSettings, GenerationAccuracy
-from himap_train.training.deepspeed import register_strategies
 from himap_train.training.interrupt import SaveOnInterrupt
 from himap_train.training.launch import FineTuneTrainer, is_first_process
 from himap_train.training.module import LlavaFineTuner
@@ -45,6 +43,7 @@ from himap_train.training.saving import (
     refuse_other_config,
 )
 from himap_train.training.seeding import StepSeeds
+from himap_train.training.strategies import refuse_spread_quantized, register_strategies, require_known
 
 TRAINER_DEFAULTS = {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "enable_model_summary": False}
 AUTO, _LAST = "auto", "last"
@@ -131,7 +130,8 @@ class FinetuneCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before anything is loaded."""
-        _known_strategy(self.config.trainer.strategy)
+        require_known(self.config.trainer.strategy)
+        refuse_spread_quantized(self.config.trainer.strategy, self.config.model.quantize)
         if self.config.trainer.accelerator == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed would look for a GPU
         if self.config.rehearse:
@@ -208,13 +208,3 @@ class FinetuneCLI(LightningCLI):
             value = at + 1 < len(given) and not given[at + 1].startswith("--")
             del given[at : at + 1 + value]
         return shlex.join([*given, "--resume"])
-
-
-def _known_strategy(strategy: Any) -> None:
-    """Raises ValueError naming the nearest strategy where an unknown one is given."""
-    known = ["auto", *StrategyRegistry.available_strategies()]
-    if isinstance(strategy, str) and strategy not in known:
-        near = difflib.get_close_matches(strategy, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        usual = "auto, ddp, deepspeed_stage_1, deepspeed_stage_2, deepspeed_stage_3, deepspeed_stage_3_offload"
-        raise ValueError(f"trainer.strategy={strategy!r} is unknown{hint} Usual ones: {usual}")

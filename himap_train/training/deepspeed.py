@@ -27,7 +27,7 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
-from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -35,12 +35,6 @@ from torch.optim import Optimizer
 from himap_train.training.gather import load_optimizer_state, optimizer_state, set_full_value, trained_state
 
 _PRECISIONS = ("32-true", "bf16-mixed")
-
-
-def register_strategies() -> None:
-    """Make `deepspeed_stage_1`, `_2`, `_3` and `_3_offload` mean `ZeroStrategy`."""
-    for name, stage, offload in (("1", 1, False), ("2", 2, False), ("3", 3, False), ("3_offload", 3, True)):
-        StrategyRegistry.register(f"deepspeed_stage_{name}", ZeroStrategy, override=True, stage=stage, offload=offload)
 
 
 class ZeroPrecision(DeepSpeedPrecision):
