@@ -24,12 +24,14 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def start(command: Sequence[object], log: Path, **environment: object) -> subprocess.Popen[bytes]:
+def start(
+    command: Sequence[object], log: Path, cwd: Path | None = None, **environment: object
+) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own, its output in `log`."""
     env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     with log.open("ab") as output:
         return subprocess.Popen(
-            [str(part) for part in command], stdout=output, stderr=output, env=env, start_new_session=True
+            [str(part) for part in command], stdout=output, stderr=output, env=env, cwd=cwd, start_new_session=True
         )
 
 
@@ -58,9 +60,7 @@ def tails(logs: Sequence[Path]) -> str:
     return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
 
 
-def start_two(
-    command: Sequence[object], logs: Sequence[Path], **environment: object
-) -> list[subprocess.Popen[bytes]]:
+def start_two(command: Sequence[object], logs: Sequence[Path], **environment: object) -> list[subprocess.Popen[bytes]]:
     """Start a command twice, as a launcher would: two ranks on this machine."""
     shared = {"WORLD_SIZE": 2, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **environment}
     return [start(command, logs[rank], RANK=rank, LOCAL_RANK=rank, **shared) for rank in (0, 1)]
