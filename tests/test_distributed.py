@@ -147,18 +147,30 @@ def test_one_process_sees_images_and_the_other_text(ranks: Ranks, alone: Any, na
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-def test_bf16_mixed_is_that_of_ddp(ranks: Ranks, strategy: str) -> None:
-    """Autocast and fp32 training state in each: what differs is the order in which bfloat16 numbers are added."""
-    found, expected = ranks(f"{strategy}-bf16")[0], ranks("ddp-bf16")[0]
+def test_bf16_mixed_is_that_of_ddp(ranks: Ranks) -> None:
+    """Autocast over frozen weights in bfloat16; trained weights, gradients and moments in fp32."""
+    compare(ranks("zero2-bf16")[0], ranks("ddp-bf16")[0])
+    assert ranks("ddp-bf16")[0]["losses"] != pytest.approx(ranks("ddp")[0]["losses"], rel=1e-4)  # it was bfloat16
+
+
+@pytest.mark.slow
+def test_bf16_mixed_under_zero_3_is_that_of_ddp_to_rounding(ranks: Ranks) -> None:
+    """Not to fp32's: DeepSpeed's linear function adds the bias to what is already rounded to bfloat16.
+
+    AdamW moves a weight by its whole rate where the gradient's sign is a matter of rounding, so weights are compared
+    as one vector: they must be much closer to those of DDP than those of fp32 are.
+    """
+    found, expected, fp32 = (ranks(name)[0] for name in ("zero3-bf16", "ddp-bf16", "ddp"))
     half = torch.finfo(torch.bfloat16).eps
-    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(expected["losses"]), rtol=half, atol=0)
-    torch.testing.assert_close(torch.tensor(found["norms"]), torch.tensor(expected["norms"]), rtol=4 * half, atol=0)
-    assert all(value.dtype == torch.float32 for value in found["weights"].values())
-    start = ranks("ddp")[0]["losses"]
-    assert found["losses"] != start  # it did run in bfloat16
-    for name, value in expected["weights"].items():
-        torch.testing.assert_close(found["weights"][name], value, rtol=2 * half, atol=2e-3, msg=name)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=half)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=4 * half)
+    assert found["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-5)  # the bias is still a bfloat16 number
+
+    def flat(facts: dict[str, Any]) -> torch.Tensor:
+        return torch.cat([facts["weights"][name].flatten() for name in expected["weights"]])
+
+    assert (flat(found) - flat(expected)).norm() < 0.2 * (flat(fp32) - flat(expected)).norm()
+    assert flat(found).dtype == torch.float32
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -180,6 +192,11 @@ def test_no_process_holds_the_whole_model(ranks: Ranks, strategy: str) -> None:
     for rank in ranks(strategy):
         assert 0.49 < rank["resident"] / rank["all"] < 0.52
     assert ranks("zero2")[0]["resident"] == ranks("zero2")[0]["all"]
+
+
+def test_torch_is_itself_again_after_training(ranks: Ranks) -> None:
+    """ZeRO-3 replaces torch's linear function while it trains."""
+    assert all(rank["torch_linear"] for name in SCENARIOS for rank in ranks(name))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

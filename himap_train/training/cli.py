@@ -77,6 +77,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing. is deprecated")  # PEFT asks for it
     warnings.filterwarnings("ignore", message=r".*does not have many workers")
     warnings.filterwarnings("ignore", message=r".*LeafSpec")
+    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")  # nothing to validate on
     warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated")  # DeepSpeed calls it
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()

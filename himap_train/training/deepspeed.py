@@ -34,6 +34,8 @@ from torch.optim import Optimizer
 
 from himap_train.training.gather import load_optimizer_state, optimizer_state, set_full_value, trained_state
 
+_TORCH_LINEAR = torch.nn.functional.linear
+"""Under ZeRO-3 DeepSpeed puts a function of its own in its place, which keeps no gathered weight for the backward."""
 _PRECISIONS = ("32-true", "bf16-mixed")
 
 
@@ -178,8 +180,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         yield
 
     def teardown(self) -> None:
-        """Models that are loaded later are whole again."""
+        """Models that are loaded later are whole again, and their linear layers torch's."""
         self._sharded_loading = None
+        torch.nn.functional.linear = _TORCH_LINEAR
         super().teardown()
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
@@ -208,11 +211,14 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def _initialize(self, model: Any, config: Any, **kwargs: Any) -> tuple[Any, Any]:
         import deepspeed
+        from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
         args = None if self._on_cpu else argparse.Namespace(device_rank=self.root_device.index)
         engine, optimizer, _, _ = deepspeed.initialize(
             args=args, model=model, config=config, dist_init_required=False, **kwargs
         )
+        if self.zero_stage_3:  # DeepSpeed sees to it only where it spreads weights: not for a model that already is
+            torch.nn.functional.linear = zero3_linear_wrap
         return engine, optimizer
 
     # ---- checkpoints ----

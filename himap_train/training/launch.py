@@ -17,6 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_default_store
 
 _RANK = ("RANK", "SLURM_PROCID")
 _RANK_BY_PARTS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
@@ -62,12 +64,12 @@ def report_error(error: Exception, patience: float = 5.0) -> None:
 def _shared_store(patience: float) -> Any:
     """What all processes can read and write; None before Lightning or SLURM have joined them."""
     if dist.is_initialized():
-        return dist.distributed_c10d._get_default_store()
+        return _get_default_store()
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     try:
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return dist.TCPStore(address, port, timeout=timedelta(seconds=patience), wait_for_workers=False)
+        return TCPStore(address, port, timeout=timedelta(seconds=patience), wait_for_workers=False)
     except RuntimeError:
         return None
 
