@@ -98,7 +98,7 @@ def test_every_process_gets_as_many_batches_and_together_every_record(
     assert sorted(own.tolist()) == list(range(size)) and len(repeated) < replicas and set(repeated) <= set(own)
 
 
-@given(size=st.integers(1, 90), grouped=st.booleans(), megabatch=st.integers(1, 5), epoch=st.integers(0, 3))
+@given(size=st.integers(1, 150), grouped=st.booleans(), megabatch=st.integers(1, 5), epoch=st.integers(0, 3))
 def test_optimizer_steps_have_the_same_records_however_a_global_batch_is_split(size, grouped, megabatch, epoch):
     lengths = np.random.default_rng(size).integers(1, 9, size) if grouped else None
 
@@ -112,9 +112,9 @@ def test_optimizer_steps_have_the_same_records_however_a_global_batch_is_split(s
         taken = [np.concatenate([batch for rank in ranks for batch in rank[i : i + accumulate]]) for i in windows]
         return [sorted(step[step >= 0].tolist()) for step in taken]
 
-    whole = steps(1, 12, 1)
+    whole = steps(1, 6, 1)
     assert sorted(sum(whole, [])) == list(range(size))
-    for split in ((1, 4, 3), (1, 1, 12), (2, 6, 1), (2, 3, 2), (2, 1, 6), (3, 4, 1), (3, 2, 2), (4, 3, 1), (12, 1, 1)):
+    for split in ((1, 2, 3), (1, 1, 6), (2, 3, 1), (2, 1, 3), (3, 2, 1), (3, 1, 2), (6, 1, 1)):
         assert steps(*split) == whole, split
 
 
