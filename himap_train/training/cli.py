@@ -8,12 +8,10 @@ nearest valid one.
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import re
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -24,7 +22,6 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from transformers import AutoConfig, LlavaProcessor
-from transformers.utils import logging as transformers_logging
 
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.loading import load_processor, resolve_model
@@ -33,6 +30,7 @@ from himap_train.training.interrupt import SaveOnInterrupt
 from himap_train.training.launch import FineTuneTrainer, is_first_process
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.progress import GradientNorm, ProgressLines, Throughput
+from himap_train.training.quiet import quiet_libraries
 from himap_train.training.rehearsal import rehearsal_folder, rehearse
 from himap_train.training.run_folder import claim_folder
 from himap_train.training.saving import (
@@ -69,20 +67,6 @@ class SuggestingParser(LightningArgumentParser):
         return [key for action in self._actions for key in [action.dest] if key not in ("help", "print_config")]
 
 
-def _quiet_libraries() -> None:
-    """No advertisements, no bars in log files, no warnings about what is meant as it is."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # the frozen vision tower
-    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing. is deprecated")  # PEFT asks for it
-    warnings.filterwarnings("ignore", message=r".*does not have many workers")
-    warnings.filterwarnings("ignore", message=r".*LeafSpec")
-    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")  # nothing to validate on
-    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated")  # DeepSpeed calls it
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-
-
 class FinetuneCLI(LightningCLI):
     """Builds `model`, `datamodule` and `trainer` from YAML files and options.
 
@@ -91,7 +75,7 @@ class FinetuneCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
-        _quiet_libraries()
+        quiet_libraries()
         register_strategies()
         started = ["torchrun", "..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
         self.command = [*started, *(sys.argv if args is None else ["recipes/finetune.py", *args])]

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,42 +27,18 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
-from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from himap_train.training.gather import load_optimizer_state, optimizer_state, set_full_value, trained_state
+from himap_train.training.zero_checkpoint import WholeCheckpoints
+from himap_train.training.zero_precision import ZeroPrecision
 
 _TORCH_LINEAR = torch.nn.functional.linear
 """Under ZeRO-3 DeepSpeed puts a function of its own in its place, which keeps no gathered weight for the backward."""
-_PRECISIONS = ("32-true", "bf16-mixed")
 
 
-class ZeroPrecision(DeepSpeedPrecision):
-    """Precision "32-true" or "bf16-mixed", as Lightning's other strategies understand them."""
-
-    def __init__(self, precision: str, device: str) -> None:
-        if precision not in _PRECISIONS:
-            expected = " or ".join(_PRECISIONS)
-            raise ValueError(f"trainer.precision={precision!r} does not go with DeepSpeed here; expected {expected}")
-        super().__init__(precision)  # type: ignore[arg-type]
-        self.device = device
-
-    def forward_context(self) -> AbstractContextManager[Any]:
-        """Autocast."""
-        return nullcontext() if self.precision == "32-true" else torch.autocast(self.device, torch.bfloat16)
-
-    def convert_input(self, data: Any) -> Any:
-        """As it is; autocast does the rest."""
-        return data
-
-    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Through the engine, which must not divide by the window once more: Lightning has."""
-        model.trainer.model.backward(tensor, scale_wrt_gas=False)
-
-
-class ZeroStrategy(DeepSpeedStrategy):
+class ZeroStrategy(WholeCheckpoints):
     """ZeRO stage 1, 2 or 3.
 
     Args:
@@ -220,38 +196,3 @@ class ZeroStrategy(DeepSpeedStrategy):
         if self.zero_stage_3:  # DeepSpeed sees to it only where it spreads weights: not for a model that already is
             torch.nn.functional.linear = zero3_linear_wrap
         return engine, optimizer
-
-    # ---- checkpoints ----
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What is trained, whole, in the first process."""
-        assert self.lightning_module is not None
-        return trained_state(self.lightning_module)
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As torch's AdamW would have it on one device."""
-        return optimizer_state(self.deepspeed_engine.optimizer, self._groups)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """One file, as every other strategy."""
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """That file."""
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Put trained weights where ZeRO keeps them."""
-        assert self.lightning_module is not None
-        parameters = dict(self.lightning_module.named_parameters())
-        for name, value in checkpoint["state_dict"].items():
-            set_full_value(parameters[name], value)
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Yes: it is in the file."""
-        return True
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Spread AdamW's moments over the processes."""
-        load_optimizer_state(self.deepspeed_engine.optimizer, self._groups, checkpoint["optimizer_states"][0])
