@@ -28,7 +28,7 @@ from himap_train.training.cli import FinetuneCLI
 from himap_train.training.gather import trained_state
 from himap_train.training.guard import check_trained_weights
 from himap_train.training.interrupt import Interrupted
-from himap_train.training.launch import AroundTraining, end_children, is_first_process, say
+from himap_train.training.launch import AroundTraining, end_children, is_first_process, report_error, say
 from himap_train.training.run_folder import package_versions, record_run
 from himap_train.training.saving import read_checkpoint
 
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(stop, file=sys.stderr)
         return stop.status
     except (*USER_ERRORS, MisconfigurationException) as error:
-        print(f"error: {error}", file=sys.stderr)
+        report_error(error)
         return 2
     finally:
         if cli is not None:

@@ -24,12 +24,14 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def start(command: Sequence[object], log: Path, **environment: object) -> subprocess.Popen[bytes]:
+def start(
+    command: Sequence[object], log: Path, cwd: Path | None = None, **environment: object
+) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own, its output in `log`."""
     env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     with log.open("ab") as output:
         return subprocess.Popen(
-            [str(part) for part in command], stdout=output, stderr=output, env=env, start_new_session=True
+            [str(part) for part in command], stdout=output, stderr=output, env=env, cwd=cwd, start_new_session=True
         )
 
 
@@ -58,24 +60,20 @@ def tails(logs: Sequence[Path]) -> str:
     return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
 
 
-def run_scenarios(work: Path, scenarios: list[dict[str, Any]], seconds: float) -> dict[str, list[dict[str, Any]]]:
+def start_two(command: Sequence[object], logs: Sequence[Path], **environment: object) -> list[subprocess.Popen[bytes]]:
+    """Start a command twice, as a launcher would: two ranks on this machine."""
+    shared = {"WORLD_SIZE": 2, "NODE_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **environment}
+    return [start(command, logs[rank], RANK=rank, LOCAL_RANK=rank, **shared) for rank in (0, 1)]
+
+
+def run_scenarios(
+    work: Path, scenarios: list[dict[str, Any]], seconds: float, **environment: object
+) -> dict[str, list[dict[str, Any]]]:
     """What two workers return for each scenario (see `distributed_worker.train`), by name, one a rank."""
-    file, port = work / "scenarios.json", free_port()
+    file = work / f"{scenarios[0]['name']}.json"
     file.write_text(json.dumps(scenarios), encoding="utf-8")
-    logs = [work / f"rank{rank}.log" for rank in (0, 1)]
-    processes = [
-        start(
-            [sys.executable, WORKER, work, file, seconds - 20],
-            logs[rank],
-            RANK=rank,
-            LOCAL_RANK=rank,
-            NODE_RANK=0,
-            WORLD_SIZE=2,
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-        for rank in (0, 1)
-    ]
+    logs = [file.with_suffix(f".rank{rank}.log") for rank in (0, 1)]
+    processes = start_two([sys.executable, WORKER, work, file, seconds - 20], logs, **environment)
     statuses = finish(processes, logs, seconds)
     assert statuses == [0, 0], tails(logs)
     return {

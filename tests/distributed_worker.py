@@ -32,6 +32,7 @@ from himap_train.training.progress import GradientNorm, step_ended
 from himap_train.training.saving import AtomicCheckpointIO, SaveLast
 from himap_train.training.seeding import StepSeeds
 
+LINEAR = torch.nn.functional.linear
 SCHEDULES: dict[str, Any] = {"pruned": SCHEDULE, "dense": None}
 
 
@@ -167,6 +168,7 @@ def train(
         ],
     )
     trainer.fit(tuner_, datamodule=module, ckpt_path=resume, weights_only=True)
+    facts["torch_linear"] = torch.nn.functional.linear is LINEAR
     facts["val_loss"] = float(trainer.callback_metrics.get("val/loss", float("nan")))
     pruning = pruning_of(tuner_.peft_model)
     if pruning:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from training_toys import finetune
+from distributed import finish, start, tails
+from training_toys import RECIPES, finetune
 
 from himap_train.checkpoint import load_checkpoint
 from himap_train.models.llava import pruning_of
@@ -17,6 +19,10 @@ from himap_train.models.llava import pruning_of
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 COUNT = 8
+OVERLAYS = sorted((ROOT / "configs" / "deepspeed").glob("*.yaml"))
+OVERLAY_COUNT = 4
+SLOW = ("zero1", "zero3_offload")
+SMALL = ("--evaluation.limit", "4", "--trainer.max_steps", "2")
 
 
 def command(config: Path) -> list[str]:
@@ -28,8 +34,9 @@ def command(config: Path) -> list[str]:
 
 
 def test_all_configs_are_found() -> None:
-    """A config in a subfolder, or one that nobody counted, would not be run below."""
-    assert len(CONFIGS) == COUNT == len(list((ROOT / "configs").rglob("*.y*ml")))
+    """A config in another folder, or one that nobody counted, would not be run below."""
+    assert (len(CONFIGS), len(OVERLAYS)) == (COUNT, OVERLAY_COUNT)
+    assert sorted([*CONFIGS, *OVERLAYS]) == sorted((ROOT / "configs").rglob("*.y*ml"))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -38,8 +45,7 @@ def test_config_rehearses(config: Path, tmp_path: Path, monkeypatch: pytest.Monk
     options = command(config)
     assert f"configs/{config.name}" in options
     output = tmp_path / "run"
-    small = ["--rehearse", "--output", str(output), "--evaluation.limit", "4", "--trainer.max_steps", "2"]
-    assert finetune(*options, *small) == 0
+    assert finetune(*options, "--rehearse", "--output", str(output), *SMALL) == 0
     folder = tmp_path / "run-rehearsal"
     written = yaml.safe_load((folder / "config.yaml").read_text())
     asked = yaml.safe_load(config.read_text())
@@ -56,3 +62,24 @@ def test_config_rehearses(config: Path, tmp_path: Path, monkeypatch: pytest.Monk
     if (folder / "metrics.json").exists():
         names = [row["name"] for row in json.loads((folder / "metrics.json").read_text())["rows"]]
         assert len(names) >= 2
+
+
+@pytest.mark.parametrize(
+    "overlay",
+    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else []) for path in OVERLAYS],
+)
+def test_overlay_rehearses_in_two_processes(overlay: Path, tmp_path: Path) -> None:
+    """Lightning starts the second process with the command line of the first, so this one is run as it is."""
+    options, log = command(overlay), tmp_path / "log"
+    assert f"configs/deepspeed/{overlay.name}" in options and options[-2:] == ["--trainer.devices", "8"]
+    made = ["--rehearse", "--output", tmp_path / "run", *SMALL]
+    process = start([sys.executable, RECIPES / "finetune.py", *options, *made], log, cwd=ROOT)
+    assert finish([process], [log], 240) == [0], tails([log])
+    lines, folder = log.read_text().splitlines(), tmp_path / "run-rehearsal"
+    done = [line for line in lines if line.startswith("rehearsed: trained, saved, evaluated, exported; logits differ")]
+    assert len(done) == 1 and "step 2 of 2" in log.read_text(), tails([log])
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    assert written["trainer"]["strategy"] == yaml.safe_load(overlay.read_text())["trainer"]["strategy"]
+    assert written["trainer"]["devices"] == 2
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2 and saved["LlavaDataModule"]["processes"] == 2

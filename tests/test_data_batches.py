@@ -98,6 +98,26 @@ def test_every_process_gets_as_many_batches_and_together_every_record(
     assert sorted(own.tolist()) == list(range(size)) and len(repeated) < replicas and set(repeated) <= set(own)
 
 
+@given(size=st.integers(1, 150), grouped=st.booleans(), megabatch=st.integers(1, 5), epoch=st.integers(0, 3))
+def test_optimizer_steps_have_the_same_records_however_a_global_batch_is_split(size, grouped, megabatch, epoch):
+    lengths = np.random.default_rng(size).integers(1, 9, size) if grouped else None
+
+    def steps(processes, batch_size, accumulate):
+        orders = [
+            BatchOrder(size, batch_size, lengths, True, 5, processes, rank, megabatch, accumulate)
+            for rank in range(processes)
+        ]
+        ranks = [order.batches(epoch) for order in orders]
+        windows = range(0, len(ranks[0]), accumulate)
+        taken = [np.concatenate([batch for rank in ranks for batch in rank[i : i + accumulate]]) for i in windows]
+        return [sorted(step[step >= 0].tolist()) for step in taken]
+
+    whole = steps(1, 6, 1)
+    assert sorted(sum(whole, [])) == list(range(size))
+    for split in ((1, 2, 3), (1, 1, 6), (2, 3, 1), (2, 1, 3), (3, 2, 1), (3, 1, 2), (6, 1, 1)):
+        assert steps(*split) == whole, split
+
+
 def test_order_depends_on_seed_and_epoch_alone():
     lengths = np.arange(100) % 17
 

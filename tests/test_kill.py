@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -16,12 +17,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from training_toys import SCHEDULE, finetune, save_tiny
+from distributed import finish, kill_group, start, tails
+from training_toys import RECIPES, SCHEDULE, finetune, save_tiny
 
 from himap_train import storage
 from himap_train.training import saving
 
 STEPS = 20
+_RUNS = ("straight", "run")
 
 
 def config(folder: Path) -> str:
@@ -132,6 +135,45 @@ def test_killed_many_times_equals_uninterrupted_to_the_last_bit(tmp_path: Path) 
         assert all(
             torch.equal(value, two["optimizer_states"][0]["state"][index][key]) for key, value in moments.items()
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_two_processes_killed_equal_uninterrupted_ones(tmp_path: Path, strategy: str) -> None:
+    """Both die at once, somewhere in or between steps, twice; with dropout and accumulation over several epochs."""
+    options = ["--config", config(tmp_path), "--save_every", 1, "--resume", "auto", "--trainer.log_every_n_steps", 1]
+    command = [
+        sys.executable,
+        RECIPES / "finetune.py",
+        *options,
+        "--trainer.devices",
+        2,
+        "--trainer.strategy",
+        strategy,
+    ]
+
+    def run(name: str, log: Path, kill_at: int | None = None) -> int:
+        process = start([*command, "--output", tmp_path / name], log)
+        limit = time.monotonic() + 120
+        while kill_at is not None and f"step {kill_at} of" not in log.read_text() and process.poll() is None:
+            assert time.monotonic() < limit, tails([log])
+            time.sleep(0.01)
+        if kill_at is not None:
+            time.sleep(random.Random(kill_at).uniform(0.0, 0.2))
+            kill_group(process)
+        (status,) = finish([process], [log], 120)
+        return status
+
+    assert run("straight", tmp_path / "straight.log") == 0, tails([tmp_path / "straight.log"])
+    for kill_at in (3, 9):
+        log = tmp_path / f"killed{kill_at}.log"
+        assert run("run", log, kill_at) == -signal.SIGKILL, tails([log])
+    assert run("run", tmp_path / "rest.log") == 0, tails([tmp_path / "rest.log"])
+    assert "step 1 of" not in (tmp_path / "rest.log").read_text()  # it did go on
+    straight, continued = (saving.read_checkpoint(tmp_path / name / "checkpoints" / "last.ckpt") for name in _RUNS)
+    assert straight["global_step"] == continued["global_step"] == STEPS
+    for name, value in straight["state_dict"].items():
+        torch.testing.assert_close(continued["state_dict"][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "folder", "gone"])

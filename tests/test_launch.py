@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import signal
 import sys
@@ -12,14 +15,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from distributed import finish, free_port, kill_group, start, tails
+from distributed import finish, free_port, kill_group, start, start_two, tails
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from processes import in_processes
 from training_toys import RECIPES, SCHEDULE, finetune, save_tiny
 
+from himap_train.training import deepspeed
 from himap_train.training.cli import FinetuneCLI
-from himap_train.training.launch import is_first_process
+from himap_train.training.launch import is_first_process, report_error
 
 ROOT = RECIPES.parent
+ZERO_3 = {"class_path": "himap_train.training.deepspeed.ZeroStrategy", "init_args": {"stage": 3, "offload": True}}
 FINETUNE = RECIPES / "finetune.py"
 
 
@@ -67,17 +73,66 @@ def test_torchrun(tmp_path: Path, stage: str) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port()]
     command = [*torchrun, FINETUNE, "--config", config, "--config", overlay, "--trainer.devices", 2]
     process = start(command, log)
-    assert finish([process], [log], 180) == [0], tails([log])
+    assert finish([process], [log], 240) == [0], tails([log])
     assert log.read_text().count("saved ") == 1 and (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3 and saved["LlavaDataModule"]["processes"] == 2
 
 
 @pytest.mark.slow
-def test_rehearsal_runs_the_strategy_in_two_processes(tmp_path: Path) -> None:
-    config, log = written(tmp_path, 3, devices=8), tmp_path / "log"
-    overlay = ROOT / "configs" / "deepspeed" / "zero3.yaml"
-    process = start([sys.executable, FINETUNE, "--config", config, "--config", overlay, "--rehearse"], log)
-    assert finish([process], [log], 240) == [0], tails([log])
-    assert "MEMBER: 2/2" in log.read_text() or "rehearsed: trained, saved, evaluated, exported" in log.read_text()
+def test_torchrun_prints_an_error_of_the_config_once(tmp_path: Path) -> None:
+    log, torchrun = tmp_path / "log", [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2]
+    options = ["--config", written(tmp_path, 3), "--trainer.strategy", "dpp"]
+    (status,) = finish([start([*torchrun, "--master-port", free_port(), FINETUNE, *options], log)], [log], 120)
+    assert status != 0 and log.read_text().count("trainer.strategy='dpp' is unknown") == 1, tails([log])
+
+
+def test_first_process_cannot_save(tmp_path: Path) -> None:
+    """The place of the checkpoint is taken by a folder. Neither process waits for the other; one tells why."""
+    config, logs = written(tmp_path, 3), [tmp_path / "rank0.log", tmp_path / "rank1.log"]
+    (tmp_path / "run" / "checkpoints" / "last.ckpt" / "in the way").mkdir(parents=True)
+    options = ["--config", config, "--save_every", 1, "--trainer.devices", 2, "--trainer.strategy", "ddp"]
+    statuses = finish(start_two([sys.executable, FINETUNE, *options], logs), logs, 150)
+    assert statuses == [2, 2], tails(logs)
+    first, second = (log.read_text() for log in logs)
+    assert first.count("error: could not save") == 1 and "error:" not in second, tails(logs)
+
+
+def reported(errors: tuple[str | None, str | None]) -> list[str]:
+    """What each of two joined processes prints when it ends with its error; None ends without one."""
+
+    def end() -> str:
+        rank = torch.distributed.get_rank()
+        os.environ["RANK"] = str(rank)
+        output = io.StringIO()
+        with contextlib.redirect_stderr(output):
+            message = errors[rank]
+            if message is not None:
+                report_error(ValueError(message), patience=3.0)
+        return output.getvalue()
+
+    return in_processes(2, end)
+
+
+@pytest.mark.parametrize(
+    ("errors", "printed"),
+    [
+        (("a", "a"), ["error: a\n", ""]),
+        (("a", "b"), ["error: a\n", "rank 1: error: b\n"]),
+        ((None, "b"), ["", "rank 1: error: b\n"]),
+        (("a", None), ["error: a\n", ""]),
+    ],
+)
+def test_no_error_is_printed_twice_and_none_is_lost(errors: tuple[str | None, str | None], printed: list[str]) -> None:
+    assert reported(errors) == printed
+
+
+def test_error_before_the_processes_are_joined_has_its_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    report_error(ValueError("no such folder"))
+    assert capsys.readouterr().err == "rank 3: error: no such folder\n"
 
 
 @pytest.mark.parametrize(
@@ -118,8 +173,22 @@ def test_slurm_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [
         (["--trainer.strategy", "deepspeed_stage2"], "did you mean 'deepspeed_stage_2'?"),
         (["--trainer.strategy", "deepspeed_stage_2", "--trainer.precision", "16-mixed"], "expected 32-true or bf16"),
+        (
+            ["--trainer.strategy", "deepspeed_stage_3", "--model.quantize", "4bit", "--rehearse"],
+            "model.quantize=4bit does not go with ZeRO-3 .*--trainer.strategy deepspeed_stage_2 or ddp",
+        ),
+        (
+            ["--trainer.strategy", json.dumps(ZERO_3), "--model.quantize", "4bit"],
+            "4bit does not go with ZeRO-3 .*deepspeed_stage_3_offload",
+        ),
     ],
 )
 def test_wrong_strategies(tmp_path: Path, options: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         FinetuneCLI(["--config", written(tmp_path, 2), *options])
+
+
+def test_without_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deepspeed, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs DeepSpeed; install it with `pip install -e .\[deepspeed\]`"):
+        FinetuneCLI(["--config", written(tmp_path, 2), "--trainer.strategy", "deepspeed_stage_2"])

@@ -156,7 +156,10 @@ def test_run_as_configured() -> None:
     ("strategy", "found"),
     [
         ({"class_path": "lightning.pytorch.strategies.DDPStrategy"}, "DDP"),
-        ({"class_path": "himap_train.training.deepspeed.ZeroStrategy", "init_args": {"stage": 3}}, "ZeRO-3"),
+        (
+            {"class_path": "himap_train.training.deepspeed.ZeroStrategy", "init_args": {"stage": 3, "offload": True}},
+            "ZeRO-3 offload",
+        ),
     ],
 )
 def test_strategy_given_as_a_class(strategy: dict[str, Any], found: str) -> None:

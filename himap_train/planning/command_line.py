@@ -22,6 +22,7 @@ from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.cli import FinetuneCLI
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.rehearsal import rehearse
+from himap_train.training.strategies import refuse_spread_quantized, strategy_name
 
 
 class PlanCLI(FinetuneCLI):
@@ -52,6 +53,7 @@ class PlanCLI(FinetuneCLI):
 
     def before_instantiate_classes(self) -> None:
         """No folder is claimed, nothing is resumed."""
+        refuse_spread_quantized(self.config.trainer.strategy, self.config.model.quantize)
         if self.config.rehearse:
             rehearse(self.config)
 
@@ -115,7 +117,7 @@ def run_settings(config: Namespace) -> RunSettings:
         accumulate = _accumulation(config.effective_batch, config.data.batch_size, devices)
     return RunSettings(
         precision=str(trainer.precision or "32-true"),
-        strategy=configured_strategy(_strategy_name(trainer.strategy), devices),
+        strategy=configured_strategy(strategy_name(trainer.strategy), devices),
         devices=devices,
         batch_size=config.data.batch_size,
         accumulate=accumulate,
@@ -151,14 +153,3 @@ def _number_of_devices(devices: Any) -> int:
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"trainer.devices is {devices!r}; expected a number of GPUs, such as --trainer.devices 8")
     return int(text)
-
-
-def _strategy_name(strategy: Any) -> str:
-    """The registered name of a strategy that the config gives as a class with options."""
-    if isinstance(strategy, str):
-        return strategy
-    name = str(strategy["class_path"]).rsplit(".", 1)[-1]
-    options = strategy.get("init_args") or {}
-    if name == "ZeroStrategy":
-        return f"deepspeed_stage_{options.get('stage', 2)}{'_offload' if options.get('offload') else ''}"
-    return {"DDPStrategy": "ddp", "SingleDeviceStrategy": "single_device"}.get(name, name)

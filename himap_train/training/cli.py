@@ -8,12 +8,10 @@ nearest valid one.
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import re
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -23,18 +21,16 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.strategies import StrategyRegistry
 from transformers import AutoConfig, LlavaProcessor
-from transformers.utils import logging as transformers_logging
 
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.loading import load_processor, resolve_model
 from himap_train.training.accuracy import EvaluationSettings, GenerationAccuracy
-from himap_train.training.deepspeed import register_strategies
 from himap_train.training.interrupt import SaveOnInterrupt
 from himap_train.training.launch import FineTuneTrainer, is_first_process
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.progress import GradientNorm, ProgressLines, Throughput
+from himap_train.training.quiet import quiet_libraries
 from himap_train.training.rehearsal import rehearsal_folder, rehearse
 from himap_train.training.run_folder import claim_folder
 from himap_train.training.saving import (
@@ -45,6 +41,7 @@ from himap_train.training.saving import (
     refuse_other_config,
 )
 from himap_train.training.seeding import StepSeeds
+from himap_train.training.strategies import refuse_spread_quantized, register_strategies, require_known
 
 TRAINER_DEFAULTS = {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "enable_model_summary": False}
 AUTO, _LAST = "auto", "last"
@@ -70,19 +67,6 @@ class SuggestingParser(LightningArgumentParser):
         return [key for action in self._actions for key in [action.dest] if key not in ("help", "print_config")]
 
 
-def _quiet_libraries() -> None:
-    """No advertisements, no bars in log files, no warnings about what is meant as it is."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # the frozen vision tower
-    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing. is deprecated")  # PEFT asks for it
-    warnings.filterwarnings("ignore", message=r".*does not have many workers")
-    warnings.filterwarnings("ignore", message=r".*LeafSpec")
-    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated")  # DeepSpeed calls it
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-
-
 class FinetuneCLI(LightningCLI):
     """Builds `model`, `datamodule` and `trainer` from YAML files and options.
 
@@ -91,7 +75,7 @@ class FinetuneCLI(LightningCLI):
     """
 
     def __init__(self, args: Sequence[str] | None = None) -> None:
-        _quiet_libraries()
+        quiet_libraries()
         register_strategies()
         started = ["torchrun", "..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
         self.command = [*started, *(sys.argv if args is None else ["recipes/finetune.py", *args])]
@@ -131,7 +115,8 @@ class FinetuneCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before anything is loaded."""
-        _known_strategy(self.config.trainer.strategy)
+        require_known(self.config.trainer.strategy)
+        refuse_spread_quantized(self.config.trainer.strategy, self.config.model.quantize)
         if self.config.trainer.accelerator == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed would look for a GPU
         if self.config.rehearse:
@@ -208,13 +193,3 @@ class FinetuneCLI(LightningCLI):
             value = at + 1 < len(given) and not given[at + 1].startswith("--")
             del given[at : at + 1 + value]
         return shlex.join([*given, "--resume"])
-
-
-def _known_strategy(strategy: Any) -> None:
-    """Raises ValueError naming the nearest strategy where an unknown one is given."""
-    known = ["auto", *StrategyRegistry.available_strategies()]
-    if isinstance(strategy, str) and strategy not in known:
-        near = difflib.get_close_matches(strategy, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        usual = "auto, ddp, deepspeed_stage_1, deepspeed_stage_2, deepspeed_stage_3, deepspeed_stage_3_offload"
-        raise ValueError(f"trainer.strategy={strategy!r} is unknown{hint} Usual ones: {usual}")

@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,46 +27,18 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
-from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.deepspeed import remove_module_hooks
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from himap_train.training.gather import load_optimizer_state, optimizer_state, set_full_value, trained_state
+from himap_train.training.zero_checkpoint import WholeCheckpoints
+from himap_train.training.zero_precision import ZeroPrecision
 
-_PRECISIONS = ("32-true", "bf16-mixed")
-
-
-def register_strategies() -> None:
-    """Make `deepspeed_stage_1`, `_2`, `_3` and `_3_offload` mean `ZeroStrategy`."""
-    for name, stage, offload in (("1", 1, False), ("2", 2, False), ("3", 3, False), ("3_offload", 3, True)):
-        StrategyRegistry.register(f"deepspeed_stage_{name}", ZeroStrategy, override=True, stage=stage, offload=offload)
+_TORCH_LINEAR = torch.nn.functional.linear
+"""Under ZeRO-3 DeepSpeed puts a function of its own in its place, which keeps no gathered weight for the backward."""
 
 
-class ZeroPrecision(DeepSpeedPrecision):
-    """Precision "32-true" or "bf16-mixed", as Lightning's other strategies understand them."""
-
-    def __init__(self, precision: str, device: str) -> None:
-        if precision not in _PRECISIONS:
-            expected = " or ".join(_PRECISIONS)
-            raise ValueError(f"trainer.precision={precision!r} does not go with DeepSpeed here; expected {expected}")
-        super().__init__(precision)  # type: ignore[arg-type]
-        self.device = device
-
-    def forward_context(self) -> AbstractContextManager[Any]:
-        """Autocast."""
-        return nullcontext() if self.precision == "32-true" else torch.autocast(self.device, torch.bfloat16)
-
-    def convert_input(self, data: Any) -> Any:
-        """As it is; autocast does the rest."""
-        return data
-
-    def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
-        """Through the engine, which must not divide by the window once more: Lightning has."""
-        model.trainer.model.backward(tensor, scale_wrt_gas=False)
-
-
-class ZeroStrategy(DeepSpeedStrategy):
+class ZeroStrategy(WholeCheckpoints):
     """ZeRO stage 1, 2 or 3.
 
     Args:
@@ -184,8 +156,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         yield
 
     def teardown(self) -> None:
-        """Models that are loaded later are whole again."""
+        """Models that are loaded later are whole again, and their linear layers torch's."""
         self._sharded_loading = None
+        torch.nn.functional.linear = _TORCH_LINEAR
         super().teardown()
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> tuple[Any, Any]:
@@ -214,44 +187,12 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     def _initialize(self, model: Any, config: Any, **kwargs: Any) -> tuple[Any, Any]:
         import deepspeed
+        from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
         args = None if self._on_cpu else argparse.Namespace(device_rank=self.root_device.index)
         engine, optimizer, _, _ = deepspeed.initialize(
             args=args, model=model, config=config, dist_init_required=False, **kwargs
         )
+        if self.zero_stage_3:  # DeepSpeed sees to it only where it spreads weights: not for a model that already is
+            torch.nn.functional.linear = zero3_linear_wrap
         return engine, optimizer
-
-    # ---- checkpoints ----
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What is trained, whole, in the first process."""
-        assert self.lightning_module is not None
-        return trained_state(self.lightning_module)
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As torch's AdamW would have it on one device."""
-        return optimizer_state(self.deepspeed_engine.optimizer, self._groups)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """One file, as every other strategy."""
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """That file."""
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Put trained weights where ZeRO keeps them."""
-        assert self.lightning_module is not None
-        parameters = dict(self.lightning_module.named_parameters())
-        for name, value in checkpoint["state_dict"].items():
-            set_full_value(parameters[name], value)
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Yes: it is in the file."""
-        return True
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Spread AdamW's moments over the processes."""
-        load_optimizer_state(self.deepspeed_engine.optimizer, self._groups, checkpoint["optimizer_states"][0])

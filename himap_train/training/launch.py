@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_default_store
 
 _RANK = ("RANK", "SLURM_PROCID")
 _RANK_BY_PARTS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
@@ -30,6 +35,43 @@ def say(*parts: object) -> None:
     """Print, in the first process only."""
     if is_first_process():
         print(*parts, sep="\n", flush=True)
+
+
+def report_error(error: Exception, patience: float = 5.0) -> None:
+    """Print an error: once where all processes have the same one, with its rank where only some do.
+
+    The first process leaves its message in the store that joined the processes. The others look for it there, and print
+    their own unless it is the same; what cannot be compared is printed.
+    """
+    text = f"error: {error}"
+    store, key = _shared_store(patience), f"himap_error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    if is_first_process():
+        print(text, file=sys.stderr, flush=True)  # before others learn of it: launchers may end this one when they end
+        if store is not None:
+            store.set(key, text)
+        return
+    try:
+        if store is not None:
+            store.wait([key], timedelta(seconds=patience))
+            if store.get(key) == text.encode():
+                return
+    except RuntimeError:
+        pass  # the first process goes on, or is gone
+    ranks = [os.environ[name] for name in (*_RANK, "LOCAL_RANK") if name in os.environ]
+    print(f"rank {dist.get_rank() if dist.is_initialized() else ranks[0]}: {text}", file=sys.stderr, flush=True)
+
+
+def _shared_store(patience: float) -> Any:
+    """What all processes can read and write; None before Lightning or SLURM have joined them."""
+    if dist.is_initialized():
+        return _get_default_store()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    try:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return TCPStore(address, port, timeout=timedelta(seconds=patience), wait_for_workers=False)
+    except RuntimeError:
+        return None
 
 
 def end_children(trainer: Trainer, patience: float = 20.0) -> None:

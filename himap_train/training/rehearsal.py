@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from himap_train.checkpoint import read_schedule
 from himap_train.models.loading import EMBEDDED, resolve_model
 from himap_train.training.launch import say
+from himap_train.training.strategies import strategy_name
 
 _MARK = "REHEARSAL"
 STEPS = 4
@@ -63,8 +64,9 @@ def _short_training(trainer: Any) -> None:
     trainer.check_val_every_n_epoch = None
     trainer.limit_val_batches = 2
     trainer.log_every_n_steps = 1
-    if str(trainer.strategy).startswith("deepspeed") and find_spec("deepspeed") is None:
-        say(f"not rehearsed: {trainer.strategy} needs DeepSpeed (`pip install -e .[deepspeed]`); ddp takes its place")
+    name = strategy_name(trainer.strategy)
+    if name.startswith("deepspeed") and find_spec("deepspeed") is None:
+        say(f"not rehearsed: {name} needs DeepSpeed (`pip install -e .[deepspeed]`); ddp takes its place")
         trainer.strategy = "ddp"
     several = _processes(trainer)
     trainer.num_nodes = 1
