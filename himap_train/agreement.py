@@ -27,7 +27,7 @@ from himap_train.models.llava import record_pruning, remove_pruning
 from himap_train.models.loading import stock_llava
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
-"""Largest difference of logits over their largest size: merging rounds, the more the fewer bits the weights have."""
+"""Norm of the difference of logits over their norm: merging rounds, the more the fewer bits the weights have."""
 
 EXCHANGED = 0.25
 """Share of removed columns that may be others: rounding exchanges a few whose scores nearly tie."""
@@ -45,7 +45,7 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Largest difference of logits, relative to the largest logit; `same_kept`: every stage keeps the same tokens."""
+    """Difference of logits relative to them, both as norms; `same_kept`: every stage keeps the same tokens."""
 
     dense: float
     pruned: float
@@ -95,7 +95,8 @@ def outputs(path: Path | str, base: str | None = None) -> Outputs:
     model: Any
     model, processor = load_checkpoint(path, base=base)
     inputs = _example(processor)
-    with record_pruning(model) as trace:
+    with record_pruning(model) as trace, torch.random.fork_rng():
+        torch.manual_seed(0)  # the criterion `random` draws
         pruned = model(**inputs).logits.float()
     kept = [[row.tolist() for row in stage] for stage in trace.kept]
     dense = remove_pruning(model)(**inputs).logits.float()
@@ -160,7 +161,7 @@ def _nearly_the_same(first: Outputs, second: Outputs) -> bool:
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / a.abs().max()) if a.shape == b.shape else float("inf")
+    return float((a - b).norm() / a.norm()) if a.shape == b.shape else float("inf")
 
 
 if __name__ == "__main__":

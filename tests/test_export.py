@@ -50,6 +50,7 @@ def train(base: str, folder: Path, **model: Any) -> LlavaFineTuner:
 @pytest.fixture(scope="module")
 def run(base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlavaFineTuner]:
     folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)  # LoRA starts from it: how much a tiny model feels rounding depends on its weights
     return folder, train(base, folder)
 
 
@@ -101,7 +102,8 @@ def test_command_line_exports_and_checks_in_a_fresh_process(
         assert run_recipe("export", *options, "--max-shard-size", "50KB") == 0
         assert "not checked" in capsys.readouterr().out
         assert len(list((tmp_path / "half").glob("*.safetensors"))) > 2
-        assert check_agreement(tmp_path / "out", tmp_path / "half").tolerance == 5e-2
+        agreement = check_agreement(tmp_path / "out", tmp_path / "half")
+        assert 1e-3 < agreement.dense <= agreement.tolerance == 5e-2
         assert pruning_of(load_checkpoint(tmp_path / "half")[0]).schedule == read_schedule(SCHEDULE)
 
 

@@ -18,6 +18,7 @@ from himap_train.storage import atomic_file
 
 FILES = ("benchmark.json", "benchmark.md", "methods.png", "series.png")
 MIB = 2**20
+_TIMING = ("method", "ms", "dense, ms", "ratio", "bound", "efficiency")
 
 
 @dataclass
@@ -101,16 +102,17 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (header, marks, *lines))
 
 
+def _timing_cells(row: Row) -> list[str]:
+    """Method, times, ratio, bound and efficiency, as in `_TIMING`."""
+    times = [spread(row.seconds, 1000, 2), spread(row.dense_seconds, 1000, 2), spread(row.ratio, 1, 3)]
+    return [row.method, *times, _number(row.bound, 1, 3), _number(row.efficiency, 1, 3)]
+
+
 def _method_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    header = ["method", "ms", "dense, ms", "ratio", "bound", "efficiency", "peak, MiB", "dense", "KV, MiB", "dense"]
+    header = [*_TIMING, "peak, MiB", "dense", "KV, MiB", "dense"]
     lines = [
         [
-            row.method,
-            spread(row.seconds, 1000, 2),
-            spread(row.dense_seconds, 1000, 2),
-            spread(row.ratio, 1, 3),
-            _number(row.bound, 1, 3),
-            _number(row.efficiency, 1, 3),
+            *_timing_cells(row),
             *(_number(value, 1 / MIB, 1) for value in (row.peak, row.dense_peak, row.kv, row.dense_kv)),
             f"{row.tokens_per_second:.0f}",
             row.why,
@@ -121,17 +123,12 @@ def _method_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _series_cells(axis: str, found: Sequence[tuple[int, Row]]) -> tuple[list[str], list[list[str]]]:
-    header = [axis, "measure", "method", "ms", "dense, ms", "ratio", "bound", "efficiency", "peak ratio", "KV ratio"]
+    header = [axis, "measure", *_TIMING, "peak ratio", "KV ratio"]
     lines = [
         [
             str(value),
             row.measure,
-            row.method,
-            spread(row.seconds, 1000, 2),
-            spread(row.dense_seconds, 1000, 2),
-            spread(row.ratio, 1, 3),
-            _number(row.bound, 1, 3),
-            _number(row.efficiency, 1, 3),
+            *_timing_cells(row),
             f"{row.peak / row.dense_peak:.3f}",
             f"{row.kv / row.dense_kv:.3f}" if row.kv and row.dense_kv else "",
         ]
