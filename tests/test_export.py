@@ -107,6 +107,12 @@ def test_command_line_exports_and_checks_in_a_fresh_process(
         assert pruning_of(load_checkpoint(tmp_path / "half")[0]).schedule == read_schedule(SCHEDULE)
 
 
+def test_a_whole_model_has_no_base(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_recipe("export", "--checkpoint", base, "--output", tmp_path / "out", "--base", base) == 2
+    assert "is a whole model, which has no base; leave out --base" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_fresh_process_notices_what_a_stock_model_would_not_load(
     run: tuple[Path, LlavaFineTuner], tmp_path: Path
 ) -> None:

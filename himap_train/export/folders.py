@@ -46,7 +46,7 @@ def export_adapter(path: Path | str, folder: Path | str, *, base: str | None = N
     adapter = read_adapter(source)
     place = _base_folder(source, adapter, base)
     config = AutoConfig.from_pretrained(place)
-    require_same_base(adapter.base_facts, config, str(base), adapter.base)
+    require_same_base(adapter.base_facts, config, str(place), adapter.base)
     card = adapter_card(adapter.base, adapter.schedule, config, run_facts(source))
     adapter.write(target, card, load_processor(place, config))
     return target
@@ -74,11 +74,13 @@ def export_merged(
     Raises:
         FileExistsError: `folder` is there and not empty.
         FileNotFoundError: The checkpoint or its base is not there or not complete.
-        ValueError: The adapter was trained on another base, or cannot be merged.
+        ValueError: The adapter was trained on another base, or cannot be merged; `base` is given for a whole model.
         OSError: The disk is full; nothing is left behind.
     """
     target, source = _empty(Path(folder)), adapter_source(path)
     adapter = None if source is None else read_adapter(source)
+    if adapter is None and base is not None:
+        raise ValueError(f"{path} is a whole model, which has no base; leave out --base {base}")
     name, place = (str(path), str(path)) if adapter is None else (adapter.base, _base_folder(path, adapter, base))
     card = partial(merged_card, name, run=run_facts(source or Path(path)))
     write_merged(target, str(place), adapter, card, dtype, max_shard_size)
