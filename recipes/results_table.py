@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from himap_train.evaluation.command_line import run_command
+from himap_train.evaluation.report import markdown_lines
 
 CONFIGS = ["configs/quickstart.yaml", "configs/results.yaml"]
 RUNS: dict[str, list[str]] = {
@@ -85,7 +86,7 @@ def tabulate(output: Path, seeds: list[int]) -> tuple[str, dict[str, Any]]:
                     found[ROWS[kind, row["name"]]].append(row)
     types = sorted(next(iter(found.values()))[0]["types"])
     header = ["", "image tokens", "`flops_ratio`", "overall", *types]
-    lines = [header, [":--", *["--:"] * (len(header) - 1)]]
+    lines: list[list[str]] = []
     figures = {}
     for name in ROWS.values():
         rows = found[name]
@@ -97,12 +98,11 @@ def tabulate(output: Path, seeds: list[int]) -> tuple[str, dict[str, Any]]:
         cells += [f"{statistics.mean(scores[kind]):.0f}" for kind in types]
         lines.append([name, tokens, f"{rows[0]['cost']['flops_ratio']:.2f}", *cells])
         figures[name] = {"scores": scores, "tokens": tokens, "cost": rows[0]["cost"], "schedule": rows[0]["schedule"]}
-    text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     count = found["HiMAP, adapted"][0]["overall"]["count"]
     note = (
         f"Exact match in %, {count} test questions; mean ± standard deviation over seeds {', '.join(map(str, seeds))}."
     )
-    return f"{text}\n{note}\n", figures
+    return f"{markdown_lines(header, lines)}\n{note}\n", figures
 
 
 if __name__ == "__main__":

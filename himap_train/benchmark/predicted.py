@@ -77,6 +77,7 @@ def _predict(model: str, preset: str, image_tokens: int) -> Prediction:
             lm_head_passes=2,
         ).total
 
+    pruned, dense = step(schedule), step(PruningSchedule())
     cost = schedule_cost(schedule, config, image_tokens, TEXT_TOKENS, bytes_per_value=2)
     return Prediction(
         model=model,
@@ -84,8 +85,8 @@ def _predict(model: str, preset: str, image_tokens: int) -> Prediction:
         image_tokens=image_tokens,
         prefill_flops=cost.flops,
         prefill_ratio=cost.flops_ratio,
-        step_flops=step(schedule),
-        step_ratio=step(schedule) / step(PruningSchedule()),
-        samples_per_second=GPUS * SUSTAINED / step(schedule),
+        step_flops=pruned,
+        step_ratio=pruned / dense,
+        samples_per_second=GPUS * SUSTAINED / pruned,
         kv_bytes=cost.kv_bytes,
     )

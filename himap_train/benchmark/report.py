@@ -13,7 +13,7 @@ from himap_train.benchmark.plots import draw_series, draw_table
 from himap_train.benchmark.predicted import GPUS, SUSTAINED, Prediction
 from himap_train.benchmark.run import Row
 from himap_train.benchmark.timing import Spread
-from himap_train.evaluation.report import json_ready
+from himap_train.evaluation.report import json_ready, markdown_lines
 from himap_train.storage import atomic_file
 
 FILES = ("benchmark.json", "benchmark.md", "methods.png", "series.png")
@@ -71,15 +71,15 @@ def markdown(results: Results) -> str:
     parts = [_facts(results.facts)]
     for measure in dict.fromkeys(row.measure for row in results.rows):
         rows = [row for row in results.rows if row.measure == measure]
-        parts.append(f"## {measure.replace('_', ' ')}\n\n{_table(*_method_cells(rows))}")
+        parts.append(f"## {measure.replace('_', ' ')}\n\n{markdown_lines(*_method_cells(rows))}")
     for axis, points in results.series.items():
-        parts.append(f"## Along {axis.replace('_', ' ')}\n\n{_table(*_series_cells(axis, points))}")
+        parts.append(f"## Along {axis.replace('_', ' ')}\n\n{markdown_lines(*_series_cells(axis, points))}")
     if results.fits:
-        parts.append(f"## Growth, measured against the cost model\n\n{_table(*_fit_cells(results.fits))}")
+        parts.append(f"## Growth, measured against the cost model\n\n{markdown_lines(*_fit_cells(results.fits))}")
     if results.predictions:
         parts.append(
             f"## Predicted, not measured\n\nFrom FLOPs alone, {GPUS} GPUs at an assumed {SUSTAINED / 1e12:.0f} TFLOP/s "
-            f"each; LoRA with gradient checkpointing.\n\n{_table(*_prediction_cells(results.predictions))}"
+            f"each; LoRA with gradient checkpointing.\n\n{markdown_lines(*_prediction_cells(results.predictions))}"
         )
     return "\n".join(parts)
 
@@ -95,11 +95,6 @@ def _facts(facts: dict[str, Any]) -> str:
         "brackets. `bound`: the ratio by FLOPs (training step, prefill) or by bytes read (decode); `efficiency`: "
         "bound / time ratio. A decode time is that of one token. Peaks leave weights and inputs out.\n"
     )
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    marks = [":--", *["--:"] * (len(header) - 1)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, marks, *lines))
 
 
 def _timing_cells(row: Row) -> list[str]:

@@ -53,10 +53,14 @@ def print_table(rows: Sequence[Row], title: str | None = None) -> None:
 def markdown_table(rows: Sequence[Row]) -> str:
     """The table as GitHub Markdown, ending with what its numbers are."""
     header, *lines = _cells(rows)
-    marks = [":--", *["--:"] * (len(header) - 1)]
-    table = "".join(f"| {' | '.join(line)} |\n" for line in (header, marks, *lines))
-    result = rows[0].result
+    table, result = markdown_lines(header, lines), rows[0].result
     return f"{table}\n{result.metric} score in %, ± standard error of the mean over {result.overall.count} samples.\n"
+
+
+def markdown_lines(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A GitHub Markdown table of figures: the first column left, the others right."""
+    marks = [":--", *["--:"] * (len(header) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (header, marks, *lines))
 
 
 def json_ready(value: Any) -> Any:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaProcessor
 
-from himap_train.export.same_base import base_facts
+from himap_train.export.same_base import base_facts, plain
 from himap_train.models.embedded import embedded_model_path
 from himap_train.models.llava import base_llava
 from himap_train.models.loading import EMBEDDED
@@ -82,7 +81,7 @@ class Adapter:
 def adapter_facts(model: PeftModel, schedule: PruningSchedule) -> dict[str, Any]:
     """All of an adapter but its tensors, as plain values: what a training checkpoint keeps under `CHECKPOINT_KEY`."""
     config = model.peft_config["default"]
-    peft = {key: _plain(value) for key, value in config.to_dict().items()}
+    peft = {key: plain(value) for key, value in config.to_dict().items()}
     base = type(base_llava(model))
     return {
         "peft": peft
@@ -185,17 +184,6 @@ def portable_name(base: str) -> str:
         return EMBEDDED if Path(base) == embedded_model_path() else base
     except FileNotFoundError:  # installed without the embedded model
         return base
-
-
-def _plain(value: Any) -> Any:
-    """JSON types: sets and enumerations become lists and strings."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value.value if isinstance(value, Enum) else value
 
 
 def _write_json(file: Path, content: Any) -> None:

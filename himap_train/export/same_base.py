@@ -7,6 +7,7 @@ nonsense. Configs tell most bases apart (shapes, vocabulary, rotary base, norm e
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 _TEXT = (
@@ -50,14 +51,19 @@ def base_facts(config: Any) -> dict[str, Any]:
     parts = (("", config, _WHOLE), ("text_config.", config.text_config, _TEXT))
     facts: dict[str, Any] = {}
     for prefix, part, keys in (*parts, ("vision_config.", config.vision_config, _VISION)):
-        facts |= {prefix + key: _plain(getattr(part, key, None)) for key in keys}
+        facts |= {prefix + key: plain(getattr(part, key, None)) for key in keys}
     return facts
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """JSON types: sets and enumerations become lists and strings."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
 
 
 def require_same_base(trained_on: Mapping[str, Any] | None, config: Any, base: str, trained_name: str) -> None:

@@ -34,7 +34,7 @@ def rehearse(config: Namespace) -> None:
                 group.schedule = read_schedule(group.schedule).scaled_to(layers).to_dict()
     config.model.path = EMBEDDED
     if config.model.quantize is not None and not torch.cuda.is_available():
-        print(f"no CUDA device: rehearsing without model.quantize={config.model.quantize}")
+        say(f"no CUDA device: rehearsing without model.quantize={config.model.quantize}")
         config.model.quantize = None
     config.output = f"{config.output.rstrip('/')}-rehearsal"
     _small_data(config.data)
