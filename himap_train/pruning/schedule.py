@@ -177,6 +177,14 @@ class PruningSchedule:
 
         return schedule_cost(self, config, image_tokens=image_tokens, text_tokens=text_tokens)
 
+    def at_budget(
+        self, config: Any, flops_ratio: float, image_tokens: int = 576, text_tokens: int = 115
+    ) -> PruningSchedule:
+        """The same layers and criteria with ratios that meet a budget; see `himap_train.pruning.budget`."""
+        from himap_train.pruning.budget import at_budget
+
+        return at_budget(self, config, flops_ratio, image_tokens=image_tokens, text_tokens=text_tokens)
+
 
 def nearest(name: str, valid: tuple[str, ...]) -> str:
     """The tail of an error message: the nearest valid name, and all of them."""

@@ -1,0 +1,93 @@
+"""One schedule at any budget: the same layers and criteria, ratios between dense, the schedule and nothing.
+
+With strength s in [0, 1] a stage keeps `1 - s (1 - r)` of the image tokens: dense at 0, the schedule itself at 1. From
+1 to 2 it keeps `(2 - s) r`, at 2 nothing. So ratios keep their order, and the cost falls with s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from himap_train.pruning.schedule import PruningSchedule, PruningStage
+
+_HALVINGS = 40
+
+
+def at_strength(schedule: PruningSchedule, strength: float) -> PruningSchedule:
+    """The schedule at a strength in [0, 2]; stages that would remove nothing are left out.
+
+    Raises:
+        ValueError: The strength is outside, or a stage has a fixed count.
+    """
+    if not 0.0 <= strength <= 2.0:
+        raise ValueError(f"strength is {strength}; expected 0 (dense) to 1 (the schedule) to 2 (no image token left)")
+    stages = [_at_strength(stage, strength) for stage in schedule.stages]
+    return replace(schedule, stages=tuple(stage for stage in stages if stage.keep_ratio != 1.0))
+
+
+def at_budget(
+    schedule: PruningSchedule, config: Any, flops_ratio: float, image_tokens: int = 576, text_tokens: int = 115
+) -> PruningSchedule:
+    """The schedule at the strength whose `flops_ratio` comes nearest to a budget; dense at 1.
+
+    Args:
+        schedule: Layers, criteria and the proportions of the ratios.
+        config: As in `schedule.cost`.
+        flops_ratio: The budget, of the whole prefill.
+        image_tokens: Image tokens of the sample that the budget is for.
+        text_tokens: Its other tokens.
+
+    Raises:
+        ValueError: The schedule has no stages or fixed counts, or the budget is above 1 or below what is left when
+            every image token leaves at these layers; the message says how much that is.
+    """
+    if flops_ratio == 1.0:
+        return PruningSchedule(positions=schedule.positions)
+    if not schedule.stages:
+        raise ValueError(
+            f"a dense schedule has no layers to remove tokens at for the budget {flops_ratio}: give stages"
+        )
+
+    def cost(strength: float) -> float:
+        found = at_strength(schedule, strength)
+        return found.cost(config, image_tokens=image_tokens, text_tokens=text_tokens).flops_ratio
+
+    check_budget(flops_ratio, least=cost(2.0), first_layer=schedule.stages[0].layer)
+    low, high = 0.0, 2.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) > flops_ratio else (low, middle)
+    # Counts are whole tokens, so the cost falls in steps: one of the two sides of the last step.
+    return at_strength(schedule, min(low, high, key=lambda strength: abs(cost(strength) - flops_ratio)))
+
+
+def check_budget(flops_ratio: float, least: float, first_layer: int) -> None:
+    """Refuse a budget that cannot be met.
+
+    Args:
+        flops_ratio: The budget.
+        least: What is left when every image token leaves at the first layer.
+        first_layer: That layer.
+
+    Raises:
+        ValueError: Outside `least` to 1.
+    """
+    if flops_ratio < least:
+        raise ValueError(
+            f"the budget {flops_ratio} is below what remains when every image token leaves at the given layers, the "
+            f"first of them {first_layer}: text and the layers before them cost {least:.3f} of the dense prefill. Give at "
+            f"least {least:.3f}, or earlier layers"
+        )
+    if flops_ratio > 1.0:
+        raise ValueError(f"the budget {flops_ratio} is above 1, which is dense; expected a share of the dense FLOPs")
+
+
+def _at_strength(stage: PruningStage, strength: float) -> PruningStage:
+    if stage.keep_ratio is None:
+        raise ValueError(
+            f"the stage at layer {stage.layer} keeps a fixed count ({stage.keep_count}), which cannot follow a budget; "
+            "give keep_ratio instead"
+        )
+    ratio = stage.keep_ratio
+    return replace(stage, keep_ratio=1 - strength * (1 - ratio) if strength <= 1 else (2 - strength) * ratio)
