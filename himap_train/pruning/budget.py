@@ -76,8 +76,8 @@ def check_budget(flops_ratio: float, least: float, first_layer: int) -> None:
     if flops_ratio < least:
         raise ValueError(
             f"the budget {flops_ratio} is below what remains when every image token leaves at the given layers, the "
-            f"first of them {first_layer}: text and the layers before them cost {least:.3f} of the dense prefill. Give at "
-            f"least {least:.3f}, or earlier layers"
+            f"first of them {first_layer}: text and the layers before them cost {least:.3f} of the dense prefill. Give "
+            f"at least {least:.3f}, or earlier layers"
         )
     if flops_ratio > 1.0:
         raise ValueError(f"the budget {flops_ratio} is above 1, which is dense; expected a share of the dense FLOPs")
