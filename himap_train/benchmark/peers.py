@@ -29,7 +29,7 @@ from himap_train.models.llava import base_llava
 from himap_train.pruning.layout import TokenLayout, build_layout
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.scoring import ranking_rows
-from himap_train.pruning.selection import gather_tokens, plan_removals, select
+from himap_train.pruning.selection import gather_tokens, image_ranks, plan_removals, select
 
 
 @dataclass
@@ -181,7 +181,8 @@ def masking(self: Any, state: _State, schedule: PruningSchedule, call: dict[str,
     collector: ScoreCollector | None = None
     for number, layer in enumerate(self.layers):
         if collector is not None:
-            keep = select(collector.scores(), layout, removals[number].after.current)
+            kept = removals[number].after.current
+            keep = select(image_ranks(collector.scores(), layout, kept.shape[1]), layout, kept)
             layout = TokenLayout(layout.numbers, layout.flags & keep)
             state.mask = (causal & keep.unsqueeze(1) | itself).unsqueeze(1)
         removal = removals.get(number + 1)

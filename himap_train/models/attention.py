@@ -91,6 +91,31 @@ _STOCK: dict[str, tuple[Callable[..., AttentionResult], Callable[..., Tensor | N
 ATTENTION_IMPLEMENTATIONS = tuple(_STOCK)
 
 
+def with_key_bias(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Wider heads whose attention logits are `scaling * q k + bias`, so that any kernel gives the bias its gradient.
+
+    A query gets a constant 1 beside it and a key its bias; the values get zeros, because kernels want one width.
+
+    Args:
+        query: (B, H, L, D).
+        key: (B, K, L, D).
+        value: (B, K, L, D).
+        bias: (B, L), of each key.
+        scaling: What the kernel multiplies the logits with.
+
+    Returns:
+        The same three with D + 8.
+    """
+    one = query.new_zeros(8)
+    one[0] = 1
+    query = torch.cat([query, one.expand(*query.shape[:3], 8)], dim=3)
+    beside = torch.nn.functional.pad((bias / scaling).to(key.dtype).unsqueeze(2), (0, 7))
+    key = torch.cat([key, beside.unsqueeze(1).expand(-1, key.shape[1], -1, -1)], dim=3)
+    return query, key, torch.nn.functional.pad(value, (0, 8))
+
+
 def register_attention(name: str) -> str:
     """Make the collecting twin of a stock attention function known to transformers, and return its name.
 
@@ -112,10 +137,15 @@ def register_attention(name: str) -> str:
         attention_mask: Tensor | None,
         score_collector: ScoreCollector | None = None,
         causal_blocks: CausalBlocks | None = None,
+        key_bias: Tensor | None = None,
         **kwargs: Any,
     ) -> AttentionResult:
         if score_collector is not None:
             score_collector.collect(query, key, kwargs["scaling"])
+        if key_bias is not None:
+            biased = with_key_bias(query, key, value, key_bias, kwargs["scaling"])
+            out, weights = collecting_attention(module, *biased, attention_mask, causal_blocks=causal_blocks, **kwargs)
+            return out[..., : value.shape[3]], weights
         if causal_blocks and name == "sdpa" and runs_in_blocks(query, key, attention_mask, kwargs.get("dropout", 0.0)):
             return causal_blocks.attend(query, key, value, kwargs["scaling"]), None
         return forward(module, query, key, value, attention_mask, **kwargs)

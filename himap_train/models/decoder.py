@@ -28,8 +28,17 @@ from himap_train.models.cpu_attention import CausalBlocks
 from himap_train.models.inputs import check_image_mask, check_inputs
 from himap_train.models.installed import InstalledPruning, PruneCounts
 from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
+from himap_train.pruning.marginal import marginal_bias
 from himap_train.pruning.scoring import ranking_rows, scores_without_attention
-from himap_train.pruning.selection import Removal, compact, gather_tokens, plan_removals, scatter_back, select
+from himap_train.pruning.selection import (
+    Removal,
+    compact,
+    gather_tokens,
+    image_ranks,
+    plan_removals,
+    scatter_back,
+    select,
+)
 
 DECODERS: tuple[type[nn.Module], ...] = (LlamaModel, MistralModel, Qwen2Model)
 
@@ -42,6 +51,7 @@ class _Tokens:
     rotary: tuple[Tensor, Tensor]
     mask: Tensor | None
     positions: Tensor | None
+    key_bias: Tensor | None = None
 
 
 @merge_with_config_defaults  # type: ignore[untyped-decorator]
@@ -133,23 +143,24 @@ def _prefill(
     seen, layouts = PruneCounts(int(counts.image.sum()), []), []
     start = _first_positions(tokens.positions, layout) if pruning.schedule.positions == "renumber" else None
     collector: ScoreCollector | None = None
+    ratios = pruning.ratios if torch.is_grad_enabled() else None
     # Only here: an empty schedule runs the stock forward, bit for bit.
     call["causal_blocks"] = CausalBlocks() if pruning.cpu_blocks else None
     for number, layer in enumerate(decoder.layers):
         if removal := removals.get(number):
-            if removal.removes:
-                kept = removal.after.current
-                if collector is not None:
-                    scores = collector.scores()
-                else:
-                    scores = scores_without_attention(removal.stage.criterion, layout, removal.before, kept)
-                keep = select(scores, layout, kept)
-                tokens, layout = _remove(decoder, number, tokens, layout, keep, removal, start, call["past_key_values"])
+            if removal.removes or ratios is not None:
+                ranks = _ranks(removal, layout, collector)
+                if ratios is not None:
+                    tokens.key_bias = marginal_bias(ratios[number], ranks, layout, removal.after, tokens.key_bias)
+                if removal.removes:
+                    keep = select(ranks, layout, removal.after.current)
+                    cache = call["past_key_values"]
+                    tokens, layout = _remove(decoder, number, tokens, layout, keep, removal, start, cache)
             seen.kept.append(int(removal.after.current.sum()))
             layouts.append(layout)
         if states is not None:
             states.append(scatter_back(tokens.hidden, layout, length))
-        collector = _collector(removals.get(number + 1), layout)
+        collector = _collector(removals.get(number + 1), layout, always=ratios is not None)
         tokens.hidden = _run(layer, tokens, call | ({"score_collector": collector} if collector else {}))
     pruning.last = seen
     for trace in pruning.traces:
@@ -157,11 +168,21 @@ def _prefill(
     return scatter_back(decoder.norm(tokens.hidden), layout, length)
 
 
-def _collector(removal: Removal | None, layout: TokenLayout) -> ScoreCollector | None:
+def _collector(removal: Removal | None, layout: TokenLayout, always: bool) -> ScoreCollector | None:
     """HiMAP: what the layer before a stage reports to; None where nothing will be ranked."""
-    if removal is None or not removal.removes or not removal.stage.needs_attention:
+    if removal is None or not (removal.removes or always) or not removal.stage.needs_attention:
         return None
     return ScoreCollector(removal.stage, ranking_rows(removal.stage, layout, removal.before), layout.valid)
+
+
+def _ranks(removal: Removal, layout: TokenLayout, collector: ScoreCollector | None) -> Tensor:
+    """HiMAP: the order in which a stage keeps the image tokens, (B, L)."""
+    kept = removal.after.current
+    if collector is not None:
+        scores = collector.scores()
+    else:
+        scores = scores_without_attention(removal.stage.criterion, layout, removal.before, kept)
+    return image_ranks(scores, layout, kept.shape[1])
 
 
 def _remove(
@@ -189,11 +210,12 @@ def _remove(
     else:
         rotary = (gather_tokens(tokens.rotary[0], index), gather_tokens(tokens.rotary[1], index))
     mask = _causal_mask(decoder, hidden, None, cache, layer=number)
+    key_bias = None if tokens.key_bias is None else gather_tokens(tokens.key_bias, index)
     if cache is not None:
         dropped = (counts.image - counts.current).sum(1).to(device, non_blocking=True)
         slots = None if int(lengths.min()) == longest else valid
         mark_stage(cache, number, slots, dropped, renumber=start is not None)
-    return _Tokens(hidden, rotary, mask, None), layout
+    return _Tokens(hidden, rotary, mask, None, key_bias), layout
 
 
 def _first_positions(positions: Any, layout: TokenLayout) -> Tensor:
@@ -246,10 +268,12 @@ def _causal_mask(
 
 
 def _run(layer: nn.Module, tokens: _Tokens, call: dict[str, Any]) -> Tensor:
+    biased = {} if tokens.key_bias is None else {"key_bias": tokens.key_bias}
     return layer(
         tokens.hidden,
         attention_mask=tokens.mask,
         position_embeddings=tokens.rotary,
         position_ids=tokens.positions,
         **call,
+        **biased,
     )

@@ -36,6 +36,8 @@ class InstalledPruning:
     Attributes:
         schedule: What to remove where.
         stock_attention: The attention implementation that the decoder had.
+        ratios: Keep ratio of each layer while these are learned, (layers,) fp32 with a gradient; the schedule then has
+            a stage at each layer from the first on. None otherwise.
         cpu_blocks: Whether SDPA runs in blocks on a CPU, see `cpu_attention`.
         last: Of the last prefill or training forward.
         traces: Those of `record_pruning`.
@@ -43,6 +45,7 @@ class InstalledPruning:
 
     schedule: PruningSchedule
     stock_attention: str
+    ratios: Tensor | None = None
     cpu_blocks: bool = True
     last: PruneCounts | None = None
     traces: list[PruningTrace] = field(default_factory=list)

@@ -96,19 +96,19 @@ def schedule_cost(
     )
 
 
-def layer_flops(config: Any, tokens: int) -> float:
+def layer_flops(config: Any, tokens: float) -> float:
     """FLOPs (two per multiply-add) of one decoder layer over `tokens` tokens."""
     return linear_flops(config, tokens) + attention_flops(config, tokens)
 
 
-def linear_flops(config: Any, tokens: int) -> float:
+def linear_flops(config: Any, tokens: float) -> float:
     """Projections and gated MLP of one decoder layer."""
     width, heads = config.hidden_size, config.num_attention_heads * head_width(config)
     projections = (2 * heads + 2 * kv_width(config)) * tokens * width
     return 2.0 * (projections + 3 * tokens * width * config.intermediate_size)
 
 
-def attention_flops(config: Any, tokens: int) -> float:
+def attention_flops(config: Any, tokens: float) -> float:
     """Scores and their product with the values."""
     return 4.0 * tokens**2 * config.num_attention_heads * head_width(config)
 

@@ -58,27 +58,46 @@ def keep_from_ratio(ratio: float, image_tokens: Tensor) -> Tensor:
     return rounded.clamp(min=1) if ratio > 0 else rounded
 
 
-def select(scores: Tensor, layout: TokenLayout, kept: Tensor) -> Tensor:
-    """The `kept` highest-scored image tokens of every row and group, ties to the earlier one, and all text.
+def image_ranks(scores: Tensor, layout: TokenLayout, groups: int) -> Tensor:
+    """Rank of every image token in its row and group, 0 for the highest score, ties to the earlier one.
 
     Args:
         scores: (B, L); only the entries of image tokens are read.
+        layout: The current layout; its protected tokens come first.
+        groups: G.
+
+    Returns:
+        (B, L) long; at text and padding no number of use.
+    """
+    scores = scores.masked_fill(layout.protected, torch.inf)
+    ranks = torch.zeros_like(layout.columns)
+    places = torch.arange(ranks.shape[1], device=ranks.device).expand_as(ranks)
+    for number in range(groups):
+        candidates = layout.image & (layout.group == number) if groups > 1 else layout.image
+        order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        here = torch.zeros_like(ranks).scatter(1, order, places)
+        ranks = torch.where(candidates, here, ranks) if groups > 1 else here
+    return ranks
+
+
+def select(ranks: Tensor, layout: TokenLayout, kept: Tensor) -> Tensor:
+    """The `kept` best-ranked image tokens of every row and group, and all text.
+
+    Args:
+        ranks: (B, L) as `image_ranks` gives them.
         layout: The current layout.
         kept: (B, G) long, how many stay.
 
     Returns:
         (B, L) bool, the tokens that stay.
     """
-    keep = layout.valid & ~layout.image
-    scores = scores.masked_fill(layout.protected, torch.inf)
-    groups = kept.shape[1]
-    for number, places in enumerate(kept.to(scores.device, non_blocking=True).unbind(1)):
-        candidates = layout.image & (layout.group == number) if groups > 1 else layout.image
-        order = scores.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        places = places.unsqueeze(1)
-        chosen = torch.arange(order.shape[1], device=order.device) < places
-        keep |= torch.zeros_like(keep).scatter(1, order, chosen) & candidates
-    return keep
+    here = of_group(kept.to(ranks.device, non_blocking=True), layout)
+    return layout.valid & (~layout.image | (ranks < here))
+
+
+def of_group(numbers: Tensor, layout: TokenLayout) -> Tensor:
+    """What each token's group has of `numbers` (B, G): (B, L), or (B, 1) where there is one group."""
+    return numbers.gather(1, layout.group.clamp(max=numbers.shape[1] - 1)) if numbers.shape[1] > 1 else numbers
 
 
 def compact(keep: Tensor, length: int) -> Tensor:

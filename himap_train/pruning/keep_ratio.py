@@ -1,0 +1,174 @@
+"""Learnable keep ratios: at which layer each share of the image tokens leaves, under a budget on the whole prefill.
+
+One weight per layer from the first on, and one for the tokens that never leave. Their softmax p says which share of
+the image tokens leaves where; a layer keeps what has not left, `1 - (p_first + ... + p_layer)`, so ratios never grow
+with depth and every p has the same standing. A step follows the gradient of the loss by p (exponentiated gradient),
+and then the weights are tilted by what leaving at a layer costs, `p_i ~ w_i exp(-t c_i)`, with the one t at which the
+prefill costs what the budget says. That tilt is the exact projection in the Kullback-Leibler sense, t is the multiplier
+of the constraint: there is no penalty to tune, and the budget holds after every step.
+
+The weights live on the host, in double precision, outside the model: every rank computes the same from the same
+gradient, whatever the strategy does with parameters. Numbers in the end are a plain `PruningSchedule`: see `freeze`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from himap_train.pruning.budget import at_budget, check_budget
+from himap_train.pruning.cost import layer_flops
+from himap_train.pruning.schedule import PruningSchedule, PruningStage
+
+_HALVINGS, _STEEPEST = 60, 1e4
+_MEAN_DECAY, _SQUARE_DECAY = 0.9, 0.99
+
+
+class KeepRatios:
+    """The keep ratio of every layer of one decoder.
+
+    Args:
+        config: Of a LLaVA or a Llama-like text decoder.
+        budget: `flops_ratio` of the whole prefill, text included, that the ratios end at.
+        first_layer: First layer at whose input tokens may leave.
+        switch_layer: From this layer on the deep criterion ranks.
+        shallow: Criterion before the switch layer.
+        deep: Criterion from there on.
+        image_tokens: Image tokens of the sample that the budget is for.
+        text_tokens: Its other tokens.
+        step_size: How far the log weights move in a step.
+
+    Raises:
+        ValueError: A layer outside the decoder, an unknown criterion, or a budget that no ratios can meet.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        budget: float,
+        first_layer: int,
+        switch_layer: int,
+        shallow: str = "instruction",
+        deep: str = "image",
+        image_tokens: int = 576,
+        text_tokens: int = 115,
+        step_size: float = 0.05,
+    ) -> None:
+        self.config = getattr(config, "text_config", config)
+        self.layers: int = self.config.num_hidden_layers
+        for name, layer in (("first_layer", first_layer), ("switch_layer", switch_layer)):
+            if not 1 <= layer < self.layers:
+                raise ValueError(f"{name} is {layer}; expected a layer of the decoder, 1 to {self.layers - 1}")
+        if switch_layer < first_layer:
+            raise ValueError(f"switch_layer {switch_layer} lies before first_layer {first_layer}")
+        self.budget, self.target = budget, 1.0
+        self.first_layer, self.switch_layer = first_layer, switch_layer
+        self.criteria = (shallow, deep)
+        self.image_tokens, self.text_tokens = image_tokens, text_tokens
+        self.step_size = step_size
+        self._check_criteria()
+        check_budget(budget, least=self._flops_ratio(self._kept(self._everything_leaves())), first_layer=first_layer)
+        self._weights = torch.zeros(self.layers - first_layer + 1, dtype=torch.float64)
+        self._mean, self._square, self._steps = torch.zeros_like(self._weights), 0.0, 0
+
+    def _check_criteria(self) -> None:
+        for criterion in self.criteria:
+            PruningStage(self.first_layer, criterion, 1.0)  # refuses unknown ones
+
+    def ratios(self) -> Tensor:
+        """Keep ratio of each layer, (layers,) fp64, 1 before the first; their `flops_ratio` is the target."""
+        return self._kept(self._shares())
+
+    def schedule(self) -> PruningSchedule:
+        """As it runs while ratios are learned: a stage at every layer from the first on."""
+        return PruningSchedule(self._stages(self.ratios().tolist()))
+
+    def step(self, gradient: Tensor) -> None:
+        """Move the shares against a gradient of the loss; one that is not finite moves nothing.
+
+        Args:
+            gradient: (layers,) of the loss by the ratios.
+        """
+        if not bool(torch.isfinite(gradient).all()):
+            return
+        behind = gradient.double().cpu()[self.first_layer :].flip(0).cumsum(0).flip(0)
+        by_share = torch.cat([-behind, behind.new_zeros(1)])  # a share that leaves lowers this ratio and all behind it
+        # Only differences between shares matter: they add up to one.
+        by_share = by_share - by_share.mean()
+        self._steps += 1
+        self._mean = _MEAN_DECAY * self._mean + (1 - _MEAN_DECAY) * by_share
+        self._square = _SQUARE_DECAY * self._square + (1 - _SQUARE_DECAY) * float(by_share.square().mean())
+        mean = self._mean / (1 - _MEAN_DECAY**self._steps)
+        scale = (self._square / (1 - _SQUARE_DECAY**self._steps)) ** 0.5  # one for all: noise must not be evened out
+        if scale > 0:
+            self._weights = self._weights - self.step_size * mean / scale
+
+    def freeze(self, tolerance: float = 0.02) -> PruningSchedule:
+        """A plain schedule with few stages that meets the target.
+
+        Args:
+            tolerance: Neighbouring layers whose ratios differ by less than this fraction of the original image tokens
+                run on the same tokens, their mean; the whole is then scaled to the target again.
+        """
+        runs: list[list[float]] = [[1.0]]
+        starts = [0]
+        for layer, ratio in enumerate(self.ratios().tolist()):
+            if runs[-1][0] - ratio > tolerance:
+                runs.append([])
+                starts.append(layer)
+            runs[-1].append(ratio)
+        levels = [sum(run) / len(run) for run in runs]
+        stages = [
+            PruningStage(layer, self._criterion(layer), 0.0 if level * self.image_tokens < 0.5 else level)
+            for layer, level in zip(starts[1:], levels[1:], strict=True)
+        ]
+        if not stages:
+            return PruningSchedule()
+        tokens = {"image_tokens": self.image_tokens, "text_tokens": self.text_tokens}
+        return at_budget(PruningSchedule(tuple(stages)), self.config, self.target, **tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain numbers."""
+        return {"weights": self._weights, "mean": self._mean, "square": self._square, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse."""
+        self._weights, self._mean = state["weights"].clone(), state["mean"].clone()
+        self._square, self._steps = float(state["square"]), int(state["steps"])
+
+    def _criterion(self, layer: int) -> str:
+        return self.criteria[layer >= self.switch_layer]
+
+    def _stages(self, ratios: list[float]) -> tuple[PruningStage, ...]:
+        layers = range(self.first_layer, self.layers)
+        return tuple(PruningStage(layer, self._criterion(layer), ratios[layer]) for layer in layers)
+
+    def _shares(self) -> Tensor:
+        """Which share leaves at each layer, the last one never: the weights tilted to the target."""
+        if self.target >= 1.0:
+            return torch.nn.functional.one_hot(torch.tensor(len(self._weights) - 1), len(self._weights)).double()
+        lived = torch.arange(len(self._weights), dtype=torch.float64) / (len(self._weights) - 1)
+        low, high = -_STEEPEST, _STEEPEST
+        for _ in range(_HALVINGS):
+            tilt = (low + high) / 2
+            shares = torch.softmax(self._weights - tilt * lived, 0)
+            low, high = (tilt, high) if self._flops_ratio(self._kept(shares)) > self.target else (low, tilt)
+        return torch.softmax(self._weights - high * lived, 0)
+
+    def _everything_leaves(self) -> Tensor:
+        """All tokens leave at the first layer."""
+        return torch.nn.functional.one_hot(torch.tensor(0), self.layers - self.first_layer + 1).double()
+
+    def _kept(self, shares: Tensor) -> Tensor:
+        kept = torch.ones(self.layers, dtype=torch.float64)
+        kept[self.first_layer :] = (1 - shares[:-1].cumsum(0)).clamp(0, 1)
+        return kept
+
+    def _flops_ratio(self, ratios: Tensor) -> float:
+        """Smooth in the ratios; ranking, less than a hundredth, is left to `freeze`."""
+        lengths = self.text_tokens + self.image_tokens * ratios
+        flops = [layer_flops(self.config, length) for length in lengths.tolist()]
+        return sum(flops) / (self.layers * layer_flops(self.config, self.text_tokens + self.image_tokens))
