@@ -84,8 +84,10 @@ def naive_row(
     return decoder.norm(hidden), history
 
 
-def naive_layer(layer: Any, rotary: Any, x: Tensor, positions: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, D) -> (T, D) and the attention averaged over heads (T, T): row = query, column = key."""
+def naive_layer(
+    layer: Any, rotary: Any, x: Tensor, positions: Tensor, alive: Tensor, key_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(T, D) -> (T, D) and the attention averaged over heads (T, T): row = query, column = key, with a bias (T,)."""
     attention, normed = layer.self_attn, layer.input_layernorm(x)
     cos, sin = (table[0] for table in rotary(x[None], positions[None]))
 
@@ -105,6 +107,7 @@ def naive_layer(layer: Any, rotary: Any, x: Tensor, positions: Tensor, alive: Te
     visible = torch.ones(len(x), len(x), dtype=torch.bool).tril() & alive[None, :]
     visible |= torch.eye(len(x), dtype=torch.bool)  # a dropped row is ignored later, but must not be NaN
     bias = torch.zeros(len(x), len(x), dtype=x.dtype).masked_fill(~visible, -math.inf)
+    bias = bias if key_bias is None else bias + key_bias
     weights = (q @ k.transpose(1, 2) / math.sqrt(attention.head_dim) + bias).softmax(dim=-1)
     x = x + attention.o_proj((weights @ v).transpose(0, 1).reshape(len(x), -1))
     return x + layer.mlp(layer.post_attention_layernorm(x)), weights.mean(dim=0)

@@ -1,0 +1,185 @@
+"""Learned keep ratios: the loss decides at which layers image tokens leave, the budget how many.
+
+Three parts of a run. The budget falls from dense to its target over `warmup` of the steps; until `until` the ratios
+learn together with LoRA; then they are frozen to a plain schedule with few stages, to which LoRA adapts in the rest.
+What learns is `himap_train.pruning.keep_ratio.KeepRatios`, what gives it a gradient `himap_train.pruning.marginal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from himap_train.pruning.keep_ratio import KeepRatios
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.training.launch import say
+from himap_train.training.progress import step_ended
+from himap_train.training.values import require_positive, require_share
+
+
+@dataclass(frozen=True)
+class Learnable:
+    """Learn the keep ratio of every layer, instead of a `model.schedule`, which must be null.
+
+    Args:
+        budget: `flops_ratio` of the whole prefill, text included, that is met in the end.
+        first_layer: First layer at whose input tokens may leave.
+        switch_layer: From this layer on `deep` ranks, before it `shallow`; null for a quarter of the depth.
+        shallow: Criterion of the shallow layers.
+        deep: Criterion of the deep layers.
+        warmup: Share of the optimizer steps over which the budget falls from 1.
+        until: Share of the steps after which the ratios are frozen.
+        step_size: How far the log shares move in a step.
+        tolerance: Neighbouring layers whose ratios differ by less share a stage when they are frozen.
+    """
+
+    budget: float
+    first_layer: int = 2
+    switch_layer: int | None = None
+    shallow: str = "instruction"
+    deep: str = "image"
+    warmup: float = 0.2
+    until: float = 0.6
+    step_size: float = 0.05
+    tolerance: float = 0.03
+
+    def check(self, schedule: PruningSchedule) -> None:
+        """Refuse what cannot be, before anything is loaded.
+
+        Raises:
+            ValueError: Naming the key, what was found and what is valid.
+        """
+        key = "pruning.learnable"
+        if schedule.stages:
+            fixed = " with a fixed count" if any(stage.keep_count is not None for stage in schedule.stages) else ""
+            raise ValueError(
+                f"{key}.budget and model.schedule{fixed} both say how many tokens stay; set model.schedule to null, and "
+                f"the criteria in {key}.shallow and {key}.deep"
+            )
+        require_share(f"{key}.warmup", self.warmup)
+        require_share(f"{key}.until", self.until)
+        if not self.warmup < self.until:
+            raise ValueError(
+                f"{key}.until is {self.until} and {key}.warmup {self.warmup}: nothing is left to learn at the budget; "
+                "give an `until` above `warmup`"
+            )
+        require_positive(f"{key}.step_size", self.step_size)
+        require_share(f"{key}.tolerance", self.tolerance)
+
+    def ratios(self, config: Any, tokens: tuple[int, int]) -> KeepRatios:
+        """What learns, for a model of this config and a typical sample of so many image and text tokens.
+
+        Raises:
+            ValueError: A layer outside the decoder, an unknown criterion, or a budget that cannot be met.
+        """
+        layers = config.text_config.num_hidden_layers
+        switch = max(self.first_layer, layers // 4) if self.switch_layer is None else self.switch_layer
+        try:
+            return KeepRatios(
+                config, self.budget, self.first_layer, switch, self.shallow, self.deep, *tokens, self.step_size
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"pruning.learnable: {error} (for a sample of {tokens[0]} image and {tokens[1]} text tokens)"
+            ) from error
+
+
+class LearnKeepRatios(Callback):
+    """Runs the ratios of each optimizer step, gives them the gradient of all ranks, freezes them in time.
+
+    Args:
+        settings: Of the config.
+        tokens_of: Image and text tokens of a typical sample from those that were measured, if any.
+    """
+
+    def __init__(self, settings: Learnable, tokens_of: Callable[[tuple[int, int] | None], tuple[int, int]]) -> None:
+        self.settings, self.tokens_of = settings, tokens_of
+        self.tokens: tuple[int, int] | None = None
+        """Image and text tokens of a typical sample, which the first process has counted."""
+        self._ratios: KeepRatios | None = None
+        self._saved: dict[str, Any] | None = None
+        self._leaf: Tensor | None = None
+        self._last = 0
+
+    @property
+    def ratios(self) -> KeepRatios:
+        """What learns, from the start of training on."""
+        if self._ratios is None:
+            raise RuntimeError("the keep ratios are made when training starts")
+        return self._ratios
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Here the number of steps is known, and every process is there."""
+        tokens = self.tokens_of(trainer.strategy.broadcast(self.tokens))
+        self._ratios = self.settings.ratios(pl_module.peft_model.config, tokens)
+        if self._saved is not None:
+            self._ratios.load_state_dict(self._saved)
+        # One step at least, and one at least afterwards.
+        steps = int(trainer.estimated_stepping_batches)
+        self._last = min(max(round(self.settings.until * steps), 1), max(steps - 1, 1))
+        if trainer.global_step:
+            pl_module.schedule = self._schedule_after(trainer.global_step)
+        say(
+            f"learned keep ratios: budget {self.settings.budget} reached at step {self._warmup(steps)}, frozen at "
+            f"step {self._last} of {steps}"
+        )
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """The same ratios in all micro-batches of a window."""
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        step = trainer.global_step
+        if step >= self._last:
+            self._leaf = None
+            pl_module.use_schedule(pl_module.schedule)
+            return
+        self.ratios.target = self._target(step, int(trainer.estimated_stepping_batches))
+        now = self.ratios.ratios()
+        self._leaf = now.to(device=pl_module.device, dtype=torch.float32).requires_grad_()
+        pl_module.use_schedule(self.ratios.schedule(), ratios=self._leaf)
+        figures = {f"keep_ratio/layer{layer:02d}": ratio for layer, ratio in enumerate(now.tolist())}
+        pl_module.log_dict({**figures, "train/flops_ratio": self.ratios.target})
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Where an optimizer step ends, before a checkpoint is written."""
+        if self._leaf is None or not step_ended(trainer, batch_idx):
+            return
+        gradient = torch.zeros_like(self._leaf) if self._leaf.grad is None else self._leaf.grad
+        self.ratios.step(trainer.strategy.reduce(gradient, reduce_op="mean"))
+        self._leaf = None
+        pl_module.schedule = self._schedule_after(trainer.global_step)
+        pl_module.use_schedule(pl_module.schedule)
+        if trainer.global_step == self._last:
+            say(f"frozen keep ratios: {pl_module.schedule.to_dict()['stages']}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """What is saved is what is measured."""
+        pl_module.use_schedule(pl_module.schedule)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The shares and their moments."""
+        return self.ratios.state_dict() if self._ratios else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Comes before training starts."""
+        self._saved = state_dict or None
+
+    def _schedule_after(self, steps: int) -> PruningSchedule:
+        """What is saved once so many steps are done: as it is learned, or frozen at the budget."""
+        if steps < self._last:
+            return self.ratios.schedule()
+        self.ratios.target = self.settings.budget
+        return self.ratios.freeze(self.settings.tolerance)
+
+    def _warmup(self, steps: int) -> int:
+        return round(self.settings.warmup * steps)
+
+    def _target(self, step: int, steps: int) -> float:
+        warmup = self._warmup(steps)
+        progress = min((step + 1) / (warmup + 1), 1.0)
+        return 1.0 - progress * (1.0 - self.settings.budget)
