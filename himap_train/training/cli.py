@@ -7,14 +7,12 @@ nearest valid one.
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import yaml
 from lightning.pytorch import Trainer
@@ -29,6 +27,7 @@ from himap_train.training.accuracy import EvaluationSettings, GenerationAccuracy
 from himap_train.training.interrupt import SaveOnInterrupt
 from himap_train.training.launch import FineTuneTrainer, is_first_process
 from himap_train.training.module import LlavaFineTuner
+from himap_train.training.parser import SuggestingParser
 from himap_train.training.progress import GradientNorm, ProgressLines, Throughput
 from himap_train.training.quiet import quiet_libraries
 from himap_train.training.rehearsal import rehearsal_folder, rehearse
@@ -46,25 +45,6 @@ from himap_train.training.strategies import refuse_spread_quantized, register_st
 TRAINER_DEFAULTS = {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "enable_model_summary": False}
 AUTO, _LAST = "auto", "last"
 _NOT_IN_CONFIG = ("config", "resume", "rehearse")
-
-
-class SuggestingParser(LightningArgumentParser):
-    """Names the nearest valid key where an unknown one is given."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with status 2 and the message."""
-        in_file = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-        in_options = re.search(r"[Uu]nrecognized arguments.*?--([\w.-]+)", message)
-        top_level = re.search(r"[Oo]ption '([\w.]+)' is not accepted|[Kk]ey '([\w.]+)' is not expected", message)
-        found = in_file or in_options or top_level
-        if found:
-            wanted = ".".join(part for part in found.groups() if part).replace("-", "_")
-            near = difflib.get_close_matches(wanted, self._keys(), n=1, cutoff=0.5)
-            message += f"\nDid you mean {near[0]!r}?" if near else ""
-        super().error(message, ex)
-
-    def _keys(self) -> list[str]:
-        return [key for action in self._actions for key in [action.dest] if key not in ("help", "print_config")]
 
 
 class FinetuneCLI(LightningCLI):
