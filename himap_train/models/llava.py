@@ -27,6 +27,7 @@ from himap_train.pruning.schedule import PruningSchedule
 
 __all__ = [
     "base_llava",
+    "change_schedule",
     "hidden_states",
     "install_pruning",
     "load_llava",
@@ -94,6 +95,19 @@ def remove_pruning(model: nn.Module) -> Any:
             decoder.config._attn_implementation = pruning.stock_attention
         del decoder.himap_pruning, decoder.forward, base.forward
     return model
+
+
+def change_schedule(model: nn.Module, schedule: PruningSchedule) -> None:
+    """Run another schedule from the next forward on, where one is installed; nothing is installed anew.
+
+    Raises:
+        ValueError: Nothing is installed, or a stage lies outside the decoder.
+    """
+    pruning = pruning_of(model)
+    if pruning is None:
+        raise ValueError("no schedule to change: call install_pruning(model, schedule) first")
+    schedule.validate_for(_decoder(model).config.num_hidden_layers)
+    pruning.schedule, pruning.last = schedule, None
 
 
 @contextmanager

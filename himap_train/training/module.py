@@ -17,15 +17,14 @@ from transformers import LlavaProcessor
 from himap_train.checkpoint import read_schedule
 from himap_train.evaluation.schedule_argument import fit_preset, is_preset
 from himap_train.models.embeddings import weights_are_spread
-from himap_train.models.llava import base_llava, hidden_states, install_pruning, pruning_of
+from himap_train.models.llava import base_llava, install_pruning
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
 from himap_train.models.quantize import Quantize
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.training.adapter_module import AdapterModule
+from himap_train.training.adapter_module import AdapterModule, Teacher
 from himap_train.training.averaging import WindowMean
-from himap_train.training.guard import check_pruned
-from himap_train.training.loss import calls_needed, supervised_loss
+from himap_train.training.loss import calls_needed, distilled_loss, supervised_loss
 from himap_train.training.optim import cosine_with_warmup, parameter_groups
 from himap_train.training.progress import step_ended
 
@@ -146,28 +145,37 @@ class LlavaFineTuner(AdapterModule):
         Raises:
             RuntimeError: The schedule says that image tokens go, and they did not.
         """
-        pruning = pruning_of(self.peft_model)
-        before = pruning.last if pruning else None
-        image_tokens = batch["input_ids"] == base_llava(self.peft_model).config.image_token_id
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "labels")}
-        hidden = hidden_states(self.peft_model, **inputs)
-        check_pruned(self.schedule, pruning_of(self.peft_model), before, image_tokens)
-        lm_head, calls = base_llava(self.peft_model).lm_head, 1
-        if weights_are_spread(self.peft_model):  # as many calls on every rank
-            calls = calls_needed(batch["labels"], self.loss_chunk)
-            needed = torch.tensor(calls, dtype=torch.float32, device=self.device)
-            calls = int(self.trainer.strategy.reduce(needed, reduce_op="max"))
-        return supervised_loss(hidden, batch["labels"], lm_head, self.loss_chunk, calls)
+        hidden, calls = self.states(batch), self._lm_head_calls(batch["labels"])
+        return supervised_loss(hidden, batch["labels"], base_llava(self.peft_model).lm_head, self.loss_chunk, calls)
+
+    def distilled_batch_loss(self, batch: dict[str, Any], teacher: Teacher) -> tuple[Tensor, Tensor, Tensor]:
+        """As `batch_loss`, with the summed divergence from the teacher between loss and number."""
+        expected = self.teacher_states(batch, teacher)
+        hidden, calls = self.states(batch), self._lm_head_calls(batch["labels"])
+        lm_head = base_llava(self.peft_model).lm_head
+        return distilled_loss(hidden, expected, batch["labels"], lm_head, self.loss_chunk, calls)
+
+    def _lm_head_calls(self, labels: Tensor) -> int:
+        """As many on every rank, where the weights are spread over them."""
+        if not weights_are_spread(self.peft_model):
+            return 1
+        needed = torch.tensor(calls_needed(labels, self.loss_chunk), dtype=torch.float32, device=self.device)
+        return int(self.trainer.strategy.reduce(needed, reduce_op="max"))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One micro-batch; see the module's docstring for what is averaged over what."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._window.begin(batch, self.trainer, self.device)
-        total, count = self.batch_loss(batch)
-        self._window.add(loss=total)
+        if self._teacher is None:
+            total, count = self.batch_loss(batch)
+            self._window.add(loss=total)
+        else:
+            cross_entropy, divergence, count = self.distilled_batch_loss(batch, self._teacher)
+            self._window.add(loss=cross_entropy, divergence=divergence)
+            total = cross_entropy + self._teacher.weight * divergence
         if step_ended(self.trainer, batch_idx):
-            mean = self._window.means(self.trainer)["loss"]
-            self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["input_ids"]))
+            for name, mean in self._window.means(self.trainer).items():
+                self.log(f"train/{name}", mean, prog_bar=True, batch_size=len(batch["input_ids"]))
         if self.loss_average == "batch":
             return total / count.clamp(min=1)
         return total * self._window.weight(self.trainer)
