@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from himap_train.training.launch import FineTuneTrainer, is_first_process
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.parser import SuggestingParser
 from himap_train.training.progress import GradientNorm, ProgressLines, Throughput
+from himap_train.training.pruning_settings import PruningSettings
 from himap_train.training.quiet import quiet_libraries
 from himap_train.training.rehearsal import rehearsal_folder, rehearse
 from himap_train.training.run_folder import claim_folder
@@ -40,6 +42,7 @@ from himap_train.training.saving import (
     refuse_other_config,
 )
 from himap_train.training.seeding import StepSeeds
+from himap_train.training.step_plan import SchedulePerStep
 from himap_train.training.strategies import refuse_spread_quantized, register_strategies, require_known
 
 TRAINER_DEFAULTS = {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "enable_model_summary": False}
@@ -80,6 +83,7 @@ class FinetuneCLI(LightningCLI):
             "--keep", type=Literal["last", "best"], default="last", help="which weights become the adapter"
         )
         parser.add_argument("--save_every", type=int | None, default=None, help="optimizer steps between saves")
+        parser.add_class_arguments(PruningSettings, "pruning")
         parser.add_class_arguments(EvaluationSettings, "evaluation")
         parser.add_argument(
             "--resume",
@@ -128,15 +132,20 @@ class FinetuneCLI(LightningCLI):
         super().instantiate_classes()
         self.settings: EvaluationSettings = self.config_init.evaluation
         self.model.trainer = self.trainer
+        self.pruning: PruningSettings = self.config_init.pruning
+        self.pruning.check(self.model.schedule)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With the callbacks, loggers and checkpoint writer that every run has."""
         given: dict[str, Any] = dict(self._get(self.config_init, "trainer", default={}))
         settings: EvaluationSettings = self._get(self.config_init, "evaluation")
         generates = settings.during > 0 and self.config.data.validation is not None
+        seed, pruning = int(self.config.seed_everything), self._get(self.config_init, "pruning")
+        self.per_step = SchedulePerStep(partial(pruning.plan, seed=seed)) if pruning.per_step else None
         callbacks: list[Any] = [
             *(given.pop("callbacks", None) or []),
-            StepSeeds(int(self.config.seed_everything)),
+            StepSeeds(seed),
+            *([self.per_step] if self.per_step else []),
             GradientNorm(),
             Throughput(),
             LearningRateMonitor("step"),

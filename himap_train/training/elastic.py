@@ -63,10 +63,10 @@ class Elastic:
         """
         key, (low, high) = "pruning.elastic", self.budgets
         if not 0.0 < low <= high <= 1.0:
-            wrong = "upside down" if low > high and 0.0 < high and low <= 1.0 else "outside 0 to 1"
+            wrong = "upside down" if 0.0 < high < low <= 1.0 else "outside 0 to 1"
             raise ValueError(
-                f"{key}.budgets is [{low}, {high}], which is {wrong}; give the lowest and then the highest flops_ratio, "
-                "each above 0 and at most 1 (dense), such as [0.3, 0.8]"
+                f"{key}.budgets is [{low}, {high}], which is {wrong}; give the lowest and then the highest "
+                "flops_ratio, each above 0 and at most 1 (dense), such as [0.3, 0.8]"
             )
         require_share(f"{key}.dense_share", self.dense_share)
         require_ratios(key, schedule)

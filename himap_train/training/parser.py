@@ -8,6 +8,8 @@ from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from himap_train.training.pruning_settings import setting_names
+
 
 class SuggestingParser(LightningArgumentParser):
     """Names the nearest valid key where an unknown one is given."""
@@ -19,10 +21,12 @@ class SuggestingParser(LightningArgumentParser):
         top_level = re.search(r"[Oo]ption '([\w.]+)' is not accepted|[Kk]ey '([\w.]+)' is not expected", message)
         found = in_file or in_options or top_level
         if found:
-            wanted = ".".join(part for part in found.groups() if part).replace("-", "_")
+            above = re.findall(r"Parser key \"([\w.]+)\"", message) if found is top_level else []
+            wanted = ".".join([*above, *(part for part in found.groups() if part)]).replace("-", "_")
             near = difflib.get_close_matches(wanted, self._keys(), n=1, cutoff=0.5)
             message += f"\nDid you mean {near[0]!r}?" if near else ""
         super().error(message, ex)
 
     def _keys(self) -> list[str]:
-        return [key for action in self._actions for key in [action.dest] if key not in ("help", "print_config")]
+        keys = [key for action in self._actions for key in [action.dest] if key not in ("help", "print_config")]
+        return [*keys, *setting_names()]

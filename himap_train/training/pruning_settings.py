@@ -87,7 +87,8 @@ class PruningSettings:
         """
         if self.elastic is not None:
             return ElasticSteps(self.elastic, schedule, config, seed, self.tokens(tokens))
-        return CurriculumSteps(self.curriculum or Curriculum(share=0.0), schedule, total)
+        assert self.curriculum is not None
+        return CurriculumSteps(self.curriculum, schedule, total)
 
 
 def setting_names(group: type = PruningSettings, prefix: str = "pruning") -> Iterator[str]:

@@ -46,10 +46,11 @@ class SchedulePerStep(Callback):
     """Gives the module the schedule of each optimizer step, and its own back for everything else.
 
     Args:
-        make_plan: `(schedule, config, total steps, tokens) -> StepPlan`, called on every rank when training starts.
+        make_plan: `(schedule, config, total=optimizer steps, tokens=tokens) -> StepPlan`, called on every rank when
+            training starts.
     """
 
-    def __init__(self, make_plan: Callable[[PruningSchedule, Any, int, tuple[int, int] | None], StepPlan]) -> None:
+    def __init__(self, make_plan: Callable[..., StepPlan]) -> None:
         self.make_plan = make_plan
         self.tokens: tuple[int, int] | None = None
         """Image and text tokens of a typical sample, which the first process has counted."""
@@ -59,7 +60,7 @@ class SchedulePerStep(Callback):
         """Here the number of steps is known, and every process is there."""
         tokens = trainer.strategy.broadcast(self.tokens)
         config, steps = pl_module.peft_model.config, int(trainer.estimated_stepping_batches)
-        self._plan = self.make_plan(pl_module.schedule, config, steps, tokens)
+        self._plan = self.make_plan(pl_module.schedule, config, total=steps, tokens=tokens)
         say(self._plan)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
