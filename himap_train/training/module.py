@@ -174,7 +174,7 @@ class LlavaFineTuner(AdapterModule):
             self._window.add(loss=cross_entropy, divergence=divergence)
             total = cross_entropy + self._teacher.weight * divergence
         if step_ended(self.trainer, batch_idx):
-            for name, mean in self._window.means(self.trainer).items():
+            for name, mean in self._window.means(self.trainer).items():  # divergence: of the last step with a teacher
                 self.log(f"train/{name}", mean, prog_bar=True, batch_size=len(batch["input_ids"]))
         if self.loss_average == "batch":
             return total / count.clamp(min=1)
