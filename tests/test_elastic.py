@@ -138,9 +138,7 @@ def fit(path: str, folder: Path, seen: Seen, resume: bool = False, **kwargs: Any
     return model
 
 
-def test_the_decoder_runs_what_was_drawn_and_validation_the_schedule(
-    tiny_path: str, tmp_path: Path, config: Any
-) -> None:
+def test_decoder_runs_what_was_drawn_and_validation_the_schedule(tiny_path: str, tmp_path: Path, config: Any) -> None:
     seen = Seen()
     model = fit(tiny_path, tmp_path, seen, limit_val_batches=1, val_check_interval=3)
     plan, kept = steps(config), []

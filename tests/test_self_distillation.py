@@ -98,7 +98,7 @@ def test_a_teacher_that_is_the_student_changes_nothing(tiny_path: str) -> None:
     model.configure_model()
     ce, kl, count = model.distilled_batch_loss(batch(), Teacher(STUDENT, 1.0))
     total, same = model.batch_loss(batch())
-    assert float(kl) == pytest.approx(0.0, abs=1e-5) and ce == total and count == same
+    assert float(kl.detach()) == pytest.approx(0.0, abs=1e-5) and ce == total and count == same
 
 
 def test_each_pass_runs_its_own_schedule(tiny_path: str) -> None:
@@ -128,53 +128,55 @@ class Taught(LlavaFineTuner):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1.0)
 
 
-class OneTeacher:
-    """A plan with a dense teacher of this weight in every step."""
+class Same:
+    """A plan that runs the same in every step."""
 
-    def __init__(self, weight: float) -> None:
-        self.step = Step(STUDENT, Teacher(DENSE, weight))
+    def __init__(self, step: Step) -> None:
+        self.step = step
 
     def at(self, step: int) -> Step:
         return self.step
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_step_is_normalised_like_the_cross_entropy(
-    tiny_path: str, tmp_path: Any, precision: str, accumulate: int
-) -> None:
-    """A big weight leaves the gradient of the divergence alone: sum over the window's tokens, whatever the window.
-
-    In bf16 weights that the teacher's pass cast must not be used by the student's: they have no gradient.
-    """
-    moved, weight = {}, 1e-3
-    model = Taught(tiny_path, schedule=SCHEDULE, lora_r=4, lora_alpha=8, lora_dropout=0.0)
+def one_step(path: str, folder: Any, step: Step, **kwargs: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """What one step of plain gradient descent subtracts from each weight, that is the gradient; and the trainer."""
+    model = Taught(path, schedule=SCHEDULE, lora_r=4, lora_alpha=8, lora_dropout=0.0)
+    torch.manual_seed(0)
     model.configure_model()
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer = quiet_trainer(
-        tmp_path,
-        max_steps=1,
-        precision=precision,
-        accumulate_grad_batches=accumulate,
-        callbacks=[SchedulePerStep(lambda *_, **__: OneTeacher(weight))],
+        folder, max_steps=1, callbacks=[SchedulePerStep(lambda *_, **__: Same(step))], **{"precision": 32, **kwargs}
     )
-    trainer.fit(model, datamodule=ToyData(4, 4 // accumulate))
-    moved = {name: start[name] - p for name, p in model.named_parameters() if p.requires_grad}
+    trainer.fit(model, datamodule=ToyData(4, 4 // kwargs.get("accumulate_grad_batches", 1)))
+    return {name: start[name] - p.detach() for name, p in model.named_parameters() if p.requires_grad}, trainer
 
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_step_is_normalised_like_the_cross_entropy(tiny_path: str, tmp_path: Any, accumulate: int) -> None:
+    """A sum over the window divided by the window's tokens, however it is cut into micro-batches."""
+    step = Step(STUDENT, Teacher(DENSE, 2.0))
+    moved, trainer = one_step(tiny_path, tmp_path, step, accumulate_grad_batches=accumulate)
     twin = Taught(tiny_path, schedule=SCHEDULE, lora_r=4, lora_alpha=8, lora_dropout=0.0)
+    torch.manual_seed(0)
     twin.configure_model()
+    cross_entropy, divergence, count = twin.distilled_batch_loss(collate(ToyData(4).samples), Teacher(DENSE, 2.0))
+    ((cross_entropy + 2 * divergence) / count).backward()
     for name, parameter in twin.named_parameters():
         if parameter.requires_grad:
-            parameter.data.copy_(start[name])
-    ce, kl, count = twin.distilled_batch_loss(collate(ToyData(4).samples), Teacher(DENSE, weight))
-    ((ce + weight * kl) / count).backward()
-    tolerance = FP32 if precision == "32-true" else {"atol": 0.02, "rtol": 0.2}
-    for name, parameter in twin.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None
-            torch.testing.assert_close(moved[name], parameter.grad, **tolerance, msg=name)
+            torch.testing.assert_close(moved[name], parameter.grad, atol=1e-4, rtol=1e-3, msg=name)
     assert any("lora_B" in name and value.abs().max() > 1e-3 for name, value in moved.items())
-    assert float(trainer.callback_metrics["train/divergence"]) == pytest.approx(float((kl / count).detach()), rel=0.1)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert logged["train/divergence"] == pytest.approx(float((divergence / count).detach()), rel=1e-4)
+    assert logged["train/loss"] == pytest.approx(float((cross_entropy / count).detach()), rel=1e-4)
+
+
+def test_weights_cast_for_the_teacher_are_not_the_students(tiny_path: str, tmp_path: Any) -> None:
+    """Older torch would use them again, without gradients: a step like one without a teacher, but for a trace."""
+    plain, _ = one_step(tiny_path, tmp_path, Step(STUDENT), precision="bf16-mixed")
+    taught, _ = one_step(tiny_path, tmp_path, Step(STUDENT, Teacher(DENSE, 1e-12)), precision="bf16-mixed")
+    assert any("lora_B" in name and value.abs().max() > 1e-3 for name, value in plain.items())
+    for name, value in plain.items():
+        torch.testing.assert_close(taught[name], value, atol=1e-4, rtol=1e-2, msg=name)
 
 
 def test_elastic_training_distils_in_its_share_of_the_steps(tiny_path: str, tmp_path: Any) -> None:

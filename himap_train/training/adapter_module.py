@@ -87,7 +87,7 @@ class AdapterModule(LightningModule):
                 return self.states(batch)
         finally:
             self.use_schedule(running, teacher)
-            torch.clear_autocast_cache()  # weights that were cast here have no gradient, and would be used again
+            torch.clear_autocast_cache()  # older torch uses weights that were cast here again: without gradients
 
     def states(self, batch: dict[str, Any]) -> Tensor:
         """Final decoder states (B, S, D) of a batch.
