@@ -18,6 +18,7 @@ _SETTINGS = (
     ("model", ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "projector", "lora_lr", "projector_lr")),
     ("model", ("weight_decay", "warmup_ratio", "loss_average", "quantize")),
     ("data", ("batch_size", "max_length", "image_aspect_ratio")),
+    ("pruning", ("elastic", "curriculum")),
     ("trainer", ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")),
     ("trainer", ("strategy", "devices", "num_nodes")),
 )
@@ -81,7 +82,7 @@ def _card(
     sections = [
         ("", "\n".join(["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", f"# {title}"])),
         ("Loading", "\n\n".join(loading)),
-        ("Pruning schedule", f"{_schedule(schedule)}\n\n{_cost(schedule, config)}"),
+        ("Pruning schedule", f"{_schedule(schedule)}\n\n{_cost(schedule, config)}{_elastic(run.config)}"),
         ("Scores", _scores(run.rows)),
         ("Data", _data(run.config.get("data") or {})),
         ("Training", _training(run.config)),
@@ -114,6 +115,19 @@ def _cost(schedule: PruningSchedule, config: Any) -> str:
         ("ratio", f"{cost.kv_bytes_ratio:.3f}", "1"),
     ]
     return f"One image and {TEXT_TOKENS} text tokens:\n\n" + _table(("", "pruned", "dense"), rows)
+
+
+def _elastic(config: Mapping[str, Any]) -> str:
+    """At which budgets the model runs."""
+    elastic = (config.get("pruning") or {}).get("elastic")
+    if not elastic:
+        return ""
+    low, high = elastic["budgets"]
+    dense = " and dense" if elastic["dense_share"] else ""
+    return (
+        f"\n\nTrained at every budget (`flops_ratio`) from {low} to {high}{dense}: the same layers with other ratios, "
+        "`python recipes/evaluate.py --budget 0.5`, or `schedule.at_budget(model.config, 0.5)`."
+    )
 
 
 def _scores(rows: list[dict[str, Any]]) -> str:

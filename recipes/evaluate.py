@@ -2,6 +2,7 @@
 
 python recipes/evaluate.py                    # the embedded model, dense, on its test questions
 python recipes/evaluate.py --schedule himap   # the same, pruned without training
+python recipes/evaluate.py --checkpoint runs/elastic --budget 0.4   # one checkpoint at the cost that is wanted
 python recipes/evaluate.py --checkpoint runs/mine --data test.json --image-folder images --output runs/mine/test
 python recipes/evaluate.py --checkpoint llava-hf/llava-1.5-7b-hf --dtype bfloat16 --batch-size 8 --schedule himap
                            --data pope.jsonl --metrics [pope] --image-aspect-ratio pad
@@ -19,6 +20,7 @@ import torch
 
 from himap_train.data.images import AspectRatio
 from himap_train.data.sources import open_source
+from himap_train.evaluation.budget import check_budget_argument, prompt_tokens, run_at_budget
 from himap_train.evaluation.command_line import new_output_folder, run_command
 from himap_train.evaluation.compare import Row, evaluate_row
 from himap_train.evaluation.metrics import make_metrics
@@ -32,6 +34,7 @@ def main(
     checkpoint: str = "embedded",
     data: str = "embedded:test",
     schedule: ScheduleArgument = AS_SAVED,
+    budget: float | None = None,
     image_folder: str | None = None,
     image_aspect_ratio: AspectRatio = "as_processor",
     metrics: list[str] = ["exact"],  # noqa: B006 - never changed; the default that --help shows
@@ -52,6 +55,7 @@ def main(
         checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
         data: embedded:test, a LLaVA file (.json, .jsonl), a Hugging Face data set (folder, .parquet, owner/name:split).
         schedule: as-saved, none, a preset (himap, fastv, ...), a pruning.yaml, or the stages inline.
+        budget: Run that schedule's layers at this flops_ratio of the mean prompt instead, 0.4 say; 1 is dense.
         image_folder: Where the data's image paths start; by default the folder of its file.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
         metrics: exact, gqa, vqa, textvqa, pope, mme, relaxed, anls, choice, circular; the first gives the score.
@@ -66,14 +70,18 @@ def main(
         dtype: Of the weights; "auto" as they are stored.
         device: "auto", "cpu", "cuda", "cuda:1", ...
     """
+    check_budget_argument(budget, schedule)
     make_metrics(metrics)  # a misspelt name fails before anything is loaded
     if output is not None:
         new_output_folder(output, (*FILES, PREDICTIONS), overwrite)
     source = open_source(data, image_folder, split="test")
     model, processor = load_with_schedule(checkpoint, schedule, dtype, device)
+    if budget is not None:
+        run_at_budget(model, budget, *prompt_tokens(source, processor, image_aspect_ratio, limit))
+    how = schedule if isinstance(schedule, str) else "own schedule" if schedule else "dense"
     torch.manual_seed(seed)
     row = evaluate_row(
-        name or f"{checkpoint}, {schedule if isinstance(schedule, str) else 'own schedule' if schedule else 'dense'}",
+        name or f"{checkpoint}, {how}{'' if budget is None else f' at {budget}'}",
         model,
         processor,
         source,

@@ -16,19 +16,19 @@ from collections.abc import Sequence
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from himap_train.agreement import check_agreement
-from himap_train.checkpoint import read_schedule, save_adapter
+from himap_train.checkpoint import save_adapter
 from himap_train.evaluation.command_line import USER_ERRORS
-from himap_train.evaluation.compare import Row, compare
+from himap_train.evaluation.compare import Row
 from himap_train.evaluation.report import print_table, save_table
 from himap_train.export.folders import export_merged
 from himap_train.models.loading import resolve_model
 from himap_train.models.lora import trainable_report
-from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.cli import FinetuneCLI
 from himap_train.training.gather import trained_state
 from himap_train.training.guard import check_trained_weights
 from himap_train.training.interrupt import Interrupted
 from himap_train.training.launch import AroundTraining, end_children, is_first_process, report_error, say
+from himap_train.training.rows import measure, prepare_budgets, rows_after, rows_before
 from himap_train.training.run_folder import package_versions, record_run
 from himap_train.training.saving import read_checkpoint
 
@@ -59,7 +59,7 @@ def before_training(cli: FinetuneCLI) -> list[Row]:
     if not cli.settings.before:
         return []
     with tuner.peft_model.disable_adapter():
-        return measure(cli, {"dense": None, "training-free pruned": evaluated_schedule(cli)})
+        return measure(cli, rows_before(cli))
 
 
 def after_training(cli: FinetuneCLI, rows: list[Row]) -> None:
@@ -71,15 +71,10 @@ def after_training(cli: FinetuneCLI, rows: list[Row]) -> None:
     if is_first_process():
         say(f"saved {save_adapter(tuner.peft_model, cli.output / 'adapter', tuner.schedule, tuner.processor, weights)}")
     if cli.settings.after:
-        rows = rows + measure(cli, rows_after(tuner.schedule, evaluated_schedule(cli)))
+        rows = rows + measure(cli, rows_after(cli))
     if rows and is_first_process():
         save_table(rows, cli.output, {"config": cli.resolved_config(), "versions": package_versions()})
         print_table(rows)
-
-
-def evaluated_schedule(cli: FinetuneCLI) -> PruningSchedule:
-    """That of the pruned rows."""
-    return read_schedule(cli.settings.schedule) if cli.settings.schedule else cli.model.schedule
 
 
 def check_data(cli: FinetuneCLI) -> None:
@@ -91,26 +86,8 @@ def check_data(cli: FinetuneCLI) -> None:
     if report is not None:
         say(report)
         report.require_usable(data.max_skipped)
-
-
-def rows_after(trained: PruningSchedule, pruned: PruningSchedule) -> dict[str, PruningSchedule | None]:
-    """Names and schedules of what is measured after training."""
-    if trained.stages:
-        return {"adapted pruned": pruned, "adapted, evaluated dense": None}
-    return {"fine-tuned dense": None, "fine-tuned dense, then pruned": pruned}
-
-
-def measure(cli: FinetuneCLI, schedules: dict[str, PruningSchedule | None]) -> list[Row]:
-    """A row of the table for each schedule, on the test data, or the validation data where there is none."""
-    tuner, data = cli.model, cli.datamodule
-    split = next((split for split in ("test", "validation") if data.source(split) is not None), None)
-    if split is None:
-        return []
-    wanted = {name: schedule for name, schedule in schedules.items() if schedule is None or schedule.stages}
-    limits = [limit for limit in (cli.settings.limit, data.limits[split]) if limit is not None]
-    settings = cli.settings.for_data(data, min(limits, default=None))
-    with cli.trainer.precision_plugin.forward_context():
-        return compare(tuner.peft_model, tuner.processor, data.source(split), wanted, **settings)
+    if is_first_process():
+        prepare_budgets(cli, report)
 
 
 def take_best(cli: FinetuneCLI) -> None:

@@ -22,6 +22,7 @@ from himap_train.data.encode import Sample, encode_prompt
 from himap_train.data.images import AspectRatio
 from himap_train.data.records import Conversation, Turn
 from himap_train.data.scenes import SceneQuestions
+from himap_train.evaluation.budget import check_budget_argument, run_at_budget
 from himap_train.evaluation.command_line import run_command
 from himap_train.evaluation.schedule_argument import AS_SAVED, ScheduleArgument, installed_schedule, load_with_schedule
 from himap_train.models.llava import base_llava
@@ -32,6 +33,7 @@ def main(
     question: str | None = None,
     checkpoint: str = "embedded",
     schedule: ScheduleArgument = AS_SAVED,
+    budget: float | None = None,
     show_kept: Path | None = None,
     image_aspect_ratio: AspectRatio = "as_processor",
     max_new_tokens: int = 256,
@@ -46,6 +48,7 @@ def main(
         question: What to ask about it; by default that scene's question.
         checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
         schedule: as-saved, none, a preset (himap, fastv, ...), a pruning.yaml, or the stages inline.
+        budget: Run that schedule's layers at this flops_ratio of the prompt instead, 0.4 say; 1 is dense.
         show_kept: Draw into this file which patches survive each stage.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
         max_new_tokens: Where the answer is cut.
@@ -53,15 +56,19 @@ def main(
         dtype: Of the weights; "auto" as they are stored.
         device: "auto", "cpu", "cuda", "cuda:1", ...
     """
+    check_budget_argument(budget, schedule)
     conversation = ask(image, question)
     if show_kept is not None:
         show_kept.parent.mkdir(parents=True, exist_ok=True)
     model, processor = load_with_schedule(checkpoint, schedule, dtype, device)
-    if show_kept is not None and not installed_schedule(model).stages:
-        raise ValueError("--show-kept has nothing to draw: the schedule is dense; choose one with --schedule himap")
     text_config: Any = base_llava(model).config.text_config
     context = text_config.max_position_embeddings - max_new_tokens
     sample = encode_prompt(conversation, processor, context, image_aspect_ratio)
+    if budget is not None:
+        images = int((sample["input_ids"] == processor.image_token_id).sum())
+        run_at_budget(model, budget, images, len(sample["input_ids"]) - images)
+    if show_kept is not None and not installed_schedule(model).stages:
+        raise ValueError("--show-kept has nothing to draw: the schedule is dense; choose one with --schedule himap")
     print(f"USER: {conversation.turns[0].text.removeprefix('<image>').strip()}\nASSISTANT: ", end="", flush=True)
     torch.manual_seed(seed)
     with record_pruning(model) as trace:

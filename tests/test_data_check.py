@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,3 +115,17 @@ def test_long_list_of_problems_is_cut(source):
     report = check_source(source, tiny_processor(), 150)
     many = replace(report, skipped={i: f"problem {i}" for i in range(30)})
     assert "problem 9" in str(many) and "problem 10" not in str(many) and "and 20 more" in str(many)
+
+
+def test_mean_tokens_are_those_of_what_is_trained_on(tmp_path: Path) -> None:
+    """Image tokens of all images of a record, the rest up to max_length."""
+    (tmp_path / "data.json").write_text(json.dumps(GOOD))
+    image_folder(tmp_path, ("a.png", "b.png"))
+    processor = tiny_processor()
+    source = open_source(str(tmp_path / "data.json"))
+    image = round(IMAGE_TOKENS * (1 + 1 + 2 + 0) / 4)
+    lengths = [len(encode(source[index], processor)["input_ids"]) for index in range(4)]
+    assert check_source(source, processor).mean_tokens() == (image, round(sum(lengths) / 4 - image))
+    cut = check_source(source, processor, max_length=100)
+    assert cut.mean_tokens() == (image, round(sum(min(length, 100) for length in lengths) / 4 - image))
+    assert check_source(source, processor, limit=0).mean_tokens() is None

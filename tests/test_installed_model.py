@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_llava
 from torch.nn.functional import cross_entropy
 
-from himap_train import install_pruning, record_pruning, remove_pruning
-from himap_train.models.llava import hidden_states, pruning_of
+from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning, remove_pruning
+from himap_train.models.llava import change_schedule, hidden_states, pruning_of
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -99,6 +99,20 @@ def test_counts_of_the_last_forward() -> None:
     assert (pruning_of(model).last.image_tokens, list(pruning_of(model).last.kept)) == (16 + 25 + 7 + 12, [31, 8])
     run(model, make_case(model, ["t4"]))
     assert (pruning_of(model).last.image_tokens, list(pruning_of(model).last.kept)) == (0, [0, 0])
+
+
+def test_changed_schedule_runs_from_the_next_forward_on() -> None:
+    """On what is installed: a trace that records goes on."""
+    model = install_pruning(tiny_llava(), two_stages("last_token", "uniform"))
+    case, installed = make_case(model, RAGGED), pruning_of(model)
+    run(model, case)
+    change_schedule(model, two_stages())
+    assert pruning_of(model) is installed and installed.last is None
+    assert_equals_naive(model, two_stages(), case)
+    with pytest.raises(ValueError, match="decoder has layers 0 to 5"):
+        change_schedule(model, PruningSchedule((PruningStage(9, "image", 0.5),)))
+    with pytest.raises(ValueError, match="install_pruning"):
+        change_schedule(remove_pruning(model), two_stages())
 
 
 def test_installing_again_replaces_the_schedule() -> None:

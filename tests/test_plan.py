@@ -110,6 +110,11 @@ def test_schedules(tmp_path: Path, schedule: str, tokens: list[list[int]]) -> No
     assert all(stage["layer"] < 8 for side in plan["sides"] for stage in side["schedule"]["stages"])
 
 
+def test_other_schedules_during_training_are_noted(tmp_path: Path) -> None:
+    plan = planned(tmp_path, "--model.path", "embedded", "--text_tokens", "40", "--pruning.curriculum.share", "0.5")
+    assert any("pruning.curriculum: some steps run up to dense" in note for note in plan["notes"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

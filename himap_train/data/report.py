@@ -49,6 +49,18 @@ class DataReport:
         """Tokens that this percentage of the examined records does not exceed; 0 if none was examined."""
         return int(np.percentile([n for _, n in self.lengths], percent, method="higher")) if self.lengths else 0
 
+    def mean_tokens(self) -> tuple[int, int] | None:
+        """Image tokens and other tokens of an examined record on average, as far as `max_length` lets it through.
+
+        None where nothing was examined.
+        """
+        if not self.lengths:
+            return None
+        cut = [length if self.max_length is None else min(length, self.max_length) for _, length in self.lengths]
+        total = sum(cut) / len(cut)
+        image = sum(tokens * images for tokens, images in self.image_tokens.items()) / len(cut)
+        return round(image), round(max(total - image, 1.0))
+
     def longest(self, count: int = 5) -> list[tuple[str, int]]:
         """(id, tokens) of the longest examined records, the longest first."""
         return sorted(self.lengths, key=lambda item: -item[1])[:count]

@@ -86,7 +86,7 @@ def question_batches(
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-    records = islice(_records(source), limit)
+    records = islice(numbered_records(source), limit)
     while window := list(islice(records, WINDOW_BATCHES * batch_size * world)):
         window += [window[i % len(window)] for i in range(-len(window) % world)]
         questions = []
@@ -108,7 +108,7 @@ def source_length(source: Source | StreamingSource, limit: int | None) -> int | 
     return len(source) if limit is None else min(len(source), limit)
 
 
-def _records(source: Source | StreamingSource) -> Iterator[tuple[int, Callable[[], Conversation]]]:
+def numbered_records(source: Source | StreamingSource) -> Iterator[tuple[int, Callable[[], Conversation]]]:
     """Index and a function that reads the record; other processes' records of a map-style source are never read."""
     if isinstance(source, Source):
         yield from ((index, partial(source.__getitem__, index)) for index in range(len(source)))

@@ -20,12 +20,14 @@ from transformers import LlavaForConditionalGeneration
 
 from himap_train.models.attention import PREFIX, register_attention
 from himap_train.models.decoder import DECODERS, pruned_forward
+from himap_train.models.embeddings import merged_embeddings
 from himap_train.models.installed import InstalledPruning, PruningTrace
 from himap_train.models.loading import load_llava
 from himap_train.pruning.schedule import PruningSchedule
 
 __all__ = [
     "base_llava",
+    "change_schedule",
     "hidden_states",
     "install_pruning",
     "load_llava",
@@ -95,6 +97,19 @@ def remove_pruning(model: nn.Module) -> Any:
     return model
 
 
+def change_schedule(model: nn.Module, schedule: PruningSchedule) -> None:
+    """Run another schedule from the next forward on, where one is installed; nothing is installed anew.
+
+    Raises:
+        ValueError: Nothing is installed, or a stage lies outside the decoder.
+    """
+    pruning = pruning_of(model)
+    if pruning is None:
+        raise ValueError("no schedule to change: call install_pruning(model, schedule) first")
+    schedule.validate_for(_decoder(model).config.num_hidden_layers)
+    pruning.schedule, pruning.last = schedule, None
+
+
 @contextmanager
 def record_pruning(model: nn.Module) -> Iterator[PruningTrace]:
     """Record what the last prefill or training forward inside the block keeps.
@@ -134,45 +149,11 @@ def hidden_states(
         mm_encoder_outputs: Image features computed before, as the stock forward takes them.
     """
     base = base_llava(model)
-    merged = _merged(base, input_ids, pixel_values, mm_encoder_outputs)
+    merged = merged_embeddings(base, input_ids, pixel_values, mm_encoder_outputs)
     inputs: dict[str, Any] = {"inputs_embeds": merged, "attention_mask": attention_mask, "use_cache": False}
     if pruning_of(base) is not None:
         inputs |= _masks(base, input_ids, labels)
     return base.model(**inputs).last_hidden_state
-
-
-def weights_are_spread(base: nn.Module) -> bool:
-    """Whether ZeRO-3 keeps the weights: then all processes must call the same modules in the same order, or hang."""
-    return hasattr(next(base.parameters()), "ds_id")
-
-
-def encode_nothing(base: LlavaForConditionalGeneration) -> Tensor:
-    """Features (tokens, D) of an empty image: what a batch of text runs where other processes run images."""
-    vision: Any = base.config.vision_config
-    blank = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=base.device)
-    features = base.model.get_image_features(pixel_values=blank.to(base.model.vision_tower.dtype)).pooler_output
-    return torch.cat(list(features))
-
-
-def _merged(
-    base: LlavaForConditionalGeneration, input_ids: Tensor, pixel_values: Tensor | None, encoded: dict[str, Any] | None
-) -> Tensor:
-    """Embeddings (B, S, D) with image features in their places.
-
-    The same modules in the same order for every kind of batch: in training every rank must call the same ones, forward
-    and backward, and give every parameter a gradient, or ZeRO-3 hangs and DDP stops.
-    """
-    if encoded is None and pixel_values is not None and pixel_values.shape[0] > 0:
-        encoded = {"image": base.model.get_image_features(pixel_values=pixel_values)}
-    unused = None
-    if encoded is None and (torch.is_grad_enabled() or weights_are_spread(base)):
-        unused = encode_nothing(base)
-    embeddings: Tensor = base.get_input_embeddings()(input_ids)
-    if encoded is not None:
-        features = torch.cat(list(encoded["image"].pooler_output)).to(embeddings.device, embeddings.dtype)
-        places = base.model.get_placeholder_mask(input_ids, inputs_embeds=embeddings, image_features=features)
-        return embeddings.masked_scatter(places, features)
-    return embeddings if unused is None else embeddings + 0 * unused.sum().to(embeddings.dtype)
 
 
 def _masks(base: LlavaForConditionalGeneration, input_ids: Tensor, labels: Tensor | None) -> dict[str, Tensor | None]:

@@ -21,6 +21,7 @@ from himap_train.planning.sources import find_config, read_sample
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.cli import FinetuneCLI
 from himap_train.training.module import LlavaFineTuner
+from himap_train.training.pruning_settings import MODES
 from himap_train.training.rehearsal import rehearse
 from himap_train.training.strategies import refuse_spread_quantized, strategy_name
 
@@ -82,9 +83,18 @@ class PlanCLI(FinetuneCLI):
         kernel = (
             "eager, S x S probabilities are kept" if run.attention == "eager" else "a flash kernel, no S x S matrix"
         )
-        notes = (f"model: {found}", f"tokens: {counted}", f"attention: {run.attention}, {kernel}")
+        notes: tuple[str, ...] = (f"model: {found}", f"tokens: {counted}", f"attention: {run.attention}, {kernel}")
         facts = model_facts(config, self.tuner)
-        return make_plan(facts, run, schedule, sample, (*notes, *self._at_limit(facts, run, schedule, sample)))
+        notes = (*notes, *self._other_schedules(), *self._at_limit(facts, run, schedule, sample))
+        return make_plan(facts, run, schedule, sample, notes)
+
+    def _other_schedules(self) -> tuple[str, ...]:
+        """What steps under other schedules than model.schedule mean for the numbers."""
+        modes = [name for name in MODES if self.config.pruning[name] is not None]
+        return tuple(
+            f"pruning.{name}: some steps run up to dense, so memory must do for the dense column; time lies between"
+            for name in modes
+        )
 
     def _at_limit(
         self, facts: ModelFacts, run: RunSettings, schedule: PruningSchedule, sample: Sample

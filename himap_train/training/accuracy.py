@@ -20,6 +20,7 @@ class EvaluationSettings:
         before: Evaluate before training too (dense, and pruned without training).
         after: Evaluate after training (pruned, and dense).
         schedule: Preset, mapping or `pruning.yaml` of the pruned rows, where it is not the one that is trained under.
+        budgets: Further rows: the schedule of the pruned rows at each of these `flops_ratio`s, for the mean prompt.
         limit: Evaluate on the first records only.
         during: Validation records answered at each validation; 0 for none.
         batch_size: Questions in a batch.
@@ -30,6 +31,7 @@ class EvaluationSettings:
     before: bool = True
     after: bool = True
     schedule: str | dict[str, Any] | None = None
+    budgets: list[float] = field(default_factory=list)
     limit: int | None = None
     during: int = 64
     batch_size: int = 32

@@ -7,14 +7,13 @@ nearest valid one.
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import yaml
 from lightning.pytorch import Trainer
@@ -29,7 +28,9 @@ from himap_train.training.accuracy import EvaluationSettings, GenerationAccuracy
 from himap_train.training.interrupt import SaveOnInterrupt
 from himap_train.training.launch import FineTuneTrainer, is_first_process
 from himap_train.training.module import LlavaFineTuner
+from himap_train.training.parser import SuggestingParser
 from himap_train.training.progress import GradientNorm, ProgressLines, Throughput
+from himap_train.training.pruning_settings import PruningSettings
 from himap_train.training.quiet import quiet_libraries
 from himap_train.training.rehearsal import rehearsal_folder, rehearse
 from himap_train.training.run_folder import claim_folder
@@ -41,30 +42,12 @@ from himap_train.training.saving import (
     refuse_other_config,
 )
 from himap_train.training.seeding import StepSeeds
+from himap_train.training.step_plan import SchedulePerStep
 from himap_train.training.strategies import refuse_spread_quantized, register_strategies, require_known
 
 TRAINER_DEFAULTS = {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "enable_model_summary": False}
 AUTO, _LAST = "auto", "last"
 _NOT_IN_CONFIG = ("config", "resume", "rehearse")
-
-
-class SuggestingParser(LightningArgumentParser):
-    """Names the nearest valid key where an unknown one is given."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """End with status 2 and the message."""
-        in_file = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
-        in_options = re.search(r"[Uu]nrecognized arguments.*?--([\w.-]+)", message)
-        top_level = re.search(r"[Oo]ption '([\w.]+)' is not accepted|[Kk]ey '([\w.]+)' is not expected", message)
-        found = in_file or in_options or top_level
-        if found:
-            wanted = ".".join(part for part in found.groups() if part).replace("-", "_")
-            near = difflib.get_close_matches(wanted, self._keys(), n=1, cutoff=0.5)
-            message += f"\nDid you mean {near[0]!r}?" if near else ""
-        super().error(message, ex)
-
-    def _keys(self) -> list[str]:
-        return [key for action in self._actions for key in [action.dest] if key not in ("help", "print_config")]
 
 
 class FinetuneCLI(LightningCLI):
@@ -100,6 +83,7 @@ class FinetuneCLI(LightningCLI):
             "--keep", type=Literal["last", "best"], default="last", help="which weights become the adapter"
         )
         parser.add_argument("--save_every", type=int | None, default=None, help="optimizer steps between saves")
+        parser.add_class_arguments(PruningSettings, "pruning")
         parser.add_class_arguments(EvaluationSettings, "evaluation")
         parser.add_argument(
             "--resume",
@@ -148,15 +132,20 @@ class FinetuneCLI(LightningCLI):
         super().instantiate_classes()
         self.settings: EvaluationSettings = self.config_init.evaluation
         self.model.trainer = self.trainer
+        self.pruning: PruningSettings = self.config_init.pruning
+        self.pruning.check(self.model.schedule)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With the callbacks, loggers and checkpoint writer that every run has."""
         given: dict[str, Any] = dict(self._get(self.config_init, "trainer", default={}))
         settings: EvaluationSettings = self._get(self.config_init, "evaluation")
         generates = settings.during > 0 and self.config.data.validation is not None
+        seed, pruning = int(self.config.seed_everything), self._get(self.config_init, "pruning")
+        self.per_step = SchedulePerStep(partial(pruning.plan, seed=seed)) if pruning.per_step else None
         callbacks: list[Any] = [
             *(given.pop("callbacks", None) or []),
-            StepSeeds(int(self.config.seed_everything)),
+            StepSeeds(seed),
+            *([self.per_step] if self.per_step else []),
             GradientNorm(),
             Throughput(),
             LearningRateMonitor("step"),

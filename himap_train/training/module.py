@@ -1,10 +1,7 @@
 """The LightningModule: a LLaVA with LoRA, pruned by its schedule in every forward, and the loss on it.
 
-Averaging. The loss of an optimizer step is the mean over all supervised tokens of its micro-batches and ranks, as if
-they were one batch. So each micro-batch contributes its *sum*, divided by the number of tokens of the whole window on
-all ranks. That number is known in time because the loader reads a window ahead (`himap_train.data.windows`). With the
-mean of means instead (`loss_average="batch"`, what LLaVA's own trainer did) a batch of one-word answers weighs as much
-as a batch of essays.
+The loss of an optimizer step is the mean over its supervised tokens (see `averaging`). With the mean of means instead
+(`loss_average="batch"`, what LLaVA's own trainer did) a batch of one-word answers weighs as much as a batch of essays.
 """
 
 from __future__ import annotations
@@ -13,25 +10,22 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from peft import PeftModel
 from torch import Tensor
 from transformers import LlavaProcessor
 
 from himap_train.checkpoint import read_schedule
-from himap_train.data.windows import WINDOW_TOKENS
 from himap_train.evaluation.schedule_argument import fit_preset, is_preset
-from himap_train.export.adapter import CHECKPOINT_KEY, adapter_facts
-from himap_train.models.llava import base_llava, hidden_states, install_pruning, pruning_of, weights_are_spread
+from himap_train.models.embeddings import weights_are_spread
+from himap_train.models.llava import base_llava, install_pruning
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
 from himap_train.models.quantize import Quantize
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.training.guard import check_pruned, check_trained_weights
-from himap_train.training.loss import calls_needed, supervised_loss
+from himap_train.training.adapter_module import AdapterModule, Teacher
+from himap_train.training.averaging import WindowMean
+from himap_train.training.loss import calls_needed, distilled_loss, supervised_loss
 from himap_train.training.optim import cosine_with_warmup, parameter_groups
-from himap_train.training.place import begin_next_epoch, continue_in_this_split
 from himap_train.training.progress import step_ended
 
 _WEIGHTS = {"bf16": torch.bfloat16, "16": torch.float16}
@@ -42,7 +36,7 @@ def weights_dtype(precision: str) -> torch.dtype:
     return _WEIGHTS.get(precision.split("-")[0], torch.float32)
 
 
-class LlavaFineTuner(LightningModule):
+class LlavaFineTuner(AdapterModule):
     """Fine-tune a LLaVA with LoRA while its image tokens are pruned.
 
     Args:
@@ -87,7 +81,6 @@ class LlavaFineTuner(LightningModule):
         loss_chunk: int = 1024,
     ) -> None:
         super().__init__()
-        self.strict_loading = False  # checkpoints hold trained weights only; on_load_checkpoint checks those
         self.path = path
         self.schedule = read_schedule(schedule)
         self._preset = is_preset(schedule)
@@ -102,17 +95,9 @@ class LlavaFineTuner(LightningModule):
         self.quantize = quantize
         self.loss_average = loss_average
         self.loss_chunk = loss_chunk
-        self.llava: PeftModel | None = None
         self.processor: LlavaProcessor | None = None
-        self._window_tokens, self._window_loss = 1.0, torch.zeros(())
+        self._window = WindowMean()
         self._validation = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
-
-    @property
-    def peft_model(self) -> PeftModel:
-        """The model, once `configure_model` has loaded it."""
-        if self.llava is None:
-            raise RuntimeError("the model is not loaded yet; call configure_model() first")
-        return self.llava
 
     def configure_model(self) -> None:
         """Load the weights, attach LoRA, install the pruner. Lightning calls this on every rank; again does nothing."""
@@ -142,13 +127,6 @@ class LlavaFineTuner(LightningModule):
         """Frozen weights in the trainer's precision; what is trained stays in fp32 (see `attach_lora`)."""
         return weights_dtype(str(self.trainer.precision) if self._trainer else "")
 
-    def train(self, mode: bool = True) -> LlavaFineTuner:
-        """As `nn.Module.train`, but the frozen vision tower stays in evaluation mode."""
-        super().train(mode)
-        if self.llava is not None:
-            base_llava(self.llava).model.vision_tower.eval()
-        return self
-
     def on_fit_start(self) -> None:
         """Hugging Face models load in evaluation mode, in which nothing is checkpointed and dropout is off."""
         self.train()
@@ -167,41 +145,40 @@ class LlavaFineTuner(LightningModule):
         Raises:
             RuntimeError: The schedule says that image tokens go, and they did not.
         """
-        pruning = pruning_of(self.peft_model)
-        before = pruning.last if pruning else None
-        image_tokens = batch["input_ids"] == base_llava(self.peft_model).config.image_token_id
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "labels")}
-        hidden = hidden_states(self.peft_model, **inputs)
-        check_pruned(self.schedule, pruning_of(self.peft_model), before, image_tokens)
-        lm_head, calls = base_llava(self.peft_model).lm_head, 1
-        if weights_are_spread(self.peft_model):  # as many calls on every rank
-            calls = calls_needed(batch["labels"], self.loss_chunk)
-            needed = torch.tensor(calls, dtype=torch.float32, device=self.device)
-            calls = int(self.trainer.strategy.reduce(needed, reduce_op="max"))
-        return supervised_loss(hidden, batch["labels"], lm_head, self.loss_chunk, calls)
+        hidden, calls = self.states(batch), self._lm_head_calls(batch["labels"])
+        return supervised_loss(hidden, batch["labels"], base_llava(self.peft_model).lm_head, self.loss_chunk, calls)
+
+    def distilled_batch_loss(self, batch: dict[str, Any], teacher: Teacher) -> tuple[Tensor, Tensor, Tensor]:
+        """As `batch_loss`, with the summed divergence from the teacher between loss and number."""
+        expected = self.teacher_states(batch, teacher)
+        hidden, calls = self.states(batch), self._lm_head_calls(batch["labels"])
+        lm_head = base_llava(self.peft_model).lm_head
+        return distilled_loss(hidden, expected, batch["labels"], lm_head, self.loss_chunk, calls)
+
+    def _lm_head_calls(self, labels: Tensor) -> int:
+        """As many on every rank, where the weights are spread over them."""
+        if not weights_are_spread(self.peft_model):
+            return 1
+        needed = torch.tensor(calls_needed(labels, self.loss_chunk), dtype=torch.float32, device=self.device)
+        return int(self.trainer.strategy.reduce(needed, reduce_op="max"))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One micro-batch; see the module's docstring for what is averaged over what."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
-            self._window_tokens, self._window_loss = (
-                self._tokens_on_all_ranks(batch),
-                torch.zeros_like(self._window_loss),
-            )
-        total, count = self.batch_loss(batch)
-        self._window_loss = self._window_loss.to(total.device) + total.detach()
+            self._window.begin(batch, self.trainer, self.device)
+        if self._teacher is None:
+            total, count = self.batch_loss(batch)
+            self._window.add(loss=total)
+        else:
+            cross_entropy, divergence, count = self.distilled_batch_loss(batch, self._teacher)
+            self._window.add(loss=cross_entropy, divergence=divergence)
+            total = cross_entropy + self._teacher.weight * divergence
         if step_ended(self.trainer, batch_idx):
-            mean = self.trainer.strategy.reduce(self._window_loss, reduce_op="sum") / self._window_tokens
-            self.log("train/loss", mean, prog_bar=True, batch_size=len(batch["input_ids"]))
+            for name, mean in self._window.means(self.trainer).items():  # divergence: of the last step with a teacher
+                self.log(f"train/{name}", mean, prog_bar=True, batch_size=len(batch["input_ids"]))
         if self.loss_average == "batch":
             return total / count.clamp(min=1)
-        # Lightning divides by the number of micro-batches, and data-parallel ranks are averaged.
-        return total * (self.trainer.accumulate_grad_batches * self.trainer.world_size / self._window_tokens)
-
-    def _tokens_on_all_ranks(self, batch: dict[str, Any]) -> float:
-        if WINDOW_TOKENS not in batch:
-            raise ValueError(f"the batch has no {WINDOW_TOKENS!r}: let `himap_train.data.windows.Windows` count it")
-        tokens = torch.tensor(float(batch[WINDOW_TOKENS]), device=self.device)
-        return max(float(self.trainer.strategy.reduce(tokens, reduce_op="sum")), 1.0)
+        return total * self._window.weight(self.trainer)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add up loss and tokens; accuracies come from the `GenerationAccuracy` callback."""
@@ -221,21 +198,3 @@ class LlavaFineTuner(LightningModule):
         optimizer = torch.optim.AdamW(groups, betas=self.betas)
         scheduler = cosine_with_warmup(optimizer, self.trainer.estimated_stepping_batches, self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def trained_names(self) -> set[str]:
-        """Names of the trained parameters in this module's state dict."""
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep trained weights only, the rest is where it was loaded from; and what makes an adapter of them."""
-        checkpoint[CHECKPOINT_KEY] = adapter_facts(self.peft_model, self.schedule)
-        names = self.trained_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Not strict about what is absent by design, but strict about what was trained."""
-        check_trained_weights(set(checkpoint["state_dict"]), self.trained_names())
-        if self._trainer:
-            continue_in_this_split(checkpoint, getattr(self.trainer, "datamodule", None))
-            if self.trainer.max_steps != -1:
-                begin_next_epoch(checkpoint)

@@ -42,6 +42,8 @@ class Throughput(Callback):
         counts = pruning.last if pruning else None
         if counts and counts.kept and counts.image_tokens and batch["pixel_values"] is not None:
             pl_module.log("image tokens kept", counts.kept[-1] / counts.image_tokens, prog_bar=True)
+        elif pruning and not pruning.schedule.stages and pl_module.schedule.stages:
+            pl_module.log("image tokens kept", 1.0, prog_bar=True)  # a dense step of a pruned run
         if self._since is not None and logs_now(trainer, batch_idx):
             seconds = max(time.perf_counter() - self._since, 1e-9)
             pl_module.log("tokens/s", float(self._tokens) * trainer.world_size / seconds, prog_bar=True)

@@ -6,6 +6,7 @@ has them, so that a mistake in one of them shows before a GPU is rented.
 
 from __future__ import annotations
 
+import math
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,19 +17,25 @@ from jsonargparse import Namespace
 from transformers import AutoConfig
 
 from himap_train.checkpoint import read_schedule
+from himap_train.evaluation.schedule_argument import fit_preset
 from himap_train.models.loading import EMBEDDED, resolve_model
+from himap_train.pruning.budget import at_strength
+from himap_train.pruning.training_cost import tokens_of_image
 from himap_train.training.launch import say
 from himap_train.training.strategies import strategy_name
 
 _MARK = "REHEARSAL"
 STEPS = 4
 RECORDS = 24
+_MOST_TEXT = 24
+"""Text tokens that no question of the embedded data reaches."""
 
 
 def rehearse(config: Namespace) -> None:
     """Replace model, data and sizes of a parsed config in place."""
+    small: Any = AutoConfig.from_pretrained(resolve_model(EMBEDDED))
     if config.model.path != EMBEDDED:
-        layers = AutoConfig.from_pretrained(resolve_model(EMBEDDED)).text_config.num_hidden_layers
+        layers = small.text_config.num_hidden_layers
         for group in (config.model, config.evaluation):
             if group.schedule is not None:
                 group.schedule = read_schedule(group.schedule).scaled_to(layers).to_dict()
@@ -37,11 +44,35 @@ def rehearse(config: Namespace) -> None:
         say(f"no CUDA device: rehearsing without model.quantize={config.model.quantize}")
         config.model.quantize = None
     config.output = f"{config.output.rstrip('/')}-rehearsal"
+    _possible_budgets(config, small)
     _small_data(config.data)
     _short_training(config.trainer)
     config.save_every = None if config.save_every is None else 2
     config.evaluation.limit = min(config.evaluation.limit or RECORDS, RECORDS)
     config.evaluation.during = min(config.evaluation.during, 8)
+
+
+def _possible_budgets(config: Namespace, small: Any) -> None:
+    """Raise budgets that the embedded model's layers cannot meet; the sample that they are for is one of its own."""
+    config.pruning.image_tokens = config.pruning.text_tokens = None
+    layers, tokens = small.text_config.num_hidden_layers, (tokens_of_image(small), _MOST_TEXT)
+
+    def possible(budgets: Any, value: Any) -> list[float]:
+        schedule = fit_preset(read_schedule(value), layers)
+        if not schedule.stages or any(stage.keep_ratio is None for stage in schedule.stages):
+            return budgets  # refused later, with a message
+        least = math.ceil(100 * at_strength(schedule, 2.0).cost(small, *tokens).flops_ratio) / 100
+        raised = [max(budget, least) if 0.0 < budget < 1.0 else budget for budget in budgets]
+        if raised != list(budgets):
+            say(f"the small model cannot go below a budget of {least}: rehearsing {list(budgets)} as {raised}")
+        return raised
+
+    elastic = config.pruning.elastic
+    if elastic is not None:
+        elastic.budgets = possible(elastic.budgets, config.model.schedule)
+    if config.evaluation.budgets:
+        evaluated = config.evaluation.schedule or config.model.schedule
+        config.evaluation.budgets = possible(config.evaluation.budgets, evaluated)
 
 
 def _small_data(data: Any) -> None:

@@ -1,0 +1,122 @@
+"""A LightningModule around a LLaVA of which only an adapter is trained: its checkpoints hold that, and nothing else.
+
+Two schedules. `schedule` is what the adapter is trained for and saved with. What the decoder runs now is the same,
+unless a training step was given another one with `use_schedule` (a curriculum, elastic training).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from peft import PeftModel
+from torch import Tensor
+
+from himap_train.export.adapter import CHECKPOINT_KEY, adapter_facts
+from himap_train.models.llava import base_llava, change_schedule, hidden_states, pruning_of
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.training.guard import check_pruned, check_trained_weights
+from himap_train.training.place import begin_next_epoch, continue_in_this_split
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A pass without gradients over the same batch and weights, which the trained pass is also drawn to.
+
+    Attributes:
+        schedule: Under which it runs.
+        weight: Of the divergence beside the cross-entropy.
+    """
+
+    schedule: PruningSchedule
+    weight: float
+
+
+class AdapterModule(LightningModule):
+    """The model, its modes and its checkpoints.
+
+    Attributes:
+        llava: None until it is loaded.
+        schedule: What is saved with the adapter.
+    """
+
+    schedule: PruningSchedule
+    _running: PruningSchedule | None = None  # None: `schedule`
+    _teacher: Teacher | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strict_loading = False  # checkpoints hold trained weights only; on_load_checkpoint checks those
+        self.llava: PeftModel | None = None
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The model, once `configure_model` has loaded it."""
+        if self.llava is None:
+            raise RuntimeError("the model is not loaded yet; call configure_model() first")
+        return self.llava
+
+    def train(self, mode: bool = True) -> AdapterModule:
+        """As `nn.Module.train`, but the frozen vision tower stays in evaluation mode."""
+        super().train(mode)
+        if self.llava is not None:
+            base_llava(self.llava).model.vision_tower.eval()
+        return self
+
+    def use_schedule(self, schedule: PruningSchedule, teacher: Teacher | None = None) -> None:
+        """Let the decoder run a schedule from now on; `schedule` stays what is saved.
+
+        Args:
+            schedule: Of every forward.
+            teacher: Of training steps: a pass before it whose distributions it should also give.
+
+        Raises:
+            ValueError: A stage lies outside the decoder, or the model has lost its pruner.
+        """
+        change_schedule(self.peft_model, schedule)
+        self._running, self._teacher = schedule, teacher
+
+    def teacher_states(self, batch: dict[str, Any], teacher: Teacher) -> Tensor:
+        """What the teacher's pass gives for a batch, (B, S, D); the schedule that runs stays."""
+        running = self._running or self.schedule
+        try:
+            self.use_schedule(teacher.schedule, teacher)
+            with torch.no_grad():
+                return self.states(batch)
+        finally:
+            self.use_schedule(running, teacher)
+            torch.clear_autocast_cache()  # older torch uses weights that were cast here again: without gradients
+
+    def states(self, batch: dict[str, Any]) -> Tensor:
+        """Final decoder states (B, S, D) of a batch.
+
+        Raises:
+            RuntimeError: The schedule that runs now says that image tokens go, and they did not.
+        """
+        pruning = pruning_of(self.peft_model)
+        before = pruning.last if pruning else None
+        image_tokens = batch["input_ids"] == base_llava(self.peft_model).config.image_token_id
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "labels")}
+        hidden = hidden_states(self.peft_model, **inputs)
+        check_pruned(self._running or self.schedule, pruning_of(self.peft_model), before, image_tokens)
+        return hidden
+
+    def trained_names(self) -> set[str]:
+        """Names of the trained parameters in this module's state dict."""
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep trained weights only, the rest is where it was loaded from; and what makes an adapter of them."""
+        checkpoint[CHECKPOINT_KEY] = adapter_facts(self.peft_model, self.schedule)
+        names = self.trained_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Not strict about what is absent by design, but strict about what was trained."""
+        check_trained_weights(set(checkpoint["state_dict"]), self.trained_names())
+        if self._trainer:
+            continue_in_this_split(checkpoint, getattr(self.trainer, "datamodule", None))
+            if self.trainer.max_steps != -1:
+                begin_next_epoch(checkpoint)

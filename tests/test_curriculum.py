@@ -1,0 +1,108 @@
+"""The curriculum's strength at single steps, against values worked out by hand, and what the decoder runs."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback
+from training_toys import SCHEDULE, ToyData, quiet_trainer, save_tiny, tuner
+
+from himap_train import PruningSchedule, PruningStage
+from himap_train.models.llava import pruning_of
+from himap_train.training.curriculum import Curriculum, CurriculumSteps
+from himap_train.training.elastic import Elastic
+from himap_train.training.pruning_settings import PruningSettings
+from himap_train.training.step_plan import SchedulePerStep
+
+SCHEDULED = PruningSchedule.from_dict(SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "expected"),
+    [
+        (Curriculum("linear", 0.5), [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]),
+        (Curriculum("cosine", 0.5), [0.0, 0.1464466, 0.5, 0.8535534, 1.0, 1.0, 1.0, 1.0]),
+        (Curriculum("staged", 1.0, steps=4), [0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]),
+        (Curriculum("staged", 1.0, steps=1), [0.0] * 8),
+        (Curriculum("linear", 0.0), [1.0] * 8),
+    ],
+)
+def test_strength(curriculum: Curriculum, expected: list[float]) -> None:
+    assert [curriculum.strength(step, 8) for step in range(8)] == pytest.approx(expected)
+    assert curriculum.strength(8, 8) == 1.0
+
+
+def test_ratios_fall_from_dense_to_the_very_schedule() -> None:
+    schedule = PruningSchedule((PruningStage(2, "instruction", 0.6), PruningStage(4, "image", 0.1)), "renumber")
+    plan = CurriculumSteps(Curriculum(share=0.5), schedule, 8)
+    ratios = [[stage.keep_ratio for stage in plan.at(step).schedule.stages] for step in range(8)]
+    assert ratios[0] == [] and ratios[1] == pytest.approx([0.9, 0.775]) and ratios[3] == pytest.approx([0.7, 0.325])
+    assert all(plan.at(step).schedule is schedule for step in range(4, 8))
+    assert all(plan.at(step).schedule.positions == "renumber" for step in range(8))
+
+
+class Kept(Callback):
+    """Image tokens left in each optimizer step of one micro-batch of two rows; None for a dense one."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        last = pruning_of(module.peft_model).last
+        self.seen.append(last.kept[0] if last else None)
+
+
+class SaveAndStop(Callback):
+    """After the third step."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 3:
+            trainer.save_checkpoint(self.file)
+            trainer.should_stop = True
+
+
+def run(path: str, folder: Path, *callbacks: Callback, resume: Path | None = None) -> Any:
+    """Eight steps, the first four of them on the way to half of 2 x 16 image tokens."""
+    settings, model = PruningSettings(curriculum=Curriculum(share=0.5)), tuner(path)
+    per_step = SchedulePerStep(partial(settings.plan, seed=0))
+    trainer = quiet_trainer(folder, max_steps=8, max_epochs=-1, callbacks=[per_step, *callbacks])
+    trainer.fit(model, datamodule=ToyData(8), ckpt_path=resume, weights_only=True)
+    return model
+
+
+def test_the_decoder_runs_it_and_a_resumed_run_goes_on_with_it(tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "tiny")
+    straight, first, second = Kept(), Kept(), Kept()
+    model = run(path, tmp_path, straight)
+    assert straight.seen == [None, 28, 24, 20, 16, 16, 16, 16]
+    assert pruning_of(model.peft_model).schedule == model.schedule == SCHEDULED
+    last = tmp_path / "last.ckpt"
+    run(path, tmp_path, first, SaveAndStop(last))
+    run(path, tmp_path, second, resume=last)
+    assert first.seen == straight.seen[:3] and second.seen == straight.seen[3:]
+
+
+@pytest.mark.parametrize(
+    ("curriculum", "schedule", "message"),
+    [
+        (Curriculum(share=1.5), SCHEDULED, "pruning.curriculum.share is 1.5; expected a share from 0 to 1"),
+        (Curriculum(steps=0), SCHEDULED, "pruning.curriculum.steps is 0; expected 1 or more"),
+        (Curriculum(), PruningSchedule(), "pruning.curriculum changes .* is dense"),
+        (Curriculum(), PruningSchedule((PruningStage(2, "image", keep_count=8),)), r"fixed count \(8\)"),
+    ],
+)
+def test_what_cannot_be_is_refused(curriculum: Curriculum, schedule: PruningSchedule, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PruningSettings(curriculum=curriculum).check(schedule)
+
+
+def test_two_modes_at_once_are_refused() -> None:
+    settings = PruningSettings(elastic=Elastic((0.5, 0.9)), curriculum=Curriculum())
+    with pytest.raises(ValueError, match="pruning.elastic and pruning.curriculum both decide .* all but one to null"):
+        settings.check(SCHEDULED)

@@ -1,0 +1,226 @@
+"""`pruning:` in a config, and budgets in `finetune.py`, `evaluate.py` and `generate.py`: their command lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from recipes_cli import run_recipe
+from training_toys import finetune, save_tiny
+
+from himap_train.checkpoint import load_checkpoint
+from himap_train.models.llava import pruning_of
+from himap_train.training.cli import FinetuneCLI
+
+STAGES = [{"layer": 1, "criterion": "instruction", "keep_ratio": 0.5}]
+ELASTIC = {"budgets": [0.9, 0.95], "self_distillation": {"share": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+def config(path: str, folder: Path, pruning: dict[str, Any], **groups: Any) -> str:
+    """A run of seconds on the embedded scenes, whose questions are long for the tiny model: text costs most."""
+    model = {"path": path, "schedule": {"stages": STAGES}, "lora_r": 4, "lora_alpha": 8}
+    content = {
+        "output": str(folder / "run"),
+        "model": {**model, "gradient_checkpointing": False, **groups.pop("model", {})},
+        "data": {"batch_size": 2, "train_limit": 12, "validation_limit": 4, "max_length": 400},
+        "trainer": {"accelerator": "cpu", "max_steps": 6, "limit_val_batches": 1, "log_every_n_steps": 1},
+        "evaluation": {"limit": 4, "during": 0, "max_new_tokens": 2, "before": False, **groups.pop("evaluation", {})},
+        "pruning": pruning,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    return str(folder / "config.yaml")
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """Run something that must fail with status 2; the message."""
+    try:
+        status = finetune(*options)
+    except SystemExit as stop:  # jsonargparse ends the process itself
+        status = int(stop.code or 0)
+    assert status == 2
+    return capsys.readouterr().err
+
+
+def logged(run: Path, name: str) -> list[float]:
+    header, *lines = ((run / "logs" / "version_0" / "metrics.csv").read_text()).splitlines()
+    place = header.split(",").index(name)
+    return [float(line.split(",")[place]) for line in lines if line.split(",")[place]]
+
+
+@pytest.fixture(scope="module")
+def elastic(tiny_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An elastic run that went through."""
+    folder = tmp_path_factory.mktemp("elastic")
+    evaluation = {"budgets": [0.92, 1.0], "before": True}
+    assert finetune("--config", config(tiny_path, folder, {"elastic": ELASTIC}, evaluation=evaluation)) == 0
+    return folder / "run"
+
+
+def test_elastic_run_saves_its_schedule_and_measures_budgets(elastic: Path) -> None:
+    assert pruning_of(load_checkpoint(elastic)[0]).schedule.to_dict()["stages"] == STAGES
+    assert yaml.safe_load((elastic / "pruning.yaml").read_text())["stages"] == STAGES
+    written = yaml.safe_load((elastic / "config.yaml").read_text())["pruning"]
+    assert written["elastic"]["budgets"] == [0.9, 0.95] and written["curriculum"] is None
+    assert written["elastic"]["self_distillation"] == {"share": 0.5, "weight": 1.0, "teacher": 1.0}
+    ratios = logged(elastic, "train/flops_ratio")
+    assert len(ratios) == 6 and all(0.89 < ratio < 0.96 or ratio == 1.0 for ratio in ratios) and len(set(ratios)) > 2
+    assert logged(elastic, "train/divergence")
+    rows = {row["name"]: row for row in json.loads((elastic / "metrics.json").read_text())["rows"]}
+    assert list(rows) == [
+        "dense",
+        "training-free pruned",
+        "training-free pruned at 0.92",
+        "adapted pruned",
+        "adapted, evaluated dense",
+        "adapted pruned at 0.92",  # at 1 it is the dense row
+    ]
+    assert rows["adapted pruned at 0.92"]["cost"]["flops_ratio"] == pytest.approx(0.92, abs=0.01)
+    card = (elastic / "adapter" / "README.md").read_text()
+    assert "Trained at every budget (`flops_ratio`) from 0.9 to 0.95 and dense" in card
+
+
+def test_curriculum_run_ends_with_its_schedule(tiny_path: str, tmp_path: Path) -> None:
+    pruning = {"curriculum": {"shape": "staged", "share": 0.7, "steps": 2}}
+    assert finetune("--config", config(tiny_path, tmp_path, pruning, evaluation={"after": False})) == 0
+    run = tmp_path / "run"
+    assert logged(run, "train/strength") == [0.0, 0.0, 0.0, 0.5, 0.5, 1.0]
+    assert logged(run, "image tokens kept") == [1.0, 1.0, 1.0, 0.75, 0.75, 0.5]
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["himap_config"]["pruning"]["curriculum"]["shape"] == "staged"
+    assert pruning_of(load_checkpoint(run)[0]).schedule.to_dict()["stages"] == STAGES
+
+
+def test_resume_refuses_other_budgets(elastic: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--config", str(elastic / "config.yaml"), "--resume", "--pruning.elastic.budgets", "[0.8, 0.95]"]
+    assert "pruning.elastic.budgets: [0.9, 0.95] then, [0.8, 0.95] now" in error_of(capsys, *options)
+
+
+def test_print_config_shows_every_key(tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        FinetuneCLI(["--config", config(tiny_path, tmp_path, {"curriculum": {"share": 0.5}}), "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)["pruning"]
+    assert printed == {
+        "elastic": None,
+        "curriculum": {"shape": "linear", "share": 0.5, "steps": 4},
+        "image_tokens": None,
+        "text_tokens": None,
+    }
+
+
+@pytest.mark.parametrize("mode", ["elastic", "curriculum"])
+def test_rehearsal_keeps_the_mode(
+    tiny_path: str, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Budgets of a model with 6 layers and tokens of its own become ones that the embedded model can meet."""
+    pruning = {"elastic": {"budgets": [0.05, 0.8]}, "curriculum": {"share": 0.5}}[mode]
+    tokens = {"image_tokens": 5760, "text_tokens": 10} if mode == "elastic" else {}
+    file = config(tiny_path, tmp_path, {mode: pruning, **tokens}, evaluation={"after": False, "budgets": [0.05]})
+    assert finetune("--config", file, "--rehearse", "--trainer.max_steps", "2") == 0
+    written = yaml.safe_load((tmp_path / "run-rehearsal" / "config.yaml").read_text())
+    assert written["evaluation"]["budgets"][0] > 0.05 and "cannot go below a budget" in capsys.readouterr().out
+    if mode == "elastic":
+        assert written["pruning"]["elastic"]["budgets"][0] > 0.05
+        assert written["pruning"]["elastic"]["budgets"][1] == 0.8
+        assert written["pruning"]["image_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    ("pruning", "model", "message"),
+    [
+        ({"elastic": {"budgets": [0.9, 0.3]}}, {}, "pruning.elastic.budgets is [0.9, 0.3], which is upside down"),
+        ({"elastic": {"budgets": [0.1, 0.9]}}, {}, "pruning.elastic.budgets: the budget 0.1 is below"),
+        ({"elastic": {"budgets": [0.9, 1.0]}}, {"schedule": None}, "such as himap, or leave pruning.elastic out"),
+        ({"elastic": {"budgets": [0.9, 1.0]}, "curriculum": {}}, {}, "pruning.elastic and pruning.curriculum both"),
+        ({"curriculum": {"share": 3}}, {}, "pruning.curriculum.share is 3.0; expected a share"),
+        ({"curriculum": {"shape": "lin"}}, {}, "linear"),
+        ({"elastic": {"budgts": [0.9, 1.0]}}, {}, "Did you mean 'pruning.elastic.budgets'?"),
+        ({"elastic": {"budgets": [0.9, 1], "self_distillation": {"shar": 1}}}, {}, "elastic.self_distillation.share'?"),
+        ({"elastik": {"budgets": [0.9, 1.0]}}, {}, "Did you mean 'pruning.elastic.budgets'?"),
+    ],
+)
+def test_wrong_settings_end_with_a_message(
+    tiny_path: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    pruning: dict[str, Any],
+    model: dict[str, Any],
+    message: str,
+) -> None:
+    """Before weights are loaded."""
+    monkeypatch.setattr("himap_train.training.module.load_llava", None)
+    assert message in error_of(capsys, "--config", config(tiny_path, tmp_path, pruning, model=model))
+
+
+def test_option_of_a_mode_names_the_nearest(tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = config(tiny_path, tmp_path, {})
+    message = error_of(capsys, "--config", file, "--pruning.curriculum.shar", "0.5")
+    assert "Did you mean 'pruning.curriculum.share'?" in message
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"budgets": [0.1]}, "evaluation.budgets: the budget 0.1 is below"),
+        ({"budgets": [40]}, "evaluation.budgets is 40"),
+    ],
+)
+def test_wrong_evaluation_budgets(
+    tiny_path: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    evaluation: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr("himap_train.training.module.load_llava", None)
+    assert message in error_of(capsys, "--config", config(tiny_path, tmp_path, {}, evaluation=evaluation))
+
+
+# ---- one checkpoint, any budget ----
+
+
+def test_evaluate_at_a_budget(elastic: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--checkpoint", elastic, "--limit", 4, "--max-new-tokens", 2]
+    ratios = {}
+    for budget in ("0.85", "0.95", "1"):
+        folder = tmp_path / budget
+        assert run_recipe("evaluate", *given, "--budget", budget, "--output", folder) == 0
+        (row,) = json.loads((folder / "metrics.json").read_text())["rows"]
+        ratios[budget] = row["cost"]["flops_ratio"]
+        assert f"as-saved at {float(budget)}" in row["name"]
+        assert [stage["layer"] for stage in row["schedule"]["stages"]] == ([1] if budget != "1" else [])
+    assert ratios == {"0.85": pytest.approx(0.85, abs=0.01), "0.95": pytest.approx(0.95, abs=0.01), "1": 1.0}
+
+
+def test_generate_at_a_budget_of_its_own_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--schedule", "himap", "--max-new-tokens", 2, "--show-kept", tmp_path / "kept.png"]
+    assert run_recipe("generate", *given, "--budget", "0.5") == 0
+    assert (tmp_path / "kept.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("evaluate", ["--budget", "0.4", "--schedule", "none"], "--budget 0.4 with --schedule none"),
+        ("evaluate", ["--budget", "40"], "--budget is 40.0; expected a flops_ratio above 0 and at most 1"),
+        ("evaluate", ["--budget", "0.4"], "was saved without a schedule"),
+        ("evaluate", ["--budget", "0.05", "--schedule", "himap"], "Give at least 0."),
+        ("generate", ["--budget", "0.4", "--schedule", "none"], "--budget 0.4 with --schedule none"),
+        ("generate", ["--budget", "0.05", "--schedule", "himap"], "Give at least 0."),
+    ],
+)
+def test_budgets_that_cannot_be(
+    recipe: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_recipe(recipe, *options) == 2
+    assert message in capsys.readouterr().err
