@@ -26,10 +26,10 @@ from himap_train.export.adapter import CHECKPOINT_KEY, adapter_facts
 from himap_train.models.llava import base_llava, hidden_states, install_pruning, pruning_of, weights_are_spread
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
+from himap_train.models.loss import calls_needed, supervised_loss
 from himap_train.models.quantize import Quantize
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.guard import check_pruned, check_trained_weights
-from himap_train.training.loss import calls_needed, supervised_loss
 from himap_train.training.optim import cosine_with_warmup, parameter_groups
 from himap_train.training.place import begin_next_epoch, continue_in_this_split
 from himap_train.training.progress import step_ended
