@@ -51,6 +51,7 @@ class Objective:
         mean = float(total) / self.samples.supervised
         if not math.isfinite(mean):
             raise ValueError(
-                f"the loss is {mean} under {schedule}: the weights overflow in their dtype; try --dtype float32 or bfloat16"
+                f"the loss is {mean} under {schedule}: the weights overflow in their dtype; try --dtype float32 or "
+                "bfloat16"
             )
         return mean

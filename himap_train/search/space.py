@@ -63,9 +63,9 @@ class Space:
         criteria: Sequence[str] | None = None,
         free_criteria: bool = False,
     ) -> None:
-        self.config = getattr(config, "text_config", config)
+        self.config = config
         self.budget, self.tokens = budget, {"image_tokens": image_tokens, "text_tokens": text_tokens}
-        self.num_layers: int = self.config.num_hidden_layers
+        self.num_layers: int = getattr(config, "text_config", config).num_hidden_layers
         if not 1 <= stages < self.num_layers:
             raise ValueError(
                 f"{stages} stages in a decoder of {self.num_layers} layers; give 1 to {self.num_layers - 1} (a stage "
