@@ -117,9 +117,10 @@ def suggest(flow: Flow, space: Space) -> Point:
     Further stages divide what the image's flow still carries into equal parts. A layer that the budget or the decoder
     has no room for becomes the nearest one that they have.
     """
-    layers = [min(handed_over(flow.instruction), space.deepest_first)]
+    room = space.num_layers - space.stages  # each later stage needs a layer of its own behind
+    layers = [min(handed_over(flow.instruction), space.deepest_first, room)]
     for number in range(1, space.stages):
         share = HANDED_OVER + (1 - HANDED_OVER) * (number - 1) / (space.stages - 1)
         wanted = max(handed_over(flow.image, share), layers[-1] + 1)
-        layers.append(min(wanted, space.num_layers - space.stages + number))
+        layers.append(min(wanted, room + number))
     return space.point(layers, [SPLIT] * (space.stages - 1))

@@ -33,11 +33,10 @@ def training_steps(trials: Trials, samples: SearchSamples) -> float:
 
     Decoder alone, in FLOPs; the step without LoRA's own share, so the number is rather too high than too low.
     """
-    config = trials.space.config
-    spent = sum(trial.schedule.cost(config, **samples.tokens).flops for trial in trials.done) * samples.count
-    step = training_flops(
-        trials.best.schedule, config, **samples.tokens, lora_parameters=[0] * trials.space.num_layers
-    ).decoder
+    config, tokens = trials.space.config, samples.tokens
+    spent = sum(trial.schedule.cost(config, **tokens).flops for trial in trials.done) * samples.count
+    without_lora = [0] * trials.space.num_layers
+    step = training_flops(trials.best.schedule, config, *tokens.values(), lora_parameters=without_lora).decoder
     return spent / (step * STEP_SAMPLES)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from himap_train.evaluation.schedule_argument import fit_preset
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.search.flow import SPLIT, Flow, suggest
+from himap_train.search.flow import Flow, suggest
 from himap_train.search.methods import Method, search
 from himap_train.search.space import Point, Space
 from himap_train.search.trials import Found, Trial, Trials
@@ -61,5 +62,7 @@ def starting_points(space: Space, flow: Flow, with_preset: bool) -> list[Point]:
     points = [suggest(flow, space)]
     preset = preset_at_budget(space) if with_preset else None
     if preset is not None and len(preset.stages) == space.stages:
-        points.append(space.point([stage.layer for stage in preset.stages], [SPLIT] * (space.stages - 1)))
+        ratios = [stage.keep_ratio or 0.0 for stage in preset.stages]
+        splits = [after / before if before else 0.0 for before, after in itertools.pairwise(ratios)]
+        points.append(space.point([stage.layer for stage in preset.stages], splits))
     return points

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -64,7 +65,9 @@ def draw_search(found: Sequence[Found], dense_loss: float) -> Figure:
         colours = ScalarMappable(norm, "viridis_r")
         for trial in sorted(one.trials.done, key=lambda trial: -trial.loss):
             counts = one.trials.space.layer_counts(trial.schedule)
-            shapes.step(range(len(counts)), counts, where="mid", color=colours.to_rgba([trial.loss])[0], alpha=0.7)
+            shapes.step(
+                range(len(counts)), counts, where="mid", color=colours.to_rgba(np.array([trial.loss]))[0], alpha=0.7
+            )
         best = one.trials.space.layer_counts(one.trials.best.schedule)
         shapes.step(range(len(best)), best, where="mid", color="#bf616a", linewidth=2.5, label="best")
         shapes.set(xlabel="layer", ylabel="image tokens", title="schedules tried")

@@ -72,6 +72,7 @@ class Space:
                 "takes tokens away before a layer, and the layer before it ranks them)"
             )
         self.stages, self.free_criteria = stages, free_criteria
+        self._known: dict[PruningSchedule, PruningSchedule | None] = {}  # methods propose the same again and again
         self.criteria = tuple(criteria or _as_himap(stages))
         _check_criteria(self.criteria, stages, free_criteria)
         check_budget(budget, self._least(1), first_layer=1)
@@ -91,10 +92,14 @@ class Space:
             None where the first layer is too deep for the budget, or whole tokens miss it by more than `TOLERANCE`.
         """
         shape = _shape(point)
+        if shape not in self._known:
+            self._known[shape] = self._at_budget(shape)
+        return self._known[shape]
+
+    def _at_budget(self, shape: PruningSchedule) -> PruningSchedule | None:
         if shape.stages[0].layer > self.deepest_first:
             return None
-        bent = shape.at_budget(self.config, self.budget, **self.tokens)
-        found = self._whole_tokens(bent)
+        found = self._whole_tokens(shape.at_budget(self.config, self.budget, **self.tokens))
         return found if self.meets_budget(found) else None
 
     def meets_budget(self, schedule: PruningSchedule) -> bool:
