@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import statistics
 import sys
 
 import pytest
@@ -42,15 +43,8 @@ def test_a_planted_optimum_is_found(method: str, optimum: tuple) -> None:
     loss, target = planted(*optimum)
     trials = Trials(SPACE, loss, limit=50)
     search(method, trials, starts=[])
-    drawn = sorted(trial.loss for trial in trials.done)
-    assert trials.best.loss < 0.25 < 0.5 * drawn[len(drawn) // 2] or trials.best.schedule == target
-
-
-def test_coordinate_descent_reaches_the_optimum_itself_from_near_by() -> None:
-    loss, target = planted((2, 7), (0.25,))
-    trials = Trials(SPACE, loss, limit=60)
-    search("coordinate", trials, [SPACE.point((2, 5), (0.5,))])
-    assert trials.best.schedule == target
+    assert trials.best.loss <= {"coordinate": 0.0, "tpe": 0.25}[method], f"{trials.best} for {target}"
+    assert statistics.median(trial.loss for trial in trials.done) > 1.0
 
 
 def test_free_criteria_are_searched() -> None:
