@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from himap_train.data.images import AspectRatio
 from himap_train.data.sources import open_source
@@ -26,7 +26,7 @@ from himap_train.search.flow import Flow, information_flow
 from himap_train.search.methods import Method, check_method
 from himap_train.search.objective import Objective
 from himap_train.search.result import FACTS, PICTURE, TRIALS, save_search, schedule_file
-from himap_train.search.run import search_budget
+from himap_train.search.run import budgets_of, search_budget
 from himap_train.search.samples import read_samples
 from himap_train.search.show import print_flow, print_search
 from himap_train.search.space import Space
@@ -104,7 +104,12 @@ def main(
     dense = objective(PruningSchedule())
     found: list[Found] = []
     for space in spaces:
-        found.append(searched(space, objective, method, trials, flow, seed))
+        try:
+            found.append(searched(space, objective, method, trials, flow, seed))
+        except KeyboardInterrupt:  # before the first trial of this budget
+            if not found:
+                raise
+            stop(output)
         print_search(found[-1], dense)
         facts: dict[str, Any] = {
             "checkpoint": checkpoint,
@@ -118,20 +123,14 @@ def main(
         }
         save_search(found, output, facts, drawn, flow)
         if found[-1].trials.interrupted:
-            print(f"interrupted; what was tried is saved in {output}", file=sys.stderr)
-            sys.exit(130)
+            stop(output)
     print(f"saved in {output}")
 
 
-def budgets_of(budget: float | None, budgets: list[float] | None) -> list[float]:
-    """The budgets that are asked for.
-
-    Raises:
-        ValueError: None, or in both ways.
-    """
-    if (budget is None) == (not budgets):
-        raise ValueError(f"budget is {budget} and budgets is {budgets}; give --budget 0.4 or --budgets [0.25,0.4]")
-    return list(dict.fromkeys(budgets or [float(budget or 0.0)]))
+def stop(output: Path) -> NoReturn:
+    """End as Ctrl-C does, once everything is written."""
+    print(f"interrupted; what was tried is saved in {output}", file=sys.stderr)
+    sys.exit(130)
 
 
 def searched(space: Space, objective: Objective, method: Method, trials: int, flow: Flow, seed: int) -> Found:

@@ -16,6 +16,17 @@ BASELINE = "himap"
 """The preset that a search is compared with."""
 
 
+def budgets_of(budget: float | None, budgets: list[float] | None) -> list[float]:
+    """The budgets that are asked for.
+
+    Raises:
+        ValueError: None, or in both ways.
+    """
+    if (budget is None) == (not budgets):
+        raise ValueError(f"budget is {budget} and budgets is {budgets}; give --budget 0.4 or --budgets [0.25,0.4]")
+    return list(dict.fromkeys(budgets or [float(budget or 0.0)]))
+
+
 def search_budget(
     space: Space,
     objective: Callable[[PruningSchedule], float],

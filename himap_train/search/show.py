@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.search.flow import Flow
+from himap_train.search.flow import HANDED_OVER, Flow, handed_over
 from himap_train.search.trials import Found
 
 
@@ -40,6 +40,10 @@ def print_flow(flow: Flow) -> None:
         table.add_column(name, justify="right")
     for layer, (instruction, image) in enumerate(zip(flow.instruction, flow.image, strict=True)):
         table.add_row(str(layer), f"{instruction:.3f}", f"{image:.3f}")
+    table.caption = (
+        f"{HANDED_OVER:.0%} of it has gone over before layer {handed_over(flow.instruction)} (instruction) and "
+        f"{handed_over(flow.image)} (image)"
+    )
     Console().print(table)
 
 
