@@ -12,6 +12,7 @@ from torch import nn
 
 from himap_train import PruningSchedule, PruningStage
 from himap_train.models.llava import base_llava, hidden_states
+from himap_train.models.loss import supervised_loss
 from himap_train.planning.activations import ActivationModel
 from himap_train.planning.cases import embedded_case
 from himap_train.planning.facts import count, model_facts
@@ -19,7 +20,6 @@ from himap_train.planning.measure import AllocationCounter, measured_memory
 from himap_train.planning.memory import GIB, RESERVE, STRATEGIES, configured_strategy, largest_batch, static_memory
 from himap_train.planning.quantities import Batch, Numerics
 from himap_train.planning.verify import markdown_table, verify
-from himap_train.training.loss import supervised_loss
 from himap_train.training.module import LlavaFineTuner
 
 PEAK, SAVED = 0.045, 0.03

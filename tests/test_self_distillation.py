@@ -12,9 +12,9 @@ from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, sav
 
 from himap_train import PruningSchedule, PruningStage, install_pruning
 from himap_train.models.llava import hidden_states, pruning_of, record_pruning
+from himap_train.models.loss import distilled_loss, supervised_loss
 from himap_train.training.adapter_module import Teacher
 from himap_train.training.elastic import Elastic, SelfDistillation
-from himap_train.training.loss import distilled_loss, supervised_loss
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.pruning_settings import PruningSettings
 from himap_train.training.step_plan import SchedulePerStep, Step

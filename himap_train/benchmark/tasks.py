@@ -21,7 +21,7 @@ from himap_train.benchmark.methods import HF_TRAINER, Method
 from himap_train.benchmark.timing import Task
 from himap_train.benchmark.workload import Batch
 from himap_train.models.llava import base_llava, hidden_states
-from himap_train.training.loss import supervised_loss
+from himap_train.models.loss import supervised_loss
 
 NEW_TOKENS = 64
 """Of `generate`."""

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from himap_train.models.llava import base_llava, hidden_states, pruning_of
-from himap_train.training.loss import supervised_loss
+from himap_train.models.loss import supervised_loss
 
 
 class AllocationCounter(TorchDispatchMode):

@@ -20,11 +20,11 @@ from himap_train.models.embeddings import weights_are_spread
 from himap_train.models.llava import base_llava, install_pruning
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
+from himap_train.models.loss import calls_needed, distilled_loss, supervised_loss
 from himap_train.models.quantize import Quantize
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.adapter_module import AdapterModule, Teacher
 from himap_train.training.averaging import WindowMean
-from himap_train.training.loss import calls_needed, distilled_loss, supervised_loss
 from himap_train.training.optim import cosine_with_warmup, parameter_groups
 from himap_train.training.progress import step_ended
 

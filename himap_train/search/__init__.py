@@ -1,0 +1,1 @@
+"""Layers and ratios for a budget, found on data without training."""

@@ -1,0 +1,154 @@
+"""The fixed samples that every candidate schedule is tried on: encoded, batched and their images encoded once.
+
+So a trial costs the decoder alone. Samples without an image say nothing about pruning and are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from himap_train.data.batches import collate, pad_token_id_of
+from himap_train.data.encode import IGNORED, Encoder, Sample
+from himap_train.data.images import AspectRatio
+from himap_train.data.records import Conversation, RecordError, Source, StreamingSource
+from himap_train.data.skips import SkipLog
+from himap_train.evaluation.answering import evaluation_mode
+from himap_train.evaluation.questions import question_batches, source_length
+from himap_train.models.llava import base_llava
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What `hidden_states` takes: input_ids, attention_mask and labels (B, S), and the features of the images."""
+
+    texts: dict[str, Tensor]
+    images: dict[str, Any]
+
+    @property
+    def labels(self) -> Tensor:
+        """(B, S), -100 where nothing is predicted."""
+        return self.texts["labels"]
+
+
+@dataclass(frozen=True)
+class SearchSamples:
+    """The batches, and what they hold.
+
+    Attributes:
+        batches: In the order of length.
+        count: Samples.
+        image_tokens: Of a sample, mean.
+        text_tokens: Of a sample, mean.
+        supervised: Positions that are predicted, of all samples.
+        without_image: Samples that were read and left out.
+    """
+
+    batches: list[EncodedBatch]
+    count: int
+    image_tokens: float
+    text_tokens: float
+    supervised: int
+    without_image: int
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """The sample of mean length, as `schedule.cost` takes it."""
+        return {"image_tokens": round(self.image_tokens), "text_tokens": round(self.text_tokens)}
+
+
+class _Drawn:
+    """Some records of a source, drawn at random and in the source's order."""
+
+    def __init__(self, source: Source, count: int, seed: int) -> None:
+        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
+        self.source, self.indices = source, sorted(order[:count].tolist())
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Conversation:
+        return self.source[self.indices[index]]
+
+
+def read_samples(
+    model: nn.Module,
+    processor: Any,
+    source: Source | StreamingSource,
+    *,
+    count: int = 300,
+    batch_size: int = 32,
+    seed: int = 0,
+    image_aspect_ratio: AspectRatio = "as_processor",
+    max_skipped: int | float = 0.01,
+) -> SearchSamples:
+    """Read, encode and batch the samples of a search.
+
+    Args:
+        model: LLaVA or PeftModel around one; encodes the images, whose features stay on its device.
+        processor: Its processor.
+        source: Conversations with answers; of a stream the first are taken.
+        count: Samples; fewer if there are not so many.
+        batch_size: Samples in a batch.
+        seed: Which records of a map-style source are drawn.
+        image_aspect_ratio: As in `evaluate`.
+        max_skipped: As in `evaluate`.
+
+    Raises:
+        TooManySkippedError: More unusable records than `max_skipped`, such as questions without answers.
+        ValueError: `count` or `batch_size` below 1, or no sample has an image.
+    """
+    if min(count, batch_size) < 1:
+        raise ValueError(f"{count} samples in batches of {batch_size}: both must be at least 1")
+    drawn = _Drawn(source, count, seed) if isinstance(source, Source) else source
+    base: Any = base_llava(model)
+    encoder = Encoder(processor, base.config.text_config.max_position_embeddings, image_aspect_ratio)
+    skipped = SkipLog(source_length(drawn, count), max_skipped)
+    samples: list[Sample] = []
+    without_image = 0
+    for questions in question_batches(drawn, batch_size, count, skipped.add):
+        for question in questions:
+            try:
+                sample = encoder.encode(question.conversation)
+            except RecordError as error:
+                skipped.add(question.index, error)
+                continue
+            if sample["pixel_values"] is None:
+                without_image += 1
+            else:
+                samples.append(sample)
+    if not samples:
+        raise ValueError(
+            f"none of the {without_image + skipped.count} samples that were read can be searched on ({without_image} "
+            f"without an image, {skipped.count} unusable); give conversations with images and answers"
+        )
+    samples.sort(key=lambda sample: len(sample["input_ids"]))
+    pad = pad_token_id_of(processor.tokenizer)
+    with evaluation_mode(model):
+        batches = [_batch(base, samples[i : i + batch_size], pad) for i in range(0, len(samples), batch_size)]
+    return _described(batches, samples, base.config.image_token_id, without_image)
+
+
+def _batch(base: Any, samples: list[Sample], pad_token_id: int) -> EncodedBatch:
+    batch: Any = collate(samples, pad_token_id, pad_to_multiple_of=8)  # CPU kernels are set up anew for each length
+    texts = {name: batch[name].to(base.device) for name in ("input_ids", "attention_mask", "labels")}
+    pixels = batch["pixel_values"].to(base.device, base.model.vision_tower.dtype)
+    return EncodedBatch(texts, {"image": base.model.get_image_features(pixel_values=pixels)})
+
+
+def _described(
+    batches: list[EncodedBatch], samples: list[Sample], image_token_id: int, without_image: int
+) -> SearchSamples:
+    lengths = sum(len(sample["input_ids"]) for sample in samples)
+    image = sum(int((sample["input_ids"] == image_token_id).sum()) for sample in samples)
+    return SearchSamples(
+        batches=batches,
+        count=len(samples),
+        image_tokens=image / len(samples),
+        text_tokens=(lengths - image) / len(samples),
+        supervised=sum(int((sample["labels"][1:] != IGNORED).sum()) for sample in samples),
+        without_image=without_image,
+    )

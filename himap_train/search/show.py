@@ -1,0 +1,80 @@
+"""A search on the screen and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.search.flow import HANDED_OVER, Flow, handed_over
+from himap_train.search.trials import Found
+
+
+def print_search(found: Found, dense_loss: float, rows: int = 5) -> None:
+    """The best few schedules of a budget, with dense and the preset to compare, on standard output."""
+    table = Table(title=f"budget {found.budget:g}: {len(found.trials.done)} schedules tried")
+    for name in ("", "loss", "flops_ratio", "schedule"):
+        table.add_column(name, justify="left" if name in ("", "schedule") else "right")
+    table.add_row("dense", f"{dense_loss:.4f}", "1.000", "")
+    ratio = found.trials.space.flops_ratio
+    if found.baseline:
+        schedule, loss = found.baseline
+        table.add_row("preset himap at the budget", f"{loss:.4f}", f"{ratio(schedule):.3f}", describe(schedule))
+    for trial in sorted(found.trials.done, key=lambda trial: trial.loss)[:rows]:
+        name = f"trial {trial.number} ({trial.origin})"
+        table.add_row(name, f"{trial.loss:.4f}", f"{trial.flops_ratio:.3f}", describe(trial.schedule))
+    Console().print(table)
+
+
+def print_flow(flow: Flow) -> None:
+    """A line a layer: what share of their attention the instruction and the image give to image tokens."""
+    table = Table(title="attention to image tokens, by layer")
+    for name in ("layer", "from the instruction", "from other image tokens"):
+        table.add_column(name, justify="right")
+    for layer, (instruction, image) in enumerate(zip(flow.instruction, flow.image, strict=True)):
+        table.add_row(str(layer), f"{instruction:.3f}", f"{image:.3f}")
+    table.caption = (
+        f"{HANDED_OVER:.0%} of it has gone over before layer {handed_over(flow.instruction)} (instruction) and "
+        f"{handed_over(flow.image)} (image)"
+    )
+    Console().print(table)
+
+
+def describe(schedule: PruningSchedule) -> str:
+    """One line: "1 instruction 0.49, 5 image 0"."""
+    return ", ".join(f"{stage.layer} {stage.criterion} {stage.keep_ratio:.3g}" for stage in schedule.stages)
+
+
+def draw_search(found: Sequence[Found], dense_loss: float) -> Figure:
+    """A line of panels a budget: loss against trial, and the image tokens of every layer coloured by loss."""
+    figure = Figure(figsize=(11, 3.6 * len(found)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for one, (history, shapes) in zip(found, figure.subplots(len(found), 2, squeeze=False), strict=True):
+        losses = [trial.loss for trial in one.trials.done]
+        history.plot(losses, "o", color="#5e81ac", markersize=4, label="trial")
+        history.plot([min(losses[: n + 1]) for n in range(len(losses))], color="#2a9d8f", label="best so far")
+        if one.baseline:
+            history.axhline(one.baseline[1], color="#d08770", linestyle="--", label="preset himap at the budget")
+        history.axhline(dense_loss, color="#4c566a", linestyle=":", label="dense")
+        history.set(xlabel="trial", ylabel="loss", title=f"budget {one.budget:g}")
+        history.legend(frameon=False, fontsize=8)
+        norm = Normalize(min(losses), sorted(losses)[len(losses) * 3 // 4])  # bad ones would use up the colours
+        colours = ScalarMappable(norm, "viridis_r")
+        for trial in sorted(one.trials.done, key=lambda trial: -trial.loss):
+            counts = one.trials.space.layer_counts(trial.schedule)
+            shapes.step(
+                range(len(counts)), counts, where="mid", color=colours.to_rgba(np.array([trial.loss]))[0], alpha=0.7
+            )
+        best = one.trials.space.layer_counts(one.trials.best.schedule)
+        shapes.step(range(len(best)), best, where="mid", color="#bf616a", linewidth=2.5, label="best")
+        shapes.set(xlabel="layer", ylabel="image tokens", title="schedules tried")
+        shapes.legend(frameon=False, fontsize=8)
+        figure.colorbar(colours, ax=shapes, label="loss")
+    return figure

@@ -1,0 +1,143 @@
+"""Layers and ratios for a budget, found on your own data without training.
+
+python recipes/search_schedule.py --budget 0.4     # the embedded model, 300 of its validation questions
+python recipes/search_schedule.py --checkpoint llava-hf/llava-1.5-7b-hf --dtype bfloat16 --data train.json
+                                  --image-folder images --budgets [0.25,0.4,0.6] --output runs/search
+python recipes/evaluate.py --schedule runs/search/schedule-0.40.yaml     # or model.schedule of recipes/finetune.py
+
+Every candidate meets the budget; the one with the lowest loss on the answers wins.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from himap_train.data.images import AspectRatio
+from himap_train.data.sources import open_source
+from himap_train.evaluation.command_line import new_output_folder, run_command
+from himap_train.evaluation.progress import progress_bar
+from himap_train.evaluation.schedule_argument import load_with_schedule
+from himap_train.models.llava import base_llava
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.search.flow import Flow, information_flow
+from himap_train.search.methods import Method, check_method
+from himap_train.search.objective import Objective
+from himap_train.search.result import FACTS, PICTURE, TRIALS, save_search, schedule_file
+from himap_train.search.run import budgets_of, search_budget
+from himap_train.search.samples import read_samples
+from himap_train.search.show import print_flow, print_search
+from himap_train.search.space import Space
+from himap_train.search.trials import Found
+
+
+def main(
+    checkpoint: str = "embedded",
+    data: str = "embedded:validation?scenes=300&seed=5",
+    budget: float | None = None,
+    budgets: list[float] | None = None,
+    method: Method = "coordinate",
+    trials: int = 60,
+    stages: int = 2,
+    criteria: list[str] | None = None,
+    free_criteria: bool = False,
+    samples: int = 300,
+    image_folder: str | None = None,
+    image_aspect_ratio: AspectRatio = "as_processor",
+    batch_size: int = 32,
+    max_skipped: int | float = 0.01,
+    output: Path = Path("runs/search"),
+    overwrite: bool = False,
+    seed: int = 0,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+) -> None:
+    """Search the schedule with the lowest loss at each budget.
+
+    Args:
+        checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
+        data: embedded:validation, a LLaVA file (.json, .jsonl), a Hugging Face data set (folder, .parquet, owner/name).
+        budget: Share of the dense prefill's FLOPs, text included, that a schedule may cost (`flops_ratio`).
+        budgets: Several of them.
+        method: coordinate (descents from many places), tpe (optuna), or flow (the information flow alone, one pass).
+        trials: Most schedules that are run at each budget.
+        stages: Most removals of a schedule.
+        criteria: One a stage, by depth; by default instruction at the first and image at the others.
+        free_criteria: Choose any of the criteria at each stage.
+        samples: Records with images and answers, drawn from the data.
+        image_folder: Where the data's image paths start; by default the folder of its file.
+        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
+        batch_size: Samples in a batch.
+        max_skipped: Unusable records that are tolerated: a number, or a fraction below 1.
+        output: Folder for schedule-0.40.yaml and its like, trials.csv, search.json and search.png.
+        overwrite: Replace results that are there.
+        seed: Of the drawn samples, of tpe, and for the criterion `random`.
+        dtype: Of the weights; "auto" as they are stored.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+    """
+    check_method(method)
+    wanted = budgets_of(budget, budgets)
+    new_output_folder(output, (*map(schedule_file, wanted), TRIALS, FACTS, PICTURE), overwrite)
+    start = time.perf_counter()
+    source = open_source(data, image_folder)
+    model, processor = load_with_schedule(checkpoint, "none", dtype, device)
+    config = base_llava(model).config
+    drawn = read_samples(
+        model,
+        processor,
+        source,
+        count=samples,
+        batch_size=batch_size,
+        seed=seed,
+        image_aspect_ratio=image_aspect_ratio,
+        max_skipped=max_skipped,
+    )
+    spaces = [
+        Space(config, one, **drawn.tokens, stages=stages, criteria=criteria, free_criteria=free_criteria)
+        for one in wanted
+    ]
+    print(f"{drawn.count} samples, {drawn.image_tokens:.0f} image and {drawn.text_tokens:.0f} text tokens on average")
+    flow, objective = information_flow(model, drawn), Objective(model, drawn, seed)
+    print_flow(flow)
+    dense = objective(PruningSchedule())
+    found: list[Found] = []
+    for space in spaces:
+        try:
+            found.append(searched(space, objective, method, trials, flow, seed))
+        except KeyboardInterrupt:  # before the first trial of this budget
+            if not found:
+                raise
+            stop(output)
+        print_search(found[-1], dense)
+        facts: dict[str, Any] = {
+            "checkpoint": checkpoint,
+            "data": data,
+            "method": method,
+            "seed": seed,
+            "objective": "mean next-token loss of the answers, teacher-forced",
+            "dense_loss": dense,
+            "seconds": time.perf_counter() - start,
+            "forward_passes": objective.forward_passes + len(drawn.batches),
+        }
+        save_search(found, output, facts, drawn, flow)
+        if found[-1].trials.interrupted:
+            stop(output)
+    print(f"saved in {output}")
+
+
+def stop(output: Path) -> NoReturn:
+    """End as Ctrl-C does, once everything is written."""
+    print(f"interrupted; what was tried is saved in {output}", file=sys.stderr)
+    sys.exit(130)
+
+
+def searched(space: Space, objective: Objective, method: Method, trials: int, flow: Flow, seed: int) -> Found:
+    """`search_budget` with a progress bar."""
+    with progress_bar(f"budget {space.budget:g}", 1 if method == "flow" else trials) as advance:
+        return search_budget(space, objective, method, trials, flow, seed, lambda trial: advance(1))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,145 @@
+"""The methods find what is planted, keep to their allowance, try nothing twice and do the same again for a seed."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import sys
+
+import pytest
+from transformers import LlamaConfig, LlavaConfig
+
+from himap_train import PruningSchedule
+from himap_train.search.flow import Flow
+from himap_train.search.methods import check_method, search
+from himap_train.search.run import search_budget
+from himap_train.search.space import Space
+from himap_train.search.trials import Trials
+
+TEXT = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=12, num_attention_heads=4)
+SPACE = Space(LlavaConfig(text_config=TEXT), 0.45, image_tokens=144, text_tokens=15)
+FLOW = Flow((1.0,) * 12, (1.0,) * 12)
+HAS_OPTUNA = importlib.util.find_spec("optuna") is not None
+NEEDS_OPTUNA = pytest.mark.skipif(not HAS_OPTUNA, reason="optuna is not installed")
+OBJECTIVE_METHODS = ["coordinate", pytest.param("tpe", marks=NEEDS_OPTUNA)]
+
+
+def planted(layers: tuple[int, ...], splits: tuple[float, ...], space: Space = SPACE):
+    """A loss without noise that is lowest at one point: distance of the image tokens of every layer, and criteria."""
+    target = space.schedule(space.point(layers, splits))
+    counts = space.layer_counts(target)
+
+    def loss(schedule: PruningSchedule) -> float:
+        distance = sum(abs(a - b) for a, b in zip(space.layer_counts(schedule), counts, strict=True)) / 144
+        wrong = {(s.layer, s.criterion) for s in schedule.stages} ^ {(s.layer, s.criterion) for s in target.stages}
+        return distance + 0.02 * len(wrong)
+
+    return loss, target
+
+
+@pytest.mark.parametrize("method", OBJECTIVE_METHODS)
+@pytest.mark.parametrize("optimum", [((2, 7), (0.25,)), ((1, 4), (0.0,)), ((3, 3), (0.5,))])
+def test_a_planted_optimum_is_found(method: str, optimum: tuple) -> None:
+    loss, target = planted(*optimum)
+    trials = Trials(SPACE, loss, limit=50)
+    search(method, trials, starts=[])
+    assert trials.best.loss <= {"coordinate": 0.0, "tpe": 0.25}[method], f"{trials.best} for {target}"
+    assert statistics.median(trial.loss for trial in trials.done) > 1.0
+
+
+def test_free_criteria_are_searched() -> None:
+    free = Space(LlavaConfig(text_config=TEXT), 0.45, 144, 15, criteria=["instruction", "image"], free_criteria=True)
+    target = free.schedule(free.point((2, 6), (0.25,), ("image", "instruction")))
+
+    def loss(schedule: PruningSchedule) -> float:
+        pairs = zip(schedule.stages, target.stages, strict=False)
+        return 2.0 - sum(a.criterion == b.criterion for a, b in pairs)
+
+    trials = Trials(free, loss, limit=20)
+    search("coordinate", trials, [free.point((2, 6), (0.25,))])
+    assert [stage.criterion for stage in trials.best.schedule.stages] == ["image", "instruction"]
+
+
+@pytest.mark.parametrize("method", OBJECTIVE_METHODS)
+def test_the_same_seed_gives_the_same_trials_and_none_twice(method: str) -> None:
+    loss, _ = planted((2, 7), (0.25,))
+    runs = []
+    for _ in range(2):
+        calls: list[PruningSchedule] = []
+        trials = Trials(SPACE, lambda schedule: calls.append(schedule) or loss(schedule), limit=25)  # noqa: B023
+        search(method, trials, [SPACE.point((1, 3), (0.5,))], seed=3)
+        assert [trial.schedule for trial in trials.done] == calls
+        assert len(set(calls)) == len(calls) == 25
+        assert all(SPACE.meets_budget(schedule) for schedule in calls)
+        runs.append(calls)
+    assert runs[0] == runs[1]
+
+
+@NEEDS_OPTUNA
+def test_tpe_depends_on_its_seed() -> None:
+    loss, _ = planted((2, 7), (0.25,))
+    found = []
+    for seed in (0, 1):
+        trials = Trials(SPACE, loss, limit=8)
+        search("tpe", trials, [], seed=seed)
+        found.append([trial.schedule for trial in trials.done])
+    assert found[0] != found[1]
+
+
+def test_flow_tries_its_suggestion_alone() -> None:
+    loss, _ = planted((2, 7), (0.25,))
+    found = search_budget(SPACE, loss, "flow", 60, FLOW)
+    assert len(found.trials.done) == 1
+    assert found.trials.best.origin == "start"
+    schedule, its_loss = found.baseline
+    assert its_loss == loss(schedule)
+
+
+@pytest.mark.parametrize("method", OBJECTIVE_METHODS)
+def test_a_search_is_never_worse_than_the_preset(method: str) -> None:
+    preset = search_budget(SPACE, lambda schedule: 0.0, "flow", 1, FLOW).baseline[0]
+    counts = SPACE.layer_counts(preset)
+
+    def loss(schedule: PruningSchedule) -> float:
+        return sum(abs(a - b) > 1 for a, b in zip(SPACE.layer_counts(schedule), counts, strict=True))
+
+    assert search_budget(SPACE, loss, method, 3, FLOW).trials.best.loss == 0
+
+
+@pytest.mark.parametrize("method", OBJECTIVE_METHODS)
+def test_ctrl_c_keeps_the_trials_that_are_done(method: str) -> None:
+    calls = []
+
+    def loss(schedule: PruningSchedule) -> float:
+        calls.append(schedule)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return float(len(calls))
+
+    trials = Trials(SPACE, loss, limit=20)
+    search(method, trials, [])
+    assert trials.interrupted
+    assert [trial.loss for trial in trials.done] == [1.0, 2.0, 3.0]
+
+
+def test_ctrl_c_before_the_first_trial_goes_through() -> None:
+    def loss(schedule: PruningSchedule) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search("coordinate", Trials(SPACE, loss, limit=20), [])
+
+
+def test_a_budget_between_whole_tokens_is_refused() -> None:
+    coarse = Space(LlavaConfig(text_config=TEXT), 0.6, image_tokens=3, text_tokens=1, stages=1)
+    with pytest.raises(ValueError, match="only 3 image tokens"):
+        search("coordinate", Trials(coarse, lambda schedule: 0.0, limit=5), [])
+
+
+def test_without_optuna_tpe_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    check_method("coordinate")
+    with pytest.raises(ValueError, match=r"pip install \"himap-train\[search\]\".*--method coordinate"):
+        check_method("tpe")
+    with pytest.raises(ValueError, match="did you mean 'tpe'"):
+        check_method("tpp")
