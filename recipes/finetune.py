@@ -29,7 +29,7 @@ from himap_train.training.guard import check_trained_weights
 from himap_train.training.interrupt import Interrupted
 from himap_train.training.launch import AroundTraining, end_children, is_first_process, report_error, say
 from himap_train.training.rows import measure, prepare_budgets, rows_after, rows_before
-from himap_train.training.run_folder import package_versions, record_run
+from himap_train.training.run_folder import package_versions, record_run, record_schedule
 from himap_train.training.saving import read_checkpoint
 
 
@@ -69,6 +69,7 @@ def after_training(cli: FinetuneCLI, rows: list[Row]) -> None:
         take_best(cli)
     weights = trained_state(tuner.peft_model)
     if is_first_process():
+        record_schedule(cli.output, tuner.schedule)  # learned keep ratios are known only now
         say(f"saved {save_adapter(tuner.peft_model, cli.output / 'adapter', tuner.schedule, tuner.processor, weights)}")
     if cli.settings.after:
         rows = rows + measure(cli, rows_after(cli))

@@ -51,13 +51,13 @@ def test_against_a_naive_decoder(attn: str, specs: tuple[str, ...]) -> None:
     found, loss = gradient(model, schedule, RATIOS, case.inputs(labels=True))
     model.double()
     expected = torch.zeros(len(RATIOS))
-    step = 1e-4
+    step = 2e-3  # RMSNorm is fp32 in any model
     for layer in range(1, len(RATIOS)):
         up, down = (naive_sum(model, schedule, case, layer, sign * step) for sign in (1, -1))
         expected[layer] = (up - down) / (2 * step)
     assert float(loss) == pytest.approx(naive_sum(model, schedule, case, 1, 0.0), rel=1e-4)
-    assert expected[1:].abs().min() > 1e-4  # every ratio matters here
-    torch.testing.assert_close(found, expected, rtol=5e-3, atol=5e-4)
+    assert expected[1:].abs().min() > 0.02  # every ratio matters here
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=5e-3)
 
 
 def naive_sum(model: Any, schedule: PruningSchedule, case: Any, moved: int, amount: float) -> float:
@@ -72,7 +72,7 @@ def naive_sum(model: Any, schedule: PruningSchedule, case: Any, moved: int, amou
         states = naive_row(model, schedule, embeds[row, columns], is_image[row, columns], labels, moved, amount)
         for place in range(1, len(columns)):
             if int(labels[place]) != -100:
-                total -= float(naive_logits(model, states[place - 1]).log_softmax(-1)[labels[place]])
+                total -= float(naive_logits(model, states[place - 1]).log_softmax(-1)[labels[place]].detach())
     return total
 
 

@@ -97,8 +97,14 @@ def remove_pruning(model: nn.Module) -> Any:
     return model
 
 
-def change_schedule(model: nn.Module, schedule: PruningSchedule) -> None:
+def change_schedule(model: nn.Module, schedule: PruningSchedule, ratios: Tensor | None = None) -> None:
     """Run another schedule from the next forward on, where one is installed; nothing is installed anew.
+
+    Args:
+        model: As in `install_pruning`.
+        schedule: What runs.
+        ratios: Its keep ratio of each layer, (layers,) fp32, where these get a gradient; see `pruning.marginal`. The
+            schedule then has a stage at each layer from its first on.
 
     Raises:
         ValueError: Nothing is installed, or a stage lies outside the decoder.
@@ -107,7 +113,7 @@ def change_schedule(model: nn.Module, schedule: PruningSchedule) -> None:
     if pruning is None:
         raise ValueError("no schedule to change: call install_pruning(model, schedule) first")
     schedule.validate_for(_decoder(model).config.num_hidden_layers)
-    pruning.schedule, pruning.last = schedule, None
+    pruning.schedule, pruning.ratios, pruning.last = schedule, ratios, None
 
 
 @contextmanager

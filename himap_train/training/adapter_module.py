@@ -65,17 +65,20 @@ class AdapterModule(LightningModule):
             base_llava(self.llava).model.vision_tower.eval()
         return self
 
-    def use_schedule(self, schedule: PruningSchedule, teacher: Teacher | None = None) -> None:
+    def use_schedule(
+        self, schedule: PruningSchedule, teacher: Teacher | None = None, ratios: Tensor | None = None
+    ) -> None:
         """Let the decoder run a schedule from now on; `schedule` stays what is saved.
 
         Args:
             schedule: Of every forward.
             teacher: Of training steps: a pass before it whose distributions it should also give.
+            ratios: Of training steps: the schedule's ratios of all layers, which get a gradient; see `change_schedule`.
 
         Raises:
             ValueError: A stage lies outside the decoder, or the model has lost its pruner.
         """
-        change_schedule(self.peft_model, schedule)
+        change_schedule(self.peft_model, schedule, ratios)
         self._running, self._teacher = schedule, teacher
 
     def teacher_states(self, batch: dict[str, Any], teacher: Teacher) -> Tensor:

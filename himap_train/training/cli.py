@@ -27,6 +27,7 @@ from himap_train.models.loading import load_processor, resolve_model
 from himap_train.training.accuracy import EvaluationSettings, GenerationAccuracy
 from himap_train.training.interrupt import SaveOnInterrupt
 from himap_train.training.launch import FineTuneTrainer, is_first_process
+from himap_train.training.learnable import LearnKeepRatios
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.parser import SuggestingParser
 from himap_train.training.progress import GradientNorm, ProgressLines, Throughput
@@ -141,7 +142,11 @@ class FinetuneCLI(LightningCLI):
         settings: EvaluationSettings = self._get(self.config_init, "evaluation")
         generates = settings.during > 0 and self.config.data.validation is not None
         seed, pruning = int(self.config.seed_everything), self._get(self.config_init, "pruning")
-        self.per_step = SchedulePerStep(partial(pruning.plan, seed=seed)) if pruning.per_step else None
+        self.per_step: SchedulePerStep | LearnKeepRatios | None = None
+        if pruning.learnable is not None:
+            self.per_step = LearnKeepRatios(pruning.learnable, pruning.tokens)
+        elif pruning.per_step:
+            self.per_step = SchedulePerStep(partial(pruning.plan, seed=seed))
         callbacks: list[Any] = [
             *(given.pop("callbacks", None) or []),
             StepSeeds(seed),

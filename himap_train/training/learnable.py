@@ -58,8 +58,8 @@ class Learnable:
         if schedule.stages:
             fixed = " with a fixed count" if any(stage.keep_count is not None for stage in schedule.stages) else ""
             raise ValueError(
-                f"{key}.budget and model.schedule{fixed} both say how many tokens stay; set model.schedule to null, and "
-                f"the criteria in {key}.shallow and {key}.deep"
+                f"{key}.budget and model.schedule{fixed} both say how many tokens stay; set model.schedule to null, "
+                f"and the criteria in {key}.shallow and {key}.deep"
             )
         require_share(f"{key}.warmup", self.warmup)
         require_share(f"{key}.until", self.until)
@@ -70,6 +70,10 @@ class Learnable:
             )
         require_positive(f"{key}.step_size", self.step_size)
         require_share(f"{key}.tolerance", self.tolerance)
+
+    def check_possible(self, schedule: PruningSchedule, config: Any, tokens: tuple[int, int]) -> None:
+        """Refuse layers that a decoder does not have and a budget that it cannot meet; as `ratios`, before training."""
+        self.ratios(config, tokens)
 
     def ratios(self, config: Any, tokens: tuple[int, int]) -> KeepRatios:
         """What learns, for a model of this config and a typical sample of so many image and text tokens.

@@ -9,9 +9,10 @@ from typing import Any, get_args, get_type_hints
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.curriculum import Curriculum, CurriculumSteps
 from himap_train.training.elastic import Elastic, ElasticSteps
+from himap_train.training.learnable import Learnable
 from himap_train.training.step_plan import StepPlan
 
-MODES = ("elastic", "curriculum")
+MODES = ("learnable", "elastic", "curriculum")
 """Of which a run has one at most."""
 
 
@@ -20,12 +21,14 @@ class PruningSettings:
     """How the schedule changes during training; `model.schedule` is what is saved and evaluated.
 
     Args:
+        learnable: Keep ratios that the loss decides, under a budget; null for those of `model.schedule`.
         elastic: Another budget in every step, for one checkpoint that serves all of them; null for one schedule.
         curriculum: From dense to the schedule over the first part of training; null for the schedule from the start.
         image_tokens: Of the sample that budgets are for; null for the training data's mean.
         text_tokens: Its other tokens; null for the training data's mean.
     """
 
+    learnable: Learnable | None = None
     elastic: Elastic | None = None
     curriculum: Curriculum | None = None
     image_tokens: int | None = None
@@ -68,7 +71,7 @@ class PruningSettings:
             return self.image_tokens, self.text_tokens
         if measured is None:
             raise ValueError(
-                "pruning.elastic needs to know how long a typical sample is, which streamed data does not tell; set "
+                "a budget needs to know how long a typical sample is, which streamed data does not tell; set "
                 "pruning.image_tokens and pruning.text_tokens"
             )
         return measured

@@ -20,6 +20,7 @@ from himap_train.checkpoint import read_schedule
 from himap_train.evaluation.schedule_argument import fit_preset
 from himap_train.models.loading import EMBEDDED, resolve_model
 from himap_train.pruning.budget import at_strength
+from himap_train.pruning.schedule import PRESET_LAYERS, PruningSchedule, PruningStage
 from himap_train.pruning.training_cost import tokens_of_image
 from himap_train.training.launch import say
 from himap_train.training.strategies import strategy_name
@@ -34,7 +35,8 @@ _MOST_TEXT = 24
 def rehearse(config: Namespace) -> None:
     """Replace model, data and sizes of a parsed config in place."""
     small: Any = AutoConfig.from_pretrained(resolve_model(EMBEDDED))
-    if config.model.path != EMBEDDED:
+    real = config.model.path != EMBEDDED
+    if real:
         layers = small.text_config.num_hidden_layers
         for group in (config.model, config.evaluation):
             if group.schedule is not None:
@@ -43,6 +45,7 @@ def rehearse(config: Namespace) -> None:
     if config.model.quantize is not None and not torch.cuda.is_available():
         say(f"no CUDA device: rehearsing without model.quantize={config.model.quantize}")
         config.model.quantize = None
+    _learnable(config, small, scaled=real)
     config.output = f"{config.output.rstrip('/')}-rehearsal"
     _possible_budgets(config, small)
     _small_data(config.data)
@@ -73,6 +76,22 @@ def _possible_budgets(config: Namespace, small: Any) -> None:
     if config.evaluation.budgets:
         evaluated = config.evaluation.schedule or config.model.schedule
         config.evaluation.budgets = possible(config.evaluation.budgets, evaluated)
+
+
+def _learnable(config: Namespace, small: Any, scaled: bool) -> None:
+    """Layers at the same relative depth, and a budget that the embedded model can meet."""
+    learnable, layers = config.pruning.learnable, small.text_config.num_hidden_layers
+    if learnable is None:
+        return
+    for key in ("first_layer", "switch_layer") if scaled else ():
+        if learnable[key] is not None:
+            learnable[key] = max(1, round(learnable[key] * layers / PRESET_LAYERS))
+    if 1 <= learnable.first_layer < layers and 0.0 < learnable.budget < 1.0:  # else refused later, with a message
+        nothing = PruningSchedule((PruningStage(learnable.first_layer, "uniform", 0.0),))
+        least = nothing.cost(small, tokens_of_image(small), _MOST_TEXT).flops_ratio
+        if learnable.budget < least:
+            learnable.budget = math.ceil(100 * least) / 100
+            say(f"the small model cannot go below a budget of {learnable.budget}: rehearsing that")
 
 
 def _small_data(data: Any) -> None:

@@ -96,13 +96,14 @@ def prepare_budgets(cli: FinetuneCLI, report: DataReport | None) -> None:
     Raises:
         ValueError: Naming the key, the budget and the least possible one.
     """
-    if cli.pruning.elastic is None and not cli.settings.budgets:
+    settings = cli.pruning.learnable or cli.pruning.elastic
+    if settings is None and not cli.settings.budgets:
         return
     config = model_config(cli)
-    if cli.pruning.elastic is not None and cli.per_step is not None:
+    if settings is not None and cli.per_step is not None:
         cli.per_step.tokens = tokens = cli.pruning.tokens(report.mean_tokens() if report else None)
         schedule = cli.model.fitted_schedule(config.text_config.num_hidden_layers)
-        cli.pruning.elastic.check_possible(schedule, config, tokens)
+        settings.check_possible(schedule, config, tokens)
     if cli.settings.budgets:
         schedule = evaluated_schedule(cli, config)
         require_ratios("evaluation.budgets", schedule)

@@ -37,11 +37,20 @@ def claim_folder(folder: Path, resuming: bool) -> None:
 
 def record_run(folder: Path, config: Mapping[str, Any], schedule: PruningSchedule) -> None:
     """Write what is needed to repeat the run: config, schedule, package versions."""
-    for name, content in ((CONFIG, dict(config)), (SCHEDULE, schedule.to_dict())):
-        with atomic_file(folder / name) as file:
-            file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    _write_yaml(folder / CONFIG, dict(config))
+    record_schedule(folder, schedule)
     with atomic_file(folder / VERSIONS) as file:
         file.write_text(json.dumps(package_versions(), indent=2) + "\n", encoding="utf-8")
+
+
+def record_schedule(folder: Path, schedule: PruningSchedule) -> None:
+    """Write the schedule that the run trains for."""
+    _write_yaml(folder / SCHEDULE, schedule.to_dict())
+
+
+def _write_yaml(file: Path, content: Mapping[str, Any]) -> None:
+    with atomic_file(file) as temporary:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
 
 
 def package_versions() -> dict[str, str]:
