@@ -5,6 +5,8 @@ So a trial costs the decoder alone. Samples without an image say nothing about p
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ from himap_train.data.images import AspectRatio
 from himap_train.data.records import Conversation, RecordError, Source, StreamingSource
 from himap_train.data.skips import SkipLog
 from himap_train.evaluation.answering import evaluation_mode
-from himap_train.evaluation.questions import question_batches, source_length
+from himap_train.evaluation.questions import Question, question_batches, source_length
 from himap_train.models.llava import base_llava
 
 
@@ -107,19 +109,7 @@ def read_samples(
     base: Any = base_llava(model)
     encoder = Encoder(processor, base.config.text_config.max_position_embeddings, image_aspect_ratio)
     skipped = SkipLog(source_length(drawn, count), max_skipped)
-    samples: list[Sample] = []
-    without_image = 0
-    for questions in question_batches(drawn, batch_size, count, skipped.add):
-        for question in questions:
-            try:
-                sample = encoder.encode(question.conversation)
-            except RecordError as error:
-                skipped.add(question.index, error)
-                continue
-            if sample["pixel_values"] is None:
-                without_image += 1
-            else:
-                samples.append(sample)
+    samples, without_image = _encoded(question_batches(drawn, batch_size, count, skipped.add), encoder, skipped)
     if not samples:
         raise ValueError(
             f"none of the {without_image + skipped.count} samples that were read can be searched on ({without_image} "
@@ -130,6 +120,23 @@ def read_samples(
     with evaluation_mode(model):
         batches = [_batch(base, samples[i : i + batch_size], pad) for i in range(0, len(samples), batch_size)]
     return _described(batches, samples, base.config.image_token_id, without_image)
+
+
+def _encoded(batches: Iterable[list[Question]], encoder: Encoder, skipped: SkipLog) -> tuple[list[Sample], int]:
+    """Samples with an image, and the number of those without."""
+    samples: list[Sample] = []
+    without_image = 0
+    for question in itertools.chain.from_iterable(batches):
+        try:
+            sample = encoder.encode(question.conversation)
+        except RecordError as error:
+            skipped.add(question.index, error)
+            continue
+        if sample["pixel_values"] is None:
+            without_image += 1
+        else:
+            samples.append(sample)
+    return samples, without_image
 
 
 def _batch(base: Any, samples: list[Sample], pad_token_id: int) -> EncodedBatch:
