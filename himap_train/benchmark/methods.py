@@ -21,7 +21,8 @@ from himap_train.checkpoint import read_schedule
 from himap_train.evaluation.schedule_argument import fit_preset, is_preset
 from himap_train.models.attention import register_attention
 from himap_train.models.llava import install_pruning, remove_pruning
-from himap_train.pruning.schedule import PRESETS, PruningSchedule, nearest
+from himap_train.pruning.presets import PRESETS
+from himap_train.pruning.schedule import PruningSchedule, nearest
 
 DENSE = "dense"
 HF_TRAINER = "hf-trainer"

@@ -1,4 +1,4 @@
-"""What to remove where: stages, schedules and the published schedules as presets.
+"""What to remove where: stages and schedules.
 
 A stage at layer `l` (0-based) removes image tokens at the input of layer `l`, ranked by the attention of layer `l - 1`.
 The HiMAP paper (CVPR 2025, section 4) counts what is *removed* of the *survivors* (K1=2, R1=50 %, K2=8, R2=75 %); here
@@ -109,11 +109,13 @@ class PruningSchedule:
 
     @classmethod
     def from_preset(cls, name: str) -> PruningSchedule:
-        """The schedule that a method publishes for a 32-layer LLaVA (see `PRESETS`).
+        """The schedule that a method publishes for a 32-layer LLaVA; see `himap_train.pruning.presets`.
 
         Raises:
             ValueError: If there is no such preset; the message names the nearest.
         """
+        from himap_train.pruning.presets import PRESETS
+
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown{nearest(name, tuple(PRESETS))}")
         return PRESETS[name]
@@ -196,26 +198,3 @@ def _check_keys(where: str, fields: Mapping[str, Any], valid: tuple[str, ...]) -
     for key in fields:
         if key not in valid:
             raise ValueError(f"{where} has the unknown key {key!r}{nearest(str(key), valid)}")
-
-
-def _stages(criterion: str, *places: tuple[int, float]) -> tuple[PruningStage, ...]:
-    return tuple(PruningStage(layer, criterion, ratio) for layer, ratio in places)
-
-
-PRESETS: dict[str, PruningSchedule] = {
-    "none": PruningSchedule(),
-    # HiMAP for short answers: K1=2, R1=50 %, K2=8, R2=75 % (CVPR 2025, section 5).
-    "himap": PruningSchedule((*_stages("instruction", (2, 0.5)), *_stages("image", (8, 0.125)))),
-    # HiMAP for captions and free-form answers: K2=15.
-    "himap-generation": PruningSchedule((*_stages("instruction", (2, 0.5)), *_stages("image", (15, 0.125)))),
-    # FastV (arXiv 2403.06764): K=2, R=50 %, ranked by the last token.
-    "fastv": PruningSchedule(_stages("last_token", (2, 0.5))),
-    # VTW (arXiv 2405.05803): every image token leaves half way. Nothing is ranked.
-    "vtw": PruningSchedule(_stages("uniform", (15, 0.0))),
-    # PyramidDrop (arXiv 2410.17247): halves at 8, 16, 24, positions renumbered. It ranks by the projections of the next
-    # layer; here, as everywhere, by the attention of the layer before.
-    "pyramiddrop": PruningSchedule(_stages("last_token", (8, 0.5), (16, 0.25), (24, 0.125)), positions="renumber"),
-    # HiMAP's layers and counts with rules that look at nothing: the floor that a criterion has to beat.
-    "random": PruningSchedule(_stages("random", (2, 0.5), (8, 0.125))),
-    "uniform": PruningSchedule(_stages("uniform", (2, 0.5), (8, 0.125))),
-}
