@@ -29,7 +29,15 @@ from himap_train.models.inputs import check_image_mask, check_inputs
 from himap_train.models.installed import InstalledPruning, PruneCounts
 from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
 from himap_train.pruning.scoring import ranking_rows, scores_without_attention
-from himap_train.pruning.selection import Removal, compact, gather_tokens, plan_removals, scatter_back, select
+from himap_train.pruning.selection import (
+    Removal,
+    compact,
+    gather_tokens,
+    plan_removals,
+    scatter_back,
+    select,
+    settle_mass,
+)
 
 DECODERS: tuple[type[nn.Module], ...] = (LlamaModel, MistralModel, Qwen2Model)
 
@@ -130,22 +138,24 @@ def _prefill(
     pruning: InstalledPruning = decoder.himap_pruning
     removals = plan_removals(pruning.schedule, counts)
     length = tokens.hidden.shape[1]
-    seen, layouts = PruneCounts(int(counts.image.sum()), []), []
+    seen, layouts = PruneCounts(counts.image.sum(1)), []
     start = _first_positions(tokens.positions, layout) if pruning.schedule.positions == "renumber" else None
     collector: ScoreCollector | None = None
     # Only here: an empty schedule runs the stock forward, bit for bit.
     call["causal_blocks"] = CausalBlocks() if pruning.cpu_blocks else None
     for number, layer in enumerate(decoder.layers):
         if removal := removals.get(number):
+            if removal.removes and collector is not None:
+                scores = collector.scores()
+                removals = settle_mass(removals, number, scores, layout)
+                removal = removals[number]
             if removal.removes:
                 kept = removal.after.current
-                if collector is not None:
-                    scores = collector.scores()
-                else:
+                if collector is None:
                     scores = scores_without_attention(removal.stage.criterion, layout, removal.before, kept)
                 keep = select(scores, layout, kept)
                 tokens, layout = _remove(decoder, number, tokens, layout, keep, removal, start, call["past_key_values"])
-            seen.kept.append(int(removal.after.current.sum()))
+            seen.kept_rows.append(removal.after.current.sum(1))
             layouts.append(layout)
         if states is not None:
             states.append(scatter_back(tokens.hidden, layout, length))
