@@ -227,6 +227,12 @@ def mass_schedules(draw: st.DrawFn) -> PruningSchedule:
 
 
 @settings(QUICK, max_examples=80)
-@given(models, mass_schedules(), st.lists(prompts, min_size=1, max_size=4) | st.lists(dialogues, min_size=1, max_size=3), sides, seeds)
+@given(
+    models,
+    mass_schedules(),
+    st.lists(prompts, min_size=1, max_size=4) | st.lists(dialogues, min_size=1, max_size=3),
+    sides,
+    seeds,
+)
 def test_any_batch_equals_the_oracle(model: Any, plan: PruningSchedule, rows: list[str], side: str, seed: int) -> None:
     check(model, plan, rows, side, seed)

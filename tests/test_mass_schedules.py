@@ -1,15 +1,18 @@
-"""Schedules that keep by attention mass: their fields and errors, what they cost, and who works with them or refuses."""
+"""Schedules that keep by attention mass: fields and errors, what they cost, and who works with them or refuses."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from export_toys import trained
 from lightning.pytorch import Callback
-from PIL import Image
+from lightning.pytorch.loggers import CSVLogger
 from test_budget import LLAVA_7B
 from test_evaluate import QUIET, Source, conversation
 from test_plan import planned
@@ -17,14 +20,18 @@ from tiny import tiny_llava, tiny_processor
 from training_toys import ToyData, quiet_trainer, save_tiny, tuner
 
 from himap_train import AttentionMass, PruningSchedule, PruningStage, install_pruning, load_checkpoint, record_pruning
+from himap_train.agreement import Outputs, _nearly_the_same, check_agreement
 from himap_train.benchmark.methods import find_method
-from himap_train.checkpoint import read_schedule
+from himap_train.checkpoint import read_schedule, save_adapter
 from himap_train.evaluation.compare import compare
+from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.report import markdown_table, save_table
+from himap_train.export.folders import export_merged
 from himap_train.export.run_facts import RunFacts
 from himap_train.model_card import merged_card
 from himap_train.models.llava import pruning_of
 from himap_train.pruning.cost import schedule_cost
+from himap_train.training.progress import Throughput
 
 FIELDS = {
     "stages": [
@@ -99,15 +106,15 @@ def test_bounds_that_bind_nothing_may_follow_any_stage() -> None:
 
 
 def test_cost_is_that_of_at_most_or_of_what_was_kept() -> None:
-    def ratios(*pairs: tuple[int, float]) -> PruningSchedule:
-        return PruningSchedule(tuple(PruningStage(at, how, r) for (at, r), how in zip(pairs, CRITERIA, strict=True)))
+    def with_ratios(*ratios: float) -> PruningSchedule:
+        stages = zip(MASS.stages, ratios, strict=True)
+        return PruningSchedule(tuple(replace(one, keep=None, keep_ratio=ratio) for one, ratio in stages))
 
-    CRITERIA = ("instruction", "image", "uniform")
-    bound, same = MASS.cost(LLAVA_7B), ratios((2, 0.8), (8, 0.8), (12, 0.0)).cost(LLAVA_7B)
+    bound, same = MASS.cost(LLAVA_7B), with_ratios(0.8, 0.8, 0.0).cost(LLAVA_7B)
     assert bound.upper_bound and not same.upper_bound
     assert (bound.flops, bound.kv_bytes) == (same.flops, same.kv_bytes)
-    seen, exact = schedule_cost(MASS, LLAVA_7B, kept=(288, 72, 0)), ratios((2, 0.5), (8, 0.125), (12, 0.0)).cost(LLAVA_7B)
-    assert seen == exact and not seen.upper_bound
+    assert bound.image_tokens_per_layer == same.image_tokens_per_layer
+    assert schedule_cost(MASS, LLAVA_7B, kept=(288, 72, 0)) == with_ratios(0.5, 0.125, 0.0).cost(LLAVA_7B)
 
 
 def test_a_budget_cannot_be_set_and_the_benchmark_refuses(tmp_path: Path) -> None:
@@ -129,10 +136,9 @@ def test_a_plan_and_a_card_give_upper_bounds(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.fixture(scope="module")
 def photos() -> Source:
-    """One question of several images: noise, flat colours and a text alone."""
+    """Questions about one image each, and one without."""
     records = [conversation(i, "what is it? " * (1 + i % 2)) for i in range(5)]
-    records += [conversation(9, "hello", images=0)]
-    return Source(records)
+    return Source([*records, conversation(9, "hello", images=0)])
 
 
 def test_an_evaluation_reports_mean_and_spread(photos: Source, tmp_path: Path) -> None:
@@ -140,15 +146,20 @@ def test_an_evaluation_reports_mean_and_spread(photos: Source, tmp_path: Path) -
     rows = compare(model, processor, photos, {"dense": None, "mass": TINY}, batch_size=4, **QUIET)
     install_pruning(model, TINY)
     counts, ratios, paper = [], [], []
-    for record in photos:  # alone, from the columns that stay
+    for record in photos:
         with record_pruning(model) as trace:
-            alone = compare(model, processor, Source([record]), {"mass": TINY}, **QUIET)[0].result
-        text = round(alone.text_tokens)
-        image = round(alone.image_tokens)
-        kept = [len(stage[0]) - text for stage in _last(model, processor, record)]
-        assert not trace.kept or kept == [round(mean) for mean in alone.kept]
-        cost = schedule_cost(TINY, model.config, image, text, kept=kept)
-        counts.append(kept)
+            alone = evaluate(model, processor, Source([record]), **QUIET)
+        image, text = round(alone.image_tokens), round(alone.text_tokens)
+        counts.append([len(stage[0]) - text for stage in trace.kept])
+        layers = [image] * 2 + [counts[-1][0]] * 2 + [counts[-1][1]] * 2
+        fixed = PruningSchedule(
+            tuple(
+                replace(s, keep=None, keep_ratio=None, keep_count=k)
+                for s, k in zip(TINY.stages, counts[-1], strict=True)
+            )
+        )
+        cost = fixed.cost(model.config, image, text)
+        assert list(cost.image_tokens_per_layer) == layers
         ratios.append(cost.flops_ratio)
         paper.append(cost.image_only_flops_ratio)
     first = [kept[0] for kept in counts]
@@ -158,10 +169,15 @@ def test_an_evaluation_reports_mean_and_spread(photos: Source, tmp_path: Path) -
     assert found.kept_sd == pytest.approx([_sd(c) for c in zip(*counts, strict=True)])
     assert (found.flops_ratio.mean, found.flops_ratio.sd) == pytest.approx((_mean(ratios), _sd(ratios)))
     assert found.image_only_flops_ratio.mean == pytest.approx(_mean(paper))
-    assert rows[0].result.kept_sd == () and rows[0].result.flops_ratio.mean == 1.0 and rows[0].result.flops_ratio.sd == 0
+    assert (
+        rows[0].result.kept_sd == () and rows[0].result.flops_ratio.mean == 1.0 and rows[0].result.flops_ratio.sd == 0
+    )
     assert found.flops_ratio.mean < rows[1].cost.flops_ratio and rows[1].cost.upper_bound
     dense, mass = markdown_table(rows).splitlines()[2:4]
-    assert f"-> {_mean(first):.1f} ± {_sd(first):.1f} ->" in mass and f"| {_mean(ratios):.3f} ± {_sd(ratios):.3f} |" in mass
+    assert (
+        f"-> {_mean(first):.1f} ± {_sd(first):.1f} ->" in mass
+        and f"| {_mean(ratios):.3f} ± {_sd(ratios):.3f} |" in mass
+    )
     assert "-> " not in dense and "| 1.000 | 1.000 |" in dense
     save_table(rows, tmp_path)
     saved = json.loads((tmp_path / "metrics.json").read_text())["rows"][1]
@@ -169,6 +185,45 @@ def test_an_evaluation_reports_mean_and_spread(photos: Source, tmp_path: Path) -
     assert saved["kept_sd"] == list(found.kept_sd) and saved["cost"]["upper_bound"] is True
     card = merged_card("a/b", TINY, model.config, RunFacts({}, rows=[saved]))
     assert f"{found.flops_ratio.mean:.3f} ± {found.flops_ratio.sd:.3f}" in card
+
+
+def test_training_logs_what_each_stage_keeps(tmp_path: Path) -> None:
+    class Seen(Callback):
+        def __init__(self) -> None:
+            self.rows: list[list[int]] = []
+            self.logged: list[dict[str, float]] = []
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            self.rows.append(pruning_of(pl_module.peft_model).last.kept)
+            self.logged.append({key: float(value) for key, value in trainer.logged_metrics.items() if "kept_" in key})
+
+    seen = Seen()
+    model = tuner(save_tiny(tmp_path / "tiny"), schedule=TINY.to_dict())
+    options = {"max_steps": 4, "log_every_n_steps": 2, "logger": CSVLogger(tmp_path)}
+    quiet_trainer(tmp_path, callbacks=[Throughput(), seen], **options).fit(model, datamodule=ToyData())
+    assert len(seen.rows) == 4 and any(kept[0] != seen.rows[0][0] for kept in seen.rows)
+    for last in (1, 3):  # two batches of two samples each since the last time
+        means = [(a + b) / 4 for a, b in zip(seen.rows[last - 1], seen.rows[last], strict=True)]
+        assert list(seen.logged[last].values()) == pytest.approx(means)
+
+
+def test_an_adapter_and_a_merged_model_carry_the_schedule(tmp_path: Path) -> None:
+    tuned = trained(save_tiny(tmp_path / "base"), schedule=TINY)
+    adapter = save_adapter(tuned, tmp_path / "adapter", TINY, tiny_processor())
+    assert pruning_of(load_checkpoint(adapter)[0]).schedule == TINY
+    export_merged(adapter, tmp_path / "merged")
+    assert pruning_of(load_checkpoint(tmp_path / "merged")[0]).schedule == TINY
+    assert check_agreement(adapter, tmp_path / "merged").same_kept
+
+
+def test_an_export_may_keep_one_token_more_where_the_mass_is_nearly_reached() -> None:
+    """Merged weights are rounded anew."""
+    logits = torch.zeros(1, 40, 8)
+    kept = [list(range(20))], [list(range(21))], [list(range(30))]
+    by_mass = [Outputs("float32", logits, logits, [stage], by_mass=True) for stage in kept]
+    assert _nearly_the_same(by_mass[0], by_mass[1]) and not _nearly_the_same(by_mass[0], by_mass[2])
+    fixed = [replace(one, by_mass=False) for one in by_mass]
+    assert not _nearly_the_same(fixed[0], fixed[1]) and not _nearly_the_same(fixed[0], by_mass[1])
 
 
 def _mean(values: Any) -> float:
