@@ -133,8 +133,7 @@ def tokens_for_mass(scores: Tensor, layout: TokenLayout, mass: float, groups: in
         # In fp64 from the highest score down, padding last: the same sum whatever lies beside a row in its batch.
         held = scores.double().masked_fill(~candidates, 0.0).gather(1, order).cumsum(1)
         share = held / held[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
-        # To nine decimals: nine of ten equal scores hold 0.9, which they miss by a little in binary.
-        needed.append((share.round(decimals=9) < mass).sum(1) + 1)
+        needed.append((share < mass).sum(1) + 1)
     return torch.stack(needed, dim=1)
 
 
