@@ -11,6 +11,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AttentionMass": "himap_train.pruning.schedule",
     "PruningStage": "himap_train.pruning.schedule",
     "PruningSchedule": "himap_train.pruning.schedule",
     "load_llava": "himap_train.models.loading",

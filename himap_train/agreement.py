@@ -23,7 +23,7 @@ from torch import Tensor
 from himap_train.checkpoint import adapter_source, load_checkpoint
 from himap_train.data.encode import encode_prompt
 from himap_train.data.records import Conversation, Turn
-from himap_train.models.llava import record_pruning, remove_pruning
+from himap_train.models.llava import pruning_of, record_pruning, remove_pruning
 from himap_train.models.loading import stock_llava
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
@@ -35,12 +35,15 @@ EXCHANGED = 0.25
 
 @dataclass(frozen=True)
 class Outputs:
-    """Of one model on the example: dtype of its weights, logits (1, S, V) dense and pruned, columns kept by stage."""
+    """Of one model on the example: dtype of its weights, logits (1, S, V) dense and pruned, columns kept by stage, and
+    whether their number follows the scores.
+    """
 
     dtype: str
     dense: Tensor
     pruned: Tensor
     kept: list[list[list[int]]]
+    by_mass: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,11 @@ def outputs(path: Path | str, base: str | None = None) -> Outputs:
         torch.manual_seed(0)  # the criterion `random` draws
         pruned = model(**inputs).logits.float()
     kept = [[row.tolist() for row in stage] for stage in trace.kept]
+    pruning = pruning_of(model)
+    by_mass = pruning is not None and pruning.schedule.by_mass
     dense = remove_pruning(model)(**inputs).logits.float()
     dtype = next(model.parameters()).dtype
-    return Outputs(str(dtype).removeprefix("torch."), dense, pruned, kept)
+    return Outputs(str(dtype).removeprefix("torch."), dense, pruned, kept, by_mass)
 
 
 def require_stock_keys(folder: Path | str) -> None:
@@ -125,7 +130,9 @@ def _in_fresh_process(path: Path | str, base: str | None) -> Outputs:
             raise ValueError(f"{path} could not be loaded in a fresh process:\n{done.stderr.strip()[-2000:]}")
         with safe_open(file, framework="pt") as saved:
             facts = json.loads(saved.metadata()["facts"])
-            return Outputs(facts["dtype"], saved.get_tensor("dense"), saved.get_tensor("pruned"), facts["kept"])
+            return Outputs(
+                facts["dtype"], saved.get_tensor("dense"), saved.get_tensor("pruned"), facts["kept"], facts["by_mass"]
+            )
 
 
 def _main(path: str, results: str, base: str | None = None) -> None:
@@ -133,7 +140,7 @@ def _main(path: str, results: str, base: str | None = None) -> None:
     if adapter_source(path) is None:
         require_stock_keys(path)
     found = outputs(path, base)
-    facts = json.dumps({"dtype": found.dtype, "kept": found.kept})
+    facts = json.dumps({"dtype": found.dtype, "kept": found.kept, "by_mass": found.by_mass})
     tensors = {"dense": found.dense.contiguous(), "pruned": found.pruned.contiguous()}
     save_file(tensors, results, metadata={"facts": facts})
 
@@ -150,12 +157,14 @@ def _example(processor: Any) -> dict[str, Tensor]:
 
 
 def _nearly_the_same(first: Outputs, second: Outputs) -> bool:
-    """Whether the stages remove the same columns, but for a few whose scores nearly tie."""
-    if [len(stage[0]) for stage in first.kept] != [len(stage[0]) for stage in second.kept]:
+    """Whether the stages remove the same columns, but for a few whose scores nearly tie, or nearly reach the mass."""
+    by_mass = first.by_mass and second.by_mass and len(first.kept) == len(second.kept)
+    if not by_mass and [len(stage[0]) for stage in first.kept] != [len(stage[0]) for stage in second.kept]:
         return False
     columns = first.dense.shape[1]
     exchanged = [
-        (len(set(a[0]) - set(b[0])), columns - len(a[0])) for a, b in zip(first.kept, second.kept, strict=True)
+        (max(len(set(a[0]) - set(b[0])), len(set(b[0]) - set(a[0]))), columns - len(a[0]))
+        for a, b in zip(first.kept, second.kept, strict=True)
     ]
     return all(count <= max(1, EXCHANGED * removed) for count, removed in exchanged)
 

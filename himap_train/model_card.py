@@ -93,7 +93,13 @@ def _card(
 
 def _schedule(schedule: PruningSchedule) -> str:
     stages = yaml.safe_dump(schedule.to_dict(), sort_keys=False).strip()
-    return f"`keep_ratio` is the fraction kept of the original image tokens.\n```yaml\n{stages}\n```"
+    text = "`keep_ratio` is the fraction kept of the original image tokens."
+    if schedule.by_mass:
+        text += (
+            " `keep: {mass: m}` keeps the fewest image tokens of each sample that hold the share m of the attention, "
+            "between `at_least` and `at_most` of the original ones."
+        )
+    return f"{text}\n```yaml\n{stages}\n```"
 
 
 def _cost(schedule: PruningSchedule, config: Any) -> str:
@@ -114,7 +120,8 @@ def _cost(schedule: PruningSchedule, config: Any) -> str:
         ("KV cache after the prefill, MB", f"{kv:.3g}", f"{dense_kv:.3g}"),
         ("ratio", f"{cost.kv_bytes_ratio:.3f}", "1"),
     ]
-    return f"One image and {TEXT_TOKENS} text tokens:\n\n" + _table(("", "pruned", "dense"), rows)
+    pruned = "pruned, at most" if cost.upper_bound else "pruned"
+    return f"One image and {TEXT_TOKENS} text tokens:\n\n" + _table(("", pruned, "dense"), rows)
 
 
 def _elastic(config: Mapping[str, Any]) -> str:
@@ -134,11 +141,19 @@ def _scores(rows: list[dict[str, Any]]) -> str:
     """The run's own table, in short."""
     lines = []
     for row in rows:
-        overall, cost = row["overall"], row.get("cost")
+        overall, cost = row["overall"], _measured_ratio(row)
         score = f"{100 * overall['score']:.1f} ± {100 * overall['standard_error']:.1f}"
-        lines.append((row["name"], score, str(overall["count"]), f"{cost['flops_ratio']:.3f}" if cost else "-"))
+        lines.append((row["name"], score, str(overall["count"]), cost))
     metric = rows[0]["metric"] if rows else ""
     return _table(("", f"{metric}, %", "samples", "flops_ratio"), lines) if rows else ""
+
+
+def _measured_ratio(row: Mapping[str, Any]) -> str:
+    """`flops_ratio` over the samples; runs of earlier versions have that of a sample of mean length alone."""
+    measured, cost = row.get("flops_ratio"), row.get("cost")
+    if measured is None:
+        return f"{cost['flops_ratio']:.3f}" if cost else "-"
+    return f"{measured['mean']:.3f}" + (f" ± {measured['sd']:.3f}" if cost and cost.get("upper_bound") else "")
 
 
 def _data(data: Mapping[str, Any]) -> str:

@@ -33,7 +33,8 @@ from himap_train.training.saving import AtomicCheckpointIO, SaveLast
 from himap_train.training.seeding import StepSeeds
 
 LINEAR = torch.nn.functional.linear
-SCHEDULES: dict[str, Any] = {"pruned": SCHEDULE, "dense": None}
+BY_MASS = {"stages": [{"layer": 2, "criterion": "instruction", "keep": {"mass": 0.7}}]}
+SCHEDULES: dict[str, Any] = {"pruned": SCHEDULE, "dense": None, "mass": BY_MASS}
 
 
 class MixedModalities(ToyData):
@@ -49,15 +50,18 @@ class MixedModalities(ToyData):
 
 
 class Recorder(Callback):
-    """Loss and gradient norm of each optimizer step, the samples in it, the last validation's loss."""
+    """Loss and gradient norm of each optimizer step; of each batch its samples and, where pruned, what is kept."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.samples: list[list[str]] = []
+        self.kept: list[list[int]] = []
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.samples.append(list(batch["ids"]))
+        if pruning := pruning_of(module.peft_model):
+            self.kept.append(pruning.last.kept if pruning.last else [])
         if step_ended(trainer, batch_idx):
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
             self.norms.append(float(trainer.callback_metrics["train/grad_norm"]))
@@ -177,6 +181,7 @@ def train(
     facts["val_loss_after"] = again[0]["val/loss"]
     facts["kept"] = pruning.last.kept if pruning and pruning.last else None
     facts |= {"losses": recorder.losses, "norms": recorder.norms, "samples": recorder.samples}
+    facts["kept_while_training"] = recorder.kept
     facts["checkpoint"] = str(folder / "last.ckpt")
     return facts
 

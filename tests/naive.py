@@ -127,7 +127,11 @@ def dropped_tokens(
         in_turn = [p for p in range(prompt) if turn[p] == group and not supervised[p]]
         text = [p for p in in_turn if not is_image[p] and p > tokens[0]] or [in_turn[-1]]
         protected = [p for p in current if (supervised[p + 1] if p + 1 < prompt else labels is None)]
-        count = max(kept_count(stage, len(tokens)), len(protected))
+        if stage.keep is not None:
+            scores = naive_scores(stage.criterion, weights, current, text, 0)
+            count = mass_count(stage.keep, scores, protected, len(tokens))
+        else:
+            count = max(kept_count(stage, len(tokens)), len(protected))
         if count < len(current):
             scores = naive_scores(stage.criterion, weights, current, text, count)
             by_score = sorted(current, key=lambda p: (p not in protected, -scores[p], p))
@@ -139,9 +143,23 @@ def kept_count(stage: Any, original: int) -> int:
     """Round half up of the original count, at least one unless the ratio is 0."""
     if stage.keep_count is not None:
         return stage.keep_count
-    return (
-        0 if stage.keep_ratio == 0 else max(1, math.floor(Fraction(str(stage.keep_ratio)) * original + Fraction(1, 2)))
-    )
+    return ratio_count(stage.keep_ratio, original)
+
+
+def ratio_count(ratio: float, original: int) -> int:
+    """Round half up, at least one unless the ratio is 0."""
+    return 0 if ratio == 0 else max(1, math.floor(Fraction(str(ratio)) * original + Fraction(1, 2)))
+
+
+def mass_count(keep: Any, scores: dict[int, float], protected: list[int], original: int) -> int:
+    """Tokens from the most important on until their share of all scores is reached, within the bounds."""
+    order = sorted(scores, key=lambda p: (p not in protected, -scores[p], p))
+    held, reached = 0.0, 0
+    while reached < len(order) and (reached == 0 or held < keep.mass * sum(scores.values())):
+        held += scores[order[reached]]
+        reached += 1
+    bounded = min(max(reached, ratio_count(keep.at_least, original)), ratio_count(keep.at_most, original))
+    return max(bounded, len(protected))
 
 
 def naive_scores(criterion: str, weights: Tensor, image: list[int], text: list[int], count: int) -> dict[int, float]:

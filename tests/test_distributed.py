@@ -28,6 +28,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     **{name: {"strategy": name} for name in ("ddp", "zero1", "zero2", "zero3")},
     "zero3-dense": {"strategy": "zero3", **DENSE},
     "zero3-mixed": {"strategy": "zero3", **MIXED},
+    "zero3-mass": {"strategy": "zero3", "schedule": "mass"},
     # the rest of a run of one split in another
     "ddp-to-zero3": {"strategy": "zero3", "resume": "ddp", **OTHER_SPLIT},
     "zero3-to-zero2": {"strategy": "zero2", "resume": "zero3", **OTHER_SPLIT},
@@ -36,6 +37,7 @@ SLOW: dict[str, dict[str, Any]] = {
     "zero3_offload": {"strategy": "zero3_offload"},
     **{f"{name}-dense": {"strategy": name, **DENSE} for name in ("ddp", "zero2")},
     **{f"{name}-mixed": {"strategy": name, **MIXED} for name in ("ddp", "zero2")},
+    **{f"{name}-mass": {"strategy": name, "schedule": "mass"} for name in ("ddp", "zero2")},
     "zero2-to-ddp": {"strategy": "ddp", "resume": "zero2", **OTHER_SPLIT},
     "one-to-zero3": {"strategy": "zero3", "resume": "one"},
     **{f"{name}-bf16": {"strategy": name, "precision": "bf16-mixed"} for name in ("ddp", "zero2", "zero3")},
@@ -78,6 +80,7 @@ def alone(work: Path) -> dict[str, dict[str, Any]]:
         "dense": train(
             work, name="one-dense", strategy="auto", devices=1, batch_size=4, schedule="dense", **common(work)
         ),
+        "mass": train(work, name="one-mass", strategy="auto", devices=1, batch_size=4, schedule="mass", **common(work)),
         "mixed": train(work, name="one-mixed", strategy="auto", devices=1, accumulate=1, model=str(work / "tiny")),
     }
 
@@ -144,6 +147,14 @@ def test_dense_with_gradient_checkpointing(ranks: Ranks, alone: Any, name: str) 
 @pytest.mark.parametrize("name", some("ddp-mixed", "zero2-mixed", "zero3-mixed"))
 def test_one_process_sees_images_and_the_other_text(ranks: Ranks, alone: Any, name: str) -> None:
     compare(ranks(name)[0], alone["mixed"])
+
+
+@pytest.mark.parametrize("name", some("ddp-mass", "zero2-mass", "zero3-mass"))
+def test_processes_may_keep_numbers_of_their_own(ranks: Ranks, alone: Any, name: str) -> None:
+    compare(ranks(name)[0], alone["mass"])
+    first, second = (rank["kept_while_training"] for rank in ranks(name))
+    assert any(a and b and a != b for a, b in zip(first, second, strict=True))
+    assert alone["mass"]["losses"] != alone["pruned"]["losses"]
 
 
 @pytest.mark.slow

@@ -57,7 +57,7 @@ def test_against_a_naive_decoder(attn: str, specs: tuple[str, ...]) -> None:
         expected[layer] = (up - down) / (2 * step)
     assert float(loss) == pytest.approx(naive_sum(model, schedule, case, 1, 0.0), rel=1e-4)
     assert expected[1:].abs().min() > 0.02  # every ratio matters here
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=5e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=2e-2)
 
 
 def naive_sum(model: Any, schedule: PruningSchedule, case: Any, moved: int, amount: float) -> float:

@@ -58,9 +58,9 @@ def decode_ratio(
     schedule: PruningSchedule, config: Any, workload: Workload, weights: int, bytes_per_value: int
 ) -> float:
     """Bytes that decoding a token reads, pruned / dense: all weights once, and the cache of each sample."""
-    tokens = {"image_tokens": workload.image_tokens, "text_tokens": workload.text_tokens}
+    sample = workload.image_tokens, workload.text_tokens
     pruned, dense = (
-        weights + workload.batch * schedule_cost(kind, config, **tokens, bytes_per_value=bytes_per_value).kv_bytes
+        weights + workload.batch * schedule_cost(kind, config, *sample, bytes_per_value=bytes_per_value).kv_bytes
         for kind in (schedule, PruningSchedule())
     )
     return pruned / dense

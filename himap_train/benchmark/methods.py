@@ -21,7 +21,8 @@ from himap_train.checkpoint import read_schedule
 from himap_train.evaluation.schedule_argument import fit_preset, is_preset
 from himap_train.models.attention import register_attention
 from himap_train.models.llava import install_pruning, remove_pruning
-from himap_train.pruning.schedule import PRESETS, PruningSchedule, nearest
+from himap_train.pruning.presets import PRESETS
+from himap_train.pruning.schedule import PruningSchedule, nearest
 
 DENSE = "dense"
 HF_TRAINER = "hf-trainer"
@@ -103,7 +104,7 @@ def find_method(name: str, layers: int) -> Method:
         layers: Presets that are too deep are taken at the same relative depth.
 
     Raises:
-        ValueError: There is no such method.
+        ValueError: There is no such method, or it keeps by attention mass.
     """
     if name in (DENSE, HF_TRAINER):
         measures = MEASURES if name == DENSE else MEASURES[:1]
@@ -119,6 +120,11 @@ def find_method(name: str, layers: int) -> Method:
     if name not in METHODS and not name.endswith((".yaml", ".yml")):
         raise ValueError(f"method {name!r} is unknown{nearest(name, METHODS)}; or a YAML file with a schedule")
     schedule = read_schedule(name)
+    if schedule.by_mass:
+        raise ValueError(
+            f"{name} keeps by attention mass, and a benchmark runs random weights, whose attention says nothing of the "
+            "tokens that stay: give keep_ratio of about what recipes/evaluate.py reports as kept"
+        )
     schedule = fit_preset(schedule, layers) if is_preset(name) else schedule
     return Method(name, schedule, _why(schedule), partial(_pruned, schedule))
 

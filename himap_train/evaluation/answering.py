@@ -4,34 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from himap_train.data.batches import pad_token_id_of
+from himap_train.evaluation.tokens import SampleTokens
 from himap_train.models.embeddings import encode_nothing, weights_are_spread
 from himap_train.models.llava import base_llava, pruning_of
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.guard import check_pruned
-
-
-@dataclass
-class TokenCount:
-    """Tokens of all prompts that were run: image tokens, text tokens, image tokens kept after each stage; samples."""
-
-    image: int = 0
-    text: int = 0
-    kept: list[int] = field(default_factory=list)
-    samples: int = 0
-
-    def add(self, other: TokenCount) -> None:
-        """Take in another count under the same schedule."""
-        self.image += other.image
-        self.text += other.text
-        self.samples += other.samples
-        self.kept = [a + b for a, b in zip(self.kept or [0] * len(other.kept), other.kept, strict=True)]
 
 
 @contextmanager
@@ -49,8 +32,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def answer_batch(
     model: nn.Module, processor: Any, batch: Mapping[str, Any], max_new_tokens: int
-) -> tuple[list[str], TokenCount]:
-    """Greedy answers, stripped, and the tokens that were run.
+) -> tuple[list[str], list[SampleTokens]]:
+    """Greedy answers, stripped, and the tokens that were run of each prompt.
 
     Args:
         model: LLaVA or PeftModel around one.
@@ -78,10 +61,14 @@ def answer_batch(
     )
     image_tokens = inputs["input_ids"] == base.config.image_token_id
     check_pruned(pruning.schedule if pruning else PruningSchedule(), pruning_of(model), before, image_tokens)
-    count = TokenCount(int(image_tokens.sum()), samples=len(output))
-    count.text = int(inputs["attention_mask"].sum()) - count.image
-    if pruning:
-        stages = len(pruning.schedule.stages)
-        count.kept = list(pruning.last.kept) if pruning.last and count.image else [0] * stages
     new = output[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)], count
+    texts = [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    image_rows = image_tokens.sum(1)
+    text_rows = inputs["attention_mask"].sum(1) - image_rows
+    if pruning and pruning.last and image_rows.any():
+        kept = [rows.tolist() for rows in pruning.last.kept_rows]
+    else:  # text alone, which nothing needs to have pruned
+        kept = [[0] * len(texts)] * (len(pruning.schedule.stages) if pruning else 0)
+    by_row = zip(*kept, strict=True) if kept else [()] * len(texts)
+    rows = zip(image_rows.tolist(), text_rows.tolist(), by_row, strict=True)
+    return texts, [SampleTokens(image, text, stays) for image, text, stays in rows]

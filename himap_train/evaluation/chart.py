@@ -47,9 +47,9 @@ def _bars(axes: Axes, rows: Sequence[Row], types: list[str]) -> None:
 
 def _cost(axes: Axes, rows: Sequence[Row]) -> None:
     for number, row in enumerate(rows):
-        if row.cost:
+        if ratio := row.result.flops_ratio:
             error = 100 * np.nan_to_num(row.result.standard_error)
-            axes.errorbar(row.cost.flops_ratio, 100 * row.result.score, yerr=error, fmt="o", color=_colour(number))
+            axes.errorbar(ratio.mean, 100 * row.result.score, yerr=error, fmt="o", color=_colour(number))
     axes.set_xlim(0, 1.05)
     axes.set_xlabel("flops_ratio of the prefill")
     axes.set_ylabel("overall, %")

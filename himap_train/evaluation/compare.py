@@ -19,7 +19,11 @@ from himap_train.pruning.schedule import PruningSchedule
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a name, what was measured, and what the schedule costs (None for data without images)."""
+    """One line of a table: a name, what was measured, and what the schedule costs a sample of mean length.
+
+    That cost is None for data without images, and an upper bound where a stage keeps by attention mass; `result` has
+    the measured one.
+    """
 
     name: str
     result: EvaluationResult

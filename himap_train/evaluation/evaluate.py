@@ -14,12 +14,14 @@ from himap_train.data.encode import Encoder, Sample
 from himap_train.data.images import AspectRatio
 from himap_train.data.records import RecordError, Source, StreamingSource
 from himap_train.data.skips import SkipLog
-from himap_train.evaluation.answering import TokenCount, answer_batch, evaluation_mode
+from himap_train.evaluation.answering import answer_batch, evaluation_mode
 from himap_train.evaluation.metrics import make_metrics
 from himap_train.evaluation.progress import progress_bar
 from himap_train.evaluation.questions import Question, question_batches, source_length
 from himap_train.evaluation.result import EvaluationResult, Prediction
 from himap_train.evaluation.sample_metric import SampleMetric
+from himap_train.evaluation.schedule_argument import installed_schedule
+from himap_train.evaluation.tokens import SampleTokens, measured_tokens
 from himap_train.models.llava import base_llava
 
 
@@ -63,31 +65,43 @@ def evaluate(
     scorers = [scorer.to(base.device) for scorer in make_metrics(metrics)]
     total = source_length(source, limit)
     encoder = Encoder(processor, base.config.text_config.max_position_embeddings - max_new_tokens, image_aspect_ratio)
-    tokens, predictions, skipped = TokenCount(), [], _Skips(total, max_skipped)
+    tokens: list[SampleTokens] = []
+    predictions: list[Prediction] = []
+    skipped = _Skips(total, max_skipped)
     with evaluation_mode(model), progress_bar("evaluating", total, progress) as advance:
         for read in question_batches(source, batch_size, limit, skipped.add):
             batch, samples = _encoded(read, encoder, skipped)
             if samples:
                 padded = collate(samples, pad_token_id_of(processor.tokenizer), padding_side="left")
-                texts, count = answer_batch(model, processor, padded, max_new_tokens)
-                tokens.add(count)
+                texts, found = answer_batch(model, processor, padded, max_new_tokens)
+                tokens += found
                 predictions += _score(scorers, batch, texts)
             advance(len(read))
-    return _result(scorers, *_gathered(tokens, predictions, skipped.reasons), time.perf_counter() - start)
+    tokens, predictions, reasons = _gathered(tokens, predictions, skipped.reasons)
+    return _result(model, scorers, tokens, predictions, reasons, time.perf_counter() - start)
 
 
 def _result(
-    scorers: list[SampleMetric], tokens: TokenCount, predictions: list[Prediction], skipped: list[str], seconds: float
+    model: nn.Module,
+    scorers: list[SampleMetric],
+    samples: list[SampleTokens],
+    predictions: list[Prediction],
+    skipped: list[str],
+    seconds: float,
 ) -> EvaluationResult:
     overall, types = scorers[0].summary()
+    tokens = measured_tokens(samples, installed_schedule(model), base_llava(model).config)
     return EvaluationResult(
         metric=scorers[0].name,
         overall=overall,
         types=types,
         figures={name: value.item() for scorer in scorers for name, value in scorer.compute().items()},
-        image_tokens=tokens.image / tokens.samples,
-        text_tokens=tokens.text / tokens.samples,
-        kept=tuple(kept / tokens.samples for kept in tokens.kept),
+        image_tokens=tokens.image.mean,
+        text_tokens=tokens.text.mean,
+        kept=tuple(kept.mean for kept in tokens.kept),
+        kept_sd=tuple(kept.sd for kept in tokens.kept),
+        flops_ratio=tokens.flops_ratio,
+        image_only_flops_ratio=tokens.image_only_flops_ratio,
         seconds=seconds,
         predictions=predictions,
         skipped=skipped,
@@ -141,17 +155,14 @@ def _score(scorers: list[SampleMetric], batch: list[Question], texts: list[str])
 
 
 def _gathered(
-    tokens: TokenCount, predictions: list[Prediction], skipped: list[str]
-) -> tuple[TokenCount, list[Prediction], list[str]]:
+    tokens: list[SampleTokens], predictions: list[Prediction], skipped: list[str]
+) -> tuple[list[SampleTokens], list[Prediction], list[str]]:
     """Those of all processes; a prediction that several made once, in the order of the source."""
     parts = [(tokens, predictions, skipped)]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         parts = [parts[0]] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(parts, (tokens, predictions, skipped))
-    total = TokenCount()
-    for count, _, _ in parts:
-        if count.samples:
-            total.add(count)
+    total = [sample for part, _, _ in parts for sample in part]
     found = {prediction.index: prediction for _, part, _ in parts for prediction in part}
     reasons = sorted({reason for _, _, part in parts for reason in part})
     return total, [found[index] for index in sorted(found)], reasons

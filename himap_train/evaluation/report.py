@@ -14,6 +14,7 @@ from rich.table import Table
 from himap_train.evaluation.chart import draw_chart
 from himap_train.evaluation.compare import Row
 from himap_train.evaluation.sample_metric import GroupScore
+from himap_train.evaluation.tokens import Measured
 
 FILES = ("metrics.json", "table.md", "accuracy.png")
 
@@ -54,7 +55,9 @@ def markdown_table(rows: Sequence[Row]) -> str:
     """The table as GitHub Markdown, ending with what its numbers are."""
     header, *lines = _cells(rows)
     table, result = markdown_lines(header, lines), rows[0].result
-    return f"{table}\n{result.metric} score in %, ± standard error of the mean over {result.overall.count} samples.\n"
+    spread = "; tokens and ratios ± standard deviation over samples" if any(r.schedule.by_mass for r in rows) else ""
+    score = f"{result.metric} score in %, ± standard error of the mean over {result.overall.count} samples"
+    return f"{table}\n{score}{spread}.\n"
 
 
 def markdown_lines(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -88,15 +91,30 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
     lines = []
     for row in rows:
         scores = [_score(row.result.types.get(name)) for name in types]
-        cost = [f"{row.cost.flops_ratio:.3f}", f"{row.cost.image_only_flops_ratio:.3f}"] if row.cost else ["", ""]
+        cost = [_ratio(row, ratio) for ratio in (row.result.flops_ratio, row.result.image_only_flops_ratio)]
         lines.append([row.name, _score(row.result.overall, spread=True), *scores, tokens_text(row), *cost])
     return [header, *lines]
 
 
 def tokens_text(row: Row) -> str:
-    """Image tokens of a sample and what each stage leaves: "144 -> 72 -> 18"; means where samples differ."""
-    numbers = [row.result.image_tokens, *row.result.kept]
-    return " -> ".join(f"{number:.0f}" if abs(number - round(number)) < 0.05 else f"{number:.1f}" for number in numbers)
+    """Image tokens of a sample and what each stage leaves: "144 -> 72 -> 18"; means where samples differ, and where
+    that is the schedule's doing their standard deviation: "144 -> 51.3 ± 12.0".
+    """
+    spreads = row.result.kept_sd if row.schedule.by_mass else (0.0,) * len(row.result.kept)
+    numbers = zip((row.result.image_tokens, *row.result.kept), (0.0, *spreads), strict=True)
+    return " -> ".join(
+        f"{mean:.0f}"
+        if abs(mean - round(mean)) < 0.05 and sd < 0.05
+        else f"{mean:.1f}" + (f" ± {sd:.1f}" if sd else "")
+        for mean, sd in numbers
+    )
+
+
+def _ratio(row: Row, measured: Measured | None) -> str:
+    """Mean over samples, with the standard deviation where the schedule lets samples keep numbers of their own."""
+    if measured is None:
+        return ""
+    return f"{measured.mean:.3f}" + (f" ± {measured.sd:.3f}" if row.schedule.by_mass else "")
 
 
 def _score(score: GroupScore | None, spread: bool = False) -> str:

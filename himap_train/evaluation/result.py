@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from himap_train.evaluation.sample_metric import GroupScore
+from himap_train.evaluation.tokens import Measured
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,10 @@ class EvaluationResult:
         image_tokens: Mean number of image tokens of a sample.
         text_tokens: Mean number of its other prompt tokens.
         kept: Mean number of image tokens after each stage; empty when dense.
+        kept_sd: Its standard deviation over samples, which have numbers of their own where a stage keeps by attention
+            mass or images differ in size.
+        flops_ratio: Of the whole prefill, from what each sample kept; None where no sample has an image.
+        image_only_flops_ratio: The same of image tokens alone.
         seconds: Wall time.
         predictions: Every answer, in the order of the source.
         skipped: Records that could not be used, and why.
@@ -45,6 +50,9 @@ class EvaluationResult:
     image_tokens: float
     text_tokens: float
     kept: tuple[float, ...]
+    kept_sd: tuple[float, ...]
+    flops_ratio: Measured | None
+    image_only_flops_ratio: Measured | None
     seconds: float
     predictions: list[Prediction] = field(repr=False)
     skipped: list[str] = field(default_factory=list)

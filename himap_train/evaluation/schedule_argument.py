@@ -12,7 +12,8 @@ from torch import nn
 
 from himap_train.checkpoint import load_checkpoint, read_schedule
 from himap_train.models.llava import base_llava, install_pruning, pruning_of
-from himap_train.pruning.schedule import PRESETS, PruningSchedule
+from himap_train.pruning.presets import PRESETS
+from himap_train.pruning.schedule import PruningSchedule
 
 AS_SAVED = "as-saved"
 

@@ -38,6 +38,7 @@ from himap_train.pruning.selection import (
     plan_removals,
     scatter_back,
     select,
+    settle_mass,
 )
 
 DECODERS: tuple[type[nn.Module], ...] = (LlamaModel, MistralModel, Qwen2Model)
@@ -140,7 +141,7 @@ def _prefill(
     pruning: InstalledPruning = decoder.himap_pruning
     removals = plan_removals(pruning.schedule, counts)
     length = tokens.hidden.shape[1]
-    seen, layouts = PruneCounts(int(counts.image.sum()), []), []
+    seen, layouts = PruneCounts(counts.image.sum(1)), []
     start = _first_positions(tokens.positions, layout) if pruning.schedule.positions == "renumber" else None
     collector: ScoreCollector | None = None
     ratios = pruning.ratios if torch.is_grad_enabled() else None
@@ -149,14 +150,18 @@ def _prefill(
     for number, layer in enumerate(decoder.layers):
         if removal := removals.get(number):
             if removal.removes or ratios is not None:
-                ranks = _ranks(removal, layout, collector)
+                scores = _scores(removal, layout, collector)
+                if collector is not None:
+                    removals = settle_mass(removals, number, scores, layout)
+                    removal = removals[number]
+                ranks = image_ranks(scores, layout, counts.image.shape[1])
                 if ratios is not None:
                     tokens.key_bias = marginal_bias(ratios[number], ranks, layout, removal.after, tokens.key_bias)
                 if removal.removes:
                     keep = select(ranks, layout, removal.after.current)
                     cache = call["past_key_values"]
                     tokens, layout = _remove(decoder, number, tokens, layout, keep, removal, start, cache)
-            seen.kept.append(int(removal.after.current.sum()))
+            seen.kept_rows.append(removal.after.current.sum(1))
             layouts.append(layout)
         if states is not None:
             states.append(scatter_back(tokens.hidden, layout, length))
@@ -175,14 +180,11 @@ def _collector(removal: Removal | None, layout: TokenLayout, always: bool) -> Sc
     return ScoreCollector(removal.stage, ranking_rows(removal.stage, layout, removal.before), layout.valid)
 
 
-def _ranks(removal: Removal, layout: TokenLayout, collector: ScoreCollector | None) -> Tensor:
-    """HiMAP: the order in which a stage keeps the image tokens, (B, L)."""
-    kept = removal.after.current
+def _scores(removal: Removal, layout: TokenLayout, collector: ScoreCollector | None) -> Tensor:
+    """HiMAP: by which a stage ranks the image tokens, (B, L)."""
     if collector is not None:
-        scores = collector.scores()
-    else:
-        scores = scores_without_attention(removal.stage.criterion, layout, removal.before, kept)
-    return image_ranks(scores, layout, kept.shape[1])
+        return collector.scores()
+    return scores_without_attention(removal.stage.criterion, layout, removal.before, removal.after.current)
 
 
 def _remove(

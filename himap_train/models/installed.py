@@ -11,10 +11,25 @@ from himap_train.pruning.schedule import PruningSchedule
 
 @dataclass
 class PruneCounts:
-    """Image tokens of one forward pass, summed over the batch: all of them, and those left after each stage."""
+    """Image tokens of one forward pass, on the host.
 
-    image_tokens: int
-    kept: list[int]
+    Attributes:
+        image_rows: (B,) long, image tokens of each row.
+        kept_rows: For each stage (B,) long, those left after it.
+    """
+
+    image_rows: Tensor
+    kept_rows: list[Tensor] = field(default_factory=list)
+
+    @property
+    def image_tokens(self) -> int:
+        """Image tokens of the batch."""
+        return int(self.image_rows.sum())
+
+    @property
+    def kept(self) -> list[int]:
+        """Those left after each stage, of the batch."""
+        return [int(rows.sum()) for rows in self.kept_rows]
 
 
 @dataclass

@@ -97,7 +97,11 @@ def _fits(plan: Plan) -> Table:
 
 def _assumptions(plan: Plan) -> list[str]:
     run = plan.run
+    bounds = [
+        "stages that keep by attention mass are counted at at_most: all figures of the pruned side are upper bounds"
+    ]
     return [
+        *(bounds if plan.sides[-1].prefill.upper_bound else []),
         f"* as configured: {run.strategy}, {run.precision}; an optimizer step takes {run.batch_size} x "
         f"{run.accumulate} x {run.devices} = {run.effective_batch} samples",
         "all rows of a batch have the length shown; a peak in brackets does not fit",

@@ -18,7 +18,7 @@ def at_strength(schedule: PruningSchedule, strength: float) -> PruningSchedule:
     """The schedule at a strength in [0, 2]; stages that would remove nothing are left out.
 
     Raises:
-        ValueError: The strength is outside, or a stage has a fixed count.
+        ValueError: The strength is outside, or a stage has a fixed count or keeps by attention mass.
     """
     if not 0.0 <= strength <= 2.0:
         raise ValueError(f"strength is {strength}; expected 0 (dense) to 1 (the schedule) to 2 (no image token left)")
@@ -39,8 +39,8 @@ def at_budget(
         text_tokens: Its other tokens.
 
     Raises:
-        ValueError: The schedule has no stages or fixed counts, or the budget is above 1 or below what is left when
-            every image token leaves at these layers; the message says how much that is.
+        ValueError: The schedule has no stages, fixed counts or attention mass, or the budget is above 1 or below what
+            is left when every image token leaves at these layers; the message says how much that is.
     """
     if flops_ratio == 1.0:
         return PruningSchedule(positions=schedule.positions)
@@ -84,6 +84,11 @@ def check_budget(flops_ratio: float, least: float, first_layer: int) -> None:
 
 
 def _at_strength(stage: PruningStage, strength: float) -> PruningStage:
+    if stage.keep is not None:
+        raise ValueError(
+            f"the stage at layer {stage.layer} keeps by attention mass ({stage.keep.mass}), whose cost follows each "
+            "sample and cannot be set to a budget: give keep_ratio instead, or bound the cost with at_most"
+        )
     if stage.keep_ratio is None:
         raise ValueError(
             f"the stage at layer {stage.layer} keeps a fixed count ({stage.keep_count}), which cannot follow a budget; "

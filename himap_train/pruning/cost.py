@@ -10,6 +10,7 @@ multiply-adds FLOPs; `image_only_flops_ratio` is that ratio, for comparison with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ class Cost:
         kv_bytes: Keys and values of all layers after the prefill.
         kv_bytes_ratio: Against the dense cache.
         image_tokens_per_layer: Image tokens that each layer runs on.
+        upper_bound: Whether a stage keeps by attention mass, so that samples cost this or less.
     """
 
     flops: float
@@ -40,15 +42,27 @@ class Cost:
     kv_bytes: int
     kv_bytes_ratio: float
     image_tokens_per_layer: tuple[int, ...]
+    upper_bound: bool = False
 
 
-def image_tokens_per_layer(schedule: PruningSchedule, num_layers: int, image_tokens: int) -> tuple[int, ...]:
-    """How many image tokens each layer runs on."""
-    stages = {stage.layer: stage for stage in schedule.stages}
+def image_tokens_per_layer(
+    schedule: PruningSchedule, num_layers: int, image_tokens: int, kept: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """How many image tokens each layer runs on.
+
+    Args:
+        schedule: What is removed where.
+        num_layers: Of the decoder.
+        image_tokens: Of the sample.
+        kept: Image tokens that each stage was seen to leave. None takes what the schedule says, which is the most that
+            may stay where a stage keeps by attention mass.
+    """
+    if kept is None:
+        kept = [_kept(stage, image_tokens) for stage in schedule.stages]
+    stays = {stage.layer: count for stage, count in zip(schedule.stages, kept, strict=True)}
     current, per_layer = image_tokens, []
     for layer in range(num_layers):
-        if layer in stages:
-            current = min(_kept(stages[layer], image_tokens), current)
+        current = min(stays.get(layer, current), current)
         per_layer.append(current)
     return tuple(per_layer)
 
@@ -59,8 +73,12 @@ def schedule_cost(
     image_tokens: int = 576,
     text_tokens: int = 115,
     bytes_per_value: int | None = None,
+    kept: Sequence[int] | None = None,
 ) -> Cost:
     """Cost of a schedule on a model.
+
+    Where a stage keeps by attention mass the number of tokens follows each sample: without `kept` the cost is then that
+    of the most that may stay, an upper bound.
 
     Args:
         schedule: What is removed where.
@@ -68,13 +86,14 @@ def schedule_cost(
         image_tokens: Image tokens of the sample.
         text_tokens: All other tokens; the ranking rows of `instruction` are taken to be all of them (an upper bound).
         bytes_per_value: Of the cache; None takes the config's dtype, or 2 (bf16, fp16) where it names none.
+        kept: Image tokens that each stage was seen to leave of this sample, for its measured cost.
 
     Raises:
         ValueError: If a stage lies outside the decoder.
     """
     config = getattr(config, "text_config", config)
     schedule.validate_for(config.num_hidden_layers)
-    layers = image_tokens_per_layer(schedule, config.num_hidden_layers, image_tokens)
+    layers = image_tokens_per_layer(schedule, config.num_hidden_layers, image_tokens, kept)
     dense = (image_tokens,) * config.num_hidden_layers
     flops = sum(layer_flops(config, n + text_tokens) for n in layers)
     flops += sum(ranking_flops(stage, config, layers[stage.layer - 1], text_tokens) for stage in schedule.stages)
@@ -93,6 +112,7 @@ def schedule_cost(
         kv_bytes=kv_bytes,
         kv_bytes_ratio=kv_bytes / dense_kv_bytes,
         image_tokens_per_layer=layers,
+        upper_bound=schedule.by_mass and kept is None,
     )
 
 
@@ -115,7 +135,7 @@ def attention_flops(config: Any, tokens: float) -> float:
 
 def ranking_flops(stage: PruningStage, config: Any, image_tokens: int, text_tokens: int) -> float:
     """Attention logits of the ranking rows at the layer before the stage."""
-    if not stage.needs_attention:
+    if not stage.needs_attention or not image_tokens:
         return 0.0
     rows = {"instruction": text_tokens, "last_token": 1}.get(stage.criterion, image_tokens)
     return 2.0 * rows * (image_tokens + text_tokens) * config.num_attention_heads * head_width(config)
@@ -129,7 +149,7 @@ def _paper_macs(config: Any, n: int) -> int:
 def _kept(stage: PruningStage, image_tokens: int) -> int:
     if stage.keep_count is not None:
         return stage.keep_count
-    return int(keep_from_ratio(float(stage.keep_ratio or 0.0), torch.tensor(image_tokens)))
+    return int(keep_from_ratio(float(stage.most or 0.0), torch.tensor(image_tokens)))
 
 
 def head_width(config: Any) -> int:

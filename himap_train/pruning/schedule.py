@@ -1,4 +1,4 @@
-"""What to remove where: stages, schedules and the published schedules as presets.
+"""What to remove where: stages and schedules.
 
 A stage at layer `l` (0-based) removes image tokens at the input of layer `l`, ranked by the attention of layer `l - 1`.
 The HiMAP paper (CVPR 2025, section 4) counts what is *removed* of the *survivors* (K1=2, R1=50 %, K2=8, R2=75 %); here
@@ -7,70 +7,20 @@ The HiMAP paper (CVPR 2025, section 4) counts what is *removed* of the *survivor
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from himap_train.pruning.stage import CRITERIA, AttentionMass, PruningStage, check_keys, nearest
 
 if TYPE_CHECKING:
     from himap_train.pruning.cost import Cost
 
-CRITERIA = ("instruction", "image", "image_debiased", "last_token", "random", "uniform")
+__all__ = ["CRITERIA", "POSITIONS", "AttentionMass", "PruningSchedule", "PruningStage", "nearest"]
+
 POSITIONS = ("keep", "renumber")
 PRESET_LAYERS = 32
 """Decoder layers of LLaVA-1.5-7B, for which the published layers were chosen."""
-
-
-@dataclass(frozen=True)
-class PruningStage:
-    """One removal of image tokens.
-
-    Args:
-        layer: Decoder layer (0-based) at whose input the tokens leave; 1 or more, since layer `layer - 1` ranks them.
-        criterion: What ranks the tokens, one of `CRITERIA`.
-        keep_ratio: Fraction in [0, 1] kept of the image tokens that the row had originally; rounded half up, at least
-            one token unless it is 0.
-        keep_count: Number of image tokens kept instead of a ratio.
-
-    Raises:
-        ValueError: On a value outside these ranges, or if not exactly one of ratio and count is given.
-    """
-
-    layer: int
-    criterion: str
-    keep_ratio: float | None = None
-    keep_count: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check every field where it is set."""
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
-            raise ValueError(
-                f"stage layer is {self.layer!r}; expected an integer of 1 or more (the layer before ranks the tokens)"
-            )
-        if self.criterion not in CRITERIA:
-            raise ValueError(f"criterion {self.criterion!r} is unknown{nearest(self.criterion, CRITERIA)}")
-        if (self.keep_ratio is None) == (self.keep_count is None):
-            raise ValueError(
-                f"stage at layer {self.layer} has keep_ratio={self.keep_ratio} and keep_count={self.keep_count}; "
-                "give exactly one of them"
-            )
-        if self.keep_ratio is not None and not 0.0 <= self.keep_ratio <= 1.0:
-            raise ValueError(f"keep_ratio is {self.keep_ratio} at layer {self.layer}; expected 0 to 1 (fraction kept)")
-        if self.keep_count is not None and (not isinstance(self.keep_count, int) or self.keep_count < 0):
-            raise ValueError(
-                f"keep_count is {self.keep_count!r} at layer {self.layer}; expected an integer of 0 or more"
-            )
-
-    @property
-    def needs_attention(self) -> bool:
-        """Whether ranking reads attention: not for rules without scores, nor where every image token leaves."""
-        return self.criterion not in ("random", "uniform") and self.keep_ratio != 0 and self.keep_count != 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain YAML and JSON types; fields that are not set are left out."""
-        fields = {"layer": self.layer, "criterion": self.criterion}
-        optional = {"keep_ratio": self.keep_ratio, "keep_count": self.keep_count}
-        return fields | {key: value for key, value in optional.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -99,45 +49,50 @@ class PruningSchedule:
                 raise ValueError(
                     f"stage at layer {after.layer} follows the one at layer {before.layer}; list stages by rising layer"
                 )
-            for field in ("keep_ratio", "keep_count"):
-                first, second = getattr(before, field), getattr(after, field)
+            for first, second, unit in (
+                (before.keep_count, after.keep_count, "tokens"),
+                (before.most, _wanted(after), "of the original tokens"),
+            ):
                 if first is not None and second is not None and second > first:
                     raise ValueError(
-                        f"{field} grows from {first} at layer {before.layer} to {second} at layer {after.layer}; "
-                        "both are counted against the original image tokens, so a later one cannot be larger"
+                        f"the stage at layer {after.layer} keeps {second} {unit} after at most {first} at layer "
+                        f"{before.layer}; both are counted against the original image tokens, so a later one cannot be "
+                        "larger"
                     )
+
+    @property
+    def by_mass(self) -> bool:
+        """Whether a stage keeps by attention mass, so that the number of tokens and the cost follow each sample."""
+        return any(stage.keep is not None for stage in self.stages)
 
     @classmethod
     def from_preset(cls, name: str) -> PruningSchedule:
-        """The schedule that a method publishes for a 32-layer LLaVA (see `PRESETS`).
+        """The schedule that a method publishes for a 32-layer LLaVA; see `himap_train.pruning.presets`.
 
         Raises:
             ValueError: If there is no such preset; the message names the nearest.
         """
+        from himap_train.pruning.presets import PRESETS
+
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown{nearest(name, tuple(PRESETS))}")
         return PRESETS[name]
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> PruningSchedule:
+    def from_dict(cls, given: Mapping[str, Any]) -> PruningSchedule:
         """The inverse of `to_dict`; `{"preset": name}` is understood too.
 
         Raises:
             ValueError: On an unknown key (the nearest valid one is named) or a wrong value.
         """
-        if set(fields) == {"preset"}:
-            return cls.from_preset(fields["preset"])
-        _check_keys("schedule", fields, ("stages", "positions"))
-        stages = []
-        for number, stage in enumerate(fields.get("stages") or ()):
-            if not isinstance(stage, Mapping):
-                raise ValueError(f"stages[{number}] is {stage!r}; expected a mapping with layer, criterion, keep_ratio")
-            _check_keys(f"stages[{number}]", stage, ("layer", "criterion", "keep_ratio", "keep_count"))
-            for key in ("layer", "criterion"):
-                if key not in stage:
-                    raise ValueError(f"stages[{number}] has no {key!r}; found {sorted(stage)}")
-            stages.append(PruningStage(**stage))
-        return cls(stages=tuple(stages), positions=fields.get("positions", "keep"))
+        if set(given) == {"preset"}:
+            return cls.from_preset(given["preset"])
+        check_keys("schedule", given, cls)
+        stages = enumerate(given.get("stages") or ())
+        return cls(
+            stages=tuple(PruningStage.from_dict(stage, where=f"stages[{number}]") for number, stage in stages),
+            positions=given.get("positions", "keep"),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML and JSON types."""
@@ -166,7 +121,7 @@ class PruningSchedule:
         for stage in self.stages:
             lowest = stages[-1].layer + 1 if stages else 1
             layer = max(lowest, int(stage.layer * num_layers / reference_layers + 0.5))
-            stages.append(PruningStage(layer, stage.criterion, stage.keep_ratio, stage.keep_count))
+            stages.append(replace(stage, layer=layer))
         scaled = PruningSchedule(tuple(stages), self.positions)
         scaled.validate_for(num_layers)
         return scaled
@@ -186,36 +141,6 @@ class PruningSchedule:
         return at_budget(self, config, flops_ratio, image_tokens=image_tokens, text_tokens=text_tokens)
 
 
-def nearest(name: str, valid: tuple[str, ...]) -> str:
-    """The tail of an error message: the nearest valid name, and all of them."""
-    close = difflib.get_close_matches(str(name), valid, n=1)
-    return (f"; did you mean {close[0]!r}?" if close else ";") + f" valid: {', '.join(valid)}"
-
-
-def _check_keys(where: str, fields: Mapping[str, Any], valid: tuple[str, ...]) -> None:
-    for key in fields:
-        if key not in valid:
-            raise ValueError(f"{where} has the unknown key {key!r}{nearest(str(key), valid)}")
-
-
-def _stages(criterion: str, *places: tuple[int, float]) -> tuple[PruningStage, ...]:
-    return tuple(PruningStage(layer, criterion, ratio) for layer, ratio in places)
-
-
-PRESETS: dict[str, PruningSchedule] = {
-    "none": PruningSchedule(),
-    # HiMAP for short answers: K1=2, R1=50 %, K2=8, R2=75 % (CVPR 2025, section 5).
-    "himap": PruningSchedule((*_stages("instruction", (2, 0.5)), *_stages("image", (8, 0.125)))),
-    # HiMAP for captions and free-form answers: K2=15.
-    "himap-generation": PruningSchedule((*_stages("instruction", (2, 0.5)), *_stages("image", (15, 0.125)))),
-    # FastV (arXiv 2403.06764): K=2, R=50 %, ranked by the last token.
-    "fastv": PruningSchedule(_stages("last_token", (2, 0.5))),
-    # VTW (arXiv 2405.05803): every image token leaves half way. Nothing is ranked.
-    "vtw": PruningSchedule(_stages("uniform", (15, 0.0))),
-    # PyramidDrop (arXiv 2410.17247): halves at 8, 16, 24, positions renumbered. It ranks by the projections of the next
-    # layer; here, as everywhere, by the attention of the layer before.
-    "pyramiddrop": PruningSchedule(_stages("last_token", (8, 0.5), (16, 0.25), (24, 0.125)), positions="renumber"),
-    # HiMAP's layers and counts with rules that look at nothing: the floor that a criterion has to beat.
-    "random": PruningSchedule(_stages("random", (2, 0.5), (8, 0.125))),
-    "uniform": PruningSchedule(_stages("uniform", (2, 0.5), (8, 0.125))),
-}
+def _wanted(stage: PruningStage) -> float | None:
+    """The fraction that must not exceed what the stage before leaves; an `at_most` of 1 binds nothing."""
+    return stage.keep.at_least if stage.keep is not None and stage.keep.at_most == 1 else stage.most

@@ -73,7 +73,7 @@ def training_flops(
     lm_head_passes: int = 3,
     attention_backward: float = FLASH_BACKWARD,
 ) -> TrainingFlops:
-    """FLOPs of one sample in a training step of a LLaVA with LoRA.
+    """FLOPs of one sample in a training step of a LLaVA with LoRA; an upper bound where stages keep by attention mass.
 
     Args:
         schedule: What is removed where.

@@ -157,12 +157,15 @@ class LearnKeepRatios(Callback):
         self.ratios.step(trainer.strategy.reduce(gradient, reduce_op="mean"))
         self._leaf = None
         pl_module.schedule = self._schedule_after(trainer.global_step)
-        pl_module.use_schedule(pl_module.schedule)
         if trainer.global_step == self._last:
             say(f"frozen keep ratios: {pl_module.schedule.to_dict()['stages']}")
 
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """What is measured is what is saved."""
+        pl_module.use_schedule(pl_module.schedule)
+
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """What is saved is what is measured."""
+        """The evaluation after training too."""
         pl_module.use_schedule(pl_module.schedule)
 
     def state_dict(self) -> dict[str, Any]:

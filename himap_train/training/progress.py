@@ -22,11 +22,14 @@ def logs_now(trainer: Any, batch_idx: int) -> bool:
 
 
 class Throughput(Callback):
-    """Logs `tokens/s` (image tokens as loaded, padding left out) and `image tokens kept`, the fraction behind the last
-    stage.
+    """Logs `tokens/s` (image tokens as loaded, padding left out), `image tokens kept`, the fraction behind the last
+    stage, and `train/kept_stage0` and so on: image tokens of a sample with images after each stage, mean since the last
+    time. These counts lie on the host since the forward pass.
     """
 
     def __init__(self) -> None:
+        self._kept: list[int] = []
+        self._samples = 0
         self._since: float | None = None
         self._tokens: Any = 0  # a tensor on the device: adding up there waits for nothing
 
@@ -42,8 +45,16 @@ class Throughput(Callback):
         counts = pruning.last if pruning else None
         if counts and counts.kept and counts.image_tokens and batch["pixel_values"] is not None:
             pl_module.log("image tokens kept", counts.kept[-1] / counts.image_tokens, prog_bar=True)
+            if len(self._kept) != len(counts.kept):  # also where the schedule has changed since
+                self._kept, self._samples = [0] * len(counts.kept), 0
+            self._kept = [old + new for old, new in zip(self._kept, counts.kept, strict=True)]
+            self._samples += int((counts.image_rows > 0).sum())
         elif pruning and not pruning.schedule.stages and pl_module.schedule.stages:
             pl_module.log("image tokens kept", 1.0, prog_bar=True)  # a dense step of a pruned run
+        if self._samples and logs_now(trainer, batch_idx):
+            for stage, kept in enumerate(self._kept):
+                pl_module.log(f"train/kept_stage{stage}", kept / self._samples)
+            self._kept, self._samples = [], 0
         if self._since is not None and logs_now(trainer, batch_idx):
             seconds = max(time.perf_counter() - self._since, 1e-9)
             pl_module.log("tokens/s", float(self._tokens) * trainer.world_size / seconds, prog_bar=True)
