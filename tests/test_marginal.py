@@ -46,22 +46,28 @@ def gradient(model: Any, schedule: PruningSchedule, ratios: Any, inputs: dict[st
 def test_against_a_naive_decoder(attn: str, specs: tuple[str, ...]) -> None:
     """In a ragged batch with several images and turns: the derivative by each ratio, from central differences."""
     model = tiny_llava(attn=attn, layers=len(RATIOS))
-    case, schedule = make_case(model, specs, seed=3), every_layer(RATIOS)
+    case, schedule = make_case(model, specs, seed=5), every_layer(RATIOS)
     install_pruning(model, schedule)
     found, loss = gradient(model, schedule, RATIOS, case.inputs(labels=True))
     model.double()
+    choices: dict[Any, Any] = {}
+    assert float(loss) == pytest.approx(naive_sum(model, schedule, case, choices, 1, 0.0), rel=1e-4)
     expected = torch.zeros(len(RATIOS))
-    step = 2e-3  # RMSNorm is fp32 in any model
+    step = 2e-3  # not smaller: RMSNorm runs in fp32 in any model
     for layer in range(1, len(RATIOS)):
-        up, down = (naive_sum(model, schedule, case, layer, sign * step) for sign in (1, -1))
+        up, down = (naive_sum(model, schedule, case, choices, layer, sign * step) for sign in (1, -1))
         expected[layer] = (up - down) / (2 * step)
-    assert float(loss) == pytest.approx(naive_sum(model, schedule, case, 1, 0.0), rel=1e-4)
     assert expected[1:].abs().min() > 0.02  # every ratio matters here
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=2e-2)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
 
 
-def naive_sum(model: Any, schedule: PruningSchedule, case: Any, moved: int, amount: float) -> float:
-    """Summed loss of a batch when the ratio of one layer moves, as far as its marginal tokens tell."""
+def naive_sum(
+    model: Any, schedule: PruningSchedule, case: Any, choices: dict[Any, Any], moved: int, amount: float
+) -> float:
+    """Summed loss of a batch when the ratio of one layer moves, as far as its marginal tokens tell.
+
+    `choices` remembers who stays and who is marginal from the first call on, which moves nothing: both follow scores.
+    """
     is_image = case.input_ids == model.config.image_token_id
     embeds = model.get_input_embeddings()(case.input_ids).detach()
     embeds = embeds.masked_scatter(is_image[..., None], torch.cat(case.features).to(embeds.dtype))
@@ -69,7 +75,8 @@ def naive_sum(model: Any, schedule: PruningSchedule, case: Any, moved: int, amou
     for row in range(len(case.input_ids)):
         columns = case.columns(row)
         labels = case.labels[row, columns]
-        states = naive_row(model, schedule, embeds[row, columns], is_image[row, columns], labels, moved, amount)
+        chosen = choices.setdefault(row, {})
+        states = naive_row(model, schedule, embeds[row, columns], is_image[row, columns], labels, chosen, moved, amount)
         for place in range(1, len(columns)):
             if int(labels[place]) != -100:
                 total -= float(naive_logits(model, states[place - 1]).log_softmax(-1)[labels[place]].detach())
@@ -78,7 +85,14 @@ def naive_sum(model: Any, schedule: PruningSchedule, case: Any, moved: int, amou
 
 @torch.no_grad()
 def naive_row(
-    model: Any, schedule: Any, x: Tensor, is_image: Tensor, labels: Tensor, moved: int, amount: float
+    model: Any,
+    schedule: Any,
+    x: Tensor,
+    is_image: Tensor,
+    labels: Tensor,
+    chosen: dict[int, tuple[Tensor, list[list[int]]]],
+    moved: int,
+    amount: float,
 ) -> Tensor:
     """One row (T, D), whose stage at layer `moved` keeps `amount` of the image tokens more."""
     decoder, stages = model.model.language_model, {stage.layer: stage for stage in schedule.stages}
@@ -86,15 +100,20 @@ def naive_row(
     change = torch.zeros(len(x), dtype=x.dtype)  # by how much each token is more present
     for number, layer in enumerate(decoder.layers):
         if number in stages:
-            stage, before = stages[number], alive
-            alive = alive & ~dropped_tokens(stage, weights, is_image, labels, len(x), alive)
+            if number not in chosen:
+                stage, before = stages[number], alive
+                stay = alive & ~dropped_tokens(stage, weights, is_image, labels, len(x), alive)
+                last = [
+                    worst(stage, weights, before, [p for p in tokens if stay[p]], tokens, labels)
+                    for tokens in turns(is_image, labels)
+                ]
+                chosen[number] = (stay, last)
+            alive, marginal = chosen[number]
             change = change * (alive & is_image)
-            for tokens in turns(is_image, labels):
-                present = [p for p in tokens if alive[p]]
+            for tokens, last_kept in zip(turns(is_image, labels), marginal, strict=True):
                 wanted = amount * len(tokens) if number == moved else 0.0
-                missing = wanted - float(change[present].sum())
-                marginal = worst(stage, weights, before, present, tokens, labels)
-                change[marginal] += missing / max(len(marginal), 1)
+                missing = wanted - float(change[tokens].sum())
+                change[last_kept] += missing / max(len(last_kept), 1)
         x, weights = naive_layer(layer, decoder.rotary_emb, x, positions, alive, change)
     return decoder.norm(x)
 

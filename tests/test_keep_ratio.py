@@ -1,0 +1,147 @@
+"""What learns: the budget after every step, the optimum that steps find, and the plain schedule at the end."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import LlamaConfig, LlavaConfig
+
+from himap_train.pruning.keep_ratio import KeepRatios
+
+CONFIG = LlavaConfig(
+    text_config=LlamaConfig(hidden_size=256, intermediate_size=688, num_hidden_layers=12, num_attention_heads=8)
+)
+TOKENS = {"image_tokens": 576, "text_tokens": 115}
+
+
+def learner(budget: float = 0.5, target: float | None = None, **changes: Any) -> KeepRatios:
+    fields: dict[str, Any] = {"first_layer": 2, "switch_layer": 5} | TOKENS | changes
+    ratios = KeepRatios(CONFIG, budget, **fields)
+    ratios.target = budget if target is None else target
+    return ratios
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.floats(-10, 10), min_size=12, max_size=12), max_size=20), st.floats(0.35, 1.0))
+def test_whatever_the_gradients_the_budget_is_met_and_ratios_never_grow(
+    steps: list[list[float]], budget: float
+) -> None:
+    ratios = learner(0.35, budget)
+    for gradient in steps:
+        ratios.step(torch.tensor(gradient))
+    found = ratios.ratios()
+    assert (
+        found[:2].tolist() == [1.0, 1.0] and bool((found[1:] <= found[:-1] + 1e-12).all()) and bool((found >= 0).all())
+    )
+    assert flops(found) == pytest.approx(budget, rel=1e-6)
+    frozen = ratios.freeze()
+    assert frozen.cost(CONFIG, **TOKENS).flops_ratio == pytest.approx(budget, rel=0.01)
+
+
+def test_steps_find_the_best_shares_of_a_known_loss() -> None:
+    """Loss linear in what each layer keeps: the optimum lies where tokens leave at two layers at most."""
+    value = torch.tensor([0, 0, 8, 7, 9, 3, 6, 1, 1, 0.5, 0.2, 0.1], dtype=torch.float64)
+    ratios = learner(0.5, step_size=0.1)
+    noise = torch.Generator().manual_seed(0)
+    for _ in range(600):
+        ratios.step(-value + 3 * torch.randn(12, generator=noise, dtype=torch.float64))
+    found = float(value @ ratios.ratios())
+    assert found > 0.98 * max(float(value @ kept) for kept in corner_schedules(0.5))
+
+
+def corner_schedules(budget: float) -> list[Tensor]:
+    """Keep ratios that meet a budget with tokens leaving at one or two layers, to a thousandth."""
+    found = []
+    layers = (*range(2, 12), None)
+    for early, late in combinations(layers, 2):
+        low, high = 0.0, 1.0
+        for _ in range(30):
+            share = (low + high) / 2
+            low, high = (share, high) if flops(kept_when(early, late, share)) > budget else (low, share)
+        if abs(flops(kept_when(early, late, high)) - budget) < 1e-3:
+            found.append(kept_when(early, late, high))
+    assert len(found) > 5
+    return found
+
+
+def kept_when(early: int, late: int | None, share: float) -> Tensor:
+    """`share` of the tokens leave early, the rest late, or never."""
+    kept = torch.ones(12, dtype=torch.float64)
+    kept[early:] = 1 - share
+    if late is not None:
+        kept[late:] = 0
+    return kept
+
+
+def flops(kept: Tensor) -> float:
+    """Prefill relative to dense, by the formula of the design."""
+    tokens, width, inner = 115 + 576 * kept, 256, 688
+    layer = tokens * (4 * width**2 + 3 * width * inner) + 2 * tokens**2 * width
+    dense = 691 * (4 * width**2 + 3 * width * inner) + 2 * 691**2 * width
+    return float(layer.sum() / (12 * dense))
+
+
+def test_dense_at_first_and_the_same_on_every_rank() -> None:
+    ratios = learner(target=1.0)
+    assert ratios.ratios().tolist() == [1.0] * 12 and ratios.freeze().stages == ()
+    gradients = torch.randn(10, 12, generator=torch.Generator().manual_seed(1))
+    one, other = learner(), learner()
+    for gradient in gradients:
+        one.step(gradient)
+        other.step(gradient.clone())
+    assert torch.equal(one.ratios(), other.ratios())
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
+    ratios = learner()
+    before = ratios.ratios()
+    ratios.step(torch.full((12,), torch.nan))
+    assert torch.equal(ratios.ratios(), before)
+
+
+def test_state_goes_on_where_it_was() -> None:
+    gradients = torch.randn(8, 12, generator=torch.Generator().manual_seed(2))
+    whole, first, second = learner(), learner(), learner()
+    for gradient in gradients:
+        whole.step(gradient)
+    for gradient in gradients[:4]:
+        first.step(gradient)
+    second.load_state_dict(first.state_dict())
+    for gradient in gradients[4:]:
+        second.step(gradient)
+    assert torch.equal(second.ratios(), whole.ratios())
+
+
+def test_frozen_stages_are_few_and_ranked_by_their_layer() -> None:
+    """Shares that leave at layers 3 and 7 give two stages; with a wide tolerance, one."""
+    ratios = learner(0.5)
+    ratios._weights[:] = -30.0
+    for layer, weight in ((3, 0.0), (7, 0.0)):
+        ratios._weights[layer - 2] = weight
+    ratios._weights[-1] = 0.0
+    frozen = ratios.freeze(tolerance=0.02)
+    assert [(stage.layer, stage.criterion) for stage in frozen.stages] == [(3, "instruction"), (7, "image")]
+    assert len(learner(0.5).freeze(tolerance=0.0).stages) == 10
+    assert len(learner(0.5).freeze(tolerance=0.3).stages) < 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget": 0.1}, "at least 0.270"),
+        ({"budget": 1.5}, "above 1"),
+        ({"switch_layer": 12}, "switch_layer is 12; expected a layer of the decoder, 1 to 11"),
+        ({"first_layer": 0}, "first_layer is 0"),
+        ({"first_layer": 6}, "lies before first_layer"),
+        ({"deep": "imge"}, "did you mean 'image'"),
+    ],
+)
+def test_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        learner(**changes)
