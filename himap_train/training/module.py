@@ -171,6 +171,7 @@ class LlavaFineTuner(LightningModule):
         before = pruning.last if pruning else None
         image_tokens = batch["input_ids"] == base_llava(self.peft_model).config.image_token_id
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "labels")}
+        inputs["image_features"] = batch.get("image_features")
         hidden = hidden_states(self.peft_model, **inputs)
         check_pruned(self.schedule, pruning_of(self.peft_model), before, image_tokens)
         lm_head, calls = base_llava(self.peft_model).lm_head, 1
