@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from himap_train.bar import progress_bar
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder, Sample
 from himap_train.data.images import AspectRatio
@@ -66,7 +64,7 @@ def evaluate(
     total = source_length(source, limit)
     encoder = Encoder(processor, base.config.text_config.max_position_embeddings - max_new_tokens, image_aspect_ratio)
     tokens, predictions, skipped = TokenCount(), [], _Skips(total, max_skipped)
-    with evaluation_mode(model), _bar(total, progress) as advance:
+    with evaluation_mode(model), progress_bar("evaluating", total, progress) as advance:
         for read in question_batches(source, batch_size, limit, skipped.add):
             batch, samples = _encoded(read, encoder, skipped)
             if samples:
@@ -157,11 +155,3 @@ def _gathered(
     found = {prediction.index: prediction for _, part, _ in parts for prediction in part}
     reasons = sorted({reason for _, _, part in parts for reason in part})
     return total, [found[index] for index in sorted(found)], reasons
-
-
-@contextmanager
-def _bar(total: int | None, shown: bool) -> Iterator[Any]:
-    columns = TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
-        task = bar.add_task("evaluating", total=total)
-        yield lambda count: bar.advance(task, count)

@@ -6,7 +6,6 @@ N images, T tokens an image, W width of what the projector takes.
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -57,26 +56,3 @@ def empty_image(base: LlavaForConditionalGeneration) -> Tensor:
     vision: Any = base.config.vision_config
     blank = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, device=base.device)
     return blank.to(base.model.vision_tower.dtype)
-
-
-def tower_digest(base: LlavaForConditionalGeneration) -> str:
-    """SHA-256 over names, types, shapes and values of the tower's tensors.
-
-    Under ZeRO-3, where each process holds a part of them, all processes must call it.
-    """
-    digest = hashlib.sha256()
-    tower = base.model.vision_tower
-    for name, tensor in sorted([*tower.named_parameters(), *tower.named_buffers()], key=lambda item: item[0]):
-        values = _whole(tensor).detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    if not hasattr(tensor, "ds_id"):
-        return tensor
-    from deepspeed.runtime.zero import GatheredParameters
-
-    with GatheredParameters([tensor]):
-        return tensor.detach().clone()
