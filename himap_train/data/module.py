@@ -131,7 +131,7 @@ class LlavaDataModule(LightningDataModule):
         if not isinstance(source, Source):
             return None
         options = (encoder.max_length, limit, self.limits[split], encoder.image_aspect_ratio)
-        return check_source(source, self.processor, *options, name=self.spec(split))
+        return check_source(source, self.processor, *options, name=self.spec(split), batch_size=self.batch_size)
 
     def train_dataloader(self) -> BatchLoader | WindowedLoader:
         """Right-padded batches with labels, in an order that only (seed, epoch) decides."""

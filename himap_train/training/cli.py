@@ -26,6 +26,7 @@ from transformers import AutoConfig, LlavaProcessor
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.loading import load_processor, resolve_model
 from himap_train.training.accuracy import EvaluationSettings, GenerationAccuracy
+from himap_train.training.data_costs import DataCosts
 from himap_train.training.interrupt import SaveOnInterrupt
 from himap_train.training.launch import FineTuneTrainer, is_first_process
 from himap_train.training.module import LlavaFineTuner
@@ -159,6 +160,7 @@ class FinetuneCLI(LightningCLI):
             StepSeeds(int(self.config.seed_everything)),
             GradientNorm(),
             Throughput(),
+            DataCosts(),
             LearningRateMonitor("step"),
             *([GenerationAccuracy(settings)] if generates else []),
             *([] if sys.stderr.isatty() else [ProgressLines()]),
