@@ -37,7 +37,7 @@ class LlavaDataModule(LightningDataModule):
         max_length: most tokens of a conversation, image tokens included. Longer ones lose their last questions with
             their answers, never part of an image.
         num_workers: processes that read images and tokenize; 0 does it between the training steps.
-        group_by_length: make batches of conversations of similar length, which saves padding.
+        group_by_length: make batches of conversations with as many images and of similar length, which saves padding.
         max_skipped: how many broken records may be skipped: a number, or below 1 a fraction of the records.
         train_limit: train on the first records only.
         validation_limit: validate on the first records only.
@@ -143,11 +143,21 @@ class LlavaDataModule(LightningDataModule):
             stream = EncodedStream(source, encoder.encode, skips, self.limits["train"], replicas, rank)
             loader = stream_loader(stream, self.batch_size, self._collate(), self.num_workers)
             return WindowedLoader(loader, self._windows())
-        lengths = estimate_lengths(source, encoder, self.limits["train"]) if self.group_by_length else None
+        lengths = images = None
+        if self.group_by_length:
+            lengths, images = estimate_lengths(source, encoder, self.limits["train"])
         dataset = self._dataset("train", source, self.cached_encoder or encoder)
         windows = self._windows()
         order = BatchOrder(
-            len(dataset), self.batch_size, lengths, True, self.seed, replicas, rank, accumulate=windows.accumulate
+            len(dataset),
+            self.batch_size,
+            lengths,
+            True,
+            self.seed,
+            replicas,
+            rank,
+            accumulate=windows.accumulate,
+            image_tokens=images,
         )
         trained = self._trained_batches if self.trainer else None
         return BatchLoader(dataset, order, self._collate(), self.num_workers, windows, trained)
