@@ -16,7 +16,7 @@ from PIL import Image
 from processes import in_processes
 from safetensors import safe_open
 from tiny import IMAGE_TOKENS, tiny_processor
-from training_toys import SCHEDULE, finetune, quiet_trainer, save_tiny, tuner
+from training_toys import SCHEDULE, collate, finetune, quiet_trainer, sample, save_tiny, tuner
 
 from himap_train.data.feature_store import DamagedShardError, FeatureStore
 from himap_train.data.images import content_digest
@@ -130,6 +130,23 @@ def test_two_halves_are_the_stock_whole(tiny_path: str, layers: Any) -> None:
     base.model.multi_modal_projector.forward = lambda features: seen.append(features) or features
     base.model.get_image_features(pixel_values=pixels)
     assert torch.equal(tower_features(base, pixels), seen[0])
+
+
+def test_batch_of_text_alone_runs_the_same_modules(tiny_path: str) -> None:
+    """Or other ranks would wait for it under ZeRO-3, and DDP would miss gradients."""
+    model = tuner(tiny_path)
+    model.configure_model()
+    base, calls = base_llava(model.peft_model), list[str]()
+    for name in ("vision_tower", "multi_modal_projector"):
+        getattr(base.model, name).register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+    for image in (True, False):
+        batch = collate([sample(0, image=image)])
+        features = torch.randn(int(image), IMAGE_TOKENS, 32)
+        model.zero_grad()
+        model.batch_loss({**batch, "pixel_values": None, "image_features": features})[0].backward()
+        missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert (calls, missing) == (["multi_modal_projector"], [])
+        calls.clear()
 
 
 def test_second_run_computes_nothing(
