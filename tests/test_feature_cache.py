@@ -132,6 +132,17 @@ def test_two_halves_are_the_stock_whole(tiny_path: str, layers: Any) -> None:
     assert torch.equal(tower_features(base, pixels), seen[0])
 
 
+def test_autocast_stores_what_the_projector_would_round_to(tiny_path: str) -> None:
+    """With weights in fp32 the tower's residual stream is fp32 there, its product with the projector bf16."""
+    model = tuner(tiny_path)
+    model.configure_model()
+    base, pixels = base_llava(model.peft_model), torch.randn(3, 3, 32, 32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        features = tower_features(base, pixels)
+        assert features.dtype == torch.bfloat16
+        assert torch.equal(project(base, features), encode(base, pixels))
+
+
 def test_batch_of_text_alone_runs_the_same_modules(tiny_path: str) -> None:
     """Or other ranks would wait for it under ZeRO-3, and DDP would miss gradients."""
     model = tuner(tiny_path)
