@@ -24,6 +24,7 @@ from himap_train.export.folders import export_merged
 from himap_train.models.loading import resolve_model
 from himap_train.models.lora import trainable_report
 from himap_train.training.cli import FinetuneCLI
+from himap_train.training.feature_cache import fill_feature_cache
 from himap_train.training.gather import trained_state
 from himap_train.training.guard import check_trained_weights
 from himap_train.training.interrupt import Interrupted
@@ -51,11 +52,12 @@ def run(cli: FinetuneCLI) -> None:
 
 
 def before_training(cli: FinetuneCLI) -> list[Row]:
-    """Write down what is run, and measure the model that it starts from, in a resumed run too."""
+    """Write down what is run, cache image features, measure what it starts from, in a resumed run too."""
     tuner = cli.model
     if is_first_process():
         record_run(cli.output, cli.resolved_config(), tuner.schedule)
     say(trainable_report(tuner.peft_model), f"schedule: {tuner.schedule.to_dict()}")
+    fill_feature_cache(cli.trainer, tuner.peft_model, cli.datamodule)
     if not cli.settings.before:
         return []
     with tuner.peft_model.disable_adapter():

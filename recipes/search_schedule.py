@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from himap_train.bar import progress_bar
 from himap_train.data.images import AspectRatio
 from himap_train.data.sources import open_source
 from himap_train.evaluation.command_line import new_output_folder, run_command
-from himap_train.evaluation.progress import progress_bar
 from himap_train.evaluation.schedule_argument import load_with_schedule
 from himap_train.models.llava import base_llava
 from himap_train.pruning.schedule import PruningSchedule

@@ -26,6 +26,7 @@ from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, tun
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.llava import pruning_of
 from himap_train.training.deepspeed import ZeroStrategy
+from himap_train.training.feature_cache import fill_feature_cache
 from himap_train.training.gather import trained_state
 from himap_train.training.launch import AroundTraining, FineTuneTrainer
 from himap_train.training.progress import GradientNorm, step_ended
@@ -116,6 +117,7 @@ def train(
     checkpointing: bool = False,
     devices: int = 2,
     grouped: bool = False,
+    cached: bool = False,
 ) -> dict[str, Any]:
     """Train, save every step, validate afterwards in the same process; what a comparison needs."""
     torch.manual_seed(0)
@@ -131,7 +133,13 @@ def train(
         MixedModalities()
         if data is None
         else LlavaDataModule(
-            data, data, batch_size=batch_size, eval_batch_size=3, group_by_length=grouped, max_length=400
+            data,
+            data,
+            batch_size=batch_size,
+            eval_batch_size=3,
+            group_by_length=grouped,
+            max_length=400,
+            cache_image_features=str(work / f"{name}-features") if cached else None,
         )
     )
     module.processor = tiny_processor()  # type: ignore[union-attr]
@@ -143,6 +151,8 @@ def train(
 
         if name == "zero3":
             facts["frozen"] = frozen_weights(tuner_)
+        if cached:
+            fill_feature_cache(trainer, tuner_.peft_model, module)  # type: ignore[arg-type]
 
     def after() -> None:
         facts["weights"] = trained_state(tuner_)

@@ -16,6 +16,7 @@ import torch
 from data_examples import image_folder, llava_record
 from distributed import run_scenarios
 from distributed_worker import train
+from safetensors import safe_open
 from training_toys import save_tiny
 from transformers import LlavaForConditionalGeneration
 
@@ -29,6 +30,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "zero3-dense": {"strategy": "zero3", **DENSE},
     "zero3-mixed": {"strategy": "zero3", **MIXED},
     "zero3-mass": {"strategy": "zero3", "schedule": "mass"},
+    "zero3-cached": {"strategy": "zero3", "cached": True, **OTHER_SPLIT},
     # the rest of a run of one split in another
     "ddp-to-zero3": {"strategy": "zero3", "resume": "ddp", **OTHER_SPLIT},
     "zero3-to-zero2": {"strategy": "zero2", "resume": "zero3", **OTHER_SPLIT},
@@ -38,6 +40,7 @@ SLOW: dict[str, dict[str, Any]] = {
     **{f"{name}-dense": {"strategy": name, **DENSE} for name in ("ddp", "zero2")},
     **{f"{name}-mixed": {"strategy": name, **MIXED} for name in ("ddp", "zero2")},
     **{f"{name}-mass": {"strategy": name, "schedule": "mass"} for name in ("ddp", "zero2")},
+    "ddp-cached": {"strategy": "ddp", "cached": True, **OTHER_SPLIT},
     "zero2-to-ddp": {"strategy": "ddp", "resume": "zero2", **OTHER_SPLIT},
     "one-to-zero3": {"strategy": "zero3", "resume": "one"},
     **{f"{name}-bf16": {"strategy": name, "precision": "bf16-mixed"} for name in ("ddp", "zero2", "zero3")},
@@ -137,6 +140,18 @@ def test_two_processes_give_the_numbers_of_one(ranks: Ranks, alone: Any, strateg
     """With accumulation, clipping, weight decay, a short last window and a repeated record."""
     compare(ranks(strategy)[0], alone["pruned"])
     assert len(alone["pruned"]["losses"]) == 4  # two epochs of a full window and a short one
+
+
+@pytest.mark.parametrize("name", some("zero3-cached", "ddp-cached"))
+def test_cached_image_features(work: Path, ranks: Ranks, alone: Any, name: str) -> None:
+    """Ranks share the images; in batches of one row one of them may have text where the other has an image."""
+    compare(ranks(name)[0], alone["pruned"])
+    shards = list((work / f"{name}-features").rglob("*.safetensors"))
+    found = []
+    for path in shards:
+        with safe_open(path, "pt") as shard:
+            found += list(shard.keys())
+    assert len(shards) == 2 and len(found) == len(set(found)) == len(NAMES)
 
 
 @pytest.mark.parametrize("name", some("ddp-dense", "zero2-dense", "zero3-dense"))

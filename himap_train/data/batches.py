@@ -20,10 +20,12 @@ class Batch(TypedDict):
     input_ids: torch.Tensor  # (B, S)
     attention_mask: torch.Tensor  # (B, S), 1 where a token is
     pixel_values: torch.Tensor | None  # (images of all rows, 3, H, W), rows in order; None for text-only
+    image_features: NotRequired[torch.Tensor]  # (images of all rows, T, W), in place of pixel_values in every batch
     labels: NotRequired[torch.Tensor]  # (B, S), -100 where not supervised
     answers: NotRequired[list[str]]
     dropped_exchanges: NotRequired[int]  # questions with their answers that did not fit into max_length
     window_tokens: NotRequired[int]  # training: supervised tokens of the whole accumulation window, see `Windows`
+    waited_seconds: NotRequired[float]  # training: how long the process waited for the batch
 
 
 def collate(
@@ -56,6 +58,8 @@ def collate(
         "attention_mask": _pad([torch.ones_like(row) for row in rows], length, 0, padding_side),
         "pixel_values": _join_images(samples),
     }
+    if "image_features" in samples[0]:
+        batch["image_features"] = torch.cat([sample["image_features"] for sample in samples])
     if "labels" in samples[0]:
         batch["labels"] = _pad([sample["labels"] for sample in samples], length, IGNORED, padding_side)
         batch["dropped_exchanges"] = sum(sample.get("dropped_exchanges", 0) for sample in samples)

@@ -15,6 +15,7 @@ from himap_train.data.encode import Encoder
 from himap_train.data.images import AspectRatio, image_size
 from himap_train.data.records import Conversation, RecordError, Source
 from himap_train.data.report import DataReport
+from himap_train.data.sampling import BatchOrder, padding_waste
 from himap_train.data.tokens import ConversationTokenizer, TokenizedExchange
 from himap_train.data.turns import check_turns
 
@@ -27,6 +28,7 @@ def check_source(
     records: int | None = None,
     image_aspect_ratio: AspectRatio = "as_processor",
     name: str = "",
+    batch_size: int | None = None,
 ) -> DataReport:
     """Checks a source.
 
@@ -38,6 +40,7 @@ def check_source(
         records: only the first records of the source, as `train_limit` in training.
         image_aspect_ratio: as in training.
         name: of the source, for the report.
+        batch_size: of training, to tell how much of its batches will be padding.
 
     Returns:
         The report. It raises nothing for broken records: see `DataReport.require_usable`.
@@ -57,7 +60,17 @@ def check_source(
                 _examine(conversation, tokenize(conversation), encoder, report)
         except RecordError as error:
             report.skipped[index] = str(error)
+    if batch_size and report.lengths:
+        report.padding = batch_size, *_padding(report, batch_size)
     return report
+
+
+def _padding(report: DataReport, batch_size: int) -> tuple[float, float]:
+    """Share of padding in batches of the examined records, shuffled and grouped by length."""
+    lengths = np.array([min(tokens, report.max_length or tokens) for _, tokens in report.lengths])
+    orders = [BatchOrder(len(lengths), batch_size, by) for by in (None, lengths)]
+    plain, grouped = (padding_waste(lengths, order.batches(0)) for order in orders)
+    return plain, grouped
 
 
 def _count(conversation: Conversation, report: DataReport) -> None:

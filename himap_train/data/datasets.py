@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from himap_train.data.encode import Sample
-from himap_train.data.records import Conversation, RecordError, Source, StreamingSource
+from himap_train.data.records import Conversation, RecordError, Source, StreamingSource, changes_with_epoch
 from himap_train.data.skips import SkipLog
 
 Encode = Callable[[Conversation], Sample]
@@ -21,7 +21,7 @@ class EncodedRecords(Dataset[Sample]):
     """Map-style. A record that cannot be used is replaced by the next one that can, marked in its `meta`.
 
     Args:
-        source: the records. If it has an attribute `epoch`, that is set from the key.
+        source: the records. If it changes with the epoch, its `epoch` is set from the key.
         encode: `Encoder.encode` or `Encoder.encode_prompt`.
         skips: counts what is replaced.
         limit: use only the first records.
@@ -41,8 +41,8 @@ class EncodedRecords(Dataset[Sample]):
         if wanted < 0:
             sample = self[epoch, ~wanted]
             return {**sample, "meta": {**sample["meta"], REPEATED: str(~wanted)}}
-        if hasattr(self._source, "epoch"):
-            self._source.epoch = epoch
+        if changes_with_epoch(self._source):
+            self._source.epoch = epoch  # type: ignore[attr-defined]
         for step in range(self._length):
             index = (wanted + step) % self._length
             try:

@@ -31,6 +31,7 @@ class Sample(TypedDict):
     meta: dict[str, str]
     input_ids: torch.Tensor  # (S,)
     pixel_values: torch.Tensor | None  # (N, 3, H, W)
+    image_features: NotRequired[torch.Tensor]  # (N, T, W) of the vision tower, in place of pixel_values
     labels: NotRequired[torch.Tensor]  # (S,)
     dropped_exchanges: NotRequired[int]  # questions with their answers that did not fit into max_length
     answer: NotRequired[str]
@@ -73,7 +74,7 @@ class Encoder:
             SampleTooLongError: not even the first question with its answer fits.
         """
         exchanges = self._tokenizer(conversation)
-        pixel_values, counts = self._pixels(conversation)
+        pixel_values, counts = self._images(conversation)
         kept = self.fitting(conversation, self.ends(exchanges, counts))
         ids: list[int] = []
         labels: list[int] = []
@@ -100,7 +101,7 @@ class Encoder:
             RecordError: the conversation or one of its images cannot be used, or the prompt is longer than max_length.
         """
         exchanges = self._tokenizer(conversation, prompt=True)
-        pixel_values, counts = self._pixels(conversation)
+        pixel_values, counts = self._images(conversation)
         joined = [token for exchange in exchanges for token in exchange.prompt + exchange.answer]
         ids = self._expand(joined, counts)
         if self.max_length is not None and len(ids) > self.max_length:
@@ -155,7 +156,7 @@ class Encoder:
             raise SampleTooLongError(self._too_long(conversation, "the first question and answer take", ends[0]))
         return fit
 
-    def _pixels(self, conversation: Conversation) -> tuple[torch.Tensor | None, list[int]]:
+    def _images(self, conversation: Conversation) -> tuple[torch.Tensor | None, list[int]]:
         """((N, 3, H, W) or None, image tokens of each image)."""
         if not conversation.images:
             return None, []

@@ -6,6 +6,7 @@ image folder.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Sequence
@@ -75,6 +76,21 @@ def image_size(source: ImageSource, where: str) -> tuple[int, int]:
         with Image.open(_readable(source)) as image:
             return image.size
     except _BROKEN as error:
+        raise RecordError(f"{where}: {_what_is_wrong(source, error)}") from error
+
+
+def content_digest(source: ImageSource, where: str) -> str:
+    """SHA-256, in hex, of the file's bytes, or of the pixels of an image that has no file.
+
+    Raises:
+        RecordError: a file that cannot be read, or pixels that cannot be decoded.
+    """
+    if isinstance(source, Image.Image):
+        image = open_image(source, where)
+        return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+    try:
+        return hashlib.sha256(source if isinstance(source, bytes) else source.read_bytes()).hexdigest()
+    except OSError as error:
         raise RecordError(f"{where}: {_what_is_wrong(source, error)}") from error
 
 

@@ -13,8 +13,8 @@ from himap_train.data.records import IMAGE_PLACEHOLDER, RecordError, Source
 _PROBES = 64  # records that are tokenized to learn how many characters make a token
 
 
-def estimate_lengths(source: Source, encoder: Encoder, limit: int | None = None) -> np.ndarray:
-    """Estimated tokens of the first `limit` records, image tokens included; at most the encoder's max_length.
+def estimate_lengths(source: Source, encoder: Encoder, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Estimated tokens of the first `limit` records, and how many of them are image tokens.
 
     Args:
         source: with a method `length_hint(index) -> (characters, images)` no record is parsed and no image touched.
@@ -22,14 +22,16 @@ def estimate_lengths(source: Source, encoder: Encoder, limit: int | None = None)
         limit: only that many records.
 
     Returns:
-        (n,) int64; 0 for records that cannot be used.
+        Tokens (n,) int64, image tokens included, at most the encoder's max_length; 0 for records that cannot be used.
+        Image tokens (n,) int64.
     """
     size = len(source) if limit is None else min(limit, len(source))
     hints = np.array([_hint(source, index) for index in range(size)], dtype=np.int64).reshape(size, 2)
     per_token, image_tokens = _probe(source, encoder, size)
     characters = hints[:, 0] - hints[:, 1] * len(IMAGE_PLACEHOLDER)
-    lengths = np.ceil(characters / per_token).astype(np.int64) + hints[:, 1] * image_tokens
-    return lengths if encoder.max_length is None else lengths.clip(max=encoder.max_length)
+    in_images = hints[:, 1] * image_tokens
+    lengths = np.ceil(characters / per_token).astype(np.int64) + in_images
+    return lengths if encoder.max_length is None else lengths.clip(max=encoder.max_length), in_images
 
 
 def _hint(source: Any, index: int) -> tuple[int, int]:

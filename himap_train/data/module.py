@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from himap_train.data.batches import pad_token_id_of
+from himap_train.data.cached import CachedEncoder, check_cacheable
 from himap_train.data.check import check_source
 from himap_train.data.datasets import EncodedRecords, EncodedStream
 from himap_train.data.encode import Encoder
@@ -36,7 +37,7 @@ class LlavaDataModule(LightningDataModule):
         max_length: most tokens of a conversation, image tokens included. Longer ones lose their last questions with
             their answers, never part of an image.
         num_workers: processes that read images and tokenize; 0 does it between the training steps.
-        group_by_length: make batches of conversations of similar length, which saves padding.
+        group_by_length: make batches of conversations with as many images and of similar length, which saves padding.
         max_skipped: how many broken records may be skipped: a number, or below 1 a fraction of the records.
         train_limit: train on the first records only.
         validation_limit: validate on the first records only.
@@ -47,6 +48,9 @@ class LlavaDataModule(LightningDataModule):
         pad_to_multiple_of: round the length of batches up to a multiple; 8 suits GPUs.
         streaming: read a Hugging Face data set for training without storing it. In the order of the data; a run that is
             interrupted within an epoch starts the epoch again. On several devices also limit the batches of an epoch.
+        cache_image_features: keep what the frozen vision tower makes of the training images on disk, and train without
+            running the tower: a folder, which several runs and machines may share, or true for one in the folder of the
+            run. It is filled before training. Large: 1.2 MB an image for LLaVA-1.5 in bf16.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class LlavaDataModule(LightningDataModule):
         seed: int = 0,
         pad_to_multiple_of: int | None = None,
         streaming: bool = False,
+        cache_image_features: bool | str | None = None,
     ) -> None:
         super().__init__()
         check_at_least_one(batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
@@ -79,12 +84,16 @@ class LlavaDataModule(LightningDataModule):
         self.max_length, self.image_aspect_ratio = max_length, image_aspect_ratio
         self.num_workers, self.group_by_length, self.max_skipped = num_workers, group_by_length, max_skipped
         self.seed, self.pad_to_multiple_of, self.streaming = seed, pad_to_multiple_of, streaming
+        self.cache_image_features = cache_image_features
+        check_cacheable(cache_image_features, streaming)
         self.image_folder = image_folder
         self._specs = {"train": train, "validation": validation, "test": test}
         self.limits = {"train": train_limit, "validation": validation_limit, "test": test_limit}
         """How many records of each split are used; None for all."""
         self._sources: dict[str, Source | StreamingSource] = {}
         self._encoder: Encoder | None = None
+        self.cached_encoder: CachedEncoder | None = None
+        """Encodes training data with `cache_image_features`; gets its store when that is filled."""
         self.skips: dict[str, SkipLog] = {}
         """For "train", "validation" and "test" which records were skipped so far."""
 
@@ -94,6 +103,10 @@ class LlavaDataModule(LightningDataModule):
         if spec is not None and split not in self._sources:
             self._sources[split] = open_source(spec, self.image_folder, split, self.streaming and split == "train")
         return self._sources.get(split)
+
+    def spec(self, split: str) -> str:
+        """How the config calls the data of a split."""
+        return str(self._specs[split])
 
     def setup(self, stage: str) -> None:
         """Opens what the stage ("fit", "validate", "test") needs, so that bad data ends the run before it starts.
@@ -106,7 +119,9 @@ class LlavaDataModule(LightningDataModule):
             raise RuntimeError(
                 "LlavaDataModule needs the checkpoint's processor: set datamodule.processor before the run"
             )
-        self._encoder = Encoder(self.processor, self.max_length, self.image_aspect_ratio)
+        options = (self.processor, self.max_length, self.image_aspect_ratio)
+        self._encoder = Encoder(*options)
+        self.cached_encoder = CachedEncoder(*options) if self.cache_image_features else None
         for split in {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}.get(stage, ()):
             self.source(split)
 
@@ -116,7 +131,7 @@ class LlavaDataModule(LightningDataModule):
         if not isinstance(source, Source):
             return None
         options = (encoder.max_length, limit, self.limits[split], encoder.image_aspect_ratio)
-        return check_source(source, self.processor, *options, name=str(self._specs[split]))
+        return check_source(source, self.processor, *options, name=self.spec(split), batch_size=self.batch_size)
 
     def train_dataloader(self) -> BatchLoader | WindowedLoader:
         """Right-padded batches with labels, in an order that only (seed, epoch) decides."""
@@ -128,11 +143,21 @@ class LlavaDataModule(LightningDataModule):
             stream = EncodedStream(source, encoder.encode, skips, self.limits["train"], replicas, rank)
             loader = stream_loader(stream, self.batch_size, self._collate(), self.num_workers)
             return WindowedLoader(loader, self._windows())
-        lengths = estimate_lengths(source, encoder, self.limits["train"]) if self.group_by_length else None
-        dataset = self._dataset("train", source, encoder)
+        lengths = images = None
+        if self.group_by_length:
+            lengths, images = estimate_lengths(source, encoder, self.limits["train"])
+        dataset = self._dataset("train", source, self.cached_encoder or encoder)
         windows = self._windows()
         order = BatchOrder(
-            len(dataset), self.batch_size, lengths, True, self.seed, replicas, rank, accumulate=windows.accumulate
+            len(dataset),
+            self.batch_size,
+            lengths,
+            True,
+            self.seed,
+            replicas,
+            rank,
+            accumulate=windows.accumulate,
+            image_tokens=images,
         )
         trained = self._trained_batches if self.trainer else None
         return BatchLoader(dataset, order, self._collate(), self.num_workers, windows, trained)

@@ -75,3 +75,8 @@ class StreamingSource(Protocol):
     def records(self) -> Iterator[Callable[[], Conversation]]:
         """All records in order, each to be called for the conversation; that raises RecordError for a broken one."""
         ...
+
+
+def changes_with_epoch(source: object) -> bool:
+    """Whether a source has other records in each epoch: then its attribute `epoch` must be set to the one wanted."""
+    return hasattr(source, "epoch") and not getattr(source, "fixed", False)

@@ -28,6 +28,8 @@ class DataReport:
         image_tokens: tokens an image -> number of examined images that take so many.
         lengths: (id, tokens) of the examined records, image tokens included.
         truncated: ids of examined records that lose questions at the end.
+        padding: batch size, expected share of padding in batches of it, the same with group_by_length; None where no
+            batch size was given.
         skipped: id or index of a record that cannot be used -> why.
     """
 
@@ -43,6 +45,7 @@ class DataReport:
     image_tokens: dict[int, int] = field(default_factory=dict)
     lengths: list[tuple[str, int]] = field(default_factory=list)
     truncated: list[str] = field(default_factory=list)
+    padding: tuple[int, float, float] | None = None
     skipped: dict[int, str] = field(default_factory=dict)
 
     def percentile(self, percent: float) -> int:
@@ -86,9 +89,15 @@ class DataReport:
             f"longest {self.percentile(100)} tokens (max_length {self.max_length})",
             "  longest      " + ", ".join(f"{name!r} {tokens}" for name, tokens in self.longest()),
             f"  truncated    {over} of {self.examined}: they lose their last questions with the answers",
+            *([f"  padding      {self._expected_padding()}"] if self.padding else []),
             f"  skipped      {len(self.skipped)} of {self.scanned}",
         ]
         return "\n".join(lines + ([self._problems()] if self.skipped else []))
+
+    def _expected_padding(self) -> str:
+        assert self.padding is not None
+        size, plain, grouped = self.padding
+        return f"{100 * plain:.0f} % of the positions in batches of {size}; {100 * grouped:.0f} % with group_by_length"
 
     def _problems(self) -> str:
         shown = [f"    - {reason}" for reason in list(self.skipped.values())[:_SHOWN]]

@@ -5,7 +5,9 @@ then cut into micro-batches, and each of those among the processes. So the order
 from, is the same however a global batch is divided into batch size, accumulation and processes.
 
 Grouping follows LLaVA's trainer: shuffle, cut into megabatches, sort each by length, cut into batches. So a batch holds
-samples of similar length, hardly any padding, and still other samples in every epoch.
+samples of similar length, hardly any padding, and still other samples in every epoch. Records with as many image tokens
+stay together, as in its `group_by_modality_length`: pruning shortens those alike, whereas a long text beside a short
+question about an image is padding as soon as the image tokens are gone.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ class BatchOrder:
         rank: of this process.
         megabatch: global batches that are sorted together (at most a quarter of all): more, less padding, less chance.
         accumulate: micro-batches of an optimizer step.
+        image_tokens: of each record, where grouping must not mix records with more and fewer.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class BatchOrder:
         rank: int = 0,
         megabatch: int = 50,
         accumulate: int = 1,
+        image_tokens: IndexArray | None = None,
     ) -> None:
         if min(size, batch_size, num_replicas, megabatch, accumulate) < 1 or not 0 <= rank < num_replicas:
             raise ValueError(
@@ -62,6 +66,7 @@ class BatchOrder:
         self._micro = num_replicas * batch_size  # records that all processes take together, each for one batch
         self._global = self._micro * accumulate
         self._lengths = None if lengths is None else np.asarray(lengths)
+        self._image_tokens = np.zeros(size, dtype=np.int64) if image_tokens is None else image_tokens
         self._num_replicas, self._rank, self._megabatch = num_replicas, rank, megabatch
         self.epoch = 0
         self.start_batch = 0
@@ -101,7 +106,9 @@ class BatchOrder:
             return order
         span = self._global * max(1, min(self._megabatch, self._size // (4 * self._global)))
         chunks = [order[start : start + span] for start in range(0, len(order), span)]
-        order = np.concatenate([chunk[np.argsort(-self._lengths[chunk], kind="stable")] for chunk in chunks])
+        order = np.concatenate(
+            [chunk[np.lexsort((-self._lengths[chunk], -self._image_tokens[chunk]))] for chunk in chunks]
+        )
         return self._mixed(order, epoch) if self._shuffle else order
 
     def _mixed(self, order: IndexArray, epoch: int) -> IndexArray:

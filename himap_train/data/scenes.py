@@ -44,6 +44,7 @@ class SceneQuestions:
         questions_per_scene: conversations about each scene, all on the same image, one after the other.
         turns: questions in one conversation.
         epoch: another epoch, other scenes; set it to train on fresh scenes all the time.
+        fixed: 1 keeps the scenes of this epoch in training too.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class SceneQuestions:
         questions_per_scene: int = 1,
         turns: int = 1,
         epoch: int = 0,
+        fixed: int = 0,
     ) -> None:
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r} of the embedded scenes; there are {', '.join(SPLITS)}")
@@ -62,7 +64,7 @@ class SceneQuestions:
                 f"scenes={scenes}, questions_per_scene={questions_per_scene}, turns={turns}: all must be at least 1"
             )
         self.split, self.scenes, self.seed, self.epoch = split, scenes, seed, epoch
-        self.questions_per_scene, self.turns = questions_per_scene, turns
+        self.questions_per_scene, self.turns, self.fixed = questions_per_scene, turns, bool(fixed)
 
     def __len__(self) -> int:
         """Number of conversations."""

@@ -14,7 +14,7 @@ from himap_train.data.llava_json import LlavaJson
 from himap_train.data.records import Source, StreamingSource
 
 _HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
-_SCENE_OPTIONS = ("scenes", "seed", "questions_per_scene", "turns")
+_SCENE_OPTIONS = ("scenes", "seed", "questions_per_scene", "turns", "fixed")
 _FORMS = (
     "a LLaVA file *.json or *.jsonl, a folder or *.parquet file with a Hugging Face data set (folder:split for one "
     "of its splits), the name of one on the hub (owner/name or owner/name:split), or embedded:train|validation|test"
@@ -30,7 +30,8 @@ def open_source(
         spec: a LLaVA file (`*.json`, or `*.jsonl` for files larger than memory); a folder (from `save_to_disk`, or with
             parquet or JSON files) or `*.parquet` file with a Hugging Face data set; the name of one on the hub;
             `embedded:train|validation|test` for the scenes in the package, with options as in
-            `embedded:train?scenes=5000&turns=2`. A Hugging Face split stands after a colon: `owner/name:test`.
+            `embedded:train?scenes=5000&turns=2` (`fixed=1`: the same in every epoch). A Hugging Face split stands after
+            a colon: `owner/name:test`.
         image_folder: where image paths start; by default the folder of the data file.
         split: of a Hugging Face data set when spec names none.
         streaming: read a Hugging Face data set from start to end without storing it.

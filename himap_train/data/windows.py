@@ -6,6 +6,7 @@ depends on the last one, so the loader reads a whole window before it hands out 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from himap_train.data.encode import IGNORED
 
 WINDOW_TOKENS = "window_tokens"
 """Key in a training batch: supervised tokens in its whole window on this process, an int."""
+WAITED = "waited_seconds"
+"""Key in a training batch: how long this process waited for it, a float."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,14 @@ class Windows:
     batches: Callable[[], float]
 
     def count(self, batches: Iterable[Any], done: int = 0) -> Iterator[Any]:
-        """The same batches, each with `window_tokens`.
+        """The same batches, each with `window_tokens` and `waited_seconds`.
 
         Args:
             batches: those of one epoch; with `labels` (B, S), -100 where nothing is supervised.
             done: batches of this epoch that were trained on before; they are not among `batches`.
         """
         last, window = self.batches(), []
-        for number, batch in enumerate(batches, start=done + 1):
+        for number, batch in enumerate(_timed(batches), start=done + 1):
             window.append(batch)
             if number % self.accumulate == 0 or number == last:
                 yield from _with_tokens(window)
@@ -52,12 +55,20 @@ class WindowedLoader:
     windows: Windows
 
     def __iter__(self) -> Iterator[Any]:
-        """Batches with `window_tokens`."""
+        """Batches with `window_tokens` and `waited_seconds`."""
         return self.windows.count(self.loader)
 
     def __len__(self) -> int:
         """Of the loader; TypeError where it has none."""
         return len(self.loader)  # type: ignore[arg-type]
+
+
+def _timed(batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches with the time that each was waited for."""
+    start = time.perf_counter()
+    for batch in batches:
+        yield {**batch, WAITED: time.perf_counter() - start}
+        start = time.perf_counter()
 
 
 def _with_tokens(window: list[Any]) -> Iterator[Any]:

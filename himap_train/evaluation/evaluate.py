@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from himap_train.bar import progress_bar
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder, Sample
 from himap_train.data.images import AspectRatio
@@ -16,7 +17,6 @@ from himap_train.data.records import RecordError, Source, StreamingSource
 from himap_train.data.skips import SkipLog
 from himap_train.evaluation.answering import answer_batch, evaluation_mode
 from himap_train.evaluation.metrics import make_metrics
-from himap_train.evaluation.progress import progress_bar
 from himap_train.evaluation.questions import Question, question_batches, source_length
 from himap_train.evaluation.result import EvaluationResult, Prediction
 from himap_train.evaluation.sample_metric import SampleMetric

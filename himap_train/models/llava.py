@@ -143,6 +143,7 @@ def hidden_states(
     pixel_values: Tensor | None = None,
     labels: Tensor | None = None,
     mm_encoder_outputs: dict[str, Any] | None = None,
+    image_features: Tensor | None = None,
 ) -> Tensor:
     """Final decoder states (B, S, D), normed; rows of dropped tokens are zero. For losses that need few rows of logits.
 
@@ -153,9 +154,11 @@ def hidden_states(
         pixel_values: (images, 3, height, width); None or no images for a batch of text alone.
         labels: (B, S), -100 where nothing is predicted.
         mm_encoder_outputs: Image features computed before, as the stock forward takes them.
+        image_features: (images, tokens, width), what the projector takes (see `tower_features`), in place of
+            `pixel_values`: the vision tower does not run. Of no images, (0, tokens, width), for a batch of text alone.
     """
     base = base_llava(model)
-    merged = merged_embeddings(base, input_ids, pixel_values, mm_encoder_outputs)
+    merged = merged_embeddings(base, input_ids, pixel_values, mm_encoder_outputs, image_features)
     inputs: dict[str, Any] = {"inputs_embeds": merged, "attention_mask": attention_mask, "use_cache": False}
     if pruning_of(base) is not None:
         inputs |= _masks(base, input_ids, labels)

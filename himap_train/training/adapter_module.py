@@ -102,7 +102,7 @@ class AdapterModule(LightningModule):
         before = pruning.last if pruning else None
         image_tokens = batch["input_ids"] == base_llava(self.peft_model).config.image_token_id
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "labels")}
-        hidden = hidden_states(self.peft_model, **inputs)
+        hidden = hidden_states(self.peft_model, **inputs, image_features=batch.get("image_features"))
         check_pruned(self._running or self.schedule, pruning_of(self.peft_model), before, image_tokens)
         return hidden
 

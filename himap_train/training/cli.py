@@ -25,6 +25,7 @@ from transformers import AutoConfig, LlavaProcessor
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.loading import load_processor, resolve_model
 from himap_train.training.accuracy import EvaluationSettings, GenerationAccuracy
+from himap_train.training.data_costs import DataCosts
 from himap_train.training.interrupt import SaveOnInterrupt
 from himap_train.training.launch import FineTuneTrainer, is_first_process
 from himap_train.training.learnable import LearnKeepRatios
@@ -153,6 +154,7 @@ class FinetuneCLI(LightningCLI):
             *([self.per_step] if self.per_step else []),
             GradientNorm(),
             Throughput(),
+            DataCosts(),
             LearningRateMonitor("step"),
             *([GenerationAccuracy(settings)] if generates else []),
             *([] if sys.stderr.isatty() else [ProgressLines()]),

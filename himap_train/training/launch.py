@@ -37,6 +37,22 @@ def say(*parts: object) -> None:
         print(*parts, sep="\n", flush=True)
 
 
+def from_all(value: Any) -> list[Any]:
+    """What each process has; all must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(failure: str | None) -> None:
+    """Raises OSError in all processes where one of them has failed; all must call it."""
+    first = next((reason for reason in from_all(failure) if reason), None)
+    if first:
+        raise OSError(first)
+
+
 def report_error(error: Exception, patience: float = 5.0) -> None:
     """Print an error: once where all processes have the same one, with its rank where only some do.
 

@@ -21,6 +21,12 @@ def logs_now(trainer: Any, batch_idx: int) -> bool:
     return step_ended(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0
 
 
+def _has_images(batch: Any) -> bool:
+    """Whether a batch holds images, as pixels or as features of the vision tower."""
+    features = batch.get("image_features")
+    return batch["pixel_values"] is not None or (features is not None and len(features) > 0)
+
+
 class Throughput(Callback):
     """Logs `tokens/s` (image tokens as loaded, padding left out), `image tokens kept`, the fraction behind the last
     stage, and `train/kept_stage0` and so on: image tokens of a sample with images after each stage, mean since the last
@@ -43,7 +49,7 @@ class Throughput(Callback):
         self._tokens = self._tokens + batch["attention_mask"].sum()
         pruning = pruning_of(pl_module.peft_model)
         counts = pruning.last if pruning else None
-        if counts and counts.kept and counts.image_tokens and batch["pixel_values"] is not None:
+        if counts and counts.kept and counts.image_tokens and _has_images(batch):
             pl_module.log("image tokens kept", counts.kept[-1] / counts.image_tokens, prog_bar=True)
             if len(self._kept) != len(counts.kept):  # also where the schedule has changed since
                 self._kept, self._samples = [0] * len(counts.kept), 0
@@ -56,9 +62,9 @@ class Throughput(Callback):
                 pl_module.log(f"train/kept_stage{stage}", kept / self._samples)
             self._kept, self._samples = [], 0
         if self._since is not None and logs_now(trainer, batch_idx):
-            seconds = max(time.perf_counter() - self._since, 1e-9)
-            pl_module.log("tokens/s", float(self._tokens) * trainer.world_size / seconds, prog_bar=True)
-            self._since = None
+            tokens, now = float(self._tokens), time.perf_counter()  # the device first: the clock must see its work
+            pl_module.log("tokens/s", tokens * trainer.world_size / max(now - self._since, 1e-9), prog_bar=True)
+            self._since, self._tokens = now, 0  # goes on: waiting for the next batch counts
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""

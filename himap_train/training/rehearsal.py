@@ -95,7 +95,8 @@ def _learnable(config: Namespace, small: Any, scaled: bool) -> None:
 
 
 def _small_data(data: Any) -> None:
-    data.train = "embedded:train"
+    data.train = "embedded:train?fixed=1" if data.cache_image_features else "embedded:train"
+    data.cache_image_features = True if data.cache_image_features else None  # in the rehearsal's own folder
     data.validation = None if data.validation is None else "embedded:validation"
     data.test = None if data.test is None else "embedded:test"
     data.image_folder = None

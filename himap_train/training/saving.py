@@ -26,6 +26,7 @@ MAY_DIFFER = (
     "evaluation",
     "keep",
     "data.num_workers",
+    "data.cache_image_features",
     "data.batch_size",  # with trainer.accumulate_grad_batches and the processes: the global batch, see check_same_order
     "data.eval_batch_size",
     "data.validation",

@@ -1,0 +1,139 @@
+"""Encoding with features from a store in place of pixels, and reading what a store lacks.
+
+Images are known by their content: the bytes of a file, wherever it lies, or the pixels of an image that has no file.
+So the same picture in several records or data sets is computed once, and one that has changed is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from himap_train.data.encode import Encoder, Sample
+from himap_train.data.feature_store import FeatureStore
+from himap_train.data.images import AspectRatio, content_digest, open_image, to_pixel_values
+from himap_train.data.records import Conversation, RecordError, Source, changes_with_epoch
+
+Place = tuple[str, int, int]
+"""An image: its digest, the index of a record that shows it, its number among the images of that record."""
+
+
+def check_cacheable(cache: bool | str | None, streaming: bool) -> None:
+    """Raises ValueError where features cannot be cached because the data is a stream."""
+    if cache and streaming:
+        raise ValueError(
+            "data.cache_image_features does not go with data.streaming: the images must be looked through before "
+            "training. Store the data set (data.streaming false), or set data.cache_image_features to null"
+        )
+
+
+def check_same_images(source: Source, name: str) -> None:
+    """Raises ValueError where the images of a source are others in each epoch, varied at random."""
+    if changes_with_epoch(source):
+        raise ValueError(
+            f"data.cache_image_features does not go with data.train {name}: its images are drawn and varied anew in "
+            f"each epoch. Keep those of the first ({name}{'&' if '?' in name else '?'}fixed=1), or set "
+            "data.cache_image_features to null"
+        )
+
+
+class CachedEncoder(Encoder):
+    """Encodes conversations with `image_features` in place of `pixel_values`; no image is decoded.
+
+    Arguments are those of `Encoder`.
+    """
+
+    store: FeatureStore | None = None
+    """Where the features are; set when it is filled."""
+
+    def encode(self, conversation: Conversation) -> Sample:
+        """As `Encoder.encode`. A conversation without images has features of none, (0, T, W)."""
+        sample = super().encode(conversation)
+        features = sample["pixel_values"]
+        features = self._filled().none() if features is None else features
+        return {**sample, "pixel_values": None, "image_features": features}
+
+    def _images(self, conversation: Conversation) -> tuple[torch.Tensor | None, list[int]]:
+        store, where = self._filled(), f"sample {conversation.id!r}"
+        if not conversation.images:
+            return None, []
+        found = []
+        for image in conversation.images:
+            digest = content_digest(image, where)
+            try:
+                found.append(store.read(digest))
+            except KeyError:
+                open_image(image, where)  # raises RecordError where it is broken, which is why it is not there
+                raise RuntimeError(
+                    f"{where}: an image has no features in {store.folder}; it has changed since the run started, or "
+                    "files were deleted there. Resume the run (--resume): it computes what is missing"
+                ) from None
+        return torch.stack(found), [store.shape[0]] * len(found)
+
+    def _filled(self) -> FeatureStore:
+        if self.store is None:
+            raise RuntimeError("there are no cached features yet: `fill_feature_cache` must come before training")
+        return self.store
+
+
+class ImageDigests(Dataset[list[Place]]):
+    """For each of some records the images in it; none for a record that cannot be used.
+
+    Args:
+        source: the records.
+        indices: which of them.
+    """
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self._source, self._indices = source, indices
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self._indices)
+
+    def __getitem__(self, number: int) -> list[Place]:
+        """The images of the record, without those that cannot be read: training reports them."""
+        index, found = self._indices[number], list[Place]()
+        try:
+            conversation = self._source[index]
+        except RecordError:
+            return []
+        for position, image in enumerate(conversation.images):
+            try:
+                found.append((content_digest(image, f"sample {conversation.id!r}"), index, position))
+            except RecordError:
+                continue
+        return found
+
+
+class ImagesToEncode(Dataset[tuple[str, torch.Tensor | None]]):
+    """Digests and pixel values (1, 3, H, W) of images; None for one that cannot be decoded.
+
+    Args:
+        source: the records.
+        places: which images.
+        image_processor: the checkpoint's.
+        aspect_ratio: as in training.
+    """
+
+    def __init__(
+        self, source: Source, places: Sequence[Place], image_processor: Any, aspect_ratio: AspectRatio
+    ) -> None:
+        self._source, self._places = source, places
+        self._processor, self._aspect_ratio = image_processor, aspect_ratio
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._places)
+
+    def __getitem__(self, number: int) -> tuple[str, torch.Tensor | None]:
+        """One image."""
+        digest, index, position = self._places[number]
+        try:
+            image = open_image(self._source[index].images[position], f"record {index}")
+            return digest, to_pixel_values([image], self._processor, self._aspect_ratio)
+        except RecordError:
+            return digest, None

@@ -1,0 +1,146 @@
+"""Features of images on disk, by the images' content: shards that several processes and machines write side by side.
+
+A shard is a safetensors file of some hundred images, so that a data set makes thousands of files, not a million, and
+each is on the disk for sure (one fsync) before it gets its name. Names of its tensors are the digests of the images; a
+checksum of each stands in the metadata. Reading maps the file and copies one image's features.
+"""
+
+from __future__ import annotations
+
+import uuid
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from himap_train.storage import atomic_file, disk_full_message
+
+_SHARD_BYTES, _SHARD_IMAGES = 256 * 2**20, 1024
+_SUFFIX = ".safetensors"
+
+
+class DamagedShardError(RuntimeError):
+    """Features on the disk are not those that were written."""
+
+
+class FeatureStore:
+    """Reads and writes features (T, W) of images; several may work on one folder.
+
+    Args:
+        folder: Made when something is written. Holds features of one vision tower and one way of preprocessing.
+        tokens: T, of each image.
+        width: W.
+        dtype: Of the features.
+    """
+
+    def __init__(self, folder: Path, tokens: int, width: int, dtype: torch.dtype) -> None:
+        self.folder, self.shape, self.dtype = folder, (tokens, width), dtype
+        # Sorted halves of digests and where they are: a dictionary of a million texts would be copied into each of the
+        # loader's workers.
+        self._halves = np.empty(0, dtype=np.uint64)
+        self._places = np.empty(0, dtype=np.int32)
+        self._shards: list[Path] = []
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one image's features."""
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+
+    @property
+    def shard_images(self) -> int:
+        """Images that make up a shard."""
+        return max(1, min(_SHARD_IMAGES, _SHARD_BYTES // self.image_bytes))
+
+    def __len__(self) -> int:
+        """Images that are known to be there."""
+        return len(self._halves)
+
+    def __contains__(self, digest: str) -> bool:
+        return self._shard_of(digest) is not None
+
+    def refresh(self) -> list[Path]:
+        """Take note of the shards that are in the folder now, also from other processes.
+
+        Returns:
+            Those whose header cannot be read or that are too short; their images are not among those that are there.
+        """
+        damaged: list[Path] = []
+        known = set(self._shards)
+        for path in sorted(set(self.folder.glob(f"*{_SUFFIX}")) - known):
+            try:
+                with safe_open(path, "pt") as shard:
+                    self._add(list(shard.keys()), path)
+            except (SafetensorError, OSError):
+                damaged.append(path)
+        return damaged
+
+    def _add(self, digests: Iterable[str], path: Path) -> None:
+        halves = np.array([_half(digest) for digest in digests], dtype=np.uint64)
+        places = np.full(len(halves), len(self._shards), dtype=np.int32)
+        self._shards.append(path)
+        self._halves, first = np.unique(np.concatenate([halves, self._halves]), return_index=True)
+        self._places = np.concatenate([places, self._places])[first]
+
+    def _shard_of(self, digest: str) -> Path | None:
+        half = np.uint64(_half(digest))
+        at = int(np.searchsorted(self._halves, half))
+        return self._shards[self._places[at]] if at < len(self._halves) and self._halves[at] == half else None
+
+    def none(self) -> torch.Tensor:
+        """Features (0, T, W) of no image."""
+        return torch.empty(0, *self.shape, dtype=self.dtype)
+
+    def read(self, digest: str) -> torch.Tensor:
+        """Features (T, W) of an image.
+
+        Raises:
+            KeyError: They are not there.
+            DamagedShardError: They are not as they were written. The shard is deleted, so that a resumed run computes
+                its images again.
+        """
+        path = self._shard_of(digest)
+        if path is None:
+            raise KeyError(digest)
+        try:
+            with safe_open(path, "pt") as shard:
+                features = shard.get_tensor(digest)
+                intact = (shard.metadata() or {}).get(digest) == _checksum(features)
+        except (SafetensorError, OSError):
+            intact = False
+        if not intact or tuple(features.shape) != self.shape or features.dtype != self.dtype:
+            path.unlink(missing_ok=True)
+            raise DamagedShardError(
+                f"{path} is damaged and was deleted: the features of image {digest[:12]} in it are not those that were "
+                "written. Resume the run (--resume): it computes them again"
+            )
+        return features.clone()
+
+    def write(self, features: Mapping[str, torch.Tensor]) -> str:
+        """Write one shard: digest -> (T, W); the name of its file.
+
+        Raises:
+            OSError: It could not be written, as on a full disk; nothing is left of it.
+        """
+        path = self.folder / f"{uuid.uuid4().hex}{_SUFFIX}"
+        content = {digest: values.detach().cpu().contiguous() for digest, values in features.items()}
+        try:
+            with atomic_file(path) as temporary:
+                save_file(content, temporary, {digest: _checksum(values) for digest, values in content.items()})
+        except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+            reason = error if isinstance(error, OSError) else OSError(str(error))
+            raise OSError(disk_full_message(reason, path)) from error
+        self._add(content, path)
+        return path.name
+
+
+def _half(digest: str) -> int:
+    """The first 64 bits: two of a million images share them once in 40 million data sets."""
+    return int(digest[:16], 16)
+
+
+def _checksum(values: torch.Tensor) -> str:
+    return f"{zlib.crc32(values.contiguous().reshape(-1).view(torch.uint8).numpy().data):08x}"
