@@ -55,7 +55,7 @@ class KeepRatios:
         deep: str = "image",
         image_tokens: int = 576,
         text_tokens: int = 115,
-        step_size: float = 0.05,
+        step_size: float = 0.2,
     ) -> None:
         self.config = getattr(config, "text_config", config)
         self.layers: int = self.config.num_hidden_layers

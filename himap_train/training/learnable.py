@@ -45,7 +45,7 @@ class Learnable:
     deep: str = "image"
     warmup: float = 0.2
     until: float = 0.6
-    step_size: float = 0.05
+    step_size: float = 0.2
     tolerance: float = 0.03
 
     def check(self, schedule: PruningSchedule) -> None:

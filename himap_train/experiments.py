@@ -1,0 +1,43 @@
+"""Many runs of the ordinary command line, for tables: what is there already is not run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+METRICS = "metrics.json"
+
+
+def fine_tune_all(jobs: Mapping[Path, Sequence[str]], workers: int) -> None:
+    """Run `recipes/finetune.py` for each folder with its options, `workers` at a time on one thread each.
+
+    Raises:
+        RuntimeError: A run failed; names its log, which lies beside its folder. The others go on to their ends.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(lambda job: _fine_tune(*job), jobs.items()))
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a run's table."""
+    content = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    return list(content["rows"])
+
+
+def _fine_tune(folder: Path, options: Sequence[str]) -> None:
+    if (folder / METRICS).exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    again = ["--resume", "auto"] if (folder / "config.yaml").exists() else []
+    command = [sys.executable, "recipes/finetune.py", *options, "--output", str(folder), *again]
+    with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+    if done.returncode:
+        raise RuntimeError(f"the run {folder} failed with status {done.returncode}; see {log.name}")

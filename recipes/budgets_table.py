@@ -1,0 +1,225 @@
+"""Accuracy against FLOPs: what each way of choosing layers and ratios is worth at five budgets, over several seeds.
+
+python recipes/budgets_table.py                          # about an hour and a half on two cores
+
+Every fine-tuning is the quickstart in bf16 with its own schedule. Choices (the training-free search, the grid) are made
+on validation scenes, the table on test scenes. The grid trains each of its candidates for a short while and takes the
+best; what learns its ratios does so within its one run. Runs that are there already are not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from himap_train.data.sources import open_source
+from himap_train.evaluation.command_line import run_command
+from himap_train.evaluation.compare import compare
+from himap_train.evaluation.report import markdown_lines, save_table
+from himap_train.evaluation.trade_off import draw_trade_off
+from himap_train.experiments import METRICS, fine_tune_all, rows_of
+from himap_train.models.loading import load_llava
+from himap_train.pruning.schedule import PruningSchedule, PruningStage
+
+CONFIGS = ["configs/quickstart.yaml", "configs/results.yaml"]
+VALIDATION, TEST = "embedded:validation?scenes=700&seed=5", "embedded:test?scenes=700&seed=11"
+SEARCHED_ON = "embedded:validation?scenes=300&seed=5"
+QUICKSTART = PruningSchedule((PruningStage(1, "instruction", 0.6), PruningStage(3, "image", 0.15)))
+TOKENS = (144, 13)  # image tokens, and the mean of a prompt's other tokens
+GRID = [(deep, share) for deep in (3, 4, 5) for share in (0.25, 0.5)] + [(4, 0.0), (5, 0.0)]
+"""Second layer, and what it keeps of the first stage's tokens. The first layer is 1."""
+NAMES = {
+    "free": "HiMAP, training-free",
+    "search": "training-free search",
+    "grid": "adapted, grid search",
+    "learned": "adapted, learned ratios",
+    "elastic": "elastic, one checkpoint",
+    "random": "adapted, random selection",
+}
+Scores = dict[str, dict[float, list[tuple[float, float]]]]
+"""Method -> budget -> (flops_ratio, accuracy in %), one for each seed."""
+
+
+def main(
+    budgets: list[float] = [0.25, 0.32, 0.4, 0.55, 0.8],  # noqa: B006
+    seeds: list[int] = [0, 1, 2],  # noqa: B006
+    steps: int = 300,
+    grid_steps: int = 80,
+    elastic_steps: int = 600,
+    output: Path = Path("runs/budgets"),
+    workers: int = 2,
+) -> None:
+    """Run what is missing, then print and save the table and its picture.
+
+    Args:
+        budgets: `flops_ratio` of the prefill.
+        seeds: Of each fine-tuning.
+        steps: Optimizer steps of a fine-tuning at one budget.
+        grid_steps: Of each candidate of the grid.
+        elastic_steps: Of the one fine-tuning for all budgets.
+        output: Folder of the runs, table and picture.
+        workers: Runs at a time, one thread each.
+    """
+    searched = search(output / "search", budgets)
+    grid = {budget: candidates(budget) for budget in budgets}
+    fine_tune_all(dict(grid_jobs(output, grid, grid_steps)), workers)
+    chosen = {budget: best_of(output, budget, len(grid[budget]), grid) for budget in budgets}
+    fine_tune_all(dict(jobs(output, chosen, seeds, steps, elastic_steps)), workers)
+    scores = training_free(output / "training-free", budgets, searched) | adapted(output, budgets, seeds)
+    save(output, scores, budgets, dense_scores(output, seeds), chosen)
+
+
+def search(folder: Path, budgets: list[float]) -> dict[float, PruningSchedule]:
+    """The schedules that `search_schedule.py` finds without training."""
+    files = {budget: folder / f"schedule-{budget:.2f}.yaml" for budget in budgets}
+    if not all(file.exists() for file in files.values()):
+        command = [sys.executable, "recipes/search_schedule.py", "--data", SEARCHED_ON, "--output", str(folder)]
+        subprocess.run(
+            [*command, "--budgets", json.dumps(budgets), "--trials", "30", "--overwrite", "true"], check=True
+        )
+    return {budget: PruningSchedule.from_dict(yaml.safe_load(file.read_text())) for budget, file in files.items()}
+
+
+def candidates(budget: float) -> list[PruningSchedule]:
+    """The grid at a budget, in the paper's form: by the instruction at layer 1, by the image at a deeper one."""
+    config = load_llava("embedded")[0].config
+    shapes = (PruningSchedule((first(0.6), PruningStage(deep, "image", 0.6 * share))) for deep, share in GRID)
+    return [shape.at_budget(config, budget, *TOKENS) for shape in shapes]
+
+
+def first(ratio: float) -> PruningStage:
+    """The shallow stage."""
+    return PruningStage(1, "instruction", ratio)
+
+
+def options(seed: int, steps: int, schedule: PruningSchedule | None, *others: str, test: str = TEST) -> list[str]:
+    """Of one fine-tuning."""
+    configs = [part for config in CONFIGS for part in ("--config", config)]
+    given = ["--seed_everything", str(seed), "--data.seed", str(seed), "--trainer.max_steps", str(steps)]
+    stages = [] if schedule is None else ["--model.schedule", json.dumps(schedule.to_dict())]
+    return [*configs, *others, *given, *stages, "--data.test", test, "--evaluation.before", "false"]
+
+
+def grid_jobs(output: Path, grid: dict[float, list[PruningSchedule]], steps: int) -> Iterator[tuple[Path, list[str]]]:
+    """A short run for each candidate, measured on validation scenes."""
+    for budget, schedules in grid.items():
+        for number, schedule in enumerate(schedules):
+            yield output / f"grid-{budget}-{number}", options(0, steps, schedule, test=VALIDATION)
+
+
+def best_of(output: Path, budget: float, number: int, grid: dict[float, list[PruningSchedule]]) -> PruningSchedule:
+    """The candidate of the best accuracy; the first of equals."""
+    scores = [score_of(output / f"grid-{budget}-{place}", "adapted pruned") for place in range(number)]
+    return grid[budget][max(range(number), key=lambda place: scores[place])]
+
+
+def jobs(
+    output: Path, chosen: dict[float, PruningSchedule], seeds: list[int], steps: int, elastic_steps: int
+) -> Iterator[tuple[Path, list[str]]]:
+    """Every fine-tuning of the table."""
+    lengths = ["--pruning.image_tokens", str(TOKENS[0]), "--pruning.text_tokens", str(TOKENS[1])]
+    learned = ["--config", "configs/learned.yaml", *lengths]
+    elastic = ["--config", "configs/elastic.yaml", *lengths, "--evaluation.budgets", json.dumps(list(chosen))]
+    for seed in seeds:
+        for budget, schedule in chosen.items():
+            by_chance = PruningSchedule(tuple(PruningStage(s.layer, "random", s.keep_ratio) for s in schedule.stages))
+            at = ["--pruning.learnable.budget", str(budget)]
+            yield output / f"learned-{budget}-{seed}", options(seed, steps, None, *learned, *at)
+            yield output / f"grid-best-{budget}-{seed}", options(seed, steps, schedule)
+            yield output / f"random-{budget}-{seed}", options(seed, steps, by_chance)
+        yield output / f"elastic-{seed}", options(seed, elastic_steps, QUICKSTART, *elastic)
+        yield output / f"dense-{seed}", options(seed, steps, PruningSchedule())
+
+
+def training_free(folder: Path, budgets: list[float], searched: dict[float, PruningSchedule]) -> Scores:
+    """HiMAP and the search's schedules on the model as it ships."""
+    if not (folder / METRICS).exists():
+        model, processor = load_llava("embedded", attn_implementation="eager")
+        himap = {f"free {budget}": QUICKSTART.at_budget(model.config, budget, *TOKENS) for budget in budgets}
+        found = {f"search {budget}": schedule for budget, schedule in searched.items()}
+        with torch.autocast("cpu", torch.bfloat16):
+            rows = compare(model, processor, open_source(TEST), himap | found, progress=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_table(rows, folder)
+    by_name = {row["name"]: point(row) for row in rows_of(folder)}
+    return {name: {budget: [by_name[f"{name} {budget}"]] for budget in budgets} for name in ("free", "search")}
+
+
+def adapted(output: Path, budgets: list[float], seeds: list[int]) -> Scores:
+    """What was fine-tuned under pruning."""
+    folders = {"grid": "grid-best", "learned": "learned", "random": "random"}
+    scores: Scores = {
+        name: {
+            budget: [point(row_of(output / f"{folder}-{budget}-{seed}", "adapted pruned")) for seed in seeds]
+            for budget in budgets
+        }
+        for name, folder in folders.items()
+    }
+    scores["elastic"] = {
+        budget: [point(row_of(output / f"elastic-{seed}", f"adapted pruned at {budget}")) for seed in seeds]
+        for budget in budgets
+    }
+    return scores
+
+
+def dense_scores(output: Path, seeds: list[int]) -> dict[str, list[float]]:
+    """Without pruning."""
+    return {
+        "dense fine-tuned": [score_of(output / f"dense-{seed}", "fine-tuned dense") for seed in seeds],
+        "elastic, run dense": [score_of(output / f"elastic-{seed}", "adapted, evaluated dense") for seed in seeds],
+    }
+
+
+def row_of(folder: Path, name: str) -> dict[str, Any]:
+    """One row of a run."""
+    return next(row for row in rows_of(folder) if row["name"] == name)
+
+
+def score_of(folder: Path, name: str) -> float:
+    """Accuracy in %."""
+    return point(row_of(folder, name))[1]
+
+
+def point(row: dict[str, Any]) -> tuple[float, float]:
+    """Measured `flops_ratio` and accuracy in %."""
+    return float(row["flops_ratio"]["mean"]), 100 * float(row["overall"]["score"])
+
+
+def save(
+    output: Path,
+    scores: Scores,
+    budgets: list[float],
+    dense: dict[str, list[float]],
+    chosen: dict[float, PruningSchedule],
+) -> None:
+    """budgets.md, budgets.json and budgets.png."""
+    lines = [
+        [label, *(mean_and_spread([score for _, score in scores[name][budget]]) for budget in budgets)]
+        for name, label in NAMES.items()
+    ]
+    text = markdown_lines(["`flops_ratio`", *(str(budget) for budget in budgets)], lines)
+    text += "".join(f"\n{label}: {mean_and_spread(values)}" for label, values in dense.items()) + "\n"
+    (output / "budgets.md").write_text(text, encoding="utf-8")
+    facts = {"scores": scores, "dense": dense, "grid": {b: schedule.to_dict() for b, schedule in chosen.items()}}
+    (output / "budgets.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    lines_of = {NAMES[name]: [at[budget] for budget in budgets] for name, at in scores.items()}
+    draw_trade_off(lines_of, dense["dense fine-tuned"]).savefig(output / "budgets.png", dpi=150)
+    print(text)
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """`85.4 ± 1.1`, standard deviation; without it for a single value."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
