@@ -36,7 +36,7 @@ def _fine_tune(folder: Path, options: Sequence[str]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     again = ["--resume", "auto"] if (folder / "config.yaml").exists() else []
     command = [sys.executable, "recipes/finetune.py", *options, "--output", str(folder), *again]
-    with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
+    with folder.with_name(f"{folder.name}.log").open("w", encoding="utf-8") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
     if done.returncode:

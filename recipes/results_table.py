@@ -10,17 +10,15 @@ are not repeated, so an interrupted table goes on where it stopped.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from himap_train.evaluation.command_line import run_command
 from himap_train.evaluation.report import markdown_lines
+from himap_train.experiments import fine_tune_all, rows_of
 
 CONFIGS = ["configs/quickstart.yaml", "configs/results.yaml"]
 RUNS: dict[str, list[str]] = {
@@ -50,29 +48,19 @@ def main(seeds: list[int] = [0, 1, 2], output: Path = Path("runs/results"), work
         workers: Runs at a time, one thread each.
     """
     # The rows before training do not depend on the seed: the first is enough.
-    jobs = [(kind, seed, output / f"{kind}-{seed}", seed == seeds[0]) for kind in RUNS for seed in seeds]
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda job: fine_tune(*job), jobs))
+    jobs = {output / f"{kind}-{seed}": options(kind, seed, seed == seeds[0]) for kind in RUNS for seed in seeds}
+    fine_tune_all(jobs, workers)
     text, figures = tabulate(output, seeds)
     (output / "results.md").write_text(text, encoding="utf-8")
     (output / "results.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     print(text)
 
 
-def fine_tune(kind: str, seed: int, folder: Path, before: bool) -> None:
-    """One run through the ordinary command line, with its log beside it."""
-    if (folder / "metrics.json").exists():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
+def options(kind: str, seed: int, before: bool) -> list[str]:
+    """Of one run of the ordinary command line."""
     configs = [part for config in (*CONFIGS, *RUNS[kind]) for part in ("--config", config)]
-    command = [sys.executable, "recipes/finetune.py", *configs, "--output", str(folder)]
-    command += ["--seed_everything", str(seed), "--data.seed", str(seed)]
-    command += ["--evaluation.before", "true" if before else "false"]
-    with folder.with_suffix(".log").open("w", encoding="utf-8") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{kind}, seed {seed} failed with status {done.returncode}; see {log.name}")
+    seeds = ["--seed_everything", str(seed), "--data.seed", str(seed)]
+    return [*configs, *seeds, "--evaluation.before", "true" if before else "false"]
 
 
 def tabulate(output: Path, seeds: list[int]) -> tuple[str, dict[str, Any]]:
@@ -80,8 +68,7 @@ def tabulate(output: Path, seeds: list[int]) -> tuple[str, dict[str, Any]]:
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for kind in RUNS:
         for seed in seeds:
-            content = json.loads((output / f"{kind}-{seed}" / "metrics.json").read_text(encoding="utf-8"))
-            for row in content["rows"]:
+            for row in rows_of(output / f"{kind}-{seed}"):
                 if (kind, row["name"]) in ROWS:
                     found[ROWS[kind, row["name"]]].append(row)
     types = sorted(next(iter(found.values()))[0]["types"])

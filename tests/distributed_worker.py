@@ -29,13 +29,15 @@ from himap_train.training.deepspeed import ZeroStrategy
 from himap_train.training.feature_cache import fill_feature_cache
 from himap_train.training.gather import trained_state
 from himap_train.training.launch import AroundTraining, FineTuneTrainer
+from himap_train.training.learnable import Learnable, LearnKeepRatios
 from himap_train.training.progress import GradientNorm, step_ended
 from himap_train.training.saving import AtomicCheckpointIO, SaveLast
 from himap_train.training.seeding import StepSeeds
 
 LINEAR = torch.nn.functional.linear
 BY_MASS = {"stages": [{"layer": 2, "criterion": "instruction", "keep": {"mass": 0.7}}]}
-SCHEDULES: dict[str, Any] = {"pruned": SCHEDULE, "dense": None, "mass": BY_MASS}
+SCHEDULES: dict[str, Any] = {"pruned": SCHEDULE, "dense": None, "mass": BY_MASS, "learned": None}
+LEARNABLE = Learnable(budget=0.85, first_layer=1, switch_layer=3, warmup=0.1, until=0.8)
 
 
 class MixedModalities(ToyData):
@@ -174,6 +176,7 @@ def train(
         plugins=[AtomicCheckpointIO()],
         callbacks=[
             AroundTraining(before, after),
+            *([LearnKeepRatios(LEARNABLE, lambda measured: (16, 30))] if schedule == "learned" else []),
             GradientNorm(),
             recorder,
             StepSeeds(1),
@@ -182,6 +185,7 @@ def train(
         ],
     )
     trainer.fit(tuner_, datamodule=module, ckpt_path=resume, weights_only=True)
+    facts["schedule"] = tuner_.schedule.to_dict()
     facts["torch_linear"] = torch.nn.functional.linear is LINEAR
     facts["val_loss"] = float(trainer.callback_metrics.get("val/loss", float("nan")))
     pruning = pruning_of(tuner_.peft_model)

@@ -18,7 +18,7 @@ from himap_train.models.llava import pruning_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-COUNT = 8
+COUNT = 10
 OVERLAYS = sorted((ROOT / "configs" / "deepspeed").glob("*.yaml"))
 OVERLAY_COUNT = 4
 SLOW = ("zero1", "zero3_offload")
@@ -53,11 +53,12 @@ def test_config_rehearses(config: Path, tmp_path: Path, monkeypatch: pytest.Monk
         for key, value in (asked.get(group) or {}).items():
             if key == "quantize" and not torch.cuda.is_available():
                 assert written[group][key] is None  # with a note
-            elif key not in ("path", "schedule", "limit", "during"):
+            elif key not in ("path", "schedule", "limit", "during", "budgets"):
                 assert written[group][key] == value, f"the rehearsal changed {group}.{key}"
     schedule = pruning_of(load_checkpoint(folder)[0]).schedule
     assert schedule.to_dict() == yaml.safe_load((folder / "pruning.yaml").read_text())
-    assert bool(schedule.stages) == (asked.get("model", {}).get("schedule", "himap") is not None)
+    learned = (asked.get("pruning") or {}).get("learnable") is not None
+    assert bool(schedule.stages) == (learned or asked.get("model", {}).get("schedule", "himap") is not None)
     assert {"checkpoints", "adapter", "merged", "logs", "versions.json"} <= {entry.name for entry in folder.iterdir()}
     if (folder / "metrics.json").exists():
         names = [row["name"] for row in json.loads((folder / "metrics.json").read_text())["rows"]]

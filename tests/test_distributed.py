@@ -30,6 +30,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "zero3-dense": {"strategy": "zero3", **DENSE},
     "zero3-mixed": {"strategy": "zero3", **MIXED},
     "zero3-mass": {"strategy": "zero3", "schedule": "mass"},
+    **{f"{name}-learned": {"strategy": name, "schedule": "learned"} for name in ("ddp", "zero3")},
     "zero3-cached": {"strategy": "zero3", "cached": True, **OTHER_SPLIT},
     # the rest of a run of one split in another
     "ddp-to-zero3": {"strategy": "zero3", "resume": "ddp", **OTHER_SPLIT},
@@ -40,6 +41,7 @@ SLOW: dict[str, dict[str, Any]] = {
     **{f"{name}-dense": {"strategy": name, **DENSE} for name in ("ddp", "zero2")},
     **{f"{name}-mixed": {"strategy": name, **MIXED} for name in ("ddp", "zero2")},
     **{f"{name}-mass": {"strategy": name, "schedule": "mass"} for name in ("ddp", "zero2")},
+    "zero2-learned": {"strategy": "zero2", "schedule": "learned"},
     "ddp-cached": {"strategy": "ddp", "cached": True, **OTHER_SPLIT},
     "zero2-to-ddp": {"strategy": "ddp", "resume": "zero2", **OTHER_SPLIT},
     "one-to-zero3": {"strategy": "zero3", "resume": "one"},
@@ -84,6 +86,9 @@ def alone(work: Path) -> dict[str, dict[str, Any]]:
             work, name="one-dense", strategy="auto", devices=1, batch_size=4, schedule="dense", **common(work)
         ),
         "mass": train(work, name="one-mass", strategy="auto", devices=1, batch_size=4, schedule="mass", **common(work)),
+        "learned": train(
+            work, name="one-learned", strategy="auto", devices=1, batch_size=4, schedule="learned", **common(work)
+        ),
         "mixed": train(work, name="one-mixed", strategy="auto", devices=1, accumulate=1, model=str(work / "tiny")),
     }
 
@@ -162,6 +167,16 @@ def test_dense_with_gradient_checkpointing(ranks: Ranks, alone: Any, name: str) 
 @pytest.mark.parametrize("name", some("ddp-mixed", "zero2-mixed", "zero3-mixed"))
 def test_one_process_sees_images_and_the_other_text(ranks: Ranks, alone: Any, name: str) -> None:
     compare(ranks(name)[0], alone["mixed"])
+
+
+@pytest.mark.parametrize("strategy", some("ddp-learned", "zero2-learned", "zero3-learned"))
+def test_every_rank_learns_the_keep_ratios_of_one_process(ranks: Ranks, alone: Any, strategy: str) -> None:
+    """Some windows of one rank hold text alone; the ratios are the same everywhere and end in the same schedule."""
+    first, second = ranks(strategy)
+    compare(first, alone["learned"])
+    assert first["schedule"] == second["schedule"] and first["schedule"]["stages"]
+    for own, one in zip(first["schedule"]["stages"], alone["learned"]["schedule"]["stages"], strict=True):
+        assert own == {**one, "keep_ratio": pytest.approx(one["keep_ratio"], abs=1e-3)}
 
 
 @pytest.mark.parametrize("name", some("ddp-mass", "zero2-mass", "zero3-mass"))

@@ -109,6 +109,7 @@ def test_print_config_shows_every_key(tiny_path: str, tmp_path: Path, capsys: py
         FinetuneCLI(["--config", config(tiny_path, tmp_path, {"curriculum": {"share": 0.5}}), "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)["pruning"]
     assert printed == {
+        "learnable": None,
         "elastic": None,
         "curriculum": {"shape": "linear", "share": 0.5, "steps": 4},
         "image_tokens": None,

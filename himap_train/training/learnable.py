@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from himap_train.models.llava import pruning_of
 from himap_train.pruning.keep_ratio import KeepRatios
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.launch import say
@@ -141,13 +142,12 @@ class LearnKeepRatios(Callback):
         if step >= self._last:
             self._leaf = None
             pl_module.use_schedule(pl_module.schedule)
-            return
-        self.ratios.target = self._target(step, int(trainer.estimated_stepping_batches))
-        now = self.ratios.ratios()
-        self._leaf = now.to(device=pl_module.device, dtype=torch.float32).requires_grad_()
-        pl_module.use_schedule(self.ratios.schedule(), ratios=self._leaf)
-        figures = {f"keep_ratio/layer{layer:02d}": ratio for layer, ratio in enumerate(now.tolist())}
-        pl_module.log_dict({**figures, "train/flops_ratio": self.ratios.target})
+        else:
+            self.ratios.target = self._target(step, int(trainer.estimated_stepping_batches))
+            leaf = self.ratios.ratios().to(device=pl_module.device, dtype=torch.float32)
+            self._leaf = leaf.requires_grad_()
+            pl_module.use_schedule(self.ratios.schedule(), ratios=self._leaf)
+        self._log(pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Where an optimizer step ends, before a checkpoint is written."""
@@ -159,6 +159,16 @@ class LearnKeepRatios(Callback):
         pl_module.schedule = self._schedule_after(trainer.global_step)
         if trainer.global_step == self._last:
             say(f"frozen keep ratios: {pl_module.schedule.to_dict()['stages']}")
+
+    def _log(self, pl_module: Any) -> None:
+        """What each layer keeps now, and what that costs."""
+        stages = {stage.layer: stage.keep_ratio for stage in pruning_of(pl_module.peft_model).schedule.stages}
+        ratio: float | None = 1.0
+        figures: dict[str, Any] = {}
+        for layer in range(self.ratios.layers):
+            ratio = stages.get(layer, ratio)
+            figures[f"keep_ratio/layer{layer:02d}"] = ratio
+        pl_module.log_dict({**figures, "train/flops_ratio": self.ratios.target})
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """What is measured is what is saved."""

@@ -1,0 +1,176 @@
+"""Keep ratios that learn during a run: what runs when, what is saved, what a resumed run does, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback
+from test_pruning_cli import config, error_of, logged
+from tiny import tiny_llava, tiny_processor
+from training_toys import finetune, quiet_trainer, save_tiny, tuner
+
+from himap_train import PruningSchedule
+from himap_train.checkpoint import load_checkpoint
+from himap_train.data.module import LlavaDataModule
+from himap_train.models.llava import pruning_of
+from himap_train.training.interrupt import Interrupted, SaveOnInterrupt
+from himap_train.training.learnable import Learnable, LearnKeepRatios
+from himap_train.training.saving import AtomicCheckpointIO
+
+TOKENS = (16, 30)
+LEARNABLE = Learnable(budget=0.8, first_layer=1, switch_layer=3, warmup=0.25, until=0.75)
+NO_SCHEDULE = {"model": {"schedule": None}}
+SETTINGS = {"budget": 0.97, "first_layer": 1, "switch_layer": 2, "warmup": 0.2, "until": 0.7}
+
+
+@pytest.fixture(scope="module")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+class Seen(Callback):
+    """What the decoder runs in each micro-batch, the losses, and what validation runs."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.stop = stop
+        self.schedules: list[PruningSchedule] = []
+        self.leaves: list[Any] = []
+        self.losses: list[float] = []
+        self.validation: list[PruningSchedule] = []
+
+    def on_before_backward(self, trainer: Any, module: Any, loss: Any) -> None:
+        pruning = pruning_of(module.peft_model)
+        self.schedules.append(pruning.schedule)
+        self.leaves.append(pruning.ratios)
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        self.losses.append(float(outputs["loss"]))
+        if len(self.losses) == self.stop:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_validation_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.validation.append(pruning_of(module.peft_model).schedule)
+
+
+def fit(path: str, folder: Path, seen: Seen, resume: bool = False, **kwargs: Any) -> Any:
+    """Eight optimizer steps of two micro-batches: 2 warm up, 4 more learn, 2 are frozen."""
+    model, last = tuner(path, lora_dropout=0.0, schedule=None), folder / "last.ckpt"
+    learner = LearnKeepRatios(LEARNABLE, lambda measured: TOKENS)
+    trainer = quiet_trainer(
+        folder,
+        **{"max_epochs": 2, "accumulate_grad_batches": 2, **kwargs},
+        enable_checkpointing=True,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[learner, seen, SaveOnInterrupt(last, "again --resume")],
+    )
+    data = LlavaDataModule(batch_size=2, train_limit=16, validation_limit=4, max_length=400)
+    data.processor = tiny_processor()
+    torch.manual_seed(0)
+    trainer.fit(model, datamodule=data, ckpt_path=last if resume else None, weights_only=True)
+    return model
+
+
+def cost(schedule: PruningSchedule) -> float:
+    return schedule.cost(tiny_llava().config, *TOKENS).flops_ratio
+
+
+def test_the_budget_falls_then_ratios_learn_then_they_are_frozen(tiny_path: str, tmp_path: Path) -> None:
+    seen = Seen()
+    model = fit(tiny_path, tmp_path, seen, limit_val_batches=1, val_check_interval=8)
+    pairs = list(zip(seen.schedules[::2], seen.schedules[1::2], strict=True))
+    assert len(pairs) == 8 and all(first == second for first, second in pairs)  # one schedule a window
+    schedules = [first for first, _ in pairs]
+    costs = [cost(schedule) for schedule in schedules]
+    assert costs[0] > costs[1] > costs[2] and costs[2:] == pytest.approx([0.8] * 6, abs=0.04)  # 16 tokens, ranking
+    learning, frozen = schedules[2:6], schedules[6:]
+    assert len(set(map(str, learning))) > 1 and frozen[0] == frozen[1] == model.schedule
+    assert cost(model.schedule) == pytest.approx(0.8, abs=0.02)
+    assert [leaf is not None for leaf in seen.leaves[::2]] == [True] * 6 + [False] * 2
+    assert all(len(schedule.stages) == 5 for schedule in learning) and len(model.schedule.stages) <= 5
+    assert seen.validation == [schedules[4], model.schedule] or seen.validation[-1] == model.schedule
+    assert pruning_of(model.peft_model).ratios is None
+
+
+def test_a_resumed_run_learns_the_same(tiny_path: str, tmp_path: Path) -> None:
+    """Cut while the ratios learn, and cut again once they are frozen."""
+    straight, first, second, third = Seen(), Seen(stop=6), Seen(stop=8), Seen()
+    expected = fit(tiny_path, tmp_path / "straight", straight)
+    for number, seen in enumerate((first, second)):
+        with pytest.raises(Interrupted):
+            fit(tiny_path, tmp_path / "cut", seen, resume=number > 0)
+    resumed = fit(tiny_path, tmp_path / "cut", third, resume=True)
+    assert first.losses + second.losses + third.losses == straight.losses and len(third.losses) == 2
+    assert resumed.schedule == expected.schedule
+    weights = dict(expected.named_parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.named_parameters())
+
+
+def test_a_run_of_the_command_line(tiny_path: str, tmp_path: Path) -> None:
+    """The frozen schedule is in the run folder, the adapter and the table; the ratios are in the log."""
+    file = config(tiny_path, tmp_path, {"learnable": SETTINGS}, **NO_SCHEDULE)
+    assert finetune("--config", file) == 0
+    run = tmp_path / "run"
+    saved = yaml.safe_load((run / "pruning.yaml").read_text())
+    assert saved["stages"] and pruning_of(load_checkpoint(run)[0]).schedule.to_dict() == saved
+    assert pruning_of(load_checkpoint(run / "checkpoints" / "last.ckpt")[0]).schedule.to_dict() == saved
+    rows = {row["name"]: row for row in json.loads((run / "metrics.json").read_text())["rows"]}
+    assert rows["adapted pruned"]["schedule"] == saved
+    assert logged(run, "keep_ratio/layer00") == [1.0] * 6
+    frozen = {stage["layer"]: stage["keep_ratio"] for stage in saved["stages"]}
+    assert logged(run, "keep_ratio/layer01")[-1] == pytest.approx(frozen.get(1, 1.0))
+    assert logged(run, "train/flops_ratio")[-1] == pytest.approx(0.97)
+
+
+def test_rehearsal_learns_at_a_budget_that_the_small_model_can_meet(tiny_path: str, tmp_path: Path) -> None:
+    settings = SETTINGS | {"budget": 0.05, "first_layer": 4, "switch_layer": 12}
+    file = config(tiny_path, tmp_path, {"learnable": settings}, evaluation={"after": False}, **NO_SCHEDULE)
+    assert finetune("--config", file, "--rehearse") == 0
+    written = yaml.safe_load((tmp_path / "run-rehearsal" / "config.yaml").read_text())["pruning"]["learnable"]
+    assert (written["first_layer"], written["switch_layer"]) == (1, 3) and 0.05 < written["budget"] < 0.5
+
+
+STAGES = {"model": {"schedule": {"stages": [{"layer": 1, "criterion": "image", "keep_count": 4}]}}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "groups", "message"),
+    [
+        (
+            {},
+            {},
+            "pruning.learnable.budget and model.schedule both say how many tokens stay; set model.schedule to null",
+        ),
+        ({}, STAGES, "pruning.learnable.budget and model.schedule with a fixed count both say"),
+        ({"budget": 0.1}, NO_SCHEDULE, "Give at least 0."),
+        ({"switch_layer": 6}, NO_SCHEDULE, "switch_layer is 6; expected a layer of the decoder, 1 to 5"),
+        ({"until": 0.1}, NO_SCHEDULE, "pruning.learnable.until is 0.1 and pruning.learnable.warmup 0.2"),
+        ({"warmup": -1}, NO_SCHEDULE, "pruning.learnable.warmup is -1"),
+        ({"step_size": 0}, NO_SCHEDULE, "pruning.learnable.step_size is 0"),
+        ({"shallow": "instructions"}, NO_SCHEDULE, "did you mean 'instruction'"),
+        ({"budgt": 0.5}, NO_SCHEDULE, "pruning.learnable.budget"),
+    ],
+)
+def test_refused_before_training(
+    tiny_path: str,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    groups: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = config(tiny_path, tmp_path, {"learnable": {**SETTINGS, **settings}}, **groups)
+    assert message in error_of(capsys, "--config", file)
+
+
+def test_only_one_mode(tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    modes = {"learnable": SETTINGS, "elastic": {"budgets": [0.9, 0.95]}}
+    assert "pruning.learnable and pruning.elastic both decide" in error_of(
+        capsys, "--config", config(tiny_path, tmp_path, modes, **NO_SCHEDULE)
+    )
