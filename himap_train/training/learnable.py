@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from himap_train.models.llava import pruning_of
 from himap_train.pruning.keep_ratio import KeepRatios
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.launch import say
@@ -141,13 +140,14 @@ class LearnKeepRatios(Callback):
         step = trainer.global_step
         if step >= self._last:
             self._leaf = None
-            pl_module.use_schedule(pl_module.schedule)
+            schedule = pl_module.schedule
         else:
             self.ratios.target = self._target(step, int(trainer.estimated_stepping_batches))
             leaf = self.ratios.ratios().to(device=pl_module.device, dtype=torch.float32)
             self._leaf = leaf.requires_grad_()
-            pl_module.use_schedule(self.ratios.schedule(), ratios=self._leaf)
-        self._log(pl_module)
+            schedule = self.ratios.schedule()
+        pl_module.use_schedule(schedule, ratios=self._leaf)
+        self._log(pl_module, schedule)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Where an optimizer step ends, before a checkpoint is written."""
@@ -160,9 +160,9 @@ class LearnKeepRatios(Callback):
         if trainer.global_step == self._last:
             say(f"frozen keep ratios: {pl_module.schedule.to_dict()['stages']}")
 
-    def _log(self, pl_module: Any) -> None:
+    def _log(self, pl_module: Any, schedule: PruningSchedule) -> None:
         """What each layer keeps now, and what that costs."""
-        stages = {stage.layer: stage.keep_ratio for stage in pruning_of(pl_module.peft_model).schedule.stages}
+        stages = {stage.layer: stage.keep_ratio for stage in schedule.stages}
         ratio: float | None = 1.0
         figures: dict[str, Any] = {}
         for layer in range(self.ratios.layers):
