@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from himap_train.benchmark.peers import (
@@ -20,12 +21,14 @@ from himap_train.benchmark.peers import (
 from himap_train.checkpoint import read_schedule
 from himap_train.evaluation.schedule_argument import fit_preset, is_preset
 from himap_train.models.attention import register_attention
-from himap_train.models.llava import install_pruning, remove_pruning
+from himap_train.models.llava import base_llava, change_schedule, install_pruning, remove_pruning
 from himap_train.pruning.presets import PRESETS
-from himap_train.pruning.schedule import PruningSchedule, nearest
+from himap_train.pruning.schedule import PruningSchedule, PruningStage, nearest
 
 DENSE = "dense"
 HF_TRAINER = "hf-trainer"
+EVERY_LAYER = "every-layer"
+LEARNING = "learning"
 MEASURES = ("training_step", "prefill", "decode", "generate")
 
 
@@ -57,6 +60,25 @@ def _pruned(schedule: PruningSchedule, model: nn.Module) -> Iterator[None]:
         yield
     finally:
         remove_pruning(model)
+
+
+@contextmanager
+def _learning(schedule: PruningSchedule, model: nn.Module) -> Iterator[None]:
+    """As `_pruned`, with ratios that get a gradient."""
+    with _pruned(schedule, model):
+        kept = [1.0, *(stage.keep_ratio or 0.0 for stage in schedule.stages)]
+        change_schedule(model, schedule, torch.tensor(kept, device=base_llava(model).device, requires_grad=True))
+        yield
+
+
+def _every_layer(layers: int) -> PruningSchedule:
+    """As ratios are learned: a stage at every layer but the first, evenly falling."""
+    return PruningSchedule(
+        tuple(
+            PruningStage(layer, "instruction" if layer < layers // 4 else "image", 1 - layer / layers)
+            for layer in range(1, layers)
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -91,9 +113,11 @@ _PEERS = {
 }
 _WHY = {
     DENSE: "every layer runs on all tokens",
+    EVERY_LAYER: "tokens leave at every layer but the first; ranked by the layer before each",
+    LEARNING: "the same schedule while its keep ratios get a gradient: every key has a bias, heads are 8 wider",
     HF_TRAINER: "Trainer.training_step of a PEFT model: dense, and logits of all positions instead of the answer's",
 }
-METHODS = (DENSE, HF_TRAINER, *(name for name in PRESETS if name != "none"), *_PEERS)
+METHODS = (DENSE, HF_TRAINER, EVERY_LAYER, LEARNING, *(name for name in PRESETS if name != "none"), *_PEERS)
 
 
 def find_method(name: str, layers: int) -> Method:
@@ -109,6 +133,11 @@ def find_method(name: str, layers: int) -> Method:
     if name in (DENSE, HF_TRAINER):
         measures = MEASURES if name == DENSE else MEASURES[:1]
         return Method(name, PruningSchedule(), _WHY[name], lambda model: nullcontext(), measures)
+    if name in (EVERY_LAYER, LEARNING):
+        schedule = _every_layer(layers)
+        if name == LEARNING:
+            return Method(name, schedule, _WHY[name], partial(_learning, schedule), MEASURES[:1])
+        return Method(name, schedule, _WHY[name], partial(_pruned, schedule))
     if name in _PEERS:
         peer = _PEERS[name]
         schedule = fit_preset(PruningSchedule.from_preset(peer.preset), layers)
