@@ -44,15 +44,23 @@ def test_whatever_the_gradients_the_budget_is_met_and_ratios_never_grow(
     assert frozen.cost(CONFIG, **TOKENS).flops_ratio == pytest.approx(budget, rel=0.01)
 
 
-def test_steps_find_the_best_shares_of_a_known_loss() -> None:
+@pytest.mark.parametrize(
+    "value",
+    [
+        [0, 0, 8, 7, 9, 3, 6, 1, 1, 0.5, 0.2, 0.1],  # worth most early
+        [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 9],  # what is needed late must not leave before
+        [0, 0, 1, 1, 1, 1, 9, 1, 1, 1, 1, 1],
+    ],
+)
+def test_steps_find_the_best_shares_of_a_known_loss(value: list[float]) -> None:
     """Loss linear in what each layer keeps: the optimum lies where tokens leave at two layers at most."""
-    value = torch.tensor([0, 0, 8, 7, 9, 3, 6, 1, 1, 0.5, 0.2, 0.1], dtype=torch.float64)
+    worth = torch.tensor(value, dtype=torch.float64)
     ratios = learner(0.5, step_size=0.1)
     noise = torch.Generator().manual_seed(0)
     for _ in range(600):
-        ratios.step(-value + 3 * torch.randn(12, generator=noise, dtype=torch.float64))
-    found = float(value @ ratios.ratios())
-    assert found > 0.98 * max(float(value @ kept) for kept in corner_schedules(0.5))
+        ratios.step(-worth + 3 * torch.randn(12, generator=noise, dtype=torch.float64))
+    found = float(worth @ ratios.ratios())
+    assert found > 0.98 * max(float(worth @ kept) for kept in corner_schedules(0.5))
 
 
 def corner_schedules(budget: float) -> list[Tensor]:
@@ -103,6 +111,8 @@ def test_a_gradient_that_is_not_finite_moves_nothing() -> None:
     before = ratios.ratios()
     ratios.step(torch.full((12,), torch.nan))
     assert torch.equal(ratios.ratios(), before)
+    ratios.step(torch.randn(12))  # and is not remembered
+    assert bool(torch.isfinite(ratios.ratios()).all()) and not torch.equal(ratios.ratios(), before)
 
 
 def test_state_goes_on_where_it_was() -> None:

@@ -92,6 +92,7 @@ def test_the_budget_falls_then_ratios_learn_then_they_are_frozen(tiny_path: str,
     learning, frozen = schedules[2:6], schedules[6:]
     assert len(set(map(str, learning))) > 1 and frozen[0] == frozen[1] == model.schedule
     assert cost(model.schedule) == pytest.approx(0.8, abs=0.02)
+    assert all(first is second for first, second in zip(seen.leaves[::2], seen.leaves[1::2], strict=True))
     assert [leaf is not None for leaf in seen.leaves[::2]] == [True] * 6 + [False] * 2
     assert all(len(schedule.stages) == 5 for schedule in learning) and len(model.schedule.stages) <= 5
     assert seen.validation == [schedules[4], model.schedule] or seen.validation[-1] == model.schedule
