@@ -20,10 +20,12 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint
 from tiny import tiny_processor
+from tokenizers import decoders
 from torch.utils.data import DataLoader
 from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, tuner
 
 from himap_train.data.module import LlavaDataModule
+from himap_train.evaluation.answering import answer_batch, evaluation_mode
 from himap_train.models.llava import pruning_of
 from himap_train.training.deepspeed import ZeroStrategy
 from himap_train.training.feature_cache import fill_feature_cache
@@ -38,6 +40,8 @@ LINEAR = torch.nn.functional.linear
 BY_MASS = {"stages": [{"layer": 2, "criterion": "instruction", "keep": {"mass": 0.7}}]}
 SCHEDULES: dict[str, Any] = {"pruned": SCHEDULE, "dense": None, "mass": BY_MASS, "learned": None}
 LEARNABLE = Learnable(budget=0.85, first_layer=1, switch_layer=3, warmup=0.1, until=0.8)
+ANSWER_TOKENS = (1, 3)
+"""Lengths of what the processes answer, each its own."""
 
 
 class MixedModalities(ToyData):
@@ -102,6 +106,18 @@ def frozen_weights(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def answers(module: Any, devices: int) -> list[str]:
+    """What this process answers to one prompt; one process alone gives the answers of both."""
+    row = sample(0)
+    prompt = {"input_ids": row["input_ids"][:-3][None], "pixel_values": row["pixel_values"]}
+    prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
+    processor = tiny_processor()
+    processor.tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # each token, not the UTF-8 that few bytes are
+    own = ANSWER_TOKENS if devices == 1 else [ANSWER_TOKENS[torch.distributed.get_rank()]]
+    with evaluation_mode(module), module.trainer.precision_plugin.forward_context():
+        return [answer_batch(module.peft_model, processor, prompt, tokens)[0][0] for tokens in own]
+
+
 def train(
     work: Path,
     *,
@@ -146,6 +162,7 @@ def train(
     )
     module.processor = tiny_processor()  # type: ignore[union-attr]
     recorder, facts = Recorder(), dict[str, Any]()
+    answering = name in (strategy, "one")  # what other scenarios vary makes no difference to it
 
     def before() -> None:
         own = [getattr(p, "ds_tensor", p).numel() for p in tuner_.parameters()]
@@ -158,6 +175,8 @@ def train(
 
     def after() -> None:
         facts["weights"] = trained_state(tuner_)
+        if answering:
+            facts["answers"] = answers(tuner_, devices)
 
     folder = work / name
     saving = SaveLast(folder / "last.ckpt", 1)
@@ -186,6 +205,8 @@ def train(
     )
     trainer.fit(tuner_, datamodule=module, ckpt_path=resume, weights_only=True)
     facts["schedule"] = tuner_.schedule.to_dict()
+    if answering:
+        facts["later_answers"] = answers(tuner_, devices)
     facts["torch_linear"] = torch.nn.functional.linear is LINEAR
     facts["val_loss"] = float(trainer.callback_metrics.get("val/loss", float("nan")))
     pruning = pruning_of(tuner_.peft_model)

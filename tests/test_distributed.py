@@ -222,6 +222,15 @@ def test_evaluation_after_fit_is_pruned(ranks: Ranks, strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("when", ["answers", "later_answers"])
+def test_one_process_answers_longer_than_the_other(ranks: Ranks, alone: Any, strategy: str, when: str) -> None:
+    """After training and after `fit`, in one token and in three: all run modules for as long as the longest needs."""
+    found = [answer for rank in ranks(strategy) for answer in rank[when]]
+    assert found == alone["pruned"][when] == alone["pruned"]["answers"]
+    assert [len(answer) for answer in found] == [1, 3]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_validation_loss_counts_no_record_twice(ranks: Ranks, alone: Any, strategy: str) -> None:
     """Eleven records in batches of 3 on two processes: one is repeated. The reference has batches of 3 too."""
     both = {rank["val_loss"] for rank in ranks(strategy)}

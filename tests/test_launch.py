@@ -16,13 +16,16 @@ import pytest
 import torch
 import yaml
 from distributed import finish, free_port, kill_group, start, start_two, tails
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from processes import in_processes
-from training_toys import RECIPES, SCHEDULE, finetune, save_tiny
+from training_toys import RECIPES, SCHEDULE, finetune, quiet_trainer, save_tiny
 
 from himap_train.training import deepspeed
 from himap_train.training.cli import FinetuneCLI
-from himap_train.training.launch import is_first_process, report_error
+from himap_train.training.launch import AroundTraining, FineTuneTrainer, is_first_process, report_error
 
 ROOT = RECIPES.parent
 ZERO_3 = {"class_path": "himap_train.training.deepspeed.ZeroStrategy", "init_args": {"stage": 3, "offload": True}}
@@ -80,6 +83,18 @@ def test_torchrun(tmp_path: Path, stage: str) -> None:
 
 
 @pytest.mark.slow
+def test_rehearsal_under_zero_3(tmp_path: Path) -> None:
+    """To its end: the processes answer two questions each at the end, in different numbers of tokens."""
+    log, overlay = tmp_path / "log", ROOT / "configs" / "deepspeed" / "zero3.yaml"
+    settings = {"evaluation.before": "false", "evaluation.limit": 4, "trainer.max_steps": 2, "trainer.devices": 2}
+    options = [part for name, value in settings.items() for part in (f"--{name}", value)]
+    configs = ["--config", ROOT / "configs" / "quickstart.yaml", "--config", overlay]
+    command = [sys.executable, FINETUNE, *configs, *options, "--rehearse", "--output", tmp_path / "run"]
+    assert finish([start([*command, "--trainer.accelerator", "cpu"], log)], [log], 240) == [0], tails([log])
+    assert "rehearsed: trained, saved, evaluated, exported" in log.read_text()
+
+
+@pytest.mark.slow
 def test_torchrun_prints_an_error_of_the_config_once(tmp_path: Path) -> None:
     log, torchrun = tmp_path / "log", [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2]
     options = ["--config", written(tmp_path, 3), "--trainer.strategy", "dpp"]
@@ -96,6 +111,50 @@ def test_first_process_cannot_save(tmp_path: Path) -> None:
     assert statuses == [2, 2], tails(logs)
     first, second = (log.read_text() for log in logs)
     assert first.count("error: could not save") == 1 and "error:" not in second, tails(logs)
+
+
+class Fails(Callback):
+    """Training that does not end well."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise ValueError("no more")
+
+
+@pytest.mark.parametrize(
+    ("steps", "callbacks", "expected"),
+    [
+        pytest.param(1, [], ["before", "after", "given back"], id="trained"),
+        pytest.param(0, [], ["before", "after", "given back"], id="nothing left to train"),
+        pytest.param(1, [Fails()], ["before", "given back"], id="error"),
+    ],
+)
+def test_what_comes_after_training_finds_the_model_as_it_was_trained(
+    tmp_path: Path, steps: int, callbacks: list[Any], expected: list[str]
+) -> None:
+    """Not on the CPU, where Lightning's strategies put it back, and SIGTERM means what it meant before training."""
+    order, meanings = [], [signal.getsignal(signal.SIGTERM)]
+
+    class GivesBack(SingleDeviceStrategy):
+        def teardown(self) -> None:
+            order.append("given back")
+            super().teardown()
+
+    def after() -> None:
+        order.append("after")
+        meanings.append(signal.getsignal(signal.SIGTERM))
+
+    around = AroundTraining(lambda: order.append("before"), after)
+    options = {"strategy": GivesBack("cpu"), "max_steps": steps, "callbacks": [around, *callbacks]}
+    trainer = quiet_trainer(tmp_path, kind=FineTuneTrainer, **options)
+    with pytest.raises(ValueError, match="no more") if callbacks else contextlib.nullcontext():
+        trainer.fit(BoringModel())
+    assert order == expected and len(set(meanings)) == 1
+
+
+def test_another_trainer_would_leave_out_what_comes_after_training(tmp_path: Path) -> None:
+    around = AroundTraining(lambda: None, lambda: None)
+    with pytest.raises(TypeError, match="needs a FineTuneTrainer, not a Trainer"):
+        quiet_trainer(tmp_path, kind=Trainer, max_steps=1, callbacks=[around]).fit(BoringModel())
 
 
 def reported(errors: tuple[str | None, str | None]) -> list[str]:

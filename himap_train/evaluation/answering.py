@@ -50,7 +50,8 @@ def answer_batch(
     inputs = {name: batch[name].to(base.device) for name in names if batch.get(name) is not None}
     pruning = pruning_of(model)
     before = pruning.last if pruning else None
-    if "pixel_values" not in inputs and weights_are_spread(base):
+    spread = weights_are_spread(base)
+    if "pixel_values" not in inputs and spread:
         encode_nothing(base)  # other processes may have images in this batch, and `generate` encodes them first
     output = generator.generate(
         **inputs,
@@ -59,6 +60,7 @@ def answer_batch(
         max_new_tokens=max_new_tokens,
         use_cache=True,
         pad_token_id=pad_token_id_of(processor.tokenizer),
+        synced_gpus=spread or None,  # until the longest answer of all processes; None: transformers' own choice
     )
     image_tokens = inputs["input_ids"] == base.config.image_token_id
     check_pruned(pruning.schedule if pruning else PruningSchedule(), pruning_of(model), before, image_tokens)

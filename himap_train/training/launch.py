@@ -17,6 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -105,23 +106,41 @@ class AroundTraining(Callback):
     """Runs something before and after training, in all processes, on the model as it is set up for training.
 
     Outside `Trainer.fit` there may be no other processes yet, and a model whose weights are spread over them cannot
-    run.
+    run. Needs a `FineTuneTrainer`, which calls `after`.
     """
 
     def __init__(self, before: Callable[[], None], after: Callable[[], None]) -> None:
         self.before, self.after = before, after
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Also where a resumed run has nothing left to train."""
-        self.before()
+        """Also where a resumed run has nothing left to train.
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Not after an error or an interruption."""
-        self.after()
+        Raises:
+            TypeError: Another trainer, which would leave out what comes after training.
+        """
+        if not isinstance(trainer, FineTuneTrainer):
+            raise TypeError(f"AroundTraining needs a FineTuneTrainer, not a {type(trainer).__name__}")
+        self.before()
 
 
 class FineTuneTrainer(Trainer):
-    """Lightning's Trainer, which all processes leave together when one of them cannot save."""
+    """Lightning's Trainer, which all processes leave together when one of them cannot save, and in which what comes
+    after training finds the model as it was trained.
+    """
+
+    def _run_stage(self) -> Any:
+        """Lightning's, and what `AroundTraining` has to do after it; not after an error or an interruption.
+
+        Lightning's own `on_fit_end` is too late: the strategy has let go by then. Weights are on the CPU, and
+        transformers no longer know that ZeRO-3 spreads them.
+        """
+        result = super()._run_stage()
+        if self.state.fn == TrainerFn.FITTING:
+            self._signal_connector.teardown()  # a SIGTERM now ends the run: there are no more steps to wait for
+            for callback in self.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, AroundTraining):
+                    callback.after()
+        return result
 
     def save_checkpoint(
         self, filepath: Any, weights_only: bool | None = None, storage_options: Any | None = None
