@@ -21,13 +21,20 @@ def fine_tune_all(jobs: Mapping[Path, Sequence[str]], workers: int) -> None:
         RuntimeError: A run failed; names its log, which lies beside its folder. The others go on to their ends.
     """
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(lambda job: _fine_tune(*job), jobs.items()))
+        runs = [pool.submit(_fine_tune, folder, options) for folder, options in jobs.items()]
+    for run in runs:
+        run.result()
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     """The rows of a run's table."""
     content = json.loads((folder / METRICS).read_text(encoding="utf-8"))
     return list(content["rows"])
+
+
+def row_of(folder: Path, name: str) -> dict[str, Any]:
+    """One row of a run's table."""
+    return next(row for row in rows_of(folder) if row["name"] == name)
 
 
 def _fine_tune(folder: Path, options: Sequence[str]) -> None:

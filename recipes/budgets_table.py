@@ -10,12 +10,10 @@ best; what learns its ratios does so within its one run. Runs that are there alr
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -23,9 +21,9 @@ import yaml
 from himap_train.data.sources import open_source
 from himap_train.evaluation.command_line import run_command
 from himap_train.evaluation.compare import compare
-from himap_train.evaluation.report import markdown_lines, save_table
-from himap_train.evaluation.trade_off import draw_trade_off
-from himap_train.experiments import METRICS, fine_tune_all, rows_of
+from himap_train.evaluation.report import save_table
+from himap_train.evaluation.trade_off import Scores, point, save_trade_off
+from himap_train.experiments import METRICS, fine_tune_all, row_of, rows_of
 from himap_train.models.loading import load_llava
 from himap_train.pruning.schedule import PruningSchedule, PruningStage
 
@@ -44,8 +42,6 @@ NAMES = {
     "elastic": "elastic, one checkpoint",
     "random": "adapted, random selection",
 }
-Scores = dict[str, dict[float, list[tuple[float, float]]]]
-"""Method -> budget -> (flops_ratio, accuracy in %), one for each seed."""
 
 
 def main(
@@ -74,7 +70,8 @@ def main(
     chosen = {budget: best_of(output, budget, len(grid[budget]), grid) for budget in budgets}
     fine_tune_all(dict(jobs(output, chosen, seeds, steps, elastic_steps)), workers)
     scores = training_free(output / "training-free", budgets, searched) | adapted(output, budgets, seeds)
-    save(output, scores, budgets, dense_scores(output, seeds), chosen)
+    named = {label: scores[name] for name, label in NAMES.items()}
+    print(save_trade_off(output, named, dense_scores(output, seeds)))
 
 
 def search(folder: Path, budgets: list[float]) -> dict[float, PruningSchedule]:
@@ -153,6 +150,11 @@ def training_free(folder: Path, budgets: list[float], searched: dict[float, Prun
     return {name: {budget: [by_name[f"{name} {budget}"]] for budget in budgets} for name in ("free", "search")}
 
 
+def score_of(folder: Path, name: str) -> float:
+    """Accuracy in %."""
+    return point(row_of(folder, name))[1]
+
+
 def adapted(output: Path, budgets: list[float], seeds: list[int]) -> Scores:
     """What was fine-tuned under pruning."""
     folders = {"grid": "grid-best", "learned": "learned", "random": "random"}
@@ -176,49 +178,6 @@ def dense_scores(output: Path, seeds: list[int]) -> dict[str, list[float]]:
         "dense fine-tuned": [score_of(output / f"dense-{seed}", "fine-tuned dense") for seed in seeds],
         "elastic, run dense": [score_of(output / f"elastic-{seed}", "adapted, evaluated dense") for seed in seeds],
     }
-
-
-def row_of(folder: Path, name: str) -> dict[str, Any]:
-    """One row of a run."""
-    return next(row for row in rows_of(folder) if row["name"] == name)
-
-
-def score_of(folder: Path, name: str) -> float:
-    """Accuracy in %."""
-    return point(row_of(folder, name))[1]
-
-
-def point(row: dict[str, Any]) -> tuple[float, float]:
-    """Measured `flops_ratio` and accuracy in %."""
-    return float(row["flops_ratio"]["mean"]), 100 * float(row["overall"]["score"])
-
-
-def save(
-    output: Path,
-    scores: Scores,
-    budgets: list[float],
-    dense: dict[str, list[float]],
-    chosen: dict[float, PruningSchedule],
-) -> None:
-    """budgets.md, budgets.json and budgets.png."""
-    lines = [
-        [label, *(mean_and_spread([score for _, score in scores[name][budget]]) for budget in budgets)]
-        for name, label in NAMES.items()
-    ]
-    text = markdown_lines(["`flops_ratio`", *(str(budget) for budget in budgets)], lines)
-    text += "".join(f"\n{label}: {mean_and_spread(values)}" for label, values in dense.items()) + "\n"
-    (output / "budgets.md").write_text(text, encoding="utf-8")
-    facts = {"scores": scores, "dense": dense, "grid": {b: schedule.to_dict() for b, schedule in chosen.items()}}
-    (output / "budgets.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    lines_of = {NAMES[name]: [at[budget] for budget in budgets] for name, at in scores.items()}
-    draw_trade_off(lines_of, dense["dense fine-tuned"]).savefig(output / "budgets.png", dpi=150)
-    print(text)
-
-
-def mean_and_spread(values: list[float]) -> str:
-    """`85.4 ± 1.1`, standard deviation; without it for a single value."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from himap_train.training.deepspeed import ZeroStrategy
 from himap_train.training.feature_cache import fill_feature_cache
 from himap_train.training.gather import trained_state
 from himap_train.training.launch import AroundTraining, FineTuneTrainer
-from himap_train.training.learnable import Learnable, LearnKeepRatios
+from himap_train.training.learn_ratios import LearnKeepRatios
+from himap_train.training.learnable import Learnable
 from himap_train.training.progress import GradientNorm, step_ended
 from himap_train.training.saving import AtomicCheckpointIO, SaveLast
 from himap_train.training.seeding import StepSeeds

@@ -12,7 +12,7 @@ import pytest
 from himap_train import PruningSchedule, load_llava
 from himap_train.data.sources import open_source
 from himap_train.evaluation.budget import prompt_tokens
-from himap_train.evaluation.trade_off import draw_trade_off
+from himap_train.evaluation.trade_off import Scores, draw_trade_off, save_trade_off
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = [0.25, 0.55]
@@ -81,23 +81,24 @@ def test_runs_of_one_seed_differ_in_the_schedule_alone(recipe: Any, tmp_path: Pa
     assert [stage["keep_ratio"] for stage in stages] == [stage.keep_ratio for stage in schedule.stages]
 
 
-def test_table_and_picture(recipe: Any, tmp_path: Path) -> None:
+def test_table_and_picture(tmp_path: Path) -> None:
     three = {budget: [(budget, 80.0 + place) for place in range(3)] for budget in BUDGETS}
-    scores = {name: three for name in recipe.NAMES} | {"free": {budget: [(budget, 70.0)] for budget in BUDGETS}}
+    scores = {"learned": three, "training-free": {budget: [(budget, 70.0)] for budget in BUDGETS}}
     dense = {"dense fine-tuned": [90.0, 91.0, 92.0], "elastic, run dense": [89.0, 90.0, 91.0]}
-    recipe.save(tmp_path, scores, BUDGETS, dense, {0.25: PruningSchedule()})
-    text = (tmp_path / "budgets.md").read_text()
-    assert "| adapted, learned ratios | 81.0 ± 1.0 | 81.0 ± 1.0 |" in text and "| 70.0 | 70.0 |" in text
+    text = save_trade_off(tmp_path, scores, dense)
+    assert text == (tmp_path / "budgets.md").read_text()
+    assert "| learned | 81.0 ± 1.0 | 81.0 ± 1.0 |" in text and "| training-free | 70.0 | 70.0 |" in text
     assert "dense fine-tuned: 91.0 ± 1.0" in text
-    assert json.loads((tmp_path / "budgets.json").read_text())["scores"]["grid"]["0.25"][2] == [0.25, 82.0]
+    assert json.loads((tmp_path / "budgets.json").read_text())["scores"]["learned"]["0.25"][2] == [0.25, 82.0]
     assert (tmp_path / "budgets.png").stat().st_size > 10_000
 
 
 def test_picture_shows_means_and_spreads() -> None:
-    figure = draw_trade_off(
-        {"a": [[(0.3, 80.0), (0.31, 84.0)], [(0.6, 90.0), (0.6, 90.0)]], "b": [[(0.3, 70.0)]]}, [91.0]
-    )
-    axes = figure.axes[0]
-    line = axes.containers[0].lines[0]  # type: ignore[union-attr]
+    scores: Scores = {
+        "a": {0.3: [(0.3, 80.0), (0.31, 84.0)], 0.6: [(0.6, 90.0), (0.6, 90.0)]},
+        "b": {0.3: [(0.3, 70.0)]},
+    }
+    axes = draw_trade_off(scores, [91.0]).axes[0]
+    line: Any = axes.containers[0].lines[0]  # type: ignore[union-attr]
     assert line.get_ydata().tolist() == [82.0, 90.0] and line.get_xdata().tolist() == pytest.approx([0.305, 0.6])
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["dense, fine-tuned", "a", "b"]

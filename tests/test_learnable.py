@@ -21,7 +21,8 @@ from himap_train.checkpoint import load_checkpoint
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.llava import pruning_of
 from himap_train.training.interrupt import Interrupted, SaveOnInterrupt
-from himap_train.training.learnable import Learnable, LearnKeepRatios
+from himap_train.training.learn_ratios import LearnKeepRatios
+from himap_train.training.learnable import Learnable
 from himap_train.training.saving import AtomicCheckpointIO
 
 TOKENS = (16, 30)

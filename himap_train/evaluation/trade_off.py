@@ -1,24 +1,62 @@
-"""The picture of accuracy against cost: one line a method, over several seeds."""
+"""Accuracy against cost: a table and a picture with one line a method, over several seeds."""
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from himap_train.evaluation.chart import COLOURS
+from himap_train.evaluation.report import markdown_lines
 
-Points = Sequence[Sequence[tuple[float, float]]]
-"""For each budget the (flops_ratio, accuracy in %) of each seed."""
+Scores = dict[str, dict[float, list[tuple[float, float]]]]
+"""Method -> budget -> (flops_ratio, accuracy in %), one for each seed."""
 
 
-def draw_trade_off(lines: Mapping[str, Points], dense: Sequence[float]) -> Figure:
+def point(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Measured `flops_ratio` and accuracy in % of a row of metrics.json."""
+    return float(row["flops_ratio"]["mean"]), 100 * float(row["overall"]["score"])
+
+
+def save_trade_off(folder: Path, scores: Scores, dense: Mapping[str, Sequence[float]]) -> str:
+    """Write budgets.md, budgets.json and budgets.png; returns the table.
+
+    Args:
+        folder: Where to.
+        scores: All with the same budgets.
+        dense: Name to accuracies in % without pruning, one a seed; the first is the picture's band.
+    """
+    budgets = list(next(iter(scores.values())))
+    lines = [
+        [name, *(mean_and_spread([score for _, score in at[budget]]) for budget in budgets)]
+        for name, at in scores.items()
+    ]
+    text = markdown_lines(["`flops_ratio`", *(str(budget) for budget in budgets)], lines)
+    text += "".join(f"\n{name}: {mean_and_spread(values)}" for name, values in dense.items()) + "\n"
+    (folder / "budgets.md").write_text(text, encoding="utf-8")
+    content = json.dumps({"scores": scores, "dense": dense}, indent=2)
+    (folder / "budgets.json").write_text(content + "\n", encoding="utf-8")
+    draw_trade_off(scores, next(iter(dense.values()))).savefig(folder / "budgets.png", dpi=150)
+    return text
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """`85.4 ± 1.1`, standard deviation; without it for a single value."""
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def draw_trade_off(scores: Scores, dense: Sequence[float]) -> Figure:
     """Means with standard deviations over the seeds.
 
     Args:
-        lines: Name of a method to its points.
+        scores: As in `save_trade_off`.
         dense: Accuracies of the dense model in %, one a seed; a band.
     """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
@@ -27,7 +65,8 @@ def draw_trade_off(lines: Mapping[str, Points], dense: Sequence[float]) -> Figur
     middle, spread = float(np.mean(dense)), float(np.std(dense, ddof=1)) if len(dense) > 1 else 0.0
     axes.axhspan(middle - spread, middle + spread, color="#dddddd", zorder=0)
     axes.axhline(middle, color="#888888", linewidth=1, label="dense, fine-tuned", zorder=1)
-    for number, (name, points) in enumerate(lines.items()):
+    for number, (name, at_budgets) in enumerate(scores.items()):
+        points = list(at_budgets.values())
         ratios = [np.mean([ratio for ratio, _ in at]) for at in points]
         means = [np.mean([score for _, score in at]) for at in points]
         errors = [float(np.std([score for _, score in at], ddof=1)) if len(at) > 1 else 0.0 for at in points]

@@ -28,7 +28,7 @@ from himap_train.training.accuracy import EvaluationSettings, GenerationAccuracy
 from himap_train.training.data_costs import DataCosts
 from himap_train.training.interrupt import SaveOnInterrupt
 from himap_train.training.launch import FineTuneTrainer, is_first_process
-from himap_train.training.learnable import LearnKeepRatios
+from himap_train.training.learn_ratios import LearnKeepRatios
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.parser import SuggestingParser
 from himap_train.training.progress import GradientNorm, ProgressLines, Throughput
