@@ -85,9 +85,12 @@ def naive_row(
 
 
 def naive_layer(
-    layer: Any, rotary: Any, x: Tensor, positions: Tensor, alive: Tensor, key_bias: Tensor | None = None
+    layer: Any, rotary: Any, x: Tensor, positions: Tensor, alive: Tensor, presence: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(T, D) -> (T, D) and the attention averaged over heads (T, T): row = query, column = key, with a bias (T,)."""
+    """(T, D) -> (T, D) and the attention averaged over heads (T, T): row = query, column = key.
+
+    `presence` (T,) weighs the keys in the softmax: 1 for all that are there, 0 for none; it may go a little beyond.
+    """
     attention, normed = layer.self_attn, layer.input_layernorm(x)
     cos, sin = (table[0] for table in rotary(x[None], positions[None]))
 
@@ -107,8 +110,15 @@ def naive_layer(
     visible = torch.ones(len(x), len(x), dtype=torch.bool).tril() & alive[None, :]
     visible |= torch.eye(len(x), dtype=torch.bool)  # a dropped row is ignored later, but must not be NaN
     bias = torch.zeros(len(x), len(x), dtype=x.dtype).masked_fill(~visible, -math.inf)
-    bias = bias if key_bias is None else bias + key_bias
-    weights = (q @ k.transpose(1, 2) / math.sqrt(attention.head_dim) + bias).softmax(dim=-1)
+    logits = q @ k.transpose(1, 2) / math.sqrt(attention.head_dim)
+    if presence is None:
+        weights = (logits + bias).softmax(dim=-1)
+    else:
+        causal = torch.ones(len(x), len(x), dtype=torch.bool).tril()
+        seen = presence.expand(len(x), -1).masked_fill(~causal, 0.0)
+        seen = torch.where(torch.eye(len(x), dtype=torch.bool) & ~alive, torch.ones_like(seen), seen)
+        numerators = (logits - logits.amax(dim=-1, keepdim=True)).exp() * seen
+        weights = numerators / numerators.sum(-1, keepdim=True)
     x = x + attention.o_proj((weights @ v).transpose(0, 1).reshape(len(x), -1))
     return x + layer.mlp(layer.post_attention_layernorm(x)), weights.mean(dim=0)
 

@@ -90,31 +90,36 @@ def naive_row(
     x: Tensor,
     is_image: Tensor,
     labels: Tensor,
-    chosen: dict[int, tuple[Tensor, list[list[int]]]],
+    chosen: dict[int, tuple[Tensor, list[tuple[list[int], list[int]]]]],
     moved: int,
     amount: float,
 ) -> Tensor:
     """One row (T, D), whose stage at layer `moved` keeps `amount` of the image tokens more."""
     decoder, stages = model.model.language_model, {stage.layer: stage for stage in schedule.stages}
     positions, alive, weights = torch.arange(len(x)), torch.ones(len(x), dtype=torch.bool), torch.zeros(0)
-    change = torch.zeros(len(x), dtype=x.dtype)  # by how much each token is more present
+    change = torch.zeros(len(x), dtype=x.dtype)  # by how much each token that stays is more present
+    presence = None
     for number, layer in enumerate(decoder.layers):
         if number in stages:
             if number not in chosen:
                 stage, before = stages[number], alive
                 stay = alive & ~dropped_tokens(stage, weights, is_image, labels, len(x), alive)
-                last = [
-                    worst(stage, weights, before, [p for p in tokens if stay[p]], tokens, labels)
+                sides = [
+                    marginal(stage, weights, before, [p for p in tokens if stay[p]], tokens, labels)
                     for tokens in turns(is_image, labels)
                 ]
-                chosen[number] = (stay, last)
-            alive, marginal = chosen[number]
+                chosen[number] = (stay, sides)
+            alive, sides = chosen[number]
             change = change * (alive & is_image)
-            for tokens, last_kept in zip(turns(is_image, labels), marginal, strict=True):
+            presence = alive.to(x.dtype) + change
+            for tokens, (last, first) in zip(turns(is_image, labels), sides, strict=True):
                 wanted = amount * len(tokens) if number == moved else 0.0
                 missing = wanted - float(change[tokens].sum())
-                change[last_kept] += missing / max(len(last_kept), 1)
-        x, weights = naive_layer(layer, decoder.rotary_emb, x, positions, alive, change)
+                change[last] += missing / max(len(last), 1)  # for the stages behind
+                share = 0.5 if last and first else 1.0
+                presence[last] += share * missing / max(len(last), 1)
+                presence[first] += share * missing / max(len(first), 1)
+        x, weights = naive_layer(layer, decoder.rotary_emb, x, positions, alive, presence)
     return decoder.norm(x)
 
 
@@ -130,11 +135,11 @@ def turns(is_image: Tensor, labels: Tensor) -> list[list[int]]:
     return list(found.values())
 
 
-def worst(
+def marginal(
     stage: Any, weights: Tensor, before: Tensor, present: list[int], tokens: list[int], labels: Tensor
-) -> list[int]:
-    """The last tokens that a stage keeps, by the ranks that it gave."""
-    number = min(max(round(MARGINAL_SHARE * len(tokens)), 1), len(present))
+) -> tuple[list[int], list[int]]:
+    """The last tokens that a stage keeps and the first that it drops, by the ranks that it gave."""
+    number = max(round(MARGINAL_SHARE * len(tokens)), 1)
     assert len(present) == max(kept_count(stage, len(tokens)), len(present)) or not present
     supervised = [int(label) != -100 for label in labels]
     last = tokens[-1]
@@ -146,7 +151,8 @@ def worst(
     scores = naive_scores(stage.criterion, weights, current, text, len(present))
     protected = {p for p in tokens if p + 1 < len(labels) and supervised[p + 1]}
     ranked = sorted(current, key=lambda p: (p not in protected, -scores[p], p))
-    return ranked[: len(present)][len(present) - number :]
+    cut = len(present)
+    return ranked[max(cut - number, 0) : cut], ranked[cut : cut + number]
 
 
 def test_the_forward_pass_is_the_hard_removal() -> None:

@@ -8,7 +8,9 @@ the stock mask function, because a name without one means no mask at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from himap_train.models.cpu_attention import CausalBlocks, runs_in_blocks
+from himap_train.pruning.marginal import HIDDEN, Marginal, shadow_gain
 from himap_train.pruning.schedule import PruningStage
 from himap_train.pruning.scoring import RankingRows, attention_blocks, scores_from_attention
 
@@ -91,29 +94,42 @@ _STOCK: dict[str, tuple[Callable[..., AttentionResult], Callable[..., Tensor | N
 ATTENTION_IMPLEMENTATIONS = tuple(_STOCK)
 
 
-def with_key_bias(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Wider heads whose attention logits are `scaling * q k + bias`, so that any kernel gives the bias its gradient.
+def _attend_marginally(
+    attend: Callable[..., AttentionResult],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    marginal: Marginal,
+    scaling: float,
+) -> AttentionResult:
+    """Attention through any kernel, with a derivative by the presence of the marginal tokens; see `pruning.marginal`.
 
-    A query gets a constant 1 beside it and a key its bias; the values get zeros, because kernels want one width.
+    Heads are 8 wider: a query has a constant 1 there and a key its bias, so the logits are `scaling * q k + bias`. The
+    values have a column that only shadows fill, which tells how much attention they would take.
 
     Args:
+        attend: Of query, key and value.
         query: (B, H, L, D).
         key: (B, K, L, D).
         value: (B, K, L, D).
-        bias: (B, L), of each key.
+        marginal: At these L tokens.
         scaling: What the kernel multiplies the logits with.
-
-    Returns:
-        The same three with D + 8.
     """
-    one = query.new_zeros(8)
-    one[0] = 1
-    query = torch.cat([query, one.expand(*query.shape[:3], 8)], dim=3)
-    beside = torch.nn.functional.pad((bias / scaling).to(key.dtype).unsqueeze(2), (0, 7))
-    key = torch.cat([key, beside.unsqueeze(1).expand(-1, key.shape[1], -1, -1)], dim=3)
-    return query, key, torch.nn.functional.pad(value, (0, 8))
+    width = value.shape[3]
+    one = torch.nn.functional.pad(query.new_ones(1), (0, 7)).expand(*query.shape[:3], 8)
+    biases = _columns((marginal.bias / scaling).to(key.dtype), key.shape[1])
+    held = _columns(marginal.shadow.to(value.dtype) * math.exp(-HIDDEN), value.shape[1])
+    wider = (torch.cat(pair, dim=3) for pair in ((query, one), (key, biases), (value, held)))
+    out, weights = attend(*wider)
+    out, held = out[..., :width], out[..., width : width + 1].detach()
+    if int(marginal.shadows.max()):
+        out = out + shadow_gain(out, held, query.detach(), key.detach(), value.detach(), marginal, scaling)
+    return out, weights
+
+
+def _columns(first: Tensor, heads: int) -> Tensor:
+    """(B, L) as the first of 8 columns, the others zero: (B, heads, L, 8)."""
+    return torch.nn.functional.pad(first.unsqueeze(2), (0, 7)).unsqueeze(1).expand(-1, heads, -1, -1)
 
 
 def register_attention(name: str) -> str:
@@ -137,15 +153,14 @@ def register_attention(name: str) -> str:
         attention_mask: Tensor | None,
         score_collector: ScoreCollector | None = None,
         causal_blocks: CausalBlocks | None = None,
-        key_bias: Tensor | None = None,
+        marginal: Marginal | None = None,
         **kwargs: Any,
     ) -> AttentionResult:
         if score_collector is not None:
             score_collector.collect(query, key, kwargs["scaling"])
-        if key_bias is not None:
-            biased = with_key_bias(query, key, value, key_bias, kwargs["scaling"])
-            out, weights = collecting_attention(module, *biased, attention_mask, causal_blocks=causal_blocks, **kwargs)
-            return out[..., : value.shape[3]], weights
+        if marginal is not None:
+            same = partial(collecting_attention, module, attention_mask=attention_mask, causal_blocks=causal_blocks)
+            return _attend_marginally(partial(same, **kwargs), query, key, value, marginal, kwargs["scaling"])
         if causal_blocks and name == "sdpa" and runs_in_blocks(query, key, attention_mask, kwargs.get("dropout", 0.0)):
             return causal_blocks.attend(query, key, value, kwargs["scaling"]), None
         return forward(module, query, key, value, attention_mask, **kwargs)

@@ -28,7 +28,7 @@ from himap_train.models.cpu_attention import CausalBlocks
 from himap_train.models.inputs import check_image_mask, check_inputs
 from himap_train.models.installed import InstalledPruning, PruneCounts
 from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
-from himap_train.pruning.marginal import marginal_bias
+from himap_train.pruning.marginal import Marginal, marginal_tokens
 from himap_train.pruning.scoring import ranking_rows, scores_without_attention
 from himap_train.pruning.selection import (
     Removal,
@@ -52,7 +52,7 @@ class _Tokens:
     rotary: tuple[Tensor, Tensor]
     mask: Tensor | None
     positions: Tensor | None
-    key_bias: Tensor | None = None
+    marginal: Marginal | None = None
 
 
 @merge_with_config_defaults  # type: ignore[untyped-decorator]
@@ -156,8 +156,9 @@ def _prefill(
                     removal = removals[number]
                 ranks = image_ranks(scores, layout, counts.image.shape[1])
                 if ratios is not None:
-                    tokens.key_bias = marginal_bias(ratios[number], ranks, layout, removal.after, tokens.key_bias)
-                if removal.removes:
+                    carried = tokens.marginal.moved if tokens.marginal else None
+                    tokens.marginal = marginal_tokens(ratios[number], ranks, layout, removal, carried)
+                if removal.removes or tokens.marginal:
                     keep = select(ranks, layout, removal.after.current)
                     cache = call["past_key_values"]
                     tokens, layout = _remove(decoder, number, tokens, layout, keep, removal, start, cache)
@@ -202,22 +203,27 @@ def _remove(
     With `start` (B, 1) positions are counted anew from there, without it every token keeps its own.
     """
     device, counts, lengths = keep.device, removal.after, removal.after.lengths
+    marginal = tokens.marginal
+    if marginal is not None:
+        keep, lengths = keep | marginal.shadow, lengths + marginal.shadows
     longest = int(lengths.max())
     index = compact(keep, longest)
     valid = torch.arange(longest, device=device) < lengths.to(device, non_blocking=True).unsqueeze(1)
     hidden = gather_tokens(tokens.hidden, index)
+    if marginal is not None:
+        marginal = marginal.gather(index)
+        valid = valid & ~marginal.shadow  # as padding: nothing keeps it, ranks by it or reads it at the end
     layout = layout.gather(index, valid)
     if start is not None:
         rotary = decoder.rotary_emb(hidden, position_ids=start + torch.arange(longest, device=device))
     else:
         rotary = (gather_tokens(tokens.rotary[0], index), gather_tokens(tokens.rotary[1], index))
     mask = _causal_mask(decoder, hidden, None, cache, layer=number)
-    key_bias = None if tokens.key_bias is None else gather_tokens(tokens.key_bias, index)
     if cache is not None:
         dropped = (counts.image - counts.current).sum(1).to(device, non_blocking=True)
         slots = None if int(lengths.min()) == longest else valid
         mark_stage(cache, number, slots, dropped, renumber=start is not None)
-    return _Tokens(hidden, rotary, mask, None, key_bias), layout
+    return _Tokens(hidden, rotary, mask, None, marginal), layout
 
 
 def _first_positions(positions: Any, layout: TokenLayout) -> Tensor:
@@ -270,12 +276,12 @@ def _causal_mask(
 
 
 def _run(layer: nn.Module, tokens: _Tokens, call: dict[str, Any]) -> Tensor:
-    biased = {} if tokens.key_bias is None else {"key_bias": tokens.key_bias}
+    marginal = {} if tokens.marginal is None else {"marginal": tokens.marginal}
     return layer(
         tokens.hidden,
         attention_mask=tokens.mask,
         position_embeddings=tokens.rotary,
         position_ids=tokens.positions,
         **call,
-        **biased,
+        **marginal,
     )
