@@ -85,11 +85,18 @@ def naive_row(
 
 
 def naive_layer(
-    layer: Any, rotary: Any, x: Tensor, positions: Tensor, alive: Tensor, presence: Tensor | None = None
+    layer: Any,
+    rotary: Any,
+    x: Tensor,
+    positions: Tensor,
+    alive: Tensor,
+    presence: Tensor | None = None,
+    gains: dict[int, float] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(T, D) -> (T, D) and the attention averaged over heads (T, T): row = query, column = key.
 
     `presence` (T,) weighs the keys in the softmax: 1 for all that are there, 0 for none; it may go a little beyond.
+    `gains` adds tokens that are not there: so much of what a row's result would change if the token were.
     """
     attention, normed = layer.self_attn, layer.input_layernorm(x)
     cos, sin = (table[0] for table in rotary(x[None], positions[None]))
@@ -119,7 +126,16 @@ def naive_layer(
         seen = torch.where(torch.eye(len(x), dtype=torch.bool) & ~alive, torch.ones_like(seen), seen)
         numerators = (logits - logits.amax(dim=-1, keepdim=True)).exp() * seen
         weights = numerators / numerators.sum(-1, keepdim=True)
-    x = x + attention.o_proj((weights @ v).transpose(0, 1).reshape(len(x), -1))
+    mixed = weights @ v  # (heads, T, width)
+    result = mixed.clone()
+    for place, gain in (gains or {}).items():
+        assert presence is not None
+        causal = torch.ones(len(x), len(x), dtype=torch.bool).tril()
+        there = (presence + (torch.arange(len(x)) == place)).expand(len(x), -1).masked_fill(~causal, 0.0)
+        shares = (logits - logits.amax(dim=-1, keepdim=True)).exp() * there
+        share = shares[:, :, place] / shares.sum(-1)  # of the added token in each row
+        result[:, place:] += gain * share[:, place:, None] * (v[:, None, place] - mixed[:, place:])
+    x = x + attention.o_proj(result.transpose(0, 1).reshape(len(x), -1))
     return x + layer.mlp(layer.post_attention_layernorm(x)), weights.mean(dim=0)
 
 

@@ -98,7 +98,7 @@ def naive_row(
     decoder, stages = model.model.language_model, {stage.layer: stage for stage in schedule.stages}
     positions, alive, weights = torch.arange(len(x)), torch.ones(len(x), dtype=torch.bool), torch.zeros(0)
     change = torch.zeros(len(x), dtype=x.dtype)  # by how much each token that stays is more present
-    presence = None
+    presence, gains = None, dict[int, float]()
     for number, layer in enumerate(decoder.layers):
         if number in stages:
             if number not in chosen:
@@ -111,15 +111,15 @@ def naive_row(
                 chosen[number] = (stay, sides)
             alive, sides = chosen[number]
             change = change * (alive & is_image)
-            presence = alive.to(x.dtype) + change
+            presence, gains = alive.to(x.dtype) + change, {}
             for tokens, (last, first) in zip(turns(is_image, labels), sides, strict=True):
                 wanted = amount * len(tokens) if number == moved else 0.0
                 missing = wanted - float(change[tokens].sum())
                 change[last] += missing / max(len(last), 1)  # for the stages behind
                 share = 0.5 if last and first else 1.0
                 presence[last] += share * missing / max(len(last), 1)
-                presence[first] += share * missing / max(len(first), 1)
-        x, weights = naive_layer(layer, decoder.rotary_emb, x, positions, alive, presence)
+                gains |= {place: share * missing / len(first) for place in first}
+        x, weights = naive_layer(layer, decoder.rotary_emb, x, positions, alive, presence, gains)
     return decoder.norm(x)
 
 

@@ -211,7 +211,7 @@ def _remove(
     valid = torch.arange(longest, device=device) < lengths.to(device, non_blocking=True).unsqueeze(1)
     hidden = gather_tokens(tokens.hidden, index)
     if marginal is not None:
-        marginal = marginal.gather(index)
+        marginal = marginal.gather(index, valid)
         valid = valid & ~marginal.shadow  # as padding: nothing keeps it, ranks by it or reads it at the end
     layout = layout.gather(index, valid)
     if start is not None:

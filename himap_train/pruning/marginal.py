@@ -51,10 +51,10 @@ class Marginal:
     shadow: Tensor
     shadows: Tensor
 
-    def gather(self, index: Tensor) -> Marginal:
-        """At the tokens `index` (B, L')."""
+    def gather(self, index: Tensor, real: Tensor) -> Marginal:
+        """At the tokens `index` (B, L'); entries where `real` (B, L') is false are padding."""
         parts = (self.bias, self.gain, self.moved, self.shadow)
-        bias, gain, moved, shadow = (gather_tokens(part, index) for part in parts)
+        bias, gain, moved, shadow = (gather_tokens(part, index) * real for part in parts)
         return Marginal(bias, gain, moved, shadow, self.shadows)
 
 
