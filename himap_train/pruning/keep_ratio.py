@@ -24,6 +24,8 @@ from himap_train.pruning.cost import layer_flops
 from himap_train.pruning.schedule import PruningSchedule, PruningStage
 
 _HALVINGS, _STEEPEST = 60, 1e4
+_ELSEWHERE = 0.1
+"""Share of the tokens that a start spreads over all layers: what is zero would never grow."""
 _MEAN_DECAY, _SQUARE_DECAY = 0.9, 0.99
 
 
@@ -40,6 +42,7 @@ class KeepRatios:
         image_tokens: Image tokens of the sample that the budget is for.
         text_tokens: Its other tokens.
         step_size: How far the log weights move in a step.
+        start: A schedule whose ratios the shares start from, with a little of everything else; None: all alike.
 
     Raises:
         ValueError: A layer outside the decoder, an unknown criterion, or a budget that no ratios can meet.
@@ -56,6 +59,7 @@ class KeepRatios:
         image_tokens: int = 576,
         text_tokens: int = 115,
         step_size: float = 0.2,
+        start: PruningSchedule | None = None,
     ) -> None:
         self.config = getattr(config, "text_config", config)
         self.layers: int = self.config.num_hidden_layers
@@ -71,8 +75,25 @@ class KeepRatios:
         self.step_size = step_size
         self._check_criteria()
         check_budget(budget, least=self._flops_ratio(self._kept(self._everything_leaves())), first_layer=first_layer)
-        self._weights = torch.zeros(self.layers - first_layer + 1, dtype=torch.float64)
+        self._weights = self._start(start)
         self._mean, self._square, self._steps = torch.zeros_like(self._weights), 0.0, 0
+
+    def _start(self, schedule: PruningSchedule | None) -> Tensor:
+        number = self.layers - self.first_layer + 1
+        if schedule is None:
+            return torch.zeros(number, dtype=torch.float64)
+        schedule.validate_for(self.layers)
+        if any(stage.keep_ratio is None or stage.layer < self.first_layer for stage in schedule.stages):
+            raise ValueError(
+                f"start has the stages {schedule.to_dict()['stages']}; expected a keep_ratio in each, from first_layer "
+                f"{self.first_layer} on"
+            )
+        kept = torch.ones(number, dtype=torch.float64)
+        for stage in schedule.stages:
+            kept[stage.layer - self.first_layer :] = stage.keep_ratio
+        kept[-1] = 0.0  # the last share is that of all that is left
+        before = torch.cat([kept.new_ones(1), kept[:-1]])
+        return ((1 - _ELSEWHERE) * (before - kept) + _ELSEWHERE / number).log()
 
     def _check_criteria(self) -> None:
         for criterion in self.criteria:

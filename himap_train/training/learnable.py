@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from himap_train.checkpoint import read_schedule
+from himap_train.evaluation.schedule_argument import fit_preset, is_preset
 from himap_train.pruning.keep_ratio import KeepRatios
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.values import require_positive, require_share
@@ -29,6 +31,8 @@ class Learnable:
         warmup: Share of the optimizer steps over which the budget falls from 1.
         until: Share of the steps after which the ratios are frozen.
         step_size: How far the log shares move in a step.
+        start: Where the shares start: a schedule as for `model.schedule`, such as one of search_schedule.py; null: all
+            layers alike.
         tolerance: Neighbouring layers whose ratios differ by less share a stage when they are frozen.
     """
 
@@ -40,6 +44,7 @@ class Learnable:
     warmup: float = 0.2
     until: float = 0.6
     step_size: float = 0.2
+    start: str | dict[str, Any] | None = None
     tolerance: float = 0.03
 
     def check(self, schedule: PruningSchedule) -> None:
@@ -65,6 +70,12 @@ class Learnable:
         require_positive(f"{key}.step_size", self.step_size)
         require_share(f"{key}.tolerance", self.tolerance)
 
+    def _start(self, layers: int) -> PruningSchedule | None:
+        if self.start is None:
+            return None
+        schedule = read_schedule(self.start)
+        return fit_preset(schedule, layers) if is_preset(self.start) else schedule
+
     def check_possible(self, schedule: PruningSchedule, config: Any, tokens: tuple[int, int]) -> None:
         """Refuse layers that a decoder does not have and a budget that it cannot meet; as `ratios`, before training."""
         self.ratios(config, tokens)
@@ -79,7 +90,15 @@ class Learnable:
         switch = max(self.first_layer, layers // 4) if self.switch_layer is None else self.switch_layer
         try:
             return KeepRatios(
-                config, self.budget, self.first_layer, switch, self.shallow, self.deep, *tokens, self.step_size
+                config,
+                self.budget,
+                self.first_layer,
+                switch,
+                self.shallow,
+                self.deep,
+                *tokens,
+                self.step_size,
+                self._start(layers),
             )
         except ValueError as error:
             raise ValueError(
