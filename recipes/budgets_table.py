@@ -4,7 +4,7 @@ python recipes/budgets_table.py                          # about an hour and a h
 
 Every fine-tuning is the quickstart in bf16 with its own schedule. Choices (the training-free search, the grid) are made
 on validation scenes, the table on test scenes. The grid trains each of its candidates for a short while and takes the
-best; what learns its ratios does so within its one run. Runs that are there already are not repeated.
+best; what learns its ratios starts from the search's schedule, and learns within its one run. Runs that are there already are not repeated.
 """
 
 from __future__ import annotations
@@ -76,13 +76,18 @@ def main(
 
 def search(folder: Path, budgets: list[float]) -> dict[float, PruningSchedule]:
     """The schedules that `search_schedule.py` finds without training."""
-    files = {budget: folder / f"schedule-{budget:.2f}.yaml" for budget in budgets}
+    files = {budget: searched_file(folder.parent, budget) for budget in budgets}
     if not all(file.exists() for file in files.values()):
         command = [sys.executable, "recipes/search_schedule.py", "--data", SEARCHED_ON, "--output", str(folder)]
         subprocess.run(
             [*command, "--budgets", json.dumps(budgets), "--trials", "30", "--overwrite", "true"], check=True
         )
     return {budget: PruningSchedule.from_dict(yaml.safe_load(file.read_text())) for budget, file in files.items()}
+
+
+def searched_file(output: Path, budget: float) -> Path:
+    """Where the search leaves its schedule."""
+    return output / "search" / f"schedule-{budget:.2f}.yaml"
 
 
 def candidates(budget: float) -> list[PruningSchedule]:
@@ -128,7 +133,12 @@ def jobs(
     for seed in seeds:
         for budget, schedule in chosen.items():
             by_chance = PruningSchedule(tuple(PruningStage(s.layer, "random", s.keep_ratio) for s in schedule.stages))
-            at = ["--pruning.learnable.budget", str(budget)]
+            at = [
+                "--pruning.learnable.budget",
+                str(budget),
+                "--pruning.learnable.start",
+                str(searched_file(output, budget)),
+            ]
             yield output / f"learned-{budget}-{seed}", options(seed, steps, None, *learned, *at)
             yield output / f"grid-best-{budget}-{seed}", options(seed, steps, schedule)
             yield output / f"random-{budget}-{seed}", options(seed, steps, by_chance)

@@ -58,7 +58,7 @@ class KeepRatios:
         deep: str = "image",
         image_tokens: int = 576,
         text_tokens: int = 115,
-        step_size: float = 0.2,
+        step_size: float = 0.05,
         start: PruningSchedule | None = None,
     ) -> None:
         self.config = getattr(config, "text_config", config)
@@ -90,7 +90,7 @@ class KeepRatios:
             )
         kept = torch.ones(number, dtype=torch.float64)
         for stage in schedule.stages:
-            kept[stage.layer - self.first_layer :] = stage.keep_ratio
+            kept[stage.layer - self.first_layer :] = stage.keep_ratio or 0.0
         kept[-1] = 0.0  # the last share is that of all that is left
         before = torch.cat([kept.new_ones(1), kept[:-1]])
         return ((1 - _ELSEWHERE) * (before - kept) + _ELSEWHERE / number).log()

@@ -43,7 +43,7 @@ class Learnable:
     deep: str = "image"
     warmup: float = 0.2
     until: float = 0.6
-    step_size: float = 0.2
+    step_size: float = 0.05
     start: str | dict[str, Any] | None = None
     tolerance: float = 0.03
 
