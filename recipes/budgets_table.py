@@ -4,7 +4,8 @@ python recipes/budgets_table.py                          # about an hour and a h
 
 Every fine-tuning is the quickstart in bf16 with its own schedule. Choices (the training-free search, the grid) are made
 on validation scenes, the table on test scenes. The grid trains each of its candidates for a short while and takes the
-best; what learns its ratios starts from the search's schedule, and learns within its one run. Runs that are there already are not repeated.
+best; what learns its ratios starts from the search's schedule, and learns within its one run. Runs that are there
+already are not repeated.
 """
 
 from __future__ import annotations

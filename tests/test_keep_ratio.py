@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlavaConfig
 
+from himap_train import PruningSchedule, PruningStage
 from himap_train.pruning.keep_ratio import KeepRatios
 
 CONFIG = LlavaConfig(
@@ -141,6 +142,20 @@ def test_frozen_stages_are_few_and_ranked_by_their_layer() -> None:
     assert len(learner(0.5).freeze(tolerance=0.3).stages) < 5
 
 
+def test_a_start_is_where_the_ratios_begin() -> None:
+    """Its shape at its own cost, a tenth of the shares aside; nothing is impossible from there."""
+    stages = (PruningStage(3, "instruction", 0.5), PruningStage(7, "image", 0.2))
+    start = PruningSchedule(stages)
+    ratios = learner(start.cost(CONFIG, **TOKENS).flops_ratio, start=start)
+    expected = torch.tensor([1.0] * 3 + [0.5] * 4 + [0.2] * 5, dtype=torch.float64)
+    torch.testing.assert_close(ratios.ratios(), expected, atol=0.06, rtol=0)
+    for _ in range(300):
+        ratios.step(-torch.nn.functional.one_hot(torch.tensor(11), 12).double())
+    assert ratios.ratios()[11] > 0.4
+    found = [(stage.layer, stage.criterion) for stage in learner(0.5, start=start).freeze(0.05).stages]
+    assert found == [(3, "instruction"), (7, "image")]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -149,6 +164,8 @@ def test_frozen_stages_are_few_and_ranked_by_their_layer() -> None:
         ({"switch_layer": 12}, "switch_layer is 12; expected a layer of the decoder, 1 to 11"),
         ({"first_layer": 0}, "first_layer is 0"),
         ({"first_layer": 6}, "lies before first_layer"),
+        ({"start": PruningSchedule((PruningStage(1, "image", 0.5),))}, "from first_layer 2 on"),
+        ({"start": PruningSchedule((PruningStage(12, "image", 0.5),))}, "stage at layer 12"),
         ({"deep": "imge"}, "did you mean 'image'"),
     ],
 )

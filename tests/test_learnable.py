@@ -28,7 +28,8 @@ from himap_train.training.saving import AtomicCheckpointIO
 TOKENS = (16, 30)
 LEARNABLE = Learnable(budget=0.8, first_layer=1, switch_layer=3, warmup=0.25, until=0.75)
 NO_SCHEDULE = {"model": {"schedule": None}}
-SETTINGS = {"budget": 0.97, "first_layer": 1, "switch_layer": 2, "warmup": 0.2, "until": 0.7}
+START = {"stages": [{"layer": 1, "criterion": "instruction", "keep_ratio": 0.8}]}
+SETTINGS = {"start": START, "budget": 0.97, "first_layer": 1, "switch_layer": 2, "warmup": 0.2, "until": 0.7}
 
 
 @pytest.fixture(scope="module")
