@@ -139,6 +139,35 @@ def test_an_empty_schedule_is_compiled_too() -> None:
     assert graphs() == 1
 
 
+class Loss(torch.nn.Module):
+    """What Lightning's DDP strategy wraps: a module whose forward is the training step."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows: list[str]) -> Tensor:
+        case = make_case(self.model.get_base_model(), rows)
+        hidden = hidden_states(self.model, **case.inputs(labels=True))
+        return supervised_loss(hidden, case.labels, self.model.get_base_model().lm_head)[0]
+
+
+def test_under_ddp_with_gradient_checkpointing(tmp_path: Any) -> None:
+    """One process is enough: torch's DDP optimizer cuts the graphs of every compiled function that DDP runs."""
+    model = trained(checkpointing=True)
+    install_pruning(model, two_stages())
+    expected = Loss(model)(ROWS)
+    install_pruning(model, two_stages(), CompiledLayers(BACKEND))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        found = torch.nn.parallel.DistributedDataParallel(Loss(model))(ROWS)
+        found.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(found, expected, **GRADIENTS)
+    assert graphs() == SECTIONS
+
+
 def test_generation_compiles_the_prefill_alone() -> None:
     model = install_pruning(tiny_llava(layers=7), two_stages())
     case = make_case(model, ["t3 i16 t4", "t5 i12"], "left")

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,14 +73,14 @@ class CompiledLayers:
             given: Its keyword arguments. A KV cache is an empty one.
         """
         if not self._takes(layer, hidden, given):
-            return layer(hidden, **given)  # type: ignore[no-any-return]
+            return layer(hidden, **given)
         cache = given.get("past_key_values")
         if cache is None:
             return self._compiled(layer, hidden, given)
-        new = _NewKeys()
+        new, attention = _NewKeys(), cast(Any, layer.self_attn)
         hidden = self._compiled(layer, hidden, given | {"past_key_values": new})
         if new.keys is not None:
-            cache.update(new.keys, new.values, layer.self_attn.layer_idx)
+            cache.update(new.keys, new.values, attention.layer_idx)
         return hidden
 
     def rounded(self, length: int) -> int:
@@ -120,7 +120,7 @@ class _NewKeys:
 
 def _call(layer: nn.Module, hidden: Tensor, given: dict[str, Any]) -> Tensor:
     """What is compiled. A function of the layer, so that the code belongs to none of them."""
-    return layer(hidden, **given)  # type: ignore[no-any-return]
+    return layer(hidden, **given)
 
 
 def require_compiler(device: str) -> None:

@@ -77,7 +77,8 @@ class AdapterModule(LightningModule):
         self.train()
         if self.compiled is not None:
             require_compiler(self.device.type)
-            self.compiled.multiple = getattr(self.trainer.datamodule, "pad_to_multiple_of", None) or 1
+            data = getattr(self.trainer, "datamodule", None)
+            self.compiled.multiple = getattr(data, "pad_to_multiple_of", None) or 1
 
     def use_schedule(
         self, schedule: PruningSchedule, teacher: Teacher | None = None, ratios: Tensor | None = None
