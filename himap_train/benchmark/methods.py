@@ -140,13 +140,11 @@ def compilable(name: str) -> bool:
 
 
 def _compiled(method: Method) -> Method:
-    how = "; each layer through torch.compile" + (
-        ", but for those that report scores" if method.schedule.stages else ""
-    )
+    uncompiled = ", save those that report scores" if method.schedule.stages else ""
     return replace(
         method,
         name=method.name + COMPILED,
-        why=method.why + how,
+        why=f"{method.why}; each layer through torch.compile{uncompiled}",
         active=partial(_pruned, method.schedule, CompiledLayers(inference=True)),
         measures=MEASURES[:2],
     )

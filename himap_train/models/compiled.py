@@ -94,7 +94,8 @@ class CompiledLayers:
         if given.get("score_collector") is not None or not self._on():
             return False
         mask = given.get("attention_mask")
-        shape = (hidden.shape, None if mask is None else mask.shape, torch.is_grad_enabled(), layer.training)
+        wants = (torch.is_grad_enabled(), hidden.requires_grad, layer.training)
+        shape = (hidden.shape, None if mask is None else mask.shape, *wants)
         if shape not in self._shapes and len(self._shapes) < self.most:
             self._shapes.add(shape)
         elif shape not in self._shapes:

@@ -167,8 +167,8 @@ def _prefill(
         if states is not None:
             states.append(scatter_back(tokens.hidden, layout, length))
         collector = _collector(removals.get(number + 1), layout, always=ratios is not None)
-        given = call | ({"score_collector": collector} if collector else {})
-        tokens.hidden = _run(layer, tokens, given, pruning.compiled)
+        report = {"score_collector": collector} if collector else {}
+        tokens.hidden = _run(layer, tokens, call | report, pruning.compiled)
     pruning.last = seen
     for trace in pruning.traces:
         trace.kept = [[row[real].cpu() for row, real in zip(at.columns, at.valid, strict=True)] for at in layouts]
