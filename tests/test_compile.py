@@ -17,8 +17,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn.functional import pad
 
-from himap_train import PruningSchedule, install_pruning, remove_pruning
-from himap_train.benchmark.methods import find_method
+from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
 from himap_train.benchmark.sizes import build_model, find_size
 from himap_train.benchmark.workload import Workload, make_batch
 from himap_train.models.compiled import CompiledLayers, require_compiler
@@ -152,20 +151,26 @@ class Loss(torch.nn.Module):
         return supervised_loss(hidden, case.labels, self.model.get_base_model().lm_head)[0]
 
 
-def test_under_ddp_with_gradient_checkpointing(tmp_path: Any) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+def test_a_layer_stays_one_graph_under_ddp(checkpointing: bool, tmp_path: Any) -> None:
     """One process is enough: torch's DDP optimizer cuts the graphs of every compiled function that DDP runs."""
-    model = trained(checkpointing=True)
+    model, built = trained(checkpointing), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        built.append(graph)
+        return graph.forward
+
     install_pruning(model, two_stages())
     expected = Loss(model)(ROWS)
-    install_pruning(model, two_stages(), CompiledLayers(BACKEND))
+    install_pruning(model, two_stages(), CompiledLayers(backend))
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        found = torch.nn.parallel.DistributedDataParallel(Loss(model))(ROWS)
+        found = torch.nn.parallel.DistributedDataParallel(Loss(model), bucket_cap_mb=0.001)(ROWS)
         found.backward()
     finally:
         torch.distributed.destroy_process_group()
     torch.testing.assert_close(found, expected, **GRADIENTS)
-    assert graphs() == SECTIONS
+    assert len(built) == SECTIONS
 
 
 def test_generation_compiles_the_prefill_alone() -> None:
@@ -208,12 +213,12 @@ def test_cpu_attention_in_blocks_needs_no_code_of_its_own_for_each_layer() -> No
     model = build_model(find_size("tiny"))
     batch = make_batch(model, Workload(batch=1, image_tokens=200, text_before=5, text_after=12))
     given: dict[str, Any] = {"input_ids": batch.input_ids, **batch.images()}
-    plan = find_method("himap", 4).schedule
+    plan = PruningSchedule((PruningStage(1, "uniform", 0.9),))  # 217 and 197 tokens: two blocks of query rows
     with torch.no_grad():
         expected = install_pruning(model, plan)(**given).logits
         found = install_pruning(model, plan, CompiledLayers(BACKEND, inference=True))(**given).logits
     torch.testing.assert_close(found, expected, **STATES)
-    assert graphs() == 1  # layers 0 and 1 report scores, 2 and 3 are left
+    assert graphs() == 2
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,7 @@ class CompiledLayers:
         # Each shape has its code, so the number of shapes is the limit; dynamo's own would be 8.
         config.recompile_limit = max(config.recompile_limit, 2 * most)
         config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * most)
-        # DDP's optimizer cuts graphs at its buckets, and refuses gradient checkpointing inside them. A layer is a cut.
+        # DDP's optimizer cuts large graphs so that gradients are sent early. A layer is small enough as it is.
         config.optimize_ddp = False
         self._compiled = torch.compile(_call, backend=backend, dynamic=False)
 
