@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from torch.nn.functional import pad
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
+from himap_train.benchmark.methods import find_method
 from himap_train.benchmark.sizes import build_model, find_size
 from himap_train.benchmark.workload import Workload, make_batch
 from himap_train.models.compiled import CompiledLayers, require_compiler
@@ -219,6 +220,14 @@ def test_cpu_attention_in_blocks_needs_no_code_of_its_own_for_each_layer() -> No
         found = install_pruning(model, plan, CompiledLayers(BACKEND, inference=True))(**given).logits
     torch.testing.assert_close(found, expected, **STATES)
     assert graphs() == 2
+
+
+def test_benchmarked_by_name() -> None:
+    method, plain = find_method("himap+compile", 4), find_method("himap", 4)
+    assert (method.schedule, method.measures) == (plain.schedule, ("training_step", "prefill"))
+    for name in ("hf-trainer+compile", "masking+compile", "himap+compile+compile"):
+        with pytest.raises(ValueError, match="is unknown"):
+            find_method(name, 4)
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
