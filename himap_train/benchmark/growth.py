@@ -56,8 +56,8 @@ def fit_growth(axis: str, values: Sequence[int], rows: Sequence[Row]) -> list[Fi
     flops = [[row.workload.batch * row.flops[which] for row in rows if row.flops] for which in (0, 1)]
     times = [[row.dense_seconds.median for row in rows], [row.seconds.median for row in rows]]
     fits = [_fit(axis, rows[0].measure, "time", values, flops, times)]
-    if rows[0].measure == "training_step":
-        peaks = [[float(row.dense_peak) for row in rows], [float(row.peak) for row in rows]]
+    peaks = [[float(row.dense_peak or 0) for row in rows], [float(row.peak or 0) for row in rows]]
+    if rows[0].measure == "training_step" and all(peaks[1]):
         fits.append(_fit(axis, rows[0].measure, "memory", values, _token_layers(rows), peaks))
     return fits
 

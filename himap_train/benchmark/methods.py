@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from himap_train.benchmark.peers import (
 from himap_train.checkpoint import read_schedule
 from himap_train.evaluation.schedule_argument import fit_preset, is_preset
 from himap_train.models.attention import register_attention
+from himap_train.models.compiled import CompiledLayers
 from himap_train.models.llava import base_llava, change_schedule, install_pruning, remove_pruning
 from himap_train.pruning.presets import PRESETS
 from himap_train.pruning.schedule import PruningSchedule, PruningStage, nearest
@@ -30,6 +31,8 @@ HF_TRAINER = "hf-trainer"
 EVERY_LAYER = "every-layer"
 LEARNING = "learning"
 MEASURES = ("training_step", "prefill", "decode", "generate")
+COMPILED = "+compile"
+"""Behind the name of a schedule or of dense: the same, its layers through `torch.compile`. Decoding is not compiled."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Method:
 
 
 @contextmanager
-def _pruned(schedule: PruningSchedule, model: nn.Module) -> Iterator[None]:
-    install_pruning(model, schedule)
+def _pruned(schedule: PruningSchedule, compiled: CompiledLayers | None, model: nn.Module) -> Iterator[None]:
+    install_pruning(model, schedule, compiled)
     try:
         yield
     finally:
@@ -65,7 +68,7 @@ def _pruned(schedule: PruningSchedule, model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _learning(schedule: PruningSchedule, model: nn.Module) -> Iterator[None]:
     """As `_pruned`, with ratios that get a gradient."""
-    with _pruned(schedule, model):
+    with _pruned(schedule, None, model):
         kept = [1.0, *(stage.keep_ratio or 0.0 for stage in schedule.stages)]
         change_schedule(model, schedule, torch.tensor(kept, device=base_llava(model).device, requires_grad=True))
         yield
@@ -124,12 +127,14 @@ def find_method(name: str, layers: int) -> Method:
     """A method by its name, for a decoder of so many layers.
 
     Args:
-        name: One of `METHODS`, or a YAML file with a schedule.
+        name: One of `METHODS`, or a YAML file with a schedule; with `COMPILED` behind it where `compilable`.
         layers: Presets that are too deep are taken at the same relative depth.
 
     Raises:
         ValueError: There is no such method, or it keeps by attention mass.
     """
+    if name.endswith(COMPILED) and compilable(name.removesuffix(COMPILED)):
+        return _compiled(find_method(name.removesuffix(COMPILED), layers))
     if name in (DENSE, HF_TRAINER):
         measures = MEASURES if name == DENSE else MEASURES[:1]
         return Method(name, PruningSchedule(), _WHY[name], lambda model: nullcontext(), measures)
@@ -137,7 +142,7 @@ def find_method(name: str, layers: int) -> Method:
         schedule = _every_layer(layers)
         if name == LEARNING:
             return Method(name, schedule, _WHY[name], partial(_learning, schedule), MEASURES[:1])
-        return Method(name, schedule, _WHY[name], partial(_pruned, schedule))
+        return Method(name, schedule, _WHY[name], partial(_pruned, schedule, None))
     if name in _PEERS:
         peer = _PEERS[name]
         schedule = fit_preset(PruningSchedule.from_preset(peer.preset), layers)
@@ -155,7 +160,23 @@ def find_method(name: str, layers: int) -> Method:
             "tokens that stay: give keep_ratio of about what recipes/evaluate.py reports as kept"
         )
     schedule = fit_preset(schedule, layers) if is_preset(name) else schedule
-    return Method(name, schedule, _why(schedule), partial(_pruned, schedule))
+    return Method(name, schedule, _why(schedule), partial(_pruned, schedule, None))
+
+
+def compilable(name: str) -> bool:
+    """Whether `find_method` knows it with `COMPILED` behind it: all but other people's layer loops."""
+    return name != HF_TRAINER and name not in _PEERS and not name.endswith(COMPILED)
+
+
+def _compiled(method: Method) -> Method:
+    uncompiled = ", save those that report scores" if method.schedule.stages else ""
+    return replace(
+        method,
+        name=method.name + COMPILED,
+        why=f"{method.why}; each layer through torch.compile{uncompiled}",
+        active=partial(_pruned, method.schedule, CompiledLayers(inference=True)),
+        measures=MEASURES[:2],
+    )
 
 
 def _why(schedule: PruningSchedule) -> str:

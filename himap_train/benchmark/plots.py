@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
@@ -60,8 +61,8 @@ def _series(axis: str, found: Sequence[tuple[int, Row]], panels: Sequence[Axes])
         colour, name = f"C{number}", f"{key[0].replace('_', ' ')}, {key[1]}"
         times.plot(values, [row.seconds.median for row in rows], "o-", color=colour, label=name)
         times.plot(values, [row.dense_seconds.median for row in rows], "o--", color=colour, alpha=0.6)
-        memory.plot(values, [row.peak / 2**20 for row in rows], "o-", color=colour)
-        memory.plot(values, [row.dense_peak / 2**20 for row in rows], "o--", color=colour, alpha=0.6)
+        memory.plot(values, [_mib(row.peak) for row in rows], "o-", color=colour)
+        memory.plot(values, [_mib(row.dense_peak) for row in rows], "o--", color=colour, alpha=0.6)
         if rows[0].bound is not None:
             bounds = [row.bound or 0.0 for row in rows]
             low, middle, high = (
@@ -87,3 +88,7 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _mib(value: int | None) -> float:
+    return math.nan if value is None else value / 2**20

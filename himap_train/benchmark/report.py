@@ -124,8 +124,8 @@ def _series_cells(axis: str, found: Sequence[tuple[int, Row]]) -> tuple[list[str
             str(value),
             row.measure,
             *_timing_cells(row),
-            f"{row.peak / row.dense_peak:.3f}",
-            f"{row.kv / row.dense_kv:.3f}" if row.kv and row.dense_kv else "",
+            _ratio(row.peak, row.dense_peak),
+            _ratio(row.kv, row.dense_kv),
         ]
         for value, row in found
     ]
@@ -178,6 +178,10 @@ def spread(values: Spread, factor: float, digits: int) -> str:
     """Median with quartiles."""
     low, high = (f"{factor * value:.{digits}f}" for value in (values.low, values.high))
     return f"{factor * values.median:.{digits}f} [{low}, {high}]"
+
+
+def _ratio(value: int | None, dense: int | None) -> str:
+    return f"{value / dense:.3f}" if value and dense else ""
 
 
 def _number(value: float | None, factor: float, digits: int) -> str:

@@ -67,7 +67,10 @@ class CausalBlocks:
     def _mask(self, query: Tensor, keys: int) -> Tensor:
         """Minus infinity at keys behind each query row, (rows, keys), where the last row is that of the last key."""
         kind = (query.shape[2], keys, query.dtype)
-        if kind not in self._masks:
-            mask = torch.full(kind[:2], -torch.inf, dtype=query.dtype, device=query.device)
-            self._masks[kind] = mask.triu_(keys - kind[0] + 1)
+        # Compiled code would be made for the masks that are there already: it makes its own.
+        if torch.compiler.is_compiling() or kind not in self._masks:
+            mask = torch.full(kind[:2], -torch.inf, dtype=query.dtype, device=query.device).triu(keys - kind[0] + 1)
+            if torch.compiler.is_compiling():
+                return mask
+            self._masks[kind] = mask
         return self._masks[kind]

@@ -24,6 +24,7 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from himap_train.models.attention import ScoreCollector
 from himap_train.models.cache import mark_stage, stage_of
+from himap_train.models.compiled import CompiledLayers
 from himap_train.models.cpu_attention import CausalBlocks
 from himap_train.models.inputs import check_image_mask, check_inputs
 from himap_train.models.installed import InstalledPruning, PruneCounts
@@ -89,7 +90,7 @@ def pruned_forward(
         ValueError: On inputs that cannot be pruned correctly.
     """
     pruning: InstalledPruning = self.himap_pruning
-    if not pruning.schedule.stages:
+    if not pruning.schedule.stages and pruning.compiled is None:
         return type(self).forward(
             self,
             input_ids=input_ids,
@@ -145,8 +146,8 @@ def _prefill(
     start = _first_positions(tokens.positions, layout) if pruning.schedule.positions == "renumber" else None
     collector: ScoreCollector | None = None
     ratios = pruning.ratios if torch.is_grad_enabled() else None
-    # Only here: an empty schedule runs the stock forward, bit for bit.
-    call["causal_blocks"] = CausalBlocks() if pruning.cpu_blocks else None
+    # Not for an empty schedule: it runs what the stock forward runs.
+    call["causal_blocks"] = CausalBlocks() if pruning.cpu_blocks and pruning.schedule.stages else None
     for number, layer in enumerate(decoder.layers):
         if removal := removals.get(number):
             if removal.removes or ratios is not None:
@@ -167,7 +168,8 @@ def _prefill(
         if states is not None:
             states.append(scatter_back(tokens.hidden, layout, length))
         collector = _collector(removals.get(number + 1), layout, always=ratios is not None)
-        tokens.hidden = _run(layer, tokens, call | ({"score_collector": collector} if collector else {}))
+        report = {"score_collector": collector} if collector else {}
+        tokens.hidden = _run(layer, tokens, call | report, pruning.compiled)
     pruning.last = seen
     for trace in pruning.traces:
         trace.kept = [[row[real].cpu() for row, real in zip(at.columns, at.valid, strict=True)] for at in layouts]
@@ -206,7 +208,9 @@ def _remove(
     marginal = tokens.marginal
     if marginal is not None:
         keep, lengths = keep | marginal.shadow, lengths + marginal.shadows
-    longest = int(lengths.max())
+    longest, compiled = int(lengths.max()), decoder.himap_pruning.compiled
+    if compiled is not None:
+        longest = compiled.rounded(longest)
     index = compact(keep, longest)
     valid = torch.arange(longest, device=device) < lengths.to(device, non_blocking=True).unsqueeze(1)
     hidden = gather_tokens(tokens.hidden, index)
@@ -275,13 +279,12 @@ def _causal_mask(
     return create_causal_mask(decoder.config, hidden, attention_mask, cache, positions, layer_idx=layer)  # type: ignore[return-value]
 
 
-def _run(layer: nn.Module, tokens: _Tokens, call: dict[str, Any]) -> Tensor:
-    marginal = {} if tokens.marginal is None else {"marginal": tokens.marginal}
-    return layer(
-        tokens.hidden,
-        attention_mask=tokens.mask,
-        position_embeddings=tokens.rotary,
-        position_ids=tokens.positions,
+def _run(layer: nn.Module, tokens: _Tokens, call: dict[str, Any], compiled: CompiledLayers | None = None) -> Tensor:
+    given = {
+        "attention_mask": tokens.mask,
+        "position_embeddings": tokens.rotary,
+        "position_ids": tokens.positions,
         **call,
-        **marginal,
-    )
+        **({} if tokens.marginal is None else {"marginal": tokens.marginal}),
+    }
+    return layer(tokens.hidden, **given) if compiled is None else compiled(layer, tokens.hidden, given)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from himap_train.models.attention import PREFIX, register_attention
+from himap_train.models.compiled import CompiledLayers
 from himap_train.models.decoder import DECODERS, pruned_forward
 from himap_train.models.embeddings import merged_embeddings
 from himap_train.models.installed import InstalledPruning, PruningTrace
@@ -57,12 +58,13 @@ def pruning_of(model: nn.Module) -> InstalledPruning | None:
     return getattr(_decoder(model), "himap_pruning", None)
 
 
-def install_pruning(model: nn.Module, schedule: PruningSchedule) -> Any:
+def install_pruning(model: nn.Module, schedule: PruningSchedule, compiled: CompiledLayers | None = None) -> Any:
     """Prune image tokens inside the decoder of `model` from now on, in every forward and in `generate`.
 
     Args:
         model: A LlavaForConditionalGeneration or a PeftModel around one. A schedule that it has is replaced.
         schedule: What to remove where. Without stages the model computes bit for bit what the stock model does.
+        compiled: Calls the decoder's layers through `torch.compile`; None leaves them as they are.
 
     Returns:
         The same object.
@@ -79,7 +81,7 @@ def install_pruning(model: nn.Module, schedule: PruningSchedule) -> Any:
     remove_pruning(model)
     stock_attention = decoder.config._attn_implementation
     decoder.config._attn_implementation = register_attention(stock_attention)
-    decoder.himap_pruning = InstalledPruning(schedule, stock_attention)
+    decoder.himap_pruning = InstalledPruning(schedule, stock_attention, compiled=compiled)
     # Partials, not closures: a deep copy of the model then runs on the copy's own weights, and it can be pickled.
     decoder.forward = partial(pruned_forward, decoder)
     base.forward = partial(_llava_forward, base)

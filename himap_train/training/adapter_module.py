@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from himap_train.export.adapter import CHECKPOINT_KEY, adapter_facts
+from himap_train.models.compiled import CompiledLayers, require_compiler
 from himap_train.models.llava import base_llava, change_schedule, hidden_states, pruning_of
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.guard import check_pruned, check_trained_weights
@@ -40,9 +41,11 @@ class AdapterModule(LightningModule):
     Attributes:
         llava: None until it is loaded.
         schedule: What is saved with the adapter.
+        compiled: What calls the decoder's layers in training; None where they are not compiled.
     """
 
     schedule: PruningSchedule
+    compiled: CompiledLayers | None = None
     _running: PruningSchedule | None = None  # None: `schedule`
     _teacher: Teacher | None = None
 
@@ -64,6 +67,18 @@ class AdapterModule(LightningModule):
         if self.llava is not None:
             base_llava(self.llava).model.vision_tower.eval()
         return self
+
+    def on_fit_start(self) -> None:
+        """Hugging Face models load in evaluation mode, in which nothing is checkpointed and dropout is off.
+
+        Raises:
+            ValueError: What is to be compiled cannot be, on this machine.
+        """
+        self.train()
+        if self.compiled is not None:
+            require_compiler(self.device.type)
+            data = getattr(self.trainer, "datamodule", None)
+            self.compiled.multiple = getattr(data, "pad_to_multiple_of", None) or 1
 
     def use_schedule(
         self, schedule: PruningSchedule, teacher: Teacher | None = None, ratios: Tensor | None = None

@@ -45,7 +45,12 @@ from himap_train.training.saving import (
 )
 from himap_train.training.seeding import StepSeeds
 from himap_train.training.step_plan import SchedulePerStep
-from himap_train.training.strategies import refuse_spread_quantized, register_strategies, require_known
+from himap_train.training.strategies import (
+    refuse_spread_quantized,
+    refuse_uncompilable,
+    register_strategies,
+    require_known,
+)
 
 TRAINER_DEFAULTS = {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "enable_model_summary": False}
 AUTO, _LAST = "auto", "last"
@@ -103,6 +108,8 @@ class FinetuneCLI(LightningCLI):
         """Refuse what cannot work before anything is loaded."""
         require_known(self.config.trainer.strategy)
         refuse_spread_quantized(self.config.trainer.strategy, self.config.model.quantize)
+        if self.config.model.compile:
+            refuse_uncompilable(self.config.trainer, self.config.model.quantize, self.config.pruning.learnable)
         if self.config.trainer.accelerator == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed would look for a GPU
         if self.config.rehearse:

@@ -16,6 +16,7 @@ from transformers import LlavaProcessor
 
 from himap_train.checkpoint import read_schedule
 from himap_train.evaluation.schedule_argument import fit_preset, is_preset
+from himap_train.models.compiled import CompiledLayers
 from himap_train.models.embeddings import weights_are_spread
 from himap_train.models.llava import base_llava, install_pruning
 from himap_train.models.loading import load_llava
@@ -58,6 +59,7 @@ class LlavaFineTuner(AdapterModule):
         quantize: "4bit" stores the frozen decoder in 4 bits (QLoRA; needs bitsandbytes and CUDA), null as it is.
         loss_average: "token" averages over all tokens of an optimizer step, "batch" over micro-batches.
         loss_chunk: Supervised positions whose logits exist at a time; 0 for all at once.
+        compile: Train the decoder's layers through `torch.compile`, one by one. For batches of few lengths.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class LlavaFineTuner(AdapterModule):
         quantize: Quantize | None = None,
         loss_average: Literal["token", "batch"] = "token",
         loss_chunk: int = 1024,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.path = path
@@ -95,6 +98,7 @@ class LlavaFineTuner(AdapterModule):
         self.quantize = quantize
         self.loss_average = loss_average
         self.loss_chunk = loss_chunk
+        self.compiled = CompiledLayers() if compile else None
         self.processor: LlavaProcessor | None = None
         self._window = WindowMean()
         self._validation = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
@@ -116,7 +120,7 @@ class LlavaFineTuner(AdapterModule):
         if self.gradient_checkpointing:
             decoder.activation_checkpointing_enable({"use_reentrant": False})
         self.schedule = self.fitted_schedule(decoder.config.num_hidden_layers)
-        install_pruning(self.llava, self.schedule)
+        install_pruning(self.llava, self.schedule, self.compiled)
         self.train()
 
     def fitted_schedule(self, layers: int) -> PruningSchedule:
@@ -126,10 +130,6 @@ class LlavaFineTuner(AdapterModule):
     def _weights_dtype(self) -> torch.dtype:
         """Frozen weights in the trainer's precision; what is trained stays in fp32 (see `attach_lora`)."""
         return weights_dtype(str(self.trainer.precision) if self._trainer else "")
-
-    def on_fit_start(self) -> None:
-        """Hugging Face models load in evaluation mode, in which nothing is checkpointed and dropout is off."""
-        self.train()
 
     def on_train_start(self) -> None:
         """Give a resumed loader its place in the epoch back.

@@ -25,6 +25,7 @@ MAY_DIFFER = (
     "output",
     "evaluation",
     "keep",
+    "model.compile",  # the same to rounding
     "data.num_workers",
     "data.cache_image_features",
     "data.batch_size",  # with trainer.accumulate_grad_batches and the processes: the global batch, see check_same_order

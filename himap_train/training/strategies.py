@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import StrategyRegistry
 
+from himap_train.models.compiled import require_compiler
 from himap_train.models.quantize import Quantize
 from himap_train.training.deepspeed import ZeroStrategy
 
@@ -55,3 +57,26 @@ def refuse_spread_quantized(strategy: Any, quantize: Quantize | None) -> None:
             "be spread over processes. They are small enough for each GPU to hold all of them: --trainer.strategy "
             "deepspeed_stage_2 or ddp; or spread the weights as they are: --model.quantize null"
         )
+
+
+def refuse_uncompilable(trainer: Any, quantize: Quantize | None, learnable: Any) -> None:
+    """Raises ValueError where `model.compile` does not go with the rest of a config, or with this machine.
+
+    Args:
+        trainer: The section `trainer`.
+        quantize: The value of `model.quantize`.
+        learnable: That of `pruning.learnable`.
+    """
+    name = strategy_name(trainer.strategy)
+    against = None
+    if name not in ("auto", "single_device") and not name.startswith("ddp"):
+        against = (
+            f"trainer.strategy {name}, whose hooks it would have to follow into the layers: auto or ddp go with it"
+        )
+    elif quantize is not None:
+        against = f"model.quantize={quantize}, whose kernels it does not see"
+    elif learnable is not None:
+        against = "pruning.learnable, under which lengths change in every step and each layer ranks for the next"
+    if against:
+        raise ValueError(f"model.compile does not go with {against}. Train uncompiled: --model.compile false")
+    require_compiler("cuda" if trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
