@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from distributed import finish, free_port, kill_group, start, start_two, tails
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -219,6 +220,7 @@ def test_first_process_is_known_before_anything_is_set_up(
 
 def test_slurm_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {"NTASKS": "2", "NTASKS_PER_NODE": "2", "PROCID": "1", "LOCALID": "1", "NODEID": "0", "JOB_NAME": "long"}
+    monkeypatch.setattr(rank_zero_only, "rank", 0)  # Lightning notes the rank for the whole process
     for name, value in {**facts, "JOB_ID": "7", "NNODES": "1", "NODELIST": "node0"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     cli = FinetuneCLI(["--config", written(tmp_path, 2), "--trainer.devices", "2", "--trainer.strategy", "ddp"])
