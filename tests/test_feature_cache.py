@@ -25,7 +25,7 @@ from himap_train.models.image_features import encode, project, tower_features
 from himap_train.models.llava import base_llava
 from himap_train.models.tower import facts_key, tower_facts
 from himap_train.training.feature_cache import fill_feature_cache
-from himap_train.training.launch import AroundTraining
+from himap_train.training.launch import AroundTraining, FineTuneTrainer
 from himap_train.training.seeding import StepSeeds
 
 NAMES = tuple(f"{letter}.png" for letter in "abcdef")
@@ -74,7 +74,7 @@ def fit(tiny: str, data: str, folder: Path, cache: Any, **options: Any) -> Watch
     module = LlavaDataModule(data, None, batch_size=2, cache_image_features=cache, **options.pop("loading", {}))
     module.processor = tiny_processor()
     watch = Watch()
-    trainer = quiet_trainer(folder, max_epochs=2, **options)
+    trainer = quiet_trainer(folder, kind=FineTuneTrainer, max_epochs=2, **options)
     fill = AroundTraining(lambda: fill_feature_cache(trainer, model.peft_model, module), lambda: None)
     trainer.callbacks[:0] = [fill, StepSeeds(0), watch]
     trainer.fit(model, datamodule=module)

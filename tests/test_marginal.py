@@ -224,8 +224,10 @@ def test_sign_and_order_of_real_differences() -> None:
         )
         real[layer] = (up - down) / (2 * apart)
     found, real = found[1:5], real[1:5]
-    assert torch.equal(found.sign(), real.sign()), (found, real)
-    assert torch.equal(found.argsort(), real.argsort()) or float(torch.corrcoef(torch.stack([found, real]))[0, 1]) > 0.7
+    # Both are estimates from these questions: a difference that is small beside the largest may be noise.
+    large = real.abs() > 0.5 * real.abs().max()
+    assert large.sum() >= 2 and torch.equal(found.sign()[large], real.sign()[large]), (found, real)
+    assert found.argmin() == real.argmin() and float(torch.corrcoef(torch.stack([found, real]))[0, 1]) > 0.7
 
 
 @torch.no_grad()

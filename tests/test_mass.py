@@ -23,7 +23,7 @@ from torch import Tensor
 from himap_train import AttentionMass, PruningSchedule, PruningStage, install_pruning, record_pruning
 from himap_train.models.llava import hidden_states, pruning_of
 from himap_train.pruning.layout import TokenLayout, build_layout
-from himap_train.pruning.selection import plan_removals, select, settle_mass, tokens_for_mass
+from himap_train.pruning.selection import image_ranks, plan_removals, select, settle_mass, tokens_for_mass
 
 CRITERIA = ["instruction", "image", "image_debiased", "last_token"]
 TURNS = ("t2 i16 t4 a3 t5 i12 t3 a2", "t4 a2 t2 i16 t3 a4 t5 a2", "t1 i9 t2 a1 i7 i5 t3 a2", "t2 i16 t4 a3 t5 a2")
@@ -198,7 +198,8 @@ def test_no_smaller_set_holds_the_mass(groups: list[list[float]], mass: float, p
     row[layout.image] = torch.tensor([score for group in groups for score in group])
     stage = PruningStage(2, "instruction", keep=AttentionMass(mass))
     plan = settle_mass(plan_removals(PruningSchedule((stage,)), counts), 2, row, layout)
-    keep = select(row, layout, plan[2].after.current)
+    kept_counts = plan[2].after.current
+    keep = select(image_ranks(row, layout, kept_counts.shape[1]), layout, kept_counts)
     for number, group in enumerate(groups):
         mine = layout.image[0] & (layout.group[0] == number)
         kept, wanted = row[0, mine & keep[0]].double().tolist(), mass * sum(group) * (1 - 1e-8)
