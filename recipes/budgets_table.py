@@ -1,6 +1,6 @@
 """Accuracy against FLOPs: what each way of choosing layers and ratios is worth at five budgets, over several seeds.
 
-python recipes/budgets_table.py                          # about an hour and a half on two cores
+python recipes/budgets_table.py                          # about two and a half hours on two cores
 
 Every fine-tuning is the quickstart in bf16 with its own schedule. Choices (the training-free search, the grid) are made
 on validation scenes, the table on test scenes. The grid trains each of its candidates for a short while and takes the
@@ -27,6 +27,7 @@ from himap_train.evaluation.trade_off import Scores, point, save_trade_off
 from himap_train.experiments import METRICS, fine_tune_all, row_of, rows_of
 from himap_train.models.loading import load_llava
 from himap_train.pruning.schedule import PruningSchedule, PruningStage
+from himap_train.search.result import schedule_file
 
 CONFIGS = ["configs/quickstart.yaml", "configs/results.yaml"]
 VALIDATION, TEST = "embedded:validation?scenes=700&seed=5", "embedded:test?scenes=700&seed=11"
@@ -88,19 +89,15 @@ def search(folder: Path, budgets: list[float]) -> dict[float, PruningSchedule]:
 
 def searched_file(output: Path, budget: float) -> Path:
     """Where the search leaves its schedule."""
-    return output / "search" / f"schedule-{budget:.2f}.yaml"
+    return output / "search" / schedule_file(budget)
 
 
 def candidates(budget: float) -> list[PruningSchedule]:
     """The grid at a budget, in the paper's form: by the instruction at layer 1, by the image at a deeper one."""
     config = load_llava("embedded")[0].config
-    shapes = (PruningSchedule((first(0.6), PruningStage(deep, "image", 0.6 * share))) for deep, share in GRID)
+    shallow = PruningStage(1, "instruction", 0.6)
+    shapes = (PruningSchedule((shallow, PruningStage(deep, "image", 0.6 * share))) for deep, share in GRID)
     return [shape.at_budget(config, budget, *TOKENS) for shape in shapes]
-
-
-def first(ratio: float) -> PruningStage:
-    """The shallow stage."""
-    return PruningStage(1, "instruction", ratio)
 
 
 def options(seed: int, steps: int, schedule: PruningSchedule | None, *others: str, test: str = TEST) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from himap_train.evaluation.command_line import run_command
 from himap_train.evaluation.report import markdown_lines
+from himap_train.evaluation.trade_off import mean_and_spread
 from himap_train.experiments import fine_tune_all, rows_of
 
 CONFIGS = ["configs/quickstart.yaml", "configs/results.yaml"]
@@ -80,8 +81,7 @@ def tabulate(output: Path, seeds: list[int]) -> tuple[str, dict[str, Any]]:
         scores = {"overall": [100 * row["overall"]["score"] for row in rows]}
         scores |= {kind: [100 * row["types"][kind]["score"] for row in rows] for kind in types}
         tokens = " -> ".join(f"{count:.0f}" for count in (rows[0]["image_tokens"], *rows[0]["kept"]))
-        spread = f" ± {statistics.stdev(scores['overall']):.1f}" if len(rows) > 1 else ""
-        cells = [f"{statistics.mean(scores['overall']):.1f}{spread}"]
+        cells = [mean_and_spread(scores["overall"])]
         cells += [f"{statistics.mean(scores[kind]):.0f}" for kind in types]
         lines.append([name, tokens, f"{rows[0]['cost']['flops_ratio']:.2f}", *cells])
         figures[name] = {"scores": scores, "tokens": tokens, "cost": rows[0]["cost"], "schedule": rows[0]["schedule"]}

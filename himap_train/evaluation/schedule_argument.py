@@ -64,6 +64,17 @@ def is_preset(schedule: ScheduleArgument) -> bool:
     )
 
 
+def fitted_schedule(value: ScheduleArgument, layers: int) -> PruningSchedule:
+    """The schedule that a value names, for a decoder of so many layers: presets at the same relative depth.
+
+    Raises:
+        FileNotFoundError: A YAML file that is not there.
+        ValueError: It is unknown.
+    """
+    schedule = read_schedule(value)
+    return fit_preset(schedule, layers) if is_preset(value) else schedule
+
+
 def fit_preset(preset: PruningSchedule, layers: int) -> PruningSchedule:
     """The preset itself if the decoder has its layers, else the preset at the same relative depths."""
     deepest = max((stage.layer for stage in preset.stages), default=0)

@@ -103,9 +103,11 @@ class KeepRatios:
         """Keep ratio of each layer, (layers,) fp64, 1 before the first; their `flops_ratio` is the target."""
         return self._kept(self._shares())
 
-    def schedule(self) -> PruningSchedule:
-        """As it runs while ratios are learned: a stage at every layer from the first on."""
-        return PruningSchedule(self._stages(self.ratios().tolist()))
+    def schedule(self, ratios: Tensor) -> PruningSchedule:
+        """As `ratios()` run while they are learned: a stage at every layer from the first on."""
+        layers = range(self.first_layer, self.layers)
+        kept = ratios.tolist()
+        return PruningSchedule(tuple(PruningStage(layer, self._criterion(layer), kept[layer]) for layer in layers))
 
     def step(self, gradient: Tensor) -> None:
         """Move the shares against a gradient of the loss; one that is not finite moves nothing.
@@ -162,10 +164,6 @@ class KeepRatios:
 
     def _criterion(self, layer: int) -> str:
         return self.criteria[layer >= self.switch_layer]
-
-    def _stages(self, ratios: list[float]) -> tuple[PruningStage, ...]:
-        layers = range(self.first_layer, self.layers)
-        return tuple(PruningStage(layer, self._criterion(layer), ratios[layer]) for layer in layers)
 
     def _shares(self) -> Tensor:
         """Which share leaves at each layer, the last one never: the weights tilted to the target."""

@@ -1,11 +1,11 @@
 """The gradient of a keep ratio while tokens are really removed.
 
 A token that has left sends no gradient, so autograd sees no way in which the loss depends on a keep ratio. But moving a
-cut by a little moves the *marginal* tokens: the last that it keeps and the first that it drops. To first order the loss
-changes by its derivative by their weights in the softmax of the layer behind the cut, and a weight is a bias on the
-attention logits: 0 for what is kept, so far below zero for what is dropped that nothing of it is seen. So the first
-dropped tokens run through one more layer, hidden from all others, and the biases of both sides get a derivative by the
-ratio: half of the tokens that move, each. The forward pass is the hard removal, to rounding.
+cut by a little moves the *marginal* tokens: the last that it keeps and the first that it drops. The last that stay have
+a bias of zero on their attention logits, whose derivative is what the loss loses, to first order, when they go. The
+first that leave, the *shadows*, run through one more layer hidden from all others, and what adding one of them would
+change in each row's attention is added with the factor zero. Both sides get a derivative by the ratio: half of the
+tokens that move, each. The forward pass is the hard removal, to rounding.
 
 Both sides are needed. Where the loss is small it is flat: taking a token from an answer that is right and sure shows
 little at first, although taking more of them makes it wrong. Answers that are wrong for want of the dropped tokens show
@@ -30,7 +30,7 @@ from himap_train.pruning.selection import Removal, compact, gather_tokens, of_gr
 MARGINAL_SHARE = 0.05
 """Marginal tokens on each side as a share of the original image tokens: fewer are noisier, more are less marginal."""
 HIDDEN = -16.0
-"""Bias of the dropped side: its weight of 1e-7 is lost in rounding, its derivative is not (bf16 has fp32's range)."""
+"""Bias of the shadows: their weight of 1e-7 is lost in rounding, yet it can be read (bf16 has fp32's range)."""
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,9 @@ class LearnKeepRatios(Callback):
             schedule = pl_module.schedule
         else:
             self.ratios.target = self._target(step, int(trainer.estimated_stepping_batches))
-            leaf = self.ratios.ratios().to(device=pl_module.device, dtype=torch.float32)
-            self._leaf = leaf.requires_grad_()
-            schedule = self.ratios.schedule()
+            now = self.ratios.ratios()
+            self._leaf = now.to(device=pl_module.device, dtype=torch.float32).requires_grad_()
+            schedule = self.ratios.schedule(now)
         pl_module.use_schedule(schedule, ratios=self._leaf)
         self._log(pl_module, schedule)
 
@@ -112,7 +112,7 @@ class LearnKeepRatios(Callback):
     def _schedule_after(self, steps: int) -> PruningSchedule:
         """What is saved once so many steps are done: as it is learned, or frozen at the budget."""
         if steps < self._last:
-            return self.ratios.schedule()
+            return self.ratios.schedule(self.ratios.ratios())
         self.ratios.target = self.settings.budget
         return self.ratios.freeze(self.settings.tolerance)
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from himap_train.checkpoint import read_schedule
-from himap_train.evaluation.schedule_argument import fit_preset, is_preset
+from himap_train.evaluation.schedule_argument import fitted_schedule
 from himap_train.pruning.keep_ratio import KeepRatios
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.values import require_positive, require_share
@@ -71,10 +70,7 @@ class Learnable:
         require_share(f"{key}.tolerance", self.tolerance)
 
     def _start(self, layers: int) -> PruningSchedule | None:
-        if self.start is None:
-            return None
-        schedule = read_schedule(self.start)
-        return fit_preset(schedule, layers) if is_preset(self.start) else schedule
+        return None if self.start is None else fitted_schedule(self.start, layers)
 
     def check_possible(self, schedule: PruningSchedule, config: Any, tokens: tuple[int, int]) -> None:
         """Refuse layers that a decoder does not have and a budget that it cannot meet; as `ratios`, before training."""

@@ -6,11 +6,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from himap_train.checkpoint import read_schedule
 from himap_train.data.report import DataReport
 from himap_train.evaluation.budget import prompt_tokens, require_budget
 from himap_train.evaluation.compare import Row, compare
-from himap_train.evaluation.schedule_argument import fit_preset, is_preset
+from himap_train.evaluation.schedule_argument import fitted_schedule
 from himap_train.models.loading import resolve_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.cli import FinetuneCLI
@@ -73,10 +72,9 @@ def evaluated_schedule(cli: FinetuneCLI, config: Any) -> PruningSchedule:
     """That of the pruned rows, for a model of this config."""
     layers, given = config.text_config.num_hidden_layers, cli.settings.schedule
     if not given:
-        fitted: PruningSchedule = cli.model.fitted_schedule(layers)
-        return fitted
-    schedule = read_schedule(given)
-    return fit_preset(schedule, layers) if is_preset(given) else schedule
+        own: PruningSchedule = cli.model.fitted_schedule(layers)
+        return own
+    return fitted_schedule(given, layers)
 
 
 def model_config(cli: FinetuneCLI) -> Any:
