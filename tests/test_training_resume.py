@@ -116,6 +116,22 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_last_bit(
     assert all(torch.equal(value, straight[1][name]) for name, value in result.items())
 
 
+@pytest.mark.parametrize("stops", [(5, 2), (5, 5), (2, 2)], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"max_steps": 6}], ids=["by epochs", "by steps"])
+def test_interrupted_again_after_a_resume(
+    tiny_path: str, tmp_path: Path, straight: Any, stops: tuple[int, ...], kwargs: dict[str, Any]
+) -> None:
+    """Also where the first interruption ends an epoch: five batches."""
+    parts = [Losses(stop) for stop in stops]
+    for number, losses in enumerate(parts):
+        with pytest.raises(Interrupted):
+            run(tiny_path, tmp_path, losses, resume=number > 0, **kwargs)
+    parts.append(Losses())
+    result = state(*run(tiny_path, tmp_path, parts[-1], resume=True, **kwargs))
+    assert [step for losses in parts for step in losses.seen] == straight[0]
+    assert all(torch.equal(value, straight[1][name]) for name, value in result.items())
+
+
 class Crash(Losses):
     """A power cut: nothing is saved when it comes."""
 

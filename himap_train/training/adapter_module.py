@@ -136,5 +136,4 @@ class AdapterModule(LightningModule):
         check_trained_weights(set(checkpoint["state_dict"]), self.trained_names())
         if self._trainer:
             continue_in_this_split(checkpoint, getattr(self.trainer, "datamodule", None))
-            if self.trainer.max_steps != -1:
-                begin_next_epoch(checkpoint)
+            begin_next_epoch(checkpoint, by_steps=self.trainer.max_steps != -1)

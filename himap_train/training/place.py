@@ -10,21 +10,33 @@ import math
 from typing import Any
 
 
-def begin_next_epoch(checkpoint: dict[str, Any]) -> None:
-    """Let a run with `max_steps` go on with the next epoch from a checkpoint that was made at the end of one, in place.
+def begin_next_epoch(checkpoint: dict[str, Any], by_steps: bool) -> None:
+    """Let a run go on with the next epoch from a checkpoint that was made at the end of one, in place.
 
-    Lightning takes such an epoch for an unfinished one, ends it a second time, and loses count.
+    Lightning loses count there: of an epoch whose batches are done but which was not ended, it leaves the next one out
+    of its counters, so that a second interruption starts that one again; and with `max_steps` it ends an ended epoch a
+    second time.
+
+    Args:
+        checkpoint: Of Lightning.
+        by_steps: Whether `max_steps` ends the run.
     """
     loops = checkpoint.get("loops", {}).get("fit_loop")
     if not loops:
         return
     epoch, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-    now = epoch["current"]
-    if now["completed"] < now["processed"] == now["ready"]:
-        for counts in epoch.values():
-            counts["completed"] = counts["processed"]
-        batches["current"] = dict.fromkeys(batches["current"], 0)
-        batches["is_last_batch"] = False
+    epochs, now = epoch["current"], batches["current"]
+    not_ended = epochs["processed"] < epochs["ready"] and batches["is_last_batch"] and now["processed"] == now["ready"]
+    ended = epochs["completed"] < epochs["processed"] == epochs["ready"]
+    if not (ended if by_steps else not_ended):
+        return
+    for counts in epoch.values():
+        counts["completed"] = counts["processed"] = counts["ready"]
+    if now["completed"] < now["processed"]:  # interrupted within the last batch's hooks
+        batches["total"]["completed"] += 1
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+    batches["current"] = dict.fromkeys(now, 0)
+    batches["is_last_batch"] = False
 
 
 def continue_in_this_split(checkpoint: dict[str, Any], data: Any) -> None:
