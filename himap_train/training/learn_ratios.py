@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from himap_train.pruning.keep_ratio import KeepRatios
@@ -14,9 +14,10 @@ from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.launch import say
 from himap_train.training.learnable import Learnable
 from himap_train.training.progress import step_ended
+from himap_train.training.step_plan import OtherSchedules
 
 
-class LearnKeepRatios(Callback):
+class LearnKeepRatios(OtherSchedules):
     """Runs the ratios of each optimizer step, gives them the gradient of all ranks, freezes them in time.
 
     Args:
@@ -26,8 +27,6 @@ class LearnKeepRatios(Callback):
 
     def __init__(self, settings: Learnable, tokens_of: Callable[[tuple[int, int] | None], tuple[int, int]]) -> None:
         self.settings, self.tokens_of = settings, tokens_of
-        self.tokens: tuple[int, int] | None = None
-        """Image and text tokens of a typical sample, which the first process has counted."""
         self._ratios: KeepRatios | None = None
         self._saved: dict[str, Any] | None = None
         self._leaf: Tensor | None = None
@@ -92,14 +91,6 @@ class LearnKeepRatios(Callback):
             ratio = stages.get(layer, ratio)
             figures[f"keep_ratio/layer{layer:02d}"] = ratio
         pl_module.log_dict({**figures, "train/flops_ratio": self.ratios.target})
-
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """What is measured is what is saved."""
-        pl_module.use_schedule(pl_module.schedule)
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """The evaluation after training too."""
-        pl_module.use_schedule(pl_module.schedule)
 
     def state_dict(self) -> dict[str, Any]:
         """The shares and their moments."""

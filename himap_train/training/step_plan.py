@@ -42,8 +42,23 @@ class StepPlan(Protocol):
         """What the user is told when training starts."""
 
 
-class SchedulePerStep(Callback):
-    """Gives the module the schedule of each optimizer step, and its own back for everything else.
+class OtherSchedules(Callback):
+    """Training steps run other schedules than the module's own, which it has back for everything else."""
+
+    tokens: tuple[int, int] | None = None
+    """Image and text tokens of a typical sample, which the first process has counted."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """What is measured is what is saved."""
+        pl_module.use_schedule(pl_module.schedule)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """The evaluation after training too."""
+        pl_module.use_schedule(pl_module.schedule)
+
+
+class SchedulePerStep(OtherSchedules):
+    """Gives the module the schedule of each optimizer step.
 
     Args:
         make_plan: `(schedule, config, total=optimizer steps, tokens=tokens) -> StepPlan`, called on every rank when
@@ -52,8 +67,6 @@ class SchedulePerStep(Callback):
 
     def __init__(self, make_plan: Callable[..., StepPlan]) -> None:
         self.make_plan = make_plan
-        self.tokens: tuple[int, int] | None = None
-        """Image and text tokens of a typical sample, which the first process has counted."""
         self._plan: StepPlan | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -69,11 +82,3 @@ class SchedulePerStep(Callback):
         step = self._plan.at(trainer.global_step)
         pl_module.use_schedule(step.schedule, step.teacher)
         pl_module.log_dict(dict(step.figures), prog_bar=True)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """What is measured is what is saved."""
-        pl_module.use_schedule(pl_module.schedule)
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """The evaluation after training too."""
-        pl_module.use_schedule(pl_module.schedule)
