@@ -3,9 +3,10 @@
 python recipes/budgets_table.py                          # about two and a half hours on two cores
 
 Every fine-tuning is the quickstart in bf16 with its own schedule. Choices (the training-free search, the grid) are made
-on validation scenes, the table on test scenes. The grid trains each of its candidates for a short while and takes the
-best; what learns its ratios starts from the search's schedule, and learns within its one run. Runs that are there
-already are not repeated.
+on validation scenes, the table on test scenes. The grid has HiMAP's form, trains each of its candidates for a short
+while and takes the best. The search chooses each stage's criterion too; what learns its ratios starts from its schedule
+at the same budget, the elastic checkpoint has its layers and proportions at the middle one. Runs that are there already
+are not repeated.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ def main(
     grid = {budget: candidates(budget) for budget in budgets}
     fine_tune_all(dict(grid_jobs(output, grid, grid_steps)), workers)
     chosen = {budget: best_of(output, budget, len(grid[budget]), grid) for budget in budgets}
-    fine_tune_all(dict(jobs(output, chosen, seeds, steps, elastic_steps)), workers)
+    shape = searched[sorted(budgets)[len(budgets) // 2]]
+    fine_tune_all(dict(jobs(output, chosen, shape, seeds, steps, elastic_steps)), workers)
     scores = training_free(output / "training-free", budgets, searched) | adapted(output, budgets, seeds)
     named = {label: scores[name] for name, label in NAMES.items()}
     print(save_trade_off(output, named, dense_scores(output, seeds)))
@@ -81,9 +83,8 @@ def search(folder: Path, budgets: list[float]) -> dict[float, PruningSchedule]:
     files = {budget: searched_file(folder.parent, budget) for budget in budgets}
     if not all(file.exists() for file in files.values()):
         command = [sys.executable, "recipes/search_schedule.py", "--data", SEARCHED_ON, "--output", str(folder)]
-        subprocess.run(
-            [*command, "--budgets", json.dumps(budgets), "--trials", "30", "--overwrite", "true"], check=True
-        )
+        free = ["--criteria", "[instruction,image]", "--free-criteria", "true", "--trials", "40"]
+        subprocess.run([*command, *free, "--budgets", json.dumps(budgets), "--overwrite", "true"], check=True)
     return {budget: PruningSchedule.from_dict(yaml.safe_load(file.read_text())) for budget, file in files.items()}
 
 
@@ -122,9 +123,14 @@ def best_of(output: Path, budget: float, number: int, grid: dict[float, list[Pru
 
 
 def jobs(
-    output: Path, chosen: dict[float, PruningSchedule], seeds: list[int], steps: int, elastic_steps: int
+    output: Path,
+    chosen: dict[float, PruningSchedule],
+    shape: PruningSchedule,
+    seeds: list[int],
+    steps: int,
+    elastic_steps: int,
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Every fine-tuning of the table."""
+    """Every fine-tuning of the table: at each budget the grid's choice, and for all of them an elastic `shape`."""
     lengths = ["--pruning.image_tokens", str(TOKENS[0]), "--pruning.text_tokens", str(TOKENS[1])]
     learned = ["--config", "configs/learned.yaml", *lengths]
     elastic = ["--config", "configs/elastic.yaml", *lengths, "--evaluation.budgets", json.dumps(list(chosen))]
@@ -140,7 +146,7 @@ def jobs(
             yield output / f"learned-{budget}-{seed}", options(seed, steps, None, *learned, *at)
             yield output / f"grid-best-{budget}-{seed}", options(seed, steps, schedule)
             yield output / f"random-{budget}-{seed}", options(seed, steps, by_chance)
-        yield output / f"elastic-{seed}", options(seed, elastic_steps, QUICKSTART, *elastic)
+        yield output / f"elastic-{seed}", options(seed, elastic_steps, shape, *elastic)
         yield output / f"dense-{seed}", options(seed, steps, PruningSchedule())
 
 

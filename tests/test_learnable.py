@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from lightning.pytorch import Callback
 from test_pruning_cli import config, error_of, logged
 from tiny import tiny_llava, tiny_processor
 from training_toys import finetune, quiet_trainer, save_tiny, tuner
+from transformers import LlamaConfig
 
-from himap_train import PruningSchedule
+from himap_train import PruningSchedule, PruningStage
 from himap_train.checkpoint import load_checkpoint
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.llava import pruning_of
@@ -132,13 +134,44 @@ def test_a_run_of_the_command_line(tiny_path: str, tmp_path: Path) -> None:
 
 
 def test_rehearsal_learns_at_a_budget_that_the_small_model_can_meet(tiny_path: str, tmp_path: Path) -> None:
-    settings = SETTINGS | {"budget": 0.05, "first_layer": 4, "switch_layer": 12}
+    start = {"stages": [{"layer": 8, "criterion": "instruction", "keep_ratio": 0.5}]}
+    settings = SETTINGS | {"budget": 0.05, "first_layer": 4, "switch_layer": 12, "start": start}
     file = config(tiny_path, tmp_path, {"learnable": settings}, evaluation={"after": False}, **NO_SCHEDULE)
     assert finetune("--config", file, "--rehearse") == 0
     written = yaml.safe_load((tmp_path / "run-rehearsal" / "config.yaml").read_text())["pruning"]["learnable"]
     assert (written["first_layer"], written["switch_layer"]) == (1, 3) and 0.05 < written["budget"] < 0.5
+    assert [stage["layer"] for stage in written["start"]["stages"]] == [2]
 
 
+ONE = PruningStage(1, "image", 0.5)
+TWO = [ONE, PruningStage(4, "instruction", 0.2)]
+
+
+@pytest.mark.parametrize(
+    ("start", "given", "expected"),
+    [
+        (None, {}, (2, "instruction", "image")),
+        ([ONE], {}, (1, "image", "image")),
+        (TWO, {}, (4, "image", "instruction")),
+        (TWO, {"switch_layer": 3, "deep": "uniform"}, (3, "image", "uniform")),
+        ([*TWO, PruningStage(5, "image", 0.1)], {"switch_layer": 3, "shallow": "image", "deep": "uniform"}, None),
+    ],
+    ids=["nothing", "one criterion", "two", "given", "all given"],
+)
+def test_criteria_come_from_the_start(start: Any, given: dict[str, Any], expected: Any) -> None:
+    named = None if start is None else PruningSchedule(tuple(start)).to_dict()
+    settings = Learnable(budget=0.6, first_layer=1, start=named, **given)
+    config = LlamaConfig(num_hidden_layers=8, hidden_size=64, intermediate_size=128)
+    found = settings.ratios(SimpleNamespace(text_config=config), (100, 20))
+    assert (found.switch_layer, *found.criteria) == (expected or (3, "image", "uniform"))
+
+
+MIXED = {
+    "stages": [
+        {"layer": layer, "criterion": criterion, "keep_ratio": 1 - layer / 10}
+        for layer, criterion in ((1, "image"), (2, "instruction"), (3, "image"))
+    ]
+}
 STAGES = {"model": {"schedule": {"stages": [{"layer": 1, "criterion": "image", "keep_count": 4}]}}}
 
 
@@ -156,6 +189,7 @@ STAGES = {"model": {"schedule": {"stages": [{"layer": 1, "criterion": "image", "
         ({"until": 0.1}, NO_SCHEDULE, "pruning.learnable.until is 0.1 and pruning.learnable.warmup 0.2"),
         ({"warmup": -1}, NO_SCHEDULE, "pruning.learnable.warmup is -1"),
         ({"step_size": 0}, NO_SCHEDULE, "pruning.learnable.step_size is 0"),
+        ({"start": MIXED, "switch_layer": None}, NO_SCHEDULE, "ranks by image, instruction, image in turn"),
         ({"shallow": "instructions"}, NO_SCHEDULE, "did you mean 'instruction'"),
         ({"budgt": 0.5}, NO_SCHEDULE, "pruning.learnable.budget"),
     ],

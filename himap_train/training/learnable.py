@@ -24,22 +24,23 @@ class Learnable:
     Args:
         budget: `flops_ratio` of the whole prefill, text included, that is met in the end.
         first_layer: First layer at whose input tokens may leave.
-        switch_layer: From this layer on `deep` ranks, before it `shallow`; null for a quarter of the depth.
-        shallow: Criterion of the shallow layers.
-        deep: Criterion of the deep layers.
+        switch_layer: From this layer on `deep` ranks, before it `shallow`; null: where the criterion of `start`
+            changes, without a start at a quarter of the depth.
+        shallow: Criterion of the shallow layers; null: that of the first stage of `start`, without one "instruction".
+        deep: Criterion of the deep layers; null: that of the last stage of `start`, without one "image".
         warmup: Share of the optimizer steps over which the budget falls from 1.
         until: Share of the steps after which the ratios are frozen.
         step_size: How far the log shares move in a step.
-        start: Where the shares start: a schedule as for `model.schedule`, such as one of search_schedule.py; null: all
-            layers alike.
+        start: Where the shares start, and by what tokens rank: a schedule as for `model.schedule`, such as one of
+            search_schedule.py; null: all layers alike, and HiMAP's criteria.
         tolerance: Neighbouring layers whose ratios differ by less share a stage when they are frozen.
     """
 
     budget: float
     first_layer: int = 2
     switch_layer: int | None = None
-    shallow: str = "instruction"
-    deep: str = "image"
+    shallow: str | None = None
+    deep: str | None = None
     warmup: float = 0.2
     until: float = 0.6
     step_size: float = 0.05
@@ -83,20 +84,29 @@ class Learnable:
             ValueError: A layer outside the decoder, an unknown criterion, or a budget that cannot be met.
         """
         layers = config.text_config.num_hidden_layers
-        switch = max(self.first_layer, layers // 4) if self.switch_layer is None else self.switch_layer
+        start = self._start(layers)
         try:
-            return KeepRatios(
-                config,
-                self.budget,
-                self.first_layer,
-                switch,
-                self.shallow,
-                self.deep,
-                *tokens,
-                self.step_size,
-                self._start(layers),
-            )
+            ranks = self._switch_and_criteria(start, layers)
+            return KeepRatios(config, self.budget, self.first_layer, *ranks, *tokens, self.step_size, start)
         except ValueError as error:
             raise ValueError(
                 f"pruning.learnable: {error} (for a sample of {tokens[0]} image and {tokens[1]} text tokens)"
             ) from error
+
+    def _switch_and_criteria(self, start: PruningSchedule | None, layers: int) -> tuple[int, str, str]:
+        """What is given; for the rest what ranks in `start`, or in HiMAP."""
+        if start is None or not start.stages:
+            switch, shallow, deep = max(self.first_layer, layers // 4), "instruction", "image"
+        else:
+            found = [stage.criterion for stage in start.stages]
+            changes = [
+                stage.layer for stage, before in zip(start.stages[1:], found, strict=False) if stage.criterion != before
+            ]
+            if len(changes) > 1 and None in (self.switch_layer, self.shallow, self.deep):
+                raise ValueError(
+                    f"start ranks by {', '.join(found)} in turn; what is learned ranks by one criterion before a layer "
+                    "and by one from there on: give switch_layer, shallow and deep, or another start"
+                )
+            switch, shallow, deep = changes[0] if changes else self.first_layer, found[0], found[-1]
+        given = self.switch_layer
+        return switch if given is None else given, self.shallow or shallow, self.deep or deep

@@ -86,6 +86,8 @@ def _learnable(config: Namespace, small: Any, scaled: bool) -> None:
     for key in ("first_layer", "switch_layer") if scaled else ():
         if learnable[key] is not None:
             learnable[key] = max(1, round(learnable[key] * layers / PRESET_LAYERS))
+    if scaled and learnable.start is not None:
+        learnable.start = read_schedule(learnable.start).scaled_to(layers).to_dict()
     if 1 <= learnable.first_layer < layers and 0.0 < learnable.budget < 1.0:  # else refused later, with a message
         nothing = PruningSchedule((PruningStage(learnable.first_layer, "uniform", 0.0),))
         least = nothing.cost(small, tokens_of_image(small), _MOST_TEXT).flops_ratio
