@@ -26,7 +26,7 @@ from himap_train.models.quantize import Quantize
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.adapter_module import AdapterModule, Teacher
 from himap_train.training.averaging import WindowMean
-from himap_train.training.optim import adamw, cosine_with_warmup, parameter_groups
+from himap_train.training.optim import cosine_with_warmup, parameter_groups
 from himap_train.training.progress import step_ended
 
 _WEIGHTS = {"bf16": torch.bfloat16, "16": torch.float16}
@@ -195,6 +195,6 @@ class LlavaFineTuner(AdapterModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over LoRA and projector, each with its own rate; cosine with warm-up, stepped each optimizer step."""
         groups = parameter_groups(self.peft_model, **self.rates)
-        optimizer = adamw(groups, self.betas, scaled=str(self.trainer.precision) == "16-mixed")
+        optimizer = torch.optim.AdamW(groups, betas=self.betas)
         scheduler = cosine_with_warmup(optimizer, self.trainer.estimated_stepping_batches, self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

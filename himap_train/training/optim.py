@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
@@ -40,20 +38,6 @@ def parameter_groups(
     if not groups:
         raise ValueError("nothing is trainable: attach LoRA or train the projector")
     return list(groups.values())
-
-
-def adamw(groups: Iterable[Any], betas: tuple[float, float] = (0.9, 0.999), *, scaled: bool = False) -> AdamW:
-    """AdamW with one kernel for all parameters where there is one, as the Hugging Face trainer has it.
-
-    Args:
-        groups: Parameters, or groups of them.
-        betas: Decay rates of the moments.
-        scaled: Gradients are scaled up (fp16 under a gradient scaler). That kernel would scale them back itself, and
-            then Lightning refuses to clip them before.
-    """
-    groups = list(groups)
-    parameters = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
-    return AdamW(groups, betas=betas, fused=not scaled and all(p.device.type in ("cpu", "cuda") for p in parameters))
 
 
 def cosine_with_warmup(optimizer: torch.optim.Optimizer, total_steps: float, warmup_ratio: float) -> LambdaLR:
