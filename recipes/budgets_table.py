@@ -41,6 +41,7 @@ NAMES = {
     "free": "HiMAP, training-free",
     "search": "training-free search",
     "grid": "adapted, grid search",
+    "searched": "adapted, the search's schedule",
     "learned": "adapted, learned ratios",
     "elastic": "elastic, one checkpoint",
     "random": "adapted, random selection",
@@ -71,8 +72,7 @@ def main(
     grid = {budget: candidates(budget) for budget in budgets}
     fine_tune_all(dict(grid_jobs(output, grid, grid_steps)), workers)
     chosen = {budget: best_of(output, budget, len(grid[budget]), grid) for budget in budgets}
-    shape = searched[sorted(budgets)[len(budgets) // 2]]
-    fine_tune_all(dict(jobs(output, chosen, shape, seeds, steps, elastic_steps)), workers)
+    fine_tune_all(dict(jobs(output, chosen, searched, seeds, steps, elastic_steps)), workers)
     scores = training_free(output / "training-free", budgets, searched) | adapted(output, budgets, seeds)
     named = {label: scores[name] for name, label in NAMES.items()}
     print(save_trade_off(output, named, dense_scores(output, seeds)))
@@ -125,15 +125,16 @@ def best_of(output: Path, budget: float, number: int, grid: dict[float, list[Pru
 def jobs(
     output: Path,
     chosen: dict[float, PruningSchedule],
-    shape: PruningSchedule,
+    searched: dict[float, PruningSchedule],
     seeds: list[int],
     steps: int,
     elastic_steps: int,
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Every fine-tuning of the table: at each budget the grid's choice, and for all of them an elastic `shape`."""
+    """Every fine-tuning of the table."""
     lengths = ["--pruning.image_tokens", str(TOKENS[0]), "--pruning.text_tokens", str(TOKENS[1])]
     learned = ["--config", "configs/learned.yaml", *lengths]
     elastic = ["--config", "configs/elastic.yaml", *lengths, "--evaluation.budgets", json.dumps(list(chosen))]
+    shape = searched[sorted(searched)[len(searched) // 2]]
     for seed in seeds:
         for budget, schedule in chosen.items():
             by_chance = PruningSchedule(tuple(PruningStage(s.layer, "random", s.keep_ratio) for s in schedule.stages))
@@ -144,6 +145,7 @@ def jobs(
                 str(searched_file(output, budget)),
             ]
             yield output / f"learned-{budget}-{seed}", options(seed, steps, None, *learned, *at)
+            yield output / f"searched-{budget}-{seed}", options(seed, steps, searched[budget])
             yield output / f"grid-best-{budget}-{seed}", options(seed, steps, schedule)
             yield output / f"random-{budget}-{seed}", options(seed, steps, by_chance)
         yield output / f"elastic-{seed}", options(seed, elastic_steps, shape, *elastic)
@@ -171,7 +173,7 @@ def score_of(folder: Path, name: str) -> float:
 
 def adapted(output: Path, budgets: list[float], seeds: list[int]) -> Scores:
     """What was fine-tuned under pruning."""
-    folders = {"grid": "grid-best", "learned": "learned", "random": "random"}
+    folders = {"grid": "grid-best", "searched": "searched", "learned": "learned", "random": "random"}
     scores: Scores = {
         name: {
             budget: [point(row_of(output / f"{folder}-{budget}-{seed}", "adapted pruned")) for seed in seeds]

@@ -61,9 +61,10 @@ def test_the_best_candidate_is_taken(recipe: Any, tmp_path: Path) -> None:
 
 def test_runs_of_one_seed_differ_in_the_schedule_alone(recipe: Any, tmp_path: Path) -> None:
     schedule = recipe.candidates(0.55)[0]
-    found = dict(recipe.jobs(tmp_path, {0.55: schedule}, recipe.QUICKSTART, [1], 300, 600))
+    found = dict(recipe.jobs(tmp_path, {0.55: schedule}, {0.55: recipe.QUICKSTART}, [1], 300, 600))
     assert [folder.name for folder in found] == [
         "learned-0.55-1",
+        "searched-0.55-1",
         "grid-best-0.55-1",
         "random-0.55-1",
         "elastic-1",
