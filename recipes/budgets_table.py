@@ -83,7 +83,7 @@ def search(folder: Path, budgets: list[float]) -> dict[float, PruningSchedule]:
     files = {budget: searched_file(folder.parent, budget) for budget in budgets}
     if not all(file.exists() for file in files.values()):
         command = [sys.executable, "recipes/search_schedule.py", "--data", SEARCHED_ON, "--output", str(folder)]
-        free = ["--criteria", "[instruction,image]", "--free-criteria", "true", "--trials", "40"]
+        free = ["--free-criteria", "true", "--trials", "40"]
         subprocess.run([*command, *free, "--budgets", json.dumps(budgets), "--overwrite", "true"], check=True)
     return {budget: PruningSchedule.from_dict(yaml.safe_load(file.read_text())) for budget, file in files.items()}
 
