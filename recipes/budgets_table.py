@@ -118,7 +118,7 @@ def grid_jobs(output: Path, grid: dict[float, list[PruningSchedule]], steps: int
 
 def best_of(output: Path, budget: float, number: int, grid: dict[float, list[PruningSchedule]]) -> PruningSchedule:
     """The candidate of the best accuracy; the first of equals."""
-    scores = [score_of(output / f"grid-{budget}-{place}", "adapted pruned") for place in range(number)]
+    scores = [score for _, score in points(output, f"grid-{budget}", list(range(number)))]
     return grid[budget][max(range(number), key=lambda place: scores[place])]
 
 
@@ -138,13 +138,9 @@ def jobs(
     for seed in seeds:
         for budget, schedule in chosen.items():
             by_chance = PruningSchedule(tuple(PruningStage(s.layer, "random", s.keep_ratio) for s in schedule.stages))
-            at = [
-                "--pruning.learnable.budget",
-                str(budget),
-                "--pruning.learnable.start",
-                str(searched_file(output, budget)),
-            ]
-            yield output / f"learned-{budget}-{seed}", options(seed, steps, None, *learned, *at)
+            at = {"budget": budget, "start": searched_file(output, budget)}
+            settings = [part for key, value in at.items() for part in (f"--pruning.learnable.{key}", str(value))]
+            yield output / f"learned-{budget}-{seed}", options(seed, steps, None, *learned, *settings)
             yield output / f"searched-{budget}-{seed}", options(seed, steps, searched[budget])
             yield output / f"grid-best-{budget}-{seed}", options(seed, steps, schedule)
             yield output / f"random-{budget}-{seed}", options(seed, steps, by_chance)
@@ -166,34 +162,28 @@ def training_free(folder: Path, budgets: list[float], searched: dict[float, Prun
     return {name: {budget: [by_name[f"{name} {budget}"]] for budget in budgets} for name in ("free", "search")}
 
 
-def score_of(folder: Path, name: str) -> float:
-    """Accuracy in %."""
-    return point(row_of(folder, name))[1]
+def points(output: Path, run: str, seeds: list[int], row: str = "adapted pruned") -> list[tuple[float, float]]:
+    """`flops_ratio` and accuracy in % of one row of a run, for each seed."""
+    return [point(row_of(output / f"{run}-{seed}", row)) for seed in seeds]
 
 
 def adapted(output: Path, budgets: list[float], seeds: list[int]) -> Scores:
     """What was fine-tuned under pruning."""
-    folders = {"grid": "grid-best", "searched": "searched", "learned": "learned", "random": "random"}
+    runs = {"grid": "grid-best", "searched": "searched", "learned": "learned", "random": "random"}
     scores: Scores = {
-        name: {
-            budget: [point(row_of(output / f"{folder}-{budget}-{seed}", "adapted pruned")) for seed in seeds]
-            for budget in budgets
-        }
-        for name, folder in folders.items()
+        name: {budget: points(output, f"{run}-{budget}", seeds) for budget in budgets} for name, run in runs.items()
     }
-    scores["elastic"] = {
-        budget: [point(row_of(output / f"elastic-{seed}", f"adapted pruned at {budget}")) for seed in seeds]
-        for budget in budgets
-    }
+    scores["elastic"] = {budget: points(output, "elastic", seeds, f"adapted pruned at {budget}") for budget in budgets}
     return scores
 
 
 def dense_scores(output: Path, seeds: list[int]) -> dict[str, list[float]]:
     """Without pruning."""
-    return {
-        "dense fine-tuned": [score_of(output / f"dense-{seed}", "fine-tuned dense") for seed in seeds],
-        "elastic, run dense": [score_of(output / f"elastic-{seed}", "adapted, evaluated dense") for seed in seeds],
+    rows = {
+        "dense fine-tuned": points(output, "dense", seeds, "fine-tuned dense"),
+        "elastic, run dense": points(output, "elastic", seeds, "adapted, evaluated dense"),
     }
+    return {name: [score for _, score in at] for name, at in rows.items()}
 
 
 if __name__ == "__main__":
