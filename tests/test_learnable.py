@@ -117,6 +117,18 @@ def test_a_resumed_run_learns_the_same(tiny_path: str, tmp_path: Path) -> None:
     assert all(torch.equal(value, weights[name]) for name, value in resumed.named_parameters())
 
 
+def test_a_run_that_was_at_its_end_keeps_what_it_learned(tiny_path: str, tmp_path: Path) -> None:
+    """Cut in its last micro-batch, then resumed, and resumed again: nothing is trained any more."""
+    expected = fit(tiny_path, tmp_path / "straight", Seen()).schedule
+    with pytest.raises(Interrupted):
+        fit(tiny_path, tmp_path / "cut", Seen(stop=16))
+    for _ in range(2):
+        seen = Seen()
+        model = fit(tiny_path, tmp_path / "cut", seen, resume=True)
+        assert expected.stages and model.schedule == expected == pruning_of(model.peft_model).schedule
+        assert not seen.losses
+
+
 def test_a_run_of_the_command_line(tiny_path: str, tmp_path: Path) -> None:
     """The frozen schedule is in the run folder, the adapter and the table; the ratios are in the log."""
     file = config(tiny_path, tmp_path, {"learnable": SETTINGS}, **NO_SCHEDULE)

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from himap_train.export.adapter import CHECKPOINT_KEY
 from himap_train.pruning.keep_ratio import KeepRatios
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.launch import say
@@ -95,6 +96,11 @@ class LearnKeepRatios(OtherSchedules):
     def state_dict(self) -> dict[str, Any]:
         """The shares and their moments."""
         return self.ratios.state_dict() if self._ratios else {}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """The schedule that was saved with the weights: a run that is at its end does not start training again."""
+        pl_module.schedule = PruningSchedule.from_dict(checkpoint[CHECKPOINT_KEY]["schedule"])
+        pl_module.use_schedule(pl_module.schedule)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Comes before training starts."""
