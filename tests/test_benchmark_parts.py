@@ -25,7 +25,7 @@ from himap_train.benchmark.peers import (
     pyramiddrop_ranking,
 )
 from himap_train.benchmark.predicted import predict
-from himap_train.benchmark.run import Row
+from himap_train.benchmark.row import Row
 from himap_train.benchmark.series import AXES, points
 from himap_train.benchmark.sizes import SIZES, build_model, find_size, model_config
 from himap_train.benchmark.tasks import inference_task
@@ -150,7 +150,7 @@ def test_every_method_says_why_it_costs_what_it_costs() -> None:
 def row(value: int, seconds: float, dense_seconds: float, flops: tuple[float, float], method: str = "himap") -> Row:
     one, dense = Spread.of([seconds]), Spread.of([dense_seconds])
     work = Workload(image_tokens=value)
-    return Row("prefill", method, "", work, 12, one, dense, Spread.of([1.0]), None, flops, 1, 1, None, None, 1.0)
+    return Row("prefill", method, "", work, 12, one, dense, Spread.of([1.0]), None, None, flops, 1, 1, None, None, 1.0)
 
 
 def test_a_fit_finds_fixed_time_and_rate() -> None:
@@ -175,6 +175,23 @@ def test_bounds_are_those_of_the_cost_model() -> None:
     dense = PruningSchedule().cost(config).kv_bytes
     ratio = decode_ratio(schedule, config, Workload(), weights=dense, bytes_per_value=2)
     assert ratio == pytest.approx((1 + cost.kv_bytes_ratio) / 2)
+
+
+@pytest.mark.parametrize("measure", ["prefill", "training_step"])
+def test_a_causal_bound_leaves_out_what_is_hidden(measure: str) -> None:
+    """Pair by pair of query and key, for one layer after the other."""
+    config, workload = llava_7b(), Workload(image_tokens=20, text_before=3, text_after=6)
+    text = config.text_config
+    schedule = PruningSchedule((PruningStage(2, "uniform", 0.5), PruningStage(20, "uniform", 0.1)))
+    full, causal = (
+        step_flops(measure, schedule, config, workload, lora_parameters=[0] * 32, causal=causal)
+        for causal in (False, True)
+    )
+    pairs = 0
+    for tokens in [29] * 2 + [19] * 18 + [11] * 12:
+        pairs += sum(1 for query in range(tokens) for key in range(tokens) if key > query)
+    products = 2 if measure == "prefill" else 7  # of scores and values; a flash kernel's backward has five
+    assert full - causal == pytest.approx(products * 2 * pairs * text.hidden_size)
 
 
 def test_cache_and_weights_are_counted_in_bytes() -> None:

@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from himap_train.benchmark.growth import Fit, fit_growth
 from himap_train.benchmark.methods import DENSE, MEASURES, find_method
-from himap_train.benchmark.run import Bench, Row, Settings
+from himap_train.benchmark.row import Row
+from himap_train.benchmark.run import Bench, Settings
 from himap_train.benchmark.series import points
 from himap_train.benchmark.workload import Workload
 from himap_train.pruning.schedule import nearest

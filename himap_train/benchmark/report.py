@@ -11,14 +11,14 @@ from typing import Any
 from himap_train.benchmark.growth import Fit
 from himap_train.benchmark.plots import draw_series, draw_table
 from himap_train.benchmark.predicted import GPUS, SUSTAINED, Prediction
-from himap_train.benchmark.run import Row
+from himap_train.benchmark.row import Row
 from himap_train.benchmark.timing import Spread
 from himap_train.evaluation.report import json_ready, markdown_lines
 from himap_train.storage import atomic_file
 
 FILES = ("benchmark.json", "benchmark.md", "methods.png", "series.png")
 MIB = 2**20
-_TIMING = ("method", "ms", "dense, ms", "ratio", "bound", "efficiency")
+_TIMING = ("method", "ms", "dense, ms", "ratio", "bound", "efficiency", "causal bound", "efficiency")
 
 
 @dataclass
@@ -93,14 +93,16 @@ def _facts(facts: dict[str, Any]) -> str:
         f"# Benchmark\n\n`{facts['command']}`\n\n{machine}; {versions}; load average {place['load']} before, "
         f"{facts['load_after']} after.\n\n{shown}.\n\nEvery method is timed in pairs with dense: medians, quartiles in "
         "brackets. `bound`: the ratio by FLOPs (training step, prefill) or by bytes read (decode); `efficiency`: "
-        "bound / time ratio. A decode time is that of one token. Peaks leave weights and inputs out.\n"
+        "bound / time ratio. `causal bound`: by the FLOPs that the causal mask does not hide. A decode time is "
+        "that of one token. Peaks leave weights and inputs out.\n"
     )
 
 
 def _timing_cells(row: Row) -> list[str]:
-    """Method, times, ratio, bound and efficiency, as in `_TIMING`."""
+    """Method, times, ratio, bounds and efficiencies, as in `_TIMING`."""
     times = [spread(row.seconds, 1000, 2), spread(row.dense_seconds, 1000, 2), spread(row.ratio, 1, 3)]
-    return [row.method, *times, _number(row.bound, 1, 3), _number(row.efficiency, 1, 3)]
+    bounds = (row.bound, row.efficiency, row.causal_bound, row.causal_efficiency)
+    return [row.method, *times, *(_number(value, 1, 3) for value in bounds)]
 
 
 def _method_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

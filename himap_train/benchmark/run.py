@@ -1,9 +1,9 @@
-"""One row of the table: a method and dense in pairs, on one size and one shape of batch."""
+"""Measures rows: a method and dense in pairs, on one size and one shape of batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from himap_train.benchmark.bounds import decode_ratio, step_flops
 from himap_train.benchmark.memory import cache_bytes, peak_bytes, weight_bytes
 from himap_train.benchmark.methods import COMPILED, DENSE, Method, find_method
+from himap_train.benchmark.row import Row
 from himap_train.benchmark.sizes import Size, build_model
 from himap_train.benchmark.tasks import NEW_TOKENS, TrainingSteps, inference_task, prefilled_cache
 from himap_train.benchmark.timing import Clock, Spread, Task, nothing, time_pairs
@@ -44,54 +45,6 @@ class Settings:
     rounds: int = 5
     seed: int = 0
     clock: Clock = "wall"
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured of a method beside dense.
-
-    Attributes:
-        measure: What was timed.
-        method: Its name.
-        why: Why it costs what it costs.
-        workload: Shape of the batch.
-        layers: Depth of the decoder.
-        seconds: Of the method; of one token where tokens are decoded.
-        dense_seconds: Of dense in the same pairs.
-        ratio: Pair by pair.
-        bound: What the ratio could be at least, by FLOPs or bytes; None where there is no such bound.
-        flops: Of dense and of the method, one sample; None where bytes are what counts.
-        peak: Most bytes alive at once beside the weights; None of compiled code on a CPU, where nothing counts them.
-        dense_peak: The same of dense.
-        kv: Bytes of the cache after the prefill; None in training.
-        dense_kv: The same of dense.
-        tokens_per_second: Of the input, or generated ones; of the whole batch.
-    """
-
-    measure: str
-    method: str
-    why: str
-    workload: Workload
-    layers: int
-    seconds: Spread
-    dense_seconds: Spread
-    ratio: Spread
-    bound: float | None
-    flops: tuple[float, float] | None
-    peak: int | None
-    dense_peak: int | None
-    kv: int | None
-    dense_kv: int | None
-    tokens_per_second: float
-
-    @property
-    def efficiency(self) -> float | None:
-        """Bound / time ratio: 1 where all of the promised saving arrives."""
-        return None if self.bound is None else self.bound / self.ratio.median
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
-        return asdict(self) | {"efficiency": self.efficiency}
 
 
 class Bench:
@@ -133,6 +86,7 @@ class Bench:
             dense_seconds=Spread.of(pairs.first),
             ratio=pairs.ratio,
             bound=self._bound(measure, method.schedule),
+            causal_bound=self._causal_bound(measure, method.schedule),
             flops=self._flops(measure, method.schedule),
             peak=self._peak(measure, method, ours),
             dense_peak=self._peak(measure, dense, theirs),
@@ -163,7 +117,7 @@ class Bench:
             self._peaks[key] = peak_bytes(task, self.model, self.batch)
         return self._peaks[key]
 
-    def _flops(self, measure: str, schedule: PruningSchedule) -> tuple[float, float] | None:
+    def _flops(self, measure: str, schedule: PruningSchedule, causal: bool = False) -> tuple[float, float] | None:
         if measure not in ("training_step", "prefill"):
             return None
         lora = lora_parameters(self.model) if measure == "training_step" else [0] * self.settings.size.layers
@@ -177,6 +131,7 @@ class Bench:
                 lora_parameters=lora,
                 whole=whole,
                 checkpointing=checkpointing,
+                causal=causal,
             )
             for kind in (PruningSchedule(), schedule)
         )
@@ -188,6 +143,10 @@ class Bench:
         if measure == "generate":
             return None
         return decode_ratio(schedule, self.config, self.workload, self.weights, self.settings.dtype.itemsize)
+
+    def _causal_bound(self, measure: str, schedule: PruningSchedule) -> float | None:
+        flops = self._flops(measure, schedule, causal=True)
+        return None if flops is None else flops[1] / flops[0]
 
 
 def lora_parameters(model: Any) -> Sequence[int]:
