@@ -265,5 +265,8 @@ def test_inductor(checkpointing: bool) -> None:
     install_pruning(model, two_stages())
     expected = step(model, ROWS)
     install_pruning(model, two_stages(), CompiledLayers())
-    assert_same(step(model, ROWS), expected)
+    found = step(model, ROWS)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():  # 1e-5 in fp32 against fp64, of compiled and of plain code alike
+        assert (found[name] - value).abs().max() < 1e-4 * value.abs().max(), name
     assert graphs() == SECTIONS
