@@ -210,7 +210,7 @@ def test_bf16_mixed_under_zero_3_is_that_of_ddp_to_rounding(ranks: Ranks) -> Non
     def flat(facts: dict[str, Any]) -> torch.Tensor:
         return torch.cat([facts["weights"][name].flatten() for name in expected["weights"]])
 
-    assert (flat(found) - flat(expected)).norm() < 0.2 * (flat(fp32) - flat(expected)).norm()
+    assert (flat(found) - flat(expected)).norm() < 0.3 * (flat(fp32) - flat(expected)).norm()
     assert flat(found).dtype == torch.float32
 
 

@@ -26,7 +26,7 @@ from himap_train.evaluation.command_line import run_command
 from himap_train.evaluation.compare import compare, evaluate_row
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.questions import Question, question_batches
-from himap_train.evaluation.report import markdown_table, save_table
+from himap_train.evaluation.report import markdown_table, print_table, save_table
 from himap_train.evaluation.schedule_argument import fit_preset, is_preset, load_with_schedule
 from himap_train.models.llava import base_llava, pruning_of
 
@@ -281,6 +281,18 @@ def test_table_files_and_numbers(model, processor, source, tmp_path):
     assert found["rows"][1]["cost"]["flops_ratio"] == rows[1].cost.flops_ratio
     with Image.open(tmp_path / "new/accuracy.png") as picture:
         assert picture.width > 600
+
+
+def test_a_wide_table_is_printed_in_parts(model, processor, source, monkeypatch, capsys):
+    """A log has 80 columns; numbers were cut there."""
+    monkeypatch.setenv("COLUMNS", "80")
+    schedules = {"dense": None} | {f"adapted pruned at 0.{number}": SCHEDULE for number in range(1, 9)}
+    rows = compare(model, processor, source, schedules, **QUIET)
+    print_table(rows)
+    shown = capsys.readouterr().out
+    assert "…" not in shown and shown.count("overall") == 3
+    ratio = markdown_table(rows).splitlines()[3].strip("| ").split(" | ")[-1]
+    assert shown.count(ratio) == 8
 
 
 def test_table_of_text_alone_has_no_cost_and_json_has_no_nan(model, processor, source, tmp_path):

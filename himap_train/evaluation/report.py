@@ -18,6 +18,9 @@ from himap_train.evaluation.tokens import Measured
 
 FILES = ("metrics.json", "table.md", "accuracy.png")
 
+_ACROSS = 4
+"""Rows beside one another in 80 columns."""
+
 
 def save_table(rows: Sequence[Row], folder: Path | str, facts: dict[str, Any] | None = None) -> str:
     """Write metrics.json, table.md and accuracy.png.
@@ -41,14 +44,16 @@ def save_table(rows: Sequence[Row], folder: Path | str, facts: dict[str, Any] | 
 
 
 def print_table(rows: Sequence[Row], title: str | None = None) -> None:
-    """The table on standard output, turned: one column a row, so that it fits a terminal."""
-    header, *lines = zip(*_cells(rows), strict=True)
-    table = Table(title=title)
-    for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
-    for line in lines:
-        table.add_row(*line)
-    Console().print(table)
+    """The table on standard output, turned: one column a row, a few beside one another, so that it fits a terminal."""
+    names, *cells = _cells(rows)
+    for start in range(0, len(cells), _ACROSS):
+        header, *lines = zip(names, *cells[start : start + _ACROSS], strict=True)
+        table = Table(title=title)
+        for number, name in enumerate(header):
+            table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
+        for line in lines:
+            table.add_row(*line)
+        Console().print(table)
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
