@@ -1,6 +1,6 @@
 """Accuracy against FLOPs: what each way of choosing layers and ratios is worth at five budgets, over several seeds.
 
-python recipes/budgets_table.py                          # about two and a half hours on two cores
+python recipes/budgets_table.py                          # about three hours on two cores
 
 Every fine-tuning is the quickstart in bf16 with its own schedule. Choices (the training-free search, the grid) are made
 on validation scenes, the table on test scenes. The grid has HiMAP's form, trains each of its candidates for a short
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from transformers import AutoConfig
 
 from himap_train.data.sources import open_source
 from himap_train.evaluation.command_line import run_command
@@ -26,7 +27,7 @@ from himap_train.evaluation.compare import compare
 from himap_train.evaluation.report import save_table
 from himap_train.evaluation.trade_off import Scores, point, save_trade_off
 from himap_train.experiments import METRICS, fine_tune_all, row_of, rows_of
-from himap_train.models.loading import load_llava
+from himap_train.models.loading import EMBEDDED, load_llava, resolve_model
 from himap_train.pruning.schedule import PruningSchedule, PruningStage
 from himap_train.search.result import schedule_file
 
@@ -71,7 +72,7 @@ def main(
     searched = search(output / "search", budgets)
     grid = {budget: candidates(budget) for budget in budgets}
     fine_tune_all(dict(grid_jobs(output, grid, grid_steps)), workers)
-    chosen = {budget: best_of(output, budget, len(grid[budget]), grid) for budget in budgets}
+    chosen = {budget: best_of(output, budget, grid[budget]) for budget in budgets}
     fine_tune_all(dict(jobs(output, chosen, searched, seeds, steps, elastic_steps)), workers)
     scores = training_free(output / "training-free", budgets, searched) | adapted(output, budgets, seeds)
     named = {label: scores[name] for name, label in NAMES.items()}
@@ -95,7 +96,7 @@ def searched_file(output: Path, budget: float) -> Path:
 
 def candidates(budget: float) -> list[PruningSchedule]:
     """The grid at a budget, in the paper's form: by the instruction at layer 1, by the image at a deeper one."""
-    config = load_llava("embedded")[0].config
+    config = AutoConfig.from_pretrained(resolve_model(EMBEDDED))
     shallow = PruningStage(1, "instruction", 0.6)
     shapes = (PruningSchedule((shallow, PruningStage(deep, "image", 0.6 * share))) for deep, share in GRID)
     return [shape.at_budget(config, budget, *TOKENS) for shape in shapes]
@@ -116,10 +117,11 @@ def grid_jobs(output: Path, grid: dict[float, list[PruningSchedule]], steps: int
             yield output / f"grid-{budget}-{number}", options(0, steps, schedule, test=VALIDATION)
 
 
-def best_of(output: Path, budget: float, number: int, grid: dict[float, list[PruningSchedule]]) -> PruningSchedule:
+def best_of(output: Path, budget: float, schedules: list[PruningSchedule]) -> PruningSchedule:
     """The candidate of the best accuracy; the first of equals."""
-    scores = [score for _, score in points(output, f"grid-{budget}", list(range(number)))]
-    return grid[budget][max(range(number), key=lambda place: scores[place])]
+    places = range(len(schedules))
+    scores = [score for _, score in points(output, f"grid-{budget}", list(places))]
+    return schedules[max(places, key=lambda place: scores[place])]
 
 
 def jobs(
@@ -151,7 +153,7 @@ def jobs(
 def training_free(folder: Path, budgets: list[float], searched: dict[float, PruningSchedule]) -> Scores:
     """HiMAP and the search's schedules on the model as it ships."""
     if not (folder / METRICS).exists():
-        model, processor = load_llava("embedded", attn_implementation="eager")
+        model, processor = load_llava(EMBEDDED, attn_implementation="eager")
         himap = {f"free {budget}": QUICKSTART.at_budget(model.config, budget, *TOKENS) for budget in budgets}
         found = {f"search {budget}": schedule for budget, schedule in searched.items()}
         with torch.autocast("cpu", torch.bfloat16):

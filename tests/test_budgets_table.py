@@ -53,10 +53,10 @@ def test_the_mean_prompt_is_as_long_as_the_recipe_says(recipe: Any) -> None:
 
 
 def test_the_best_candidate_is_taken(recipe: Any, tmp_path: Path) -> None:
-    grid = {0.25: [PruningSchedule(), PruningSchedule.from_preset("himap"), PruningSchedule.from_preset("vtw")]}
+    grid = [PruningSchedule(), PruningSchedule.from_preset("himap"), PruningSchedule.from_preset("vtw")]
     for number, score in enumerate((0.7, 0.8, 0.8)):
         fake_run(tmp_path / f"grid-0.25-{number}", {"adapted pruned": score})
-    assert recipe.best_of(tmp_path, 0.25, 3, grid) == PruningSchedule.from_preset("himap")
+    assert recipe.best_of(tmp_path, 0.25, grid) == PruningSchedule.from_preset("himap")
 
 
 def test_runs_of_one_seed_differ_in_the_schedule_alone(recipe: Any, tmp_path: Path) -> None:

@@ -18,8 +18,7 @@ from himap_train.benchmark.peers import (
     peer_decoder,
     pyramiddrop_ranking,
 )
-from himap_train.checkpoint import read_schedule
-from himap_train.evaluation.schedule_argument import fit_preset, is_preset
+from himap_train.evaluation.schedule_argument import fit_preset, fitted_schedule
 from himap_train.models.attention import register_attention
 from himap_train.models.compiled import CompiledLayers
 from himap_train.models.llava import base_llava, change_schedule, install_pruning, remove_pruning
@@ -153,13 +152,12 @@ def find_method(name: str, layers: int) -> Method:
         return Method(name, schedule, peer.why, active, MEASURES[:2], peer=True)
     if name not in METHODS and not name.endswith((".yaml", ".yml")):
         raise ValueError(f"method {name!r} is unknown{nearest(name, METHODS)}; or a YAML file with a schedule")
-    schedule = read_schedule(name)
+    schedule = fitted_schedule(name, layers)
     if schedule.by_mass:
         raise ValueError(
             f"{name} keeps by attention mass, and a benchmark runs random weights, whose attention says nothing of the "
             "tokens that stay: give keep_ratio of about what recipes/evaluate.py reports as kept"
         )
-    schedule = fit_preset(schedule, layers) if is_preset(name) else schedule
     return Method(name, schedule, _why(schedule), partial(_pruned, schedule, None))
 
 

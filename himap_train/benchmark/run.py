@@ -75,6 +75,7 @@ class Bench:
         pairs = time_pairs(theirs, ours, how.rounds, self.batch.input_ids.device, clock=how.clock, each=each)
         seconds = Spread.of(pairs.second)
         in_training = measure == "training_step"
+        flops, causal = (self._flops(measure, method.schedule, causal) for causal in (False, True))
         made = {"decode": self.workload.batch, "generate": self.workload.batch * NEW_TOKENS}
         return Row(
             measure=measure,
@@ -85,9 +86,9 @@ class Bench:
             seconds=seconds,
             dense_seconds=Spread.of(pairs.first),
             ratio=pairs.ratio,
-            bound=self._bound(measure, method.schedule),
-            causal_bound=self._causal_bound(measure, method.schedule),
-            flops=self._flops(measure, method.schedule),
+            bound=flops[1] / flops[0] if flops else self._bytes_bound(measure, method.schedule),
+            causal_bound=causal[1] / causal[0] if causal else None,
+            flops=flops,
             peak=self._peak(measure, method, ours),
             dense_peak=self._peak(measure, dense, theirs),
             kv=None if in_training else cache_bytes(prefilled_cache(self.model, method, self.batch)),
@@ -117,7 +118,7 @@ class Bench:
             self._peaks[key] = peak_bytes(task, self.model, self.batch)
         return self._peaks[key]
 
-    def _flops(self, measure: str, schedule: PruningSchedule, causal: bool = False) -> tuple[float, float] | None:
+    def _flops(self, measure: str, schedule: PruningSchedule, causal: bool) -> tuple[float, float] | None:
         if measure not in ("training_step", "prefill"):
             return None
         lora = lora_parameters(self.model) if measure == "training_step" else [0] * self.settings.size.layers
@@ -137,16 +138,10 @@ class Bench:
         )
         return dense, pruned
 
-    def _bound(self, measure: str, schedule: PruningSchedule) -> float | None:
-        if flops := self._flops(measure, schedule):
-            return flops[1] / flops[0]
+    def _bytes_bound(self, measure: str, schedule: PruningSchedule) -> float | None:
         if measure == "generate":
             return None
         return decode_ratio(schedule, self.config, self.workload, self.weights, self.settings.dtype.itemsize)
-
-    def _causal_bound(self, measure: str, schedule: PruningSchedule) -> float | None:
-        flops = self._flops(measure, schedule, causal=True)
-        return None if flops is None else flops[1] / flops[0]
 
 
 def lora_parameters(model: Any) -> Sequence[int]:

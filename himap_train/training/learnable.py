@@ -9,6 +9,7 @@ what runs it step by step `himap_train.training.learn_ratios`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from himap_train.evaluation.schedule_argument import fitted_schedule
@@ -99,9 +100,7 @@ class Learnable:
             switch, shallow, deep = max(self.first_layer, layers // 4), "instruction", "image"
         else:
             found = [stage.criterion for stage in start.stages]
-            changes = [
-                stage.layer for stage, before in zip(start.stages[1:], found, strict=False) if stage.criterion != before
-            ]
+            changes = [after.layer for before, after in pairwise(start.stages) if after.criterion != before.criterion]
             if len(changes) > 1 and None in (self.switch_layer, self.shallow, self.deep):
                 raise ValueError(
                     f"start ranks by {', '.join(found)} in turn; what is learned ranks by one criterion before a layer "

@@ -40,7 +40,7 @@ def rehearse(config: Namespace) -> None:
         layers = small.text_config.num_hidden_layers
         for group in (config.model, config.evaluation):
             if group.schedule is not None:
-                group.schedule = read_schedule(group.schedule).scaled_to(layers).to_dict()
+                group.schedule = _scaled(group.schedule, layers)
     config.model.path = EMBEDDED
     if config.model.quantize is not None and not torch.cuda.is_available():
         say(f"no CUDA device: rehearsing without model.quantize={config.model.quantize}")
@@ -53,6 +53,11 @@ def rehearse(config: Namespace) -> None:
     config.save_every = None if config.save_every is None else 2
     config.evaluation.limit = min(config.evaluation.limit or RECORDS, RECORDS)
     config.evaluation.during = min(config.evaluation.during, 8)
+
+
+def _scaled(schedule: Any, layers: int) -> dict[str, Any]:
+    """What a config names, at the same relative depth."""
+    return read_schedule(schedule).scaled_to(layers).to_dict()
 
 
 def _possible_budgets(config: Namespace, small: Any) -> None:
@@ -87,7 +92,7 @@ def _learnable(config: Namespace, small: Any, scaled: bool) -> None:
         if learnable[key] is not None:
             learnable[key] = max(1, round(learnable[key] * layers / PRESET_LAYERS))
     if scaled and learnable.start is not None:
-        learnable.start = read_schedule(learnable.start).scaled_to(layers).to_dict()
+        learnable.start = _scaled(learnable.start, layers)
     if 1 <= learnable.first_layer < layers and 0.0 < learnable.budget < 1.0:  # else refused later, with a message
         nothing = PruningSchedule((PruningStage(learnable.first_layer, "uniform", 0.0),))
         least = nothing.cost(small, tokens_of_image(small), _MOST_TEXT).flops_ratio
