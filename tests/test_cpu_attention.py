@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from himap_train.models.cpu_attention import BLOCK, LONGEST, CausalBlocks, runs_in_blocks
@@ -33,7 +34,7 @@ def written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", list(BLOCK), ids=str)
 @pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("length", [5, 127, 128, 129, 256, 300, 513])
+@pytest.mark.parametrize("length", [5, 63, 64, 65, 128, 256, 300, 513])
 def test_values_and_gradients_are_those_of_the_formula(length: int, kv_heads: int, dtype: torch.dtype) -> None:
     ours, exact = (
         [part.requires_grad_() for part in parts]
@@ -49,6 +50,23 @@ def test_values_and_gradients_are_those_of_the_formula(length: int, kv_heads: in
         assert error < (2e-6 if dtype == torch.float32 else 2e-2)
 
 
+def test_gradients_are_added_where_keys_are_used_elsewhere_too_and_in_every_backward_pass() -> None:
+    ours, stock = (
+        [part.requires_grad_() for part in parts]
+        for parts in (tensors(200, torch.float32), tensors(200, torch.float32))
+    )
+    results = [
+        CausalBlocks().attend(*ours, SCALING),
+        F.scaled_dot_product_attention(*stock, is_causal=True, scale=SCALING).transpose(1, 2),
+    ]
+    for out, (query, key, value) in zip(results, (ours, stock), strict=True):
+        loss = out.square().sum() + (query * key).sum() + (key[:, :, 70:] * value[:, :, 70:]).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+    for mine, theirs in zip(ours, stock, strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=2e-5, rtol=1e-5)
+
+
 def test_nothing_but_plain_causal_attention_runs_in_blocks() -> None:
     query, key, _ = tensors(200, torch.float32)
     assert runs_in_blocks(query, key, None, 0.0)
@@ -56,8 +74,8 @@ def test_nothing_but_plain_causal_attention_runs_in_blocks() -> None:
     assert not runs_in_blocks(query, key, None, 0.1)
     assert not runs_in_blocks(query[:, :, -1:], key, None, 0.0)  # decoding
     assert not runs_in_blocks(query[:, :, -9:], key, None, 0.0)  # behind a cache
-    assert not runs_in_blocks(query[:, :, :128], key[:, :, :128], None, 0.0)  # a single block
+    assert not runs_in_blocks(query[:, :, :64], key[:, :, :64], None, 0.0)  # a single block
     assert not runs_in_blocks(query.half(), key.half(), None, 0.0)
     assert not runs_in_blocks(query.to("meta"), key.to("meta"), None, 0.0)
-    long = torch.empty(1, 1, LONGEST + 1, 1)
+    long = torch.empty(1, 1, LONGEST[torch.float32] + 1, 1)
     assert not runs_in_blocks(long, long, None, 0.0)

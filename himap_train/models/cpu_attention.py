@@ -10,15 +10,18 @@ keep the attention weights for the backward pass, in half precision.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers.models.llama.modeling_llama import repeat_kv
 
-BLOCK = {torch.float32: 128, torch.bfloat16: 256}
+BLOCK = {torch.float32: 64, torch.bfloat16: 256}
 """Query rows of a block, by measurement."""
-LONGEST = 1024
-"""Beyond this many tokens the kernel's own skipping is as good, and less memory."""
+LONGEST = {torch.float32: 2048, torch.bfloat16: 1024}
+"""Beyond this many tokens the kernel's own skipping is as good (fp32), or the kept weights take too much (bf16)."""
 
 
 def runs_in_blocks(query: Tensor, key: Tensor, attention_mask: Tensor | None, dropout: float) -> bool:
@@ -29,9 +32,36 @@ def runs_in_blocks(query: Tensor, key: Tensor, attention_mask: Tensor | None, dr
         and query.dtype in BLOCK
         and attention_mask is None
         and dropout == 0.0
-        and (BLOCK[query.dtype] if query.dtype == torch.float32 else 1) < length <= LONGEST
+        and (BLOCK[query.dtype] if query.dtype == torch.float32 else 1) < length <= LONGEST[query.dtype]
         and length == key.shape[2]
     )
+
+
+class _WholeAndFirst(torch.autograd.Function):
+    """Tokens and the first of them, whose gradient is added to that of all where it lies.
+
+    That of a slice is first filled up with zeros to the length of all, once for each block.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        ctx.length = length
+        return tokens.view_as(tokens), tokens[:, :, :length]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, whole: Tensor, first: Tensor) -> tuple[Tensor, None]:
+        # `whole` comes from one attention call, which made it for this alone.
+        whole[:, :, : ctx.length] += first
+        return whole, None
+
+
+def _whole_and_first(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """(B, H, L, D) and, of these, (B, H, length, D)."""
+    if torch.compiler.is_compiling() or not tokens.requires_grad or not length:
+        return tokens, tokens[:, :, :length]
+    first: tuple[Tensor, Tensor] = _WholeAndFirst.apply(tokens, length)
+    return first
 
 
 class CausalBlocks:
@@ -45,12 +75,15 @@ class CausalBlocks:
         heads, length = query.shape[1:3]
         key, value = (repeat_kv(tokens, heads // key.shape[1]) for tokens in (key, value))
         attend = self._kernel if query.dtype == torch.float32 else self._products
-        rows = BLOCK[query.dtype]
-        blocks = [
-            attend(query[:, :, start : start + rows], key[:, :, : start + rows], value[:, :, : start + rows], scaling)
-            for start in range(0, length, rows)
-        ]
-        return torch.cat([block.transpose(1, 2) for block in blocks], dim=1)
+        blocks: list[Tensor] = []
+        # From the last block to the first: each block's keys are some of those of the block behind it.
+        for rows in reversed(query.split(BLOCK[query.dtype], dim=2)):
+            length -= rows.shape[2]
+            key, fewer_keys = _whole_and_first(key, length)
+            value, fewer_values = _whole_and_first(value, length)
+            blocks.insert(0, attend(rows, key, value, scaling).transpose(1, 2))
+            key, value = fewer_keys, fewer_values
+        return torch.cat(blocks, dim=1)
 
     def _kernel(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         if query.shape[2] == key.shape[2]:
