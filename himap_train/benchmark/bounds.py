@@ -14,9 +14,9 @@ from typing import Any
 
 from himap_train.benchmark.sizes import TOKENS_PER_IMAGE
 from himap_train.benchmark.workload import Workload
-from himap_train.pruning.cost import attention_flops, image_tokens_per_layer, schedule_cost
+from himap_train.pruning.cost import schedule_cost
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.pruning.training_cost import FLASH_BACKWARD, training_flops, vision_flops
+from himap_train.pruning.training_cost import training_flops, vision_flops
 
 
 def step_flops(
@@ -42,11 +42,10 @@ def step_flops(
         checkpointing: Whether layers run again in the backward pass.
         causal: Leave out what the causal mask hides.
     """
-    hidden = _hidden_flops(measure, schedule, config, workload, checkpointing) if causal else 0.0
     images = workload.image_tokens / TOKENS_PER_IMAGE if whole else 0
     if measure == "prefill":
-        prefill = schedule_cost(schedule, config, workload.image_tokens, workload.text_tokens).flops
-        return prefill + images * vision_flops(config.vision_config) - hidden
+        prefill = schedule_cost(schedule, config, workload.image_tokens, workload.text_tokens, causal=causal).flops
+        return prefill + images * vision_flops(config.vision_config)
     step = training_flops(
         schedule,
         config,
@@ -57,21 +56,9 @@ def step_flops(
         images=images,
         checkpointing=checkpointing,
         lm_head_passes=2,
+        causal=causal,
     )
-    return step.total - hidden
-
-
-def _hidden_flops(
-    measure: str, schedule: PruningSchedule, config: Any, workload: Workload, checkpointing: bool
-) -> float:
-    """Of t rows of attention each sees (t + 1) / 2 keys on average."""
-    text = config.text_config
-    passes = 1.0 if measure == "prefill" else 1.0 + FLASH_BACKWARD + checkpointing
-    lengths = (
-        count + workload.text_tokens
-        for count in image_tokens_per_layer(schedule, text.num_hidden_layers, workload.image_tokens)
-    )
-    return passes * sum(attention_flops(text, length) * (length - 1) / (2 * length) for length in lengths)
+    return step.total
 
 
 def decode_ratio(

@@ -2,7 +2,8 @@
 
 One decoder layer over t tokens (hidden width d, gated MLP of width m, g = key-value heads / heads) costs
 `(2 + 2 g) t d^2 + 2 t^2 d + 3 t d m` multiply-adds; FLOPs are twice that. Attention is counted in full, as kernels and
-PyTorch's counter do, although half of it is masked. The ranking rows of a stage add `2 R t d`.
+PyTorch's counter do, although half of it is masked: `causal` leaves that half out. The ranking rows of a stage add
+`2 R t d`.
 
 The HiMAP paper (Eq. 10) counts image tokens alone and an ungated MLP, `4 n d^2 + 2 n^2 d + 2 n d m`, and calls
 multiply-adds FLOPs; `image_only_flops_ratio` is that ratio, for comparison with published tables.
@@ -74,6 +75,7 @@ def schedule_cost(
     text_tokens: int = 115,
     bytes_per_value: int | None = None,
     kept: Sequence[int] | None = None,
+    causal: bool = False,
 ) -> Cost:
     """Cost of a schedule on a model.
 
@@ -87,6 +89,7 @@ def schedule_cost(
         text_tokens: All other tokens; the ranking rows of `instruction` are taken to be all of them (an upper bound).
         bytes_per_value: Of the cache; None takes the config's dtype, or 2 (bf16, fp16) where it names none.
         kept: Image tokens that each stage was seen to leave of this sample, for its measured cost.
+        causal: Leave the masked half of attention out of the FLOPs (not of the paper's).
 
     Raises:
         ValueError: If a stage lies outside the decoder.
@@ -95,9 +98,9 @@ def schedule_cost(
     schedule.validate_for(config.num_hidden_layers)
     layers = image_tokens_per_layer(schedule, config.num_hidden_layers, image_tokens, kept)
     dense = (image_tokens,) * config.num_hidden_layers
-    flops = sum(layer_flops(config, n + text_tokens) for n in layers)
+    flops = sum(layer_flops(config, n + text_tokens, causal) for n in layers)
     flops += sum(ranking_flops(stage, config, layers[stage.layer - 1], text_tokens) for stage in schedule.stages)
-    dense_flops = sum(layer_flops(config, n + text_tokens) for n in dense)
+    dense_flops = sum(layer_flops(config, n + text_tokens, causal) for n in dense)
     paper_dense = sum(_paper_macs(config, n) for n in dense)
     if bytes_per_value is None:
         dtype = getattr(config, "dtype", None)
@@ -116,9 +119,9 @@ def schedule_cost(
     )
 
 
-def layer_flops(config: Any, tokens: float) -> float:
+def layer_flops(config: Any, tokens: float, causal: bool = False) -> float:
     """FLOPs (two per multiply-add) of one decoder layer over `tokens` tokens."""
-    return linear_flops(config, tokens) + attention_flops(config, tokens)
+    return linear_flops(config, tokens) + attention_flops(config, tokens, causal)
 
 
 def linear_flops(config: Any, tokens: float) -> float:
@@ -128,9 +131,10 @@ def linear_flops(config: Any, tokens: float) -> float:
     return 2.0 * (projections + 3 * tokens * width * config.intermediate_size)
 
 
-def attention_flops(config: Any, tokens: float) -> float:
-    """Scores and their product with the values."""
-    return 4.0 * tokens**2 * config.num_attention_heads * head_width(config)
+def attention_flops(config: Any, tokens: float, causal: bool = False) -> float:
+    """Scores and their product with the values; `causal` counts the (tokens + 1) / 2 keys that a row sees."""
+    keys = (tokens + 1) / 2 if causal else tokens
+    return 4.0 * tokens * keys * config.num_attention_heads * head_width(config)
 
 
 def ranking_flops(stage: PruningStage, config: Any, image_tokens: int, text_tokens: int) -> float:

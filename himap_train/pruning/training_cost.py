@@ -72,6 +72,7 @@ def training_flops(
     ends_adapted: bool = True,
     lm_head_passes: int = 3,
     attention_backward: float = FLASH_BACKWARD,
+    causal: bool = False,
 ) -> TrainingFlops:
     """FLOPs of one sample in a training step of a LLaVA with LoRA; an upper bound where stages keep by attention mass.
 
@@ -89,6 +90,7 @@ def training_flops(
             that last product, which nothing needs.
         lm_head_passes: Forward and backward; 3 where the loss is computed in chunks and so its forward twice, else 2.
         attention_backward: Attention's backward in units of its forward: `FLASH_BACKWARD`, or 2 product by product.
+        causal: Leave out the half of attention that is masked.
     """
     text = config.text_config
     schedule.validate_for(text.num_hidden_layers)
@@ -96,7 +98,7 @@ def training_flops(
     forward = backward = last = 0.0
     for count, parameters in zip(layers, lora_parameters, strict=True):
         tokens = count + text_tokens
-        linear, attention = linear_flops(text, tokens), attention_flops(text, tokens)
+        linear, attention = linear_flops(text, tokens), attention_flops(text, tokens, causal)
         lora = 2.0 * parameters * tokens
         forward += linear + attention + lora
         backward += linear + 2 * lora + attention_backward * attention
