@@ -11,7 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from himap_train.evaluation.trade_off import point
+
 METRICS = "metrics.json"
+CONFIGS = ("configs/quickstart.yaml", "configs/results.yaml")
+"""Of every fine-tuning in the README's tables."""
+
+
+def common_options(seed: int, *configs: str) -> list[str]:
+    """What the fine-tunings of a table share, with a seed and `configs` behind the common ones."""
+    merged = [part for config in (*CONFIGS, *configs) for part in ("--config", config)]
+    return [*merged, "--seed_everything", str(seed), "--data.seed", str(seed)]
 
 
 def fine_tune_all(jobs: Mapping[Path, Sequence[str]], workers: int) -> None:
@@ -35,6 +45,11 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def row_of(folder: Path, name: str) -> dict[str, Any]:
     """One row of a run's table."""
     return next(row for row in rows_of(folder) if row["name"] == name)
+
+
+def points(output: Path, run: str, seeds: Sequence[int], row: str = "adapted pruned") -> list[tuple[float, float]]:
+    """`flops_ratio` and accuracy in % of one row of a run, for each seed."""
+    return [point(row_of(output / f"{run}-{seed}", row)) for seed in seeds]
 
 
 def _fine_tune(folder: Path, options: Sequence[str]) -> None:

@@ -26,18 +26,16 @@ from himap_train.evaluation.command_line import run_command
 from himap_train.evaluation.compare import compare
 from himap_train.evaluation.report import save_table
 from himap_train.evaluation.trade_off import Scores, point, save_trade_off
-from himap_train.experiments import METRICS, fine_tune_all, row_of, rows_of
+from himap_train.experiments import METRICS, common_options, fine_tune_all, points, rows_of
 from himap_train.models.loading import EMBEDDED, load_llava, resolve_model
 from himap_train.pruning.schedule import PruningSchedule, PruningStage
+from himap_train.search.grid import himap_grid
 from himap_train.search.result import schedule_file
 
-CONFIGS = ["configs/quickstart.yaml", "configs/results.yaml"]
 VALIDATION, TEST = "embedded:validation?scenes=700&seed=5", "embedded:test?scenes=700&seed=11"
 SEARCHED_ON = "embedded:validation?scenes=300&seed=5"
 QUICKSTART = PruningSchedule((PruningStage(1, "instruction", 0.6), PruningStage(3, "image", 0.15)))
 TOKENS = (144, 13)  # image tokens, and the mean of a prompt's other tokens
-GRID = [(deep, share) for deep in (3, 4, 5) for share in (0.25, 0.5)] + [(4, 0.0), (5, 0.0)]
-"""Second layer, and what it keeps of the first stage's tokens. The first layer is 1."""
 NAMES = {
     "free": "HiMAP, training-free",
     "search": "training-free search",
@@ -70,7 +68,8 @@ def main(
         workers: Runs at a time, one thread each.
     """
     searched = search(output / "search", budgets)
-    grid = {budget: candidates(budget) for budget in budgets}
+    config = AutoConfig.from_pretrained(resolve_model(EMBEDDED))
+    grid = {budget: himap_grid(config, budget, *TOKENS) for budget in budgets}
     fine_tune_all(dict(grid_jobs(output, grid, grid_steps)), workers)
     chosen = {budget: best_of(output, budget, grid[budget]) for budget in budgets}
     fine_tune_all(dict(jobs(output, chosen, searched, seeds, steps, elastic_steps)), workers)
@@ -94,20 +93,11 @@ def searched_file(output: Path, budget: float) -> Path:
     return output / "search" / schedule_file(budget)
 
 
-def candidates(budget: float) -> list[PruningSchedule]:
-    """The grid at a budget, in the paper's form: by the instruction at layer 1, by the image at a deeper one."""
-    config = AutoConfig.from_pretrained(resolve_model(EMBEDDED))
-    shallow = PruningStage(1, "instruction", 0.6)
-    shapes = (PruningSchedule((shallow, PruningStage(deep, "image", 0.6 * share))) for deep, share in GRID)
-    return [shape.at_budget(config, budget, *TOKENS) for shape in shapes]
-
-
 def options(seed: int, steps: int, schedule: PruningSchedule | None, *others: str, test: str = TEST) -> list[str]:
     """Of one fine-tuning."""
-    configs = [part for config in CONFIGS for part in ("--config", config)]
-    given = ["--seed_everything", str(seed), "--data.seed", str(seed), "--trainer.max_steps", str(steps)]
+    given = ["--trainer.max_steps", str(steps), "--data.test", test, "--evaluation.before", "false"]
     stages = [] if schedule is None else ["--model.schedule", json.dumps(schedule.to_dict())]
-    return [*configs, *others, *given, *stages, "--data.test", test, "--evaluation.before", "false"]
+    return [*common_options(seed), *others, *given, *stages]
 
 
 def grid_jobs(output: Path, grid: dict[float, list[PruningSchedule]], steps: int) -> Iterator[tuple[Path, list[str]]]:
@@ -162,11 +152,6 @@ def training_free(folder: Path, budgets: list[float], searched: dict[float, Prun
         save_table(rows, folder)
     by_name = {row["name"]: point(row) for row in rows_of(folder)}
     return {name: {budget: [by_name[f"{name} {budget}"]] for budget in budgets} for name in ("free", "search")}
-
-
-def points(output: Path, run: str, seeds: list[int], row: str = "adapted pruned") -> list[tuple[float, float]]:
-    """`flops_ratio` and accuracy in % of one row of a run, for each seed."""
-    return [point(row_of(output / f"{run}-{seed}", row)) for seed in seeds]
 
 
 def adapted(output: Path, budgets: list[float], seeds: list[int]) -> Scores:

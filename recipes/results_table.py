@@ -19,9 +19,8 @@ from typing import Any
 from himap_train.evaluation.command_line import run_command
 from himap_train.evaluation.report import markdown_lines
 from himap_train.evaluation.trade_off import mean_and_spread
-from himap_train.experiments import fine_tune_all, rows_of
+from himap_train.experiments import common_options, fine_tune_all, rows_of
 
-CONFIGS = ["configs/quickstart.yaml", "configs/results.yaml"]
 RUNS: dict[str, list[str]] = {
     "himap": [],
     "random": ["configs/control_random.yaml"],
@@ -59,9 +58,7 @@ def main(seeds: list[int] = [0, 1, 2], output: Path = Path("runs/results"), work
 
 def options(kind: str, seed: int, before: bool) -> list[str]:
     """Of one run of the ordinary command line."""
-    configs = [part for config in (*CONFIGS, *RUNS[kind]) for part in ("--config", config)]
-    seeds = ["--seed_everything", str(seed), "--data.seed", str(seed)]
-    return [*configs, *seeds, "--evaluation.before", "true" if before else "false"]
+    return [*common_options(seed, *RUNS[kind]), "--evaluation.before", "true" if before else "false"]
 
 
 def tabulate(output: Path, seeds: list[int]) -> tuple[str, dict[str, Any]]:

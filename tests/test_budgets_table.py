@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from himap_train import PruningSchedule, load_llava
 from himap_train.data.sources import open_source
 from himap_train.evaluation.budget import prompt_tokens
 from himap_train.evaluation.trade_off import Scores, draw_trade_off, save_trade_off
+from himap_train.experiments import CONFIGS
+from himap_train.models.loading import EMBEDDED, resolve_model
+from himap_train.search.grid import himap_grid
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = [0.25, 0.55]
@@ -36,11 +40,15 @@ def fake_run(folder: Path, scores: dict[str, float]) -> None:
     (folder / "metrics.json").write_text(json.dumps({"rows": rows}))
 
 
+def grid(recipe: Any, budget: float) -> list[PruningSchedule]:
+    return himap_grid(AutoConfig.from_pretrained(resolve_model(EMBEDDED)), budget, *recipe.TOKENS)
+
+
 def test_every_candidate_meets_its_budget(recipe: Any) -> None:
     config = load_llava("embedded")[0].config
     for budget in BUDGETS:
-        found = recipe.candidates(budget)
-        assert len(found) == len(recipe.GRID) == 8
+        found = grid(recipe, budget)
+        assert len(found) == 8
         for schedule in found:
             assert schedule.cost(config, *recipe.TOKENS).flops_ratio == pytest.approx(budget, rel=0.02)
             assert [stage.criterion for stage in schedule.stages] == ["instruction", "image"]
@@ -53,14 +61,14 @@ def test_the_mean_prompt_is_as_long_as_the_recipe_says(recipe: Any) -> None:
 
 
 def test_the_best_candidate_is_taken(recipe: Any, tmp_path: Path) -> None:
-    grid = [PruningSchedule(), PruningSchedule.from_preset("himap"), PruningSchedule.from_preset("vtw")]
+    candidates = [PruningSchedule(), PruningSchedule.from_preset("himap"), PruningSchedule.from_preset("vtw")]
     for number, score in enumerate((0.7, 0.8, 0.8)):
         fake_run(tmp_path / f"grid-0.25-{number}", {"adapted pruned": score})
-    assert recipe.best_of(tmp_path, 0.25, grid) == PruningSchedule.from_preset("himap")
+    assert recipe.best_of(tmp_path, 0.25, candidates) == PruningSchedule.from_preset("himap")
 
 
 def test_runs_of_one_seed_differ_in_the_schedule_alone(recipe: Any, tmp_path: Path) -> None:
-    schedule = recipe.candidates(0.55)[0]
+    schedule = grid(recipe, 0.55)[0]
     found = dict(recipe.jobs(tmp_path, {0.55: schedule}, {0.55: recipe.QUICKSTART}, [1], 300, 600))
     assert [folder.name for folder in found] == [
         "learned-0.55-1",
@@ -75,7 +83,7 @@ def test_runs_of_one_seed_differ_in_the_schedule_alone(recipe: Any, tmp_path: Pa
         assert value["--seed_everything"] == value["--data.seed"] == "1" and value["--data.test"] == recipe.TEST
         assert value["--trainer.max_steps"] == ("600" if folder.name == "elastic-1" else "300")
         configs = [given[place + 1] for place, part in enumerate(given) if part == "--config"]
-        assert configs[:2] == recipe.CONFIGS and all((ROOT / config).is_file() for config in configs)
+        assert configs[:2] == list(CONFIGS) and all((ROOT / config).is_file() for config in configs)
     by_chance = found[tmp_path / "random-0.55-1"]
     stages = json.loads(by_chance[by_chance.index("--model.schedule") + 1])["stages"]
     assert [stage["criterion"] for stage in stages] == ["random", "random"]

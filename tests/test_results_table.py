@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from himap_train.experiments import CONFIGS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -45,5 +47,5 @@ def test_runs_differ_in_nothing_but_schedule_and_seed(recipe: Any) -> None:
         given = recipe.options(kind, 1, before=False)
         configs = [given[i + 1] for i, part in enumerate(given) if part == "--config"]
         assert all((ROOT / config).is_file() for config in configs)
-        assert configs == [*recipe.CONFIGS, *recipe.RUNS[kind]]
+        assert configs == [*CONFIGS, *recipe.RUNS[kind]]
         assert given[given.index("--data.seed") + 1] == given[given.index("--seed_everything") + 1] == "1"
