@@ -65,10 +65,10 @@ def _whole_and_first(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 class CausalBlocks:
-    """Attention in blocks for the layers of one forward pass, which share the masks."""
+    """Attention in blocks for the layers of one forward pass, which share a mask."""
 
     def __init__(self) -> None:
-        self._masks: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        self._shared: Tensor | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Causal attention of (B, H, L, D) queries on (B, K, L, D) keys and values: (B, L, H, D)."""
@@ -99,11 +99,13 @@ class CausalBlocks:
 
     def _mask(self, query: Tensor, keys: int) -> Tensor:
         """Minus infinity at keys behind each query row, (rows, keys), where the last row is that of the last key."""
-        kind = (query.shape[2], keys, query.dtype)
-        # Compiled code would be made for the masks that are there already: it makes its own.
-        if torch.compiler.is_compiling() or kind not in self._masks:
-            mask = torch.full(kind[:2], -torch.inf, dtype=query.dtype, device=query.device).triu(keys - kind[0] + 1)
-            if torch.compiler.is_compiling():
-                return mask
-            self._masks[kind] = mask
-        return self._masks[kind]
+        if torch.compiler.is_compiling():  # would be made for the mask that is there already
+            return _last_rows_mask(query.shape[2], keys, query)
+        shared = self._shared
+        if shared is None or shared.shape[1] < keys or shared.dtype != query.dtype:
+            self._shared = shared = _last_rows_mask(BLOCK[query.dtype], max(keys, BLOCK[query.dtype]), query)
+        return shared[-query.shape[2] :, -keys:]
+
+
+def _last_rows_mask(rows: int, keys: int, like: Tensor) -> Tensor:
+    return torch.full((rows, keys), -torch.inf, dtype=like.dtype, device=like.device).triu(keys - rows + 1)
