@@ -199,8 +199,8 @@ def test_bf16_mixed_under_zero_3_is_that_of_ddp_to_rounding(ranks: Ranks) -> Non
     """Not to fp32's: DeepSpeed's linear function adds the bias to what is already rounded to bfloat16.
 
     AdamW moves a weight by its whole rate where the gradient's sign is a matter of rounding, so weights are compared
-    as one vector: they must be much closer to those of DDP than those of fp32 are. (Under a fifth of the distance while the
-    backward pass of attention on the CPU had fp32 weights, 0.23 since it keeps them in bfloat16.)
+    as one vector: they must be much closer to those of DDP than those of fp32 are. (Under a fifth of the distance
+    while attention's backward pass on the CPU had fp32 weights, 0.23 since it keeps them in bfloat16.)
     """
     found, expected, fp32 = (ranks(name)[0] for name in ("zero3-bf16", "ddp-bf16", "ddp"))
     half = torch.finfo(torch.bfloat16).eps
