@@ -95,7 +95,7 @@ def test_waiting_is_a_share_of_the_time_between_logs(
         assert seen["data/wait"] == pytest.approx(wait / step, abs=0.25)
         assert seen["tokens/s"] < 2 * 29 / PAUSE  # no batch has more tokens, and each was waited for
     said = capsys.readouterr().out
-    assert "of the training time; raise data.num_workers (it is 0)" in said
+    assert "of the training time; raise data.num_workers (it is 0) if cores are idle" in said
 
 
 def test_no_hint_where_nothing_is_waited_for(
