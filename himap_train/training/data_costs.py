@@ -78,7 +78,8 @@ class DataCosts(Callback):
         own = torch.tensor(waited / max(seconds, 1e-9), dtype=torch.float32, device=pl_module.device)
         share = float(trainer.strategy.reduce(own, reduce_op="max"))
         workers = getattr(getattr(trainer, "datamodule", None), "num_workers", None)
-        way = f"; raise data.num_workers (it is {workers}) if cores are idle" if share > HINT_ABOVE and workers is not None else ""
+        hint = share > HINT_ABOVE and workers is not None
+        way = f"; raise data.num_workers (it is {workers}) if cores are idle" if hint else ""
         say(f"waited for data {100 * share:.1f} % of the training time{way}")
 
     def _stop(self) -> None:
