@@ -15,10 +15,10 @@ _PUBLIC = {
     "PruningStage": "himap_train.pruning.schedule",
     "PruningSchedule": "himap_train.pruning.schedule",
     "load_llava": "himap_train.models.loading",
-    "install_pruning": "himap_train.models.llava",
-    "remove_pruning": "himap_train.models.llava",
-    "record_pruning": "himap_train.models.llava",
-    "load_checkpoint": "himap_train.checkpoint",
+    "install_pruning": "himap_train.models.install",
+    "remove_pruning": "himap_train.models.install",
+    "record_pruning": "himap_train.models.install",
+    "load_checkpoint": "himap_train.checkpoints.load",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

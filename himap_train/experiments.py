@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from himap_train.evaluation.trade_off import point
+from himap_train.evaluation.accuracy_against_cost import point
 
 METRICS = "metrics.json"
 CONFIGS = ("configs/quickstart.yaml", "configs/results.yaml")

@@ -17,17 +17,16 @@ from typing import Literal
 
 import torch
 
+from himap_train.benchmark.bench import Settings
+from himap_train.benchmark.contenders import DENSE, MEASURES, METHODS
 from himap_train.benchmark.environment import command_line, environment, load_average
-from himap_train.benchmark.methods import COMPILED, DENSE, MEASURES, METHODS, compilable
-from himap_train.benchmark.plan import fit_series, run_jobs, series_jobs, table_job
+from himap_train.benchmark.measurements import fit_series, run_jobs, series_jobs, table_job
 from himap_train.benchmark.predicted import predict
-from himap_train.benchmark.report import FILES, Results, save
-from himap_train.benchmark.run import Settings
 from himap_train.benchmark.sizes import find_size
+from himap_train.benchmark.tables import FILES, Results, save
 from himap_train.benchmark.timing import Clock
 from himap_train.benchmark.workload import Workload
 from himap_train.evaluation.command_line import new_output_folder, run_command
-from himap_train.models.compiled import require_compiler
 
 ALL = [name for name in METHODS if name != DENSE]
 
@@ -49,7 +48,6 @@ def main(
     gradient_checkpointing: bool = False,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     attention: str = "sdpa",
-    compile: bool = False,
     device: str = "auto",
     threads: int | None = None,
     clock: Clock = "wall",
@@ -61,8 +59,7 @@ def main(
 
     Args:
         size: tiny, laptop, 100m, llava-1.5-7b, llava-1.5-13b or llava-next-34b.
-        methods: Presets, schedules as YAML, hf-trainer, fastv-attention-maps, pyramiddrop-ranking, masking; a schedule
-            or dense with +compile behind it runs compiled.
+        methods: Presets, schedules as YAML, hf-trainer, fastv-attention-maps, pyramiddrop-ranking, masking.
         measures: training_step, prefill, decode (one token), generate (64 tokens).
         series: Also along image_tokens, batch, depth or text_tokens.
         series_values: The values of the axis instead of its own; with one series.
@@ -77,7 +74,6 @@ def main(
         gradient_checkpointing: In training.
         dtype: Of the weights; LoRA is float32 under mixed precision.
         attention: "sdpa", "eager" or "flash_attention_2".
-        compile: Also dense and every schedule with their layers through torch.compile, training step and prefill.
         device: "auto", "cpu", "cuda", ...
         threads: Of the CPU; by default torch's own choice.
         clock: On a CPU, "wall", or "cpu" for the time of this process alone (one thread, on a machine that is shared).
@@ -91,10 +87,6 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    if compile:
-        methods = [*methods, *(name + COMPILED for name in (DENSE, *methods) if compilable(name))]
-    if any(name.endswith(COMPILED) for name in (*methods, *series_methods)):
-        require_compiler(torch.device(place).type)
     settings = Settings(
         size=find_size(size),
         whole=whole_model,

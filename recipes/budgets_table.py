@@ -22,10 +22,10 @@ import yaml
 from transformers import AutoConfig
 
 from himap_train.data.sources import open_source
+from himap_train.evaluation.accuracy_against_cost import Scores, point, save_trade_off
 from himap_train.evaluation.command_line import run_command
 from himap_train.evaluation.compare import compare
-from himap_train.evaluation.report import save_table
-from himap_train.evaluation.trade_off import Scores, point, save_trade_off
+from himap_train.evaluation.tables import save_table
 from himap_train.experiments import METRICS, common_options, fine_tune_all, points, rows_of
 from himap_train.models.loading import EMBEDDED, load_llava, resolve_model
 from himap_train.pruning.schedule import PruningSchedule, PruningStage

@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from himap_train.agreement import check_agreement
-from himap_train.checkpoint import Weights, adapter_source
+from himap_train.checkpoints.agreement import check_agreement
+from himap_train.checkpoints.export import export_adapter, export_merged
+from himap_train.checkpoints.hub import push_to_hub as push
+from himap_train.checkpoints.hub import require_hub
+from himap_train.checkpoints.load import Weights, adapter_source
+from himap_train.checkpoints.merged import ExportDtype
 from himap_train.evaluation.command_line import run_command
-from himap_train.export.folders import export_adapter, export_merged
-from himap_train.export.hub import push_to_hub as push
-from himap_train.export.hub import require_hub
-from himap_train.export.merged import ExportDtype
 
 
 def main(

@@ -15,23 +15,23 @@ from collections.abc import Sequence
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from himap_train.agreement import check_agreement
-from himap_train.checkpoint import save_adapter
+from himap_train.checkpoints.agreement import check_agreement
+from himap_train.checkpoints.export import export_merged
+from himap_train.checkpoints.load import save_adapter
 from himap_train.evaluation.command_line import USER_ERRORS
 from himap_train.evaluation.compare import Row
-from himap_train.evaluation.report import print_table, save_table
-from himap_train.export.folders import export_merged
+from himap_train.evaluation.tables import print_table, save_table
+from himap_train.models.guard import check_trained_weights
 from himap_train.models.loading import resolve_model
 from himap_train.models.lora import trainable_report
-from himap_train.training.cli import FinetuneCLI
-from himap_train.training.feature_cache import fill_feature_cache
-from himap_train.training.gather import trained_state
-from himap_train.training.guard import check_trained_weights
-from himap_train.training.interrupt import Interrupted
-from himap_train.training.launch import AroundTraining, end_children, is_first_process, report_error, say
-from himap_train.training.rows import measure, prepare_budgets, rows_after, rows_before
-from himap_train.training.run_folder import package_versions, record_run, record_schedule
-from himap_train.training.saving import read_checkpoint
+from himap_train.training.callbacks.checkpoints import read_checkpoint
+from himap_train.training.callbacks.interrupt import Interrupted
+from himap_train.training.run.command_line import FinetuneCLI
+from himap_train.training.run.feature_cache import fill_feature_cache
+from himap_train.training.run.folder import package_versions, record_run, record_schedule
+from himap_train.training.run.launch import AroundTraining, end_children, is_first_process, report_error, say
+from himap_train.training.run.measured_rows import measure, prepare_budgets, rows_after, rows_before
+from himap_train.training.zero.gather import trained_state
 
 
 def run(cli: FinetuneCLI) -> None:

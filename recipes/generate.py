@@ -17,15 +17,15 @@ from transformers import TextStreamer
 
 from himap_train import record_pruning
 from himap_train.analysis.pictures import captions, draw_kept, kept_patches, model_view, patch_grid
+from himap_train.checkpoints.scheduled import AS_SAVED, ScheduleArgument, installed_schedule, load_with_schedule
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Sample, encode_prompt
 from himap_train.data.images import AspectRatio
 from himap_train.data.records import Conversation, Turn
-from himap_train.data.scenes import SceneQuestions
-from himap_train.evaluation.budget import check_budget_argument, run_at_budget
+from himap_train.data.scene_questions import SceneQuestions
+from himap_train.evaluation.budgeted import check_budget_argument, run_at_budget
 from himap_train.evaluation.command_line import run_command
-from himap_train.evaluation.schedule_argument import AS_SAVED, ScheduleArgument, installed_schedule, load_with_schedule
-from himap_train.models.llava import base_llava
+from himap_train.models.install import base_llava
 
 
 def main(

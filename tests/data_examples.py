@@ -9,6 +9,7 @@ from tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_processor
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
+from himap_train.data.encode import Encoder
 from himap_train.data.records import Conversation, ImageSource, Turn
 
 # The template that llava-hf/llava-1.5-7b-hf ships: images first, {% generation %} tags, no end token, a trailing space.
@@ -111,3 +112,7 @@ def image_folder(folder: Path, names: tuple[str, ...]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(colour=(40 * number % 256, 99, 10)).save(path)
     return folder
+
+
+def encode(conversation, processor, max_length=None, image_aspect_ratio="as_processor"):
+    return Encoder(processor, max_length, image_aspect_ratio).encode(conversation)

@@ -26,16 +26,16 @@ from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, tun
 
 from himap_train.data.module import LlavaDataModule
 from himap_train.evaluation.answering import answer_batch, evaluation_mode
-from himap_train.models.llava import pruning_of
-from himap_train.training.deepspeed import ZeroStrategy
-from himap_train.training.feature_cache import fill_feature_cache
-from himap_train.training.gather import trained_state
-from himap_train.training.launch import AroundTraining, FineTuneTrainer
-from himap_train.training.learn_ratios import LearnKeepRatios
-from himap_train.training.learnable import Learnable
-from himap_train.training.progress import GradientNorm, step_ended
-from himap_train.training.saving import AtomicCheckpointIO, SaveLast
-from himap_train.training.seeding import StepSeeds
+from himap_train.models.install import pruning_of
+from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO, SaveLast
+from himap_train.training.callbacks.learn_ratios import LearnKeepRatios
+from himap_train.training.callbacks.progress import GradientNorm, step_ended
+from himap_train.training.callbacks.step_seeds import StepSeeds
+from himap_train.training.run.feature_cache import fill_feature_cache
+from himap_train.training.run.launch import AroundTraining, FineTuneTrainer
+from himap_train.training.schedules.learnable import Learnable
+from himap_train.training.zero.gather import trained_state
+from himap_train.training.zero.strategy import ZeroStrategy
 
 LINEAR = torch.nn.functional.linear
 BY_MASS = {"stages": [{"layer": 2, "criterion": "instruction", "keep": {"mass": 0.7}}]}

@@ -6,8 +6,8 @@ import torch
 from peft import PeftModel
 from training_toys import SCHEDULE, collate, sample
 
-from himap_train.checkpoint import read_schedule
-from himap_train.models.llava import install_pruning, load_llava
+from himap_train.checkpoints.load import read_schedule
+from himap_train.models.install import install_pruning, load_llava
 from himap_train.models.lora import attach_lora
 from himap_train.pruning.schedule import PruningSchedule
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule, install_pruning
-from himap_train.models.llava import base_llava
+from himap_train.models.install import base_llava
 from himap_train.models.lora import attach_lora
 from himap_train.planning.quantities import Batch
 

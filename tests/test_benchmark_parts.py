@@ -12,12 +12,12 @@ from test_cost import llava_7b
 from torch import Tensor
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
-from himap_train.benchmark import methods as methods_module
+from himap_train.benchmark import contenders as methods_module
 from himap_train.benchmark import timing
 from himap_train.benchmark.bounds import decode_ratio, step_flops
+from himap_train.benchmark.contenders import METHODS, find_method
 from himap_train.benchmark.growth import fit_growth
-from himap_train.benchmark.memory import cache_bytes, weight_bytes
-from himap_train.benchmark.methods import METHODS, find_method
+from himap_train.benchmark.peak_memory import cache_bytes, weight_bytes
 from himap_train.benchmark.peers import (
     fastv_attention_maps,
     masking,
@@ -32,7 +32,7 @@ from himap_train.benchmark.tasks import inference_task
 from himap_train.benchmark.timing import Pairs, Spread, Task, time_once, time_pairs
 from himap_train.benchmark.workload import Workload, make_batch
 from himap_train.models.attention import register_attention
-from himap_train.models.llava import hidden_states
+from himap_train.models.install import hidden_states
 
 CPU = torch.device("cpu")
 SMALL = Workload(batch=2, image_tokens=40, text_before=5, text_after=12)

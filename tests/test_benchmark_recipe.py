@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from recipes_cli import run_recipe
 
-from himap_train.benchmark.methods import METHODS
+from himap_train.benchmark.contenders import METHODS
 
 SHAPE = ("--size", "tiny", "--rounds", "1", "--image_tokens", "48", "--text_before", "4", "--text_after", "8")
 KV_TOKEN = 2 * 64 * 4  # keys and values, width, bytes

@@ -12,8 +12,8 @@ from transformers import AutoConfig
 
 from himap_train import PruningSchedule, load_llava
 from himap_train.data.sources import open_source
-from himap_train.evaluation.budget import prompt_tokens
-from himap_train.evaluation.trade_off import Scores, draw_trade_off, save_trade_off
+from himap_train.evaluation.accuracy_against_cost import Scores, draw_trade_off, save_trade_off
+from himap_train.evaluation.budgeted import prompt_tokens
 from himap_train.experiments import CONFIGS
 from himap_train.models.loading import EMBEDDED, resolve_model
 from himap_train.search.grid import himap_grid

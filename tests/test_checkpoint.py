@@ -16,10 +16,10 @@ from tiny import tiny_processor
 from training_toys import save_tiny
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from himap_train.agreement import check_agreement
-from himap_train.checkpoint import load_checkpoint, read_schedule, save_adapter
-from himap_train.export.folders import export_adapter, export_merged
-from himap_train.models.llava import load_llava, pruning_of, record_pruning, remove_pruning
+from himap_train.checkpoints.agreement import check_agreement
+from himap_train.checkpoints.export import export_adapter, export_merged
+from himap_train.checkpoints.load import load_checkpoint, read_schedule, save_adapter
+from himap_train.models.install import load_llava, pruning_of, record_pruning, remove_pruning
 from himap_train.models.lora import attach_lora
 from himap_train.pruning.schedule import PruningSchedule
 

@@ -13,8 +13,8 @@ import yaml
 from distributed import finish, start, tails
 from training_toys import RECIPES, finetune
 
-from himap_train.checkpoint import load_checkpoint
-from himap_train.models.llava import pruning_of
+from himap_train.checkpoints.load import load_checkpoint
+from himap_train.models.install import pruning_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

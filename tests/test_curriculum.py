@@ -11,11 +11,11 @@ from lightning.pytorch import Callback
 from training_toys import SCHEDULE, ToyData, quiet_trainer, save_tiny, tuner
 
 from himap_train import PruningSchedule, PruningStage
-from himap_train.models.llava import pruning_of
-from himap_train.training.curriculum import Curriculum, CurriculumSteps
-from himap_train.training.elastic import Elastic
-from himap_train.training.pruning_settings import PruningSettings
-from himap_train.training.step_plan import SchedulePerStep
+from himap_train.models.install import pruning_of
+from himap_train.training.schedules.curriculum import Curriculum, CurriculumSteps
+from himap_train.training.schedules.elastic import Elastic
+from himap_train.training.schedules.per_step import SchedulePerStep
+from himap_train.training.schedules.settings import PruningSettings
 
 SCHEDULED = PruningSchedule.from_dict(SCHEDULE)
 

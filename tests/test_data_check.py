@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_examples import image_folder, llava_record
+from data_examples import encode, image_folder, llava_record
 from tiny import IMAGE_TOKENS, tiny_processor
 
 from himap_train.data.check import check_source
-from himap_train.data.encode import encode
 from himap_train.data.skips import TooManySkippedError
 from himap_train.data.sources import open_source
 

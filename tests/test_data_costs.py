@@ -16,8 +16,8 @@ from training_toys import ToyData, quiet_trainer, save_tiny, tuner
 
 from himap_train.data.check import check_source
 from himap_train.data.windows import WAITED, Windows
-from himap_train.training.data_costs import DataCosts
-from himap_train.training.progress import Throughput
+from himap_train.training.callbacks.data_costs import DataCosts
+from himap_train.training.callbacks.progress import Throughput
 
 PAUSE = 0.05
 
@@ -101,7 +101,7 @@ def test_waiting_is_a_share_of_the_time_between_logs(
 def test_no_hint_where_nothing_is_waited_for(
     tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("himap_train.training.data_costs.HINT_ABOVE", 0.9)
+    monkeypatch.setattr("himap_train.training.callbacks.data_costs.HINT_ABOVE", 0.9)
     fit(tiny_path, tmp_path, 0.0)
     said = capsys.readouterr().out
     assert "waited for data" in said and "raise" not in said

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from data_examples import ENDS, TEMPLATES, llama_like_tokenizer, merging_tokenizer, picture, processor_with, talk
+from data_examples import (
+    ENDS,
+    TEMPLATES,
+    encode,
+    llama_like_tokenizer,
+    merging_tokenizer,
+    picture,
+    processor_with,
+    talk,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import IMAGE_TOKENS, tiny_processor
 
-from himap_train.data.encode import Encoder, SampleTooLongError, encode, encode_prompt
+from himap_train.data.encode import Encoder, SampleTooLongError, encode_prompt
 from himap_train.data.records import Conversation, RecordError, Turn
 
 IMAGE = "<image>" * IMAGE_TOKENS

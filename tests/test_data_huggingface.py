@@ -7,10 +7,9 @@ import time
 
 import datasets
 import pytest
-from data_examples import image_folder, picture
+from data_examples import encode, image_folder, picture
 from tiny import tiny_processor
 
-from himap_train.data.encode import encode
 from himap_train.data.hub import load_from_hub
 from himap_train.data.huggingface import HuggingFaceStream
 from himap_train.data.records import RecordError, StreamingSource, Turn

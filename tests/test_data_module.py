@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import tiny_processor
 
 from himap_train.data.module import LlavaDataModule
-from himap_train.data.prompts import prompt_loader
 from himap_train.data.skips import TooManySkippedError
 
 NAMES = ("a.png", "b.png", "c.png")
@@ -212,20 +211,6 @@ def test_streamed_training(tmp_path):
     datamodule = module(str(tmp_path / "train.parquet"), streaming=True, train_limit=5)
     model = fit(tmp_path, datamodule, epochs=1)
     assert model.seen == [("0", "1"), ("2", "3"), ("4",)]
-
-
-def test_prompts_for_generation(tmp_path, data):
-    (tmp_path / "b.png").unlink()
-    datamodule = module(data)
-    loader = prompt_loader(datamodule.source("train"), tiny_processor(), 3, limit=8, max_skipped=2)
-    batches = list(loader)
-    assert [name for batch in batches for name in batch["ids"]] == ["0", "2", "3", "4", "5", "6"]
-    assert [len(answer) for batch in batches for answer in batch["answers"]] == [
-        i * 7 % 30 + 1 for i in (0, 2, 3, 4, 5, 6)
-    ]
-    for batch in batches:
-        assert batch["attention_mask"][:, -1].all() and "labels" not in batch
-        assert tiny_processor().tokenizer.decode(batch["input_ids"][0][-10:]) == "ASSISTANT:"
 
 
 def test_data_that_is_not_there_ends_the_run_before_it_starts(tmp_path, data):

@@ -20,12 +20,12 @@ from training_toys import SCHEDULE, collate, quiet_trainer, sample, save_tiny, t
 
 from himap_train import PruningSchedule, PruningStage
 from himap_train.data.module import LlavaDataModule
-from himap_train.models.llava import pruning_of
-from himap_train.training.elastic import GRID, Elastic, ElasticSteps, SelfDistillation
-from himap_train.training.interrupt import Interrupted, SaveOnInterrupt
-from himap_train.training.pruning_settings import PruningSettings
-from himap_train.training.saving import AtomicCheckpointIO
-from himap_train.training.step_plan import SchedulePerStep
+from himap_train.models.install import pruning_of
+from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO
+from himap_train.training.callbacks.interrupt import Interrupted, SaveOnInterrupt
+from himap_train.training.schedules.elastic import GRID, Elastic, ElasticSteps, SelfDistillation
+from himap_train.training.schedules.per_step import SchedulePerStep
+from himap_train.training.schedules.settings import PruningSettings
 
 HIMAP = PruningSchedule.from_dict(SCHEDULE)
 TOKENS = (16, 8)

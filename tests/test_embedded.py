@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
-from himap_train.data.scene_text import TYPES, WORDS
-from himap_train.data.scenes import SceneQuestions
-from himap_train.models import embedded
-from himap_train.models.embedded_batches import branch_mask, branches
-from himap_train.models.embedded_build import build_model, build_tokenizer
-from himap_train.models.embedded_start import grow, shrink
+from himap_train.data.scene_questions import SceneQuestions
+from himap_train.embedded import model as embedded
+from himap_train.embedded.batches import branch_mask, branches
+from himap_train.embedded.build import build_model, build_tokenizer
+from himap_train.embedded.scene_text import TYPES, WORDS
+from himap_train.embedded.start import grow, shrink
 
 
 @pytest.fixture(scope="module")

@@ -17,18 +17,18 @@ from recipes_cli import RECIPES, run_recipe, save_tiny
 from tiny import IMAGE_TOKENS, tiny_llava, tiny_processor
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
+from himap_train.checkpoints.scheduled import fit_preset, is_preset, load_with_schedule
 from himap_train.data.batches import collate
 from himap_train.data.encode import encode_prompt
 from himap_train.data.records import Conversation, RecordError, Turn
-from himap_train.data.scene_text import TYPES
-from himap_train.data.scenes import SceneQuestions
+from himap_train.data.scene_questions import SceneQuestions
+from himap_train.embedded.scene_text import TYPES
 from himap_train.evaluation.command_line import run_command
 from himap_train.evaluation.compare import compare, evaluate_row
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.questions import Question, question_batches
-from himap_train.evaluation.report import markdown_table, print_table, save_table
-from himap_train.evaluation.schedule_argument import fit_preset, is_preset, load_with_schedule
-from himap_train.models.llava import base_llava, pruning_of
+from himap_train.evaluation.tables import markdown_table, print_table, save_table
+from himap_train.models.install import base_llava, pruning_of
 
 SCHEDULE = PruningSchedule((PruningStage(2, "instruction", 0.5), PruningStage(4, "image", 0.125)))
 QUIET = {"progress": False, "max_new_tokens": 4}

@@ -17,17 +17,17 @@ from safetensors.torch import load_file, save_file
 from training_toys import SCHEDULE, ToyData, quiet_trainer, save_tiny, tuner
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from himap_train import agreement
-from himap_train.agreement import check_agreement, require_stock_keys
-from himap_train.checkpoint import load_checkpoint, read_schedule, save_adapter
-from himap_train.export import merged as merged_module
-from himap_train.export.folders import export_adapter, export_merged
-from himap_train.export.run_facts import RunFacts
-from himap_train.model_card import adapter_card, merged_card
-from himap_train.models.llava import pruning_of
+from himap_train.checkpoints import agreement
+from himap_train.checkpoints import merged as merged_module
+from himap_train.checkpoints.agreement import check_agreement, require_stock_keys
+from himap_train.checkpoints.card import adapter_card, merged_card
+from himap_train.checkpoints.export import export_adapter, export_merged
+from himap_train.checkpoints.load import load_checkpoint, read_schedule, save_adapter
+from himap_train.checkpoints.run_facts import RunFacts
+from himap_train.models.install import pruning_of
 from himap_train.pruning.schedule import PruningSchedule
+from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO, RememberConfig
 from himap_train.training.module import LlavaFineTuner
-from himap_train.training.saving import AtomicCheckpointIO, RememberConfig
 
 
 @pytest.fixture(scope="module")

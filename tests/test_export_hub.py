@@ -19,8 +19,8 @@ from recipes_cli import run_recipe
 from tiny import tiny_processor
 from training_toys import save_tiny
 
-from himap_train.checkpoint import save_adapter
-from himap_train.export.hub import push_to_hub, require_hub
+from himap_train.checkpoints.hub import push_to_hub, require_hub
+from himap_train.checkpoints.load import save_adapter
 
 
 class Hub(ThreadingHTTPServer):

@@ -21,10 +21,10 @@ from torch import Tensor
 from training_toys import save_tiny
 from transformers import LlavaForConditionalGeneration
 
-from himap_train.checkpoint import load_checkpoint, save_adapter
-from himap_train.export.folders import export_merged
-from himap_train.export.weight_files import INDEX, parse_size
-from himap_train.models.llava import load_llava, remove_pruning
+from himap_train.checkpoints.export import export_merged
+from himap_train.checkpoints.load import load_checkpoint, save_adapter
+from himap_train.checkpoints.weight_files import INDEX, parse_size
+from himap_train.models.install import load_llava, remove_pruning
 
 DECODER = r".*language_model\.layers\.\d+\..*_proj"
 
@@ -234,7 +234,7 @@ def test_sizes_that_are_none(text: str) -> None:
 
 MEASURE = """
 import sys, pathlib, resource
-from himap_train.export.folders import export_merged
+from himap_train.checkpoints.export import export_merged
 def peak():
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024

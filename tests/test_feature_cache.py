@@ -22,11 +22,11 @@ from himap_train.data.feature_store import DamagedShardError, FeatureStore
 from himap_train.data.images import content_digest
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.image_features import encode, project, tower_features
-from himap_train.models.llava import base_llava
+from himap_train.models.install import base_llava
 from himap_train.models.tower import facts_key, tower_facts
-from himap_train.training.feature_cache import fill_feature_cache
-from himap_train.training.launch import AroundTraining, FineTuneTrainer
-from himap_train.training.seeding import StepSeeds
+from himap_train.training.callbacks.step_seeds import StepSeeds
+from himap_train.training.run.feature_cache import fill_feature_cache
+from himap_train.training.run.launch import AroundTraining, FineTuneTrainer
 
 NAMES = tuple(f"{letter}.png" for letter in "abcdef")
 DIGESTS = tuple(f"{number:064x}" for number in (1 << 200, 2 << 200, 3 << 200))

@@ -19,9 +19,9 @@ from recipes_cli import run_recipe
 from tiny import tiny_processor
 from training_toys import RECIPES, SCHEDULE, finetune, save_tiny
 
-from himap_train.checkpoint import load_checkpoint
-from himap_train.models.llava import pruning_of
-from himap_train.training.cli import FinetuneCLI
+from himap_train.checkpoints.load import load_checkpoint
+from himap_train.models.install import pruning_of
+from himap_train.training.run.command_line import FinetuneCLI
 
 
 @pytest.fixture(scope="module")

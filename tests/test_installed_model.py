@@ -12,7 +12,7 @@ from tiny import tiny_llava
 from torch.nn.functional import cross_entropy
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning, remove_pruning
-from himap_train.models.llava import change_schedule, hidden_states, pruning_of
+from himap_train.models.install import change_schedule, hidden_states, pruning_of
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlavaConfig
 
 from himap_train import PruningSchedule, PruningStage
-from himap_train.pruning.keep_ratio import KeepRatios
+from himap_train.pruning.learned.ratios import KeepRatios
 
 CONFIG = LlavaConfig(
     text_config=LlamaConfig(hidden_size=256, intermediate_size=688, num_hidden_layers=12, num_attention_heads=8)

@@ -21,7 +21,7 @@ from distributed import finish, kill_group, start, tails
 from training_toys import RECIPES, SCHEDULE, finetune, save_tiny
 
 from himap_train import storage
-from himap_train.training import saving
+from himap_train.training.callbacks import checkpoints as saving
 
 STEPS = 20
 _RUNS = ("straight", "run")

@@ -24,12 +24,12 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from processes import in_processes
 from training_toys import RECIPES, SCHEDULE, finetune, quiet_trainer, save_tiny
 
-from himap_train.training import deepspeed
-from himap_train.training.cli import FinetuneCLI
-from himap_train.training.launch import AroundTraining, FineTuneTrainer, is_first_process, report_error
+from himap_train.training.run.command_line import FinetuneCLI
+from himap_train.training.run.launch import AroundTraining, FineTuneTrainer, is_first_process, report_error
+from himap_train.training.zero import strategy as deepspeed
 
 ROOT = RECIPES.parent
-ZERO_3 = {"class_path": "himap_train.training.deepspeed.ZeroStrategy", "init_args": {"stage": 3, "offload": True}}
+ZERO_3 = {"class_path": "himap_train.training.zero.strategy.ZeroStrategy", "init_args": {"stage": 3, "offload": True}}
 FINETUNE = RECIPES / "finetune.py"
 
 

@@ -19,13 +19,13 @@ from training_toys import finetune, quiet_trainer, save_tiny, tuner
 from transformers import LlamaConfig
 
 from himap_train import PruningSchedule, PruningStage
-from himap_train.checkpoint import load_checkpoint
+from himap_train.checkpoints.load import load_checkpoint
 from himap_train.data.module import LlavaDataModule
-from himap_train.models.llava import pruning_of
-from himap_train.training.interrupt import Interrupted, SaveOnInterrupt
-from himap_train.training.learn_ratios import LearnKeepRatios
-from himap_train.training.learnable import Learnable
-from himap_train.training.saving import AtomicCheckpointIO
+from himap_train.models.install import pruning_of
+from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO
+from himap_train.training.callbacks.interrupt import Interrupted, SaveOnInterrupt
+from himap_train.training.callbacks.learn_ratios import LearnKeepRatios
+from himap_train.training.schedules.learnable import Learnable
 
 TOKENS = (16, 30)
 LEARNABLE = Learnable(budget=0.8, first_layer=1, switch_layer=3, warmup=0.25, until=0.75)

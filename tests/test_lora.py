@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from tiny import tiny_llava
 
-from himap_train.models.llava import base_llava
+from himap_train.models.install import base_llava
 from himap_train.models.lora import attach_lora, trainable_report
 
 DECODER_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -15,9 +15,9 @@ from himap_train import PruningSchedule, PruningStage, install_pruning, load_lla
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder
 from himap_train.data.sources import open_source
-from himap_train.models.llava import change_schedule, hidden_states
+from himap_train.models.install import change_schedule, hidden_states
 from himap_train.models.loss import supervised_loss
-from himap_train.pruning.marginal import MARGINAL_SHARE
+from himap_train.pruning.learned.marginal import MARGINAL_SHARE
 
 RATIOS = (1.0, 0.8, 0.6, 0.6, 0.3, 0.1)  # of the six layers; the fourth stage removes nothing
 

@@ -21,7 +21,7 @@ from tiny import tiny_llava
 from torch import Tensor
 
 from himap_train import AttentionMass, PruningSchedule, PruningStage, install_pruning, record_pruning
-from himap_train.models.llava import hidden_states, pruning_of
+from himap_train.models.install import hidden_states, pruning_of
 from himap_train.pruning.layout import TokenLayout, build_layout
 from himap_train.pruning.selection import image_ranks, plan_removals, select, settle_mass, tokens_for_mass
 

@@ -20,18 +20,18 @@ from tiny import tiny_llava, tiny_processor
 from training_toys import ToyData, quiet_trainer, save_tiny, tuner
 
 from himap_train import AttentionMass, PruningSchedule, PruningStage, install_pruning, load_checkpoint, record_pruning
-from himap_train.agreement import Outputs, _nearly_the_same, check_agreement
-from himap_train.benchmark.methods import find_method
-from himap_train.checkpoint import read_schedule, save_adapter
+from himap_train.benchmark.contenders import find_method
+from himap_train.checkpoints.agreement import Outputs, _nearly_the_same, check_agreement
+from himap_train.checkpoints.card import merged_card
+from himap_train.checkpoints.export import export_merged
+from himap_train.checkpoints.load import read_schedule, save_adapter
+from himap_train.checkpoints.run_facts import RunFacts
 from himap_train.evaluation.compare import compare
 from himap_train.evaluation.evaluate import evaluate
-from himap_train.evaluation.report import markdown_table, save_table
-from himap_train.export.folders import export_merged
-from himap_train.export.run_facts import RunFacts
-from himap_train.model_card import merged_card
-from himap_train.models.llava import pruning_of
+from himap_train.evaluation.tables import markdown_table, save_table
+from himap_train.models.install import pruning_of
 from himap_train.pruning.cost import schedule_cost
-from himap_train.training.progress import Throughput
+from himap_train.training.callbacks.progress import Throughput
 
 FIELDS = {
     "stages": [

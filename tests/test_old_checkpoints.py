@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from himap_train.checkpoint import load_checkpoint
-from himap_train.export.folders import export_merged
-from himap_train.models.llava import record_pruning
+from himap_train.checkpoints.export import export_merged
+from himap_train.checkpoints.load import load_checkpoint
+from himap_train.models.install import record_pruning
 
 DATA = Path(__file__).parent / "data"
 OLD = sorted(folder.name for folder in DATA.glob("checkpoint_*"))

@@ -12,7 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule
 from himap_train.planning.command_line import PlanCLI, run_settings
-from himap_train.planning.memory import STRATEGIES
+from himap_train.planning.device_memory import STRATEGIES
 from himap_train.planning.sources import find_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -162,7 +162,10 @@ def test_run_as_configured() -> None:
     [
         ({"class_path": "lightning.pytorch.strategies.DDPStrategy"}, "DDP"),
         (
-            {"class_path": "himap_train.training.deepspeed.ZeroStrategy", "init_args": {"stage": 3, "offload": True}},
+            {
+                "class_path": "himap_train.training.zero.strategy.ZeroStrategy",
+                "init_args": {"stage": 3, "offload": True},
+            },
             "ZeRO-3 offload",
         ),
     ],

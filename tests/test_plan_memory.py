@@ -11,13 +11,20 @@ from planning_toys import BATCH, toy_batch, toy_config, toy_model
 from torch import nn
 
 from himap_train import PruningSchedule, PruningStage
-from himap_train.models.llava import base_llava, hidden_states
+from himap_train.models.install import base_llava, hidden_states
 from himap_train.models.loss import supervised_loss
 from himap_train.planning.activations import ActivationModel
 from himap_train.planning.cases import embedded_case
+from himap_train.planning.device_memory import (
+    GIB,
+    RESERVE,
+    STRATEGIES,
+    configured_strategy,
+    largest_batch,
+    static_memory,
+)
 from himap_train.planning.facts import count, model_facts
 from himap_train.planning.measure import AllocationCounter, measured_memory
-from himap_train.planning.memory import GIB, RESERVE, STRATEGIES, configured_strategy, largest_batch, static_memory
 from himap_train.planning.quantities import Batch, Numerics
 from himap_train.planning.verify import markdown_table, verify
 from himap_train.training.module import LlavaFineTuner

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from training_toys import ToyData, collate, quiet_trainer, sample, save_tiny, tuner
 from transformers import LlavaForConditionalGeneration
 
-from himap_train.checkpoint import load_checkpoint, save_adapter
-from himap_train.export.folders import export_merged
+from himap_train.checkpoints.export import export_merged
+from himap_train.checkpoints.load import load_checkpoint, save_adapter
 from himap_train.models import loading, quantize
-from himap_train.models.llava import base_llava, hidden_states, install_pruning, record_pruning
+from himap_train.models.install import base_llava, hidden_states, install_pruning, record_pruning
 from himap_train.models.lora import attach_lora, is_linear, trainable_report
 
 

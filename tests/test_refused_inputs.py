@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, load_llava, remove_pruning
 from himap_train.models import loading
-from himap_train.models.llava import pruning_of
+from himap_train.models.install import pruning_of
 from himap_train.pruning.selection import keep_from_ratio
 
 SCHEDULE = PruningSchedule((PruningStage(2, "instruction", 0.5),))

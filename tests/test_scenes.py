@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from himap_train.data.records import Conversation
-from himap_train.data.scene_dense import catalogue, dense_texts, neighbours
-from himap_train.data.scene_text import COLOURS, DESCRIBE, KINDS, TYPES, Scene, ask, compose, describe
-from himap_train.data.scenes import ASSETS, SPLITS, SceneQuestions
+from himap_train.data.scene_questions import SceneQuestions
+from himap_train.embedded.scene_dense import catalogue, dense_texts, neighbours
+from himap_train.embedded.scene_text import COLOURS, DESCRIBE, KINDS, TYPES, Scene, ask, compose, describe
+from himap_train.embedded.scenes import ASSETS, SPLITS
 
 ROWS, COLUMNS = ["top", "middle", "bottom"], ["left", "center", "right"]
 SINGULAR = {"mailboxes": "mailbox"} | {kind + "s": kind for kind in (*KINDS, "card")}

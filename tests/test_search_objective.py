@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from data_examples import encode
 from tiny import tiny_llava, tiny_processor
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
-from himap_train.data.encode import encode
 from himap_train.data.records import Conversation, RecordError, Turn
-from himap_train.data.scenes import SceneQuestions
+from himap_train.data.scene_questions import SceneQuestions
 from himap_train.data.skips import TooManySkippedError
 from himap_train.search.flow import information_flow
 from himap_train.search.objective import Objective

@@ -11,13 +11,13 @@ from torch import nn
 from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, save_tiny, tuner
 
 from himap_train import PruningSchedule, PruningStage, install_pruning
-from himap_train.models.llava import hidden_states, pruning_of, record_pruning
+from himap_train.models.install import hidden_states, pruning_of, record_pruning
 from himap_train.models.loss import distilled_loss, supervised_loss
 from himap_train.training.adapter_module import Teacher
-from himap_train.training.elastic import Elastic, SelfDistillation
 from himap_train.training.module import LlavaFineTuner
-from himap_train.training.pruning_settings import PruningSettings
-from himap_train.training.step_plan import SchedulePerStep, Step
+from himap_train.training.schedules.elastic import Elastic, SelfDistillation
+from himap_train.training.schedules.per_step import SchedulePerStep, Step
+from himap_train.training.schedules.settings import PruningSettings
 
 FP32 = {"atol": 1e-5, "rtol": 1e-4}
 STUDENT = PruningSchedule.from_dict(SCHEDULE)

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule, install_pruning
-from himap_train.models.llava import hidden_states, pruning_of
+from himap_train.models.install import hidden_states, pruning_of
 from himap_train.models.lora import attach_lora
 from himap_train.models.loss import supervised_loss
 from himap_train.planning.measure import AllocationCounter

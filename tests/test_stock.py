@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning, remove_pruning
-from himap_train.models.llava import hidden_states, pruning_of
+from himap_train.models.install import hidden_states, pruning_of
 
 HIMAP = PruningSchedule(
     stages=(

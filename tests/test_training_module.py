@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, save_tiny, tuner
 
 from himap_train.data.module import LlavaDataModule
-from himap_train.models.llava import base_llava, install_pruning, pruning_of, record_pruning, remove_pruning
+from himap_train.models.install import base_llava, install_pruning, pruning_of, record_pruning, remove_pruning
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.training.accuracy import EvaluationSettings, GenerationAccuracy
+from himap_train.training.callbacks.accuracy import EvaluationSettings, GenerationAccuracy
 from himap_train.training.module import LlavaFineTuner
 
 

@@ -17,10 +17,15 @@ from tiny import tiny_processor
 from training_toys import quiet_trainer, save_tiny, tuner
 
 from himap_train.data.module import LlavaDataModule
-from himap_train.training.interrupt import Interrupted, SaveOnInterrupt
+from himap_train.training.callbacks.checkpoints import (
+    AtomicCheckpointIO,
+    RememberConfig,
+    last_and_best,
+    refuse_other_config,
+)
+from himap_train.training.callbacks.interrupt import Interrupted, SaveOnInterrupt
+from himap_train.training.callbacks.step_seeds import StepSeeds
 from himap_train.training.module import LlavaFineTuner
-from himap_train.training.saving import AtomicCheckpointIO, RememberConfig, last_and_best, refuse_other_config
-from himap_train.training.seeding import StepSeeds
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from himap_train.models.attention import ScoreCollector
-from himap_train.models.llava import base_llava
+from himap_train.models.install import base_llava
 from himap_train.pruning.layout import TokenLayout, build_layout
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.scoring import ranking_rows

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from himap_train.benchmark.sizes import SIZES, model_config
-from himap_train.evaluation.schedule_argument import fit_preset
+from himap_train.checkpoints.scheduled import fit_preset
 from himap_train.pruning.cost import schedule_cost
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.training_cost import training_flops

@@ -25,7 +25,7 @@ class Row:
         bound: What the ratio could be at least, by FLOPs or bytes; None where there is no such bound.
         causal_bound: The same where what the causal mask hides is no work; None but for FLOPs.
         flops: Of dense and of the method, one sample; None where bytes are what counts.
-        peak: Most bytes alive at once beside the weights; None of compiled code on a CPU, where nothing counts them.
+        peak: Most bytes alive at once beside the weights.
         dense_peak: The same of dense.
         kv: Bytes of the cache after the prefill; None in training.
         dense_kv: The same of dense.
@@ -43,8 +43,8 @@ class Row:
     bound: float | None
     causal_bound: float | None
     flops: tuple[float, float] | None
-    peak: int | None
-    dense_peak: int | None
+    peak: int
+    dense_peak: int
     kv: int | None
     dense_kv: int | None
     tokens_per_second: float

@@ -17,10 +17,10 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from himap_train.benchmark.methods import HF_TRAINER, Method
+from himap_train.benchmark.contenders import HF_TRAINER, Method
 from himap_train.benchmark.timing import Task
 from himap_train.benchmark.workload import Batch
-from himap_train.models.llava import base_llava, hidden_states
+from himap_train.models.install import base_llava, hidden_states
 from himap_train.models.loss import supervised_loss
 
 NEW_TOKENS = 64

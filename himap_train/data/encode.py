@@ -180,16 +180,6 @@ class Encoder:
         )
 
 
-def encode(
-    conversation: Conversation,
-    processor: Any,
-    max_length: int | None = None,
-    image_aspect_ratio: AspectRatio = "as_processor",
-) -> Sample:
-    """`Encoder.encode` for a single conversation."""
-    return Encoder(processor, max_length, image_aspect_ratio).encode(conversation)
-
-
 def encode_prompt(
     conversation: Conversation,
     processor: Any,

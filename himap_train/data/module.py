@@ -10,13 +10,13 @@ from lightning.pytorch import LightningDataModule
 from himap_train.data.batches import pad_token_id_of
 from himap_train.data.cached import CachedEncoder, check_cacheable
 from himap_train.data.check import check_source
+from himap_train.data.check_report import DataReport
 from himap_train.data.datasets import EncodedRecords, EncodedStream
 from himap_train.data.encode import Encoder
 from himap_train.data.images import AspectRatio
 from himap_train.data.lengths import estimate_lengths
 from himap_train.data.loader import BatchLoader, Collate, stream_loader
 from himap_train.data.records import Source, StreamingSource
-from himap_train.data.report import DataReport
 from himap_train.data.sampling import BatchOrder, check_at_least_one, check_same_order
 from himap_train.data.skips import SkipLog
 from himap_train.data.sources import open_source

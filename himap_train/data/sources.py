@@ -12,6 +12,7 @@ from himap_train.data.huggingface import HuggingFaceRecords, HuggingFaceStream
 from himap_train.data.jsonl import Jsonl
 from himap_train.data.llava_json import LlavaJson
 from himap_train.data.records import Source, StreamingSource
+from himap_train.data.scene_questions import SceneQuestions
 
 _HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
 _SCENE_OPTIONS = ("scenes", "seed", "questions_per_scene", "turns", "fixed")
@@ -62,8 +63,6 @@ def open_source(
 
 def _scenes(spec: str) -> Source:
     """`embedded:split?option=number&...` -> the embedded scenes."""
-    from himap_train.data.scenes import SceneQuestions
-
     split, _, query = spec.removeprefix("embedded:").partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     for key, value in options.items():

@@ -12,10 +12,10 @@ from torch import nn
 from himap_train.data.batches import pad_token_id_of
 from himap_train.evaluation.tokens import SampleTokens
 from himap_train.models.embeddings import weights_are_spread
+from himap_train.models.guard import check_pruned
 from himap_train.models.image_features import encode_nothing
-from himap_train.models.llava import base_llava, pruning_of
+from himap_train.models.install import base_llava, pruning_of
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.training.guard import check_pruned
 
 
 @contextmanager

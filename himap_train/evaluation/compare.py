@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from himap_train.checkpoints.scheduled import installed_schedule
 from himap_train.data.records import Source, StreamingSource
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.result import EvaluationResult
-from himap_train.evaluation.schedule_argument import installed_schedule
-from himap_train.models.llava import base_llava, install_pruning, pruning_of, remove_pruning
+from himap_train.models.install import base_llava, install_pruning, pruning_of, remove_pruning
 from himap_train.pruning.cost import Cost
 from himap_train.pruning.schedule import PruningSchedule
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from himap_train.bar import progress_bar
+from himap_train.checkpoints.scheduled import installed_schedule
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder, Sample
 from himap_train.data.images import AspectRatio
@@ -20,9 +21,8 @@ from himap_train.evaluation.metrics import make_metrics
 from himap_train.evaluation.questions import Question, question_batches, source_length
 from himap_train.evaluation.result import EvaluationResult, Prediction
 from himap_train.evaluation.sample_metric import SampleMetric
-from himap_train.evaluation.schedule_argument import installed_schedule
 from himap_train.evaluation.tokens import SampleTokens, measured_tokens
-from himap_train.models.llava import base_llava
+from himap_train.models.install import base_llava
 
 
 def evaluate(

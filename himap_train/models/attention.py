@@ -23,7 +23,7 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from himap_train.models.cpu_attention import CausalBlocks, runs_in_blocks
-from himap_train.pruning.marginal import HIDDEN, Marginal, shadow_gain
+from himap_train.pruning.learned.marginal import HIDDEN, Marginal, shadow_gain
 from himap_train.pruning.schedule import PruningStage
 from himap_train.pruning.scoring import RankingRows, attention_blocks, scores_from_attention
 

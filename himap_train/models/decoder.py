@@ -24,12 +24,11 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from himap_train.models.attention import ScoreCollector
 from himap_train.models.cache import mark_stage, stage_of
-from himap_train.models.compiled import CompiledLayers
 from himap_train.models.cpu_attention import CausalBlocks
 from himap_train.models.inputs import check_image_mask, check_inputs
 from himap_train.models.installed import InstalledPruning, PruneCounts
 from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
-from himap_train.pruning.marginal import Marginal, marginal_tokens
+from himap_train.pruning.learned.marginal import Marginal, marginal_tokens
 from himap_train.pruning.scoring import ranking_rows, scores_without_attention
 from himap_train.pruning.selection import (
     Removal,
@@ -90,7 +89,7 @@ def pruned_forward(
         ValueError: On inputs that cannot be pruned correctly.
     """
     pruning: InstalledPruning = self.himap_pruning
-    if not pruning.schedule.stages and pruning.compiled is None:
+    if not pruning.schedule.stages:
         return type(self).forward(
             self,
             input_ids=input_ids,
@@ -169,7 +168,7 @@ def _prefill(
             states.append(scatter_back(tokens.hidden, layout, length))
         collector = _collector(removals.get(number + 1), layout, always=ratios is not None)
         report = {"score_collector": collector} if collector else {}
-        tokens.hidden = _run(layer, tokens, call | report, pruning.compiled)
+        tokens.hidden = _run(layer, tokens, call | report)
     pruning.last = seen
     for trace in pruning.traces:
         trace.kept = [[row[real].cpu() for row, real in zip(at.columns, at.valid, strict=True)] for at in layouts]
@@ -208,9 +207,7 @@ def _remove(
     marginal = tokens.marginal
     if marginal is not None:
         keep, lengths = keep | marginal.shadow, lengths + marginal.shadows
-    longest, compiled = int(lengths.max()), decoder.himap_pruning.compiled
-    if compiled is not None:
-        longest = compiled.rounded(longest)
+    longest = int(lengths.max())
     index = compact(keep, longest)
     valid = torch.arange(longest, device=device) < lengths.to(device, non_blocking=True).unsqueeze(1)
     hidden = gather_tokens(tokens.hidden, index)
@@ -279,7 +276,7 @@ def _causal_mask(
     return create_causal_mask(decoder.config, hidden, attention_mask, cache, positions, layer_idx=layer)  # type: ignore[return-value]
 
 
-def _run(layer: nn.Module, tokens: _Tokens, call: dict[str, Any], compiled: CompiledLayers | None = None) -> Tensor:
+def _run(layer: nn.Module, tokens: _Tokens, call: dict[str, Any]) -> Tensor:
     given = {
         "attention_mask": tokens.mask,
         "position_embeddings": tokens.rotary,
@@ -287,4 +284,4 @@ def _run(layer: nn.Module, tokens: _Tokens, call: dict[str, Any], compiled: Comp
         **call,
         **({} if tokens.marginal is None else {"marginal": tokens.marginal}),
     }
-    return layer(tokens.hidden, **given) if compiled is None else compiled(layer, tokens.hidden, given)
+    return layer(tokens.hidden, **given)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from himap_train.models.compiled import CompiledLayers
 from himap_train.pruning.schedule import PruningSchedule
 
 
@@ -55,7 +54,6 @@ class InstalledPruning:
         ratios: Keep ratio of each layer while these are learned, (layers,) fp32 with a gradient; the schedule then has
             a stage at each layer from the first on. None otherwise.
         cpu_blocks: Whether SDPA runs in blocks on a CPU, see `cpu_attention`.
-        compiled: What calls the layers of a prefill or training forward; None where they are not compiled.
         last: Of the last prefill or training forward.
         traces: Those of `record_pruning`.
     """
@@ -64,6 +62,5 @@ class InstalledPruning:
     stock_attention: str
     ratios: Tensor | None = None
     cpu_blocks: bool = True
-    compiled: CompiledLayers | None = None
     last: PruneCounts | None = None
     traces: list[PruningTrace] = field(default_factory=list)

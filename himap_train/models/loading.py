@@ -11,6 +11,7 @@ from huggingface_hub import constants, get_session, hf_hub_download, snapshot_do
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
+from himap_train.embedded.model import embedded_model_path
 from himap_train.models.quantize import Quantize, quantization_config
 
 EMBEDDED = "embedded"
@@ -115,8 +116,6 @@ def resolve_model(path: str | Path) -> str:
         FileNotFoundError: If it is no folder with a config.json and the hub does not give one within seconds.
     """
     if str(path) == EMBEDDED:
-        from himap_train.models.embedded import embedded_model_path
-
         return str(embedded_model_path())
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():

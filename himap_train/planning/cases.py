@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from himap_train.models.llava import base_llava, install_pruning
+from himap_train.models.install import base_llava, install_pruning
 from himap_train.models.loading import EMBEDDED, load_config, load_llava, resolve_model
 from himap_train.planning.quantities import Batch
 from himap_train.pruning.schedule import PruningSchedule

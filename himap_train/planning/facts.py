@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from himap_train.models.llava import base_llava
+from himap_train.models.install import base_llava
 from himap_train.models.lora import parameter_group
 from himap_train.training.module import LlavaFineTuner
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from himap_train.models.llava import base_llava, hidden_states, pruning_of
+from himap_train.models.install import base_llava, hidden_states, pruning_of
 from himap_train.models.loss import supervised_loss
 
 

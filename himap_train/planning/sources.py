@@ -15,7 +15,7 @@ from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import RecordError, Source
 from himap_train.data.tokens import ConversationTokenizer
 from himap_train.models.loading import load_config, load_processor, resolve_model
-from himap_train.planning.plan import Sample
+from himap_train.planning.run_plan import Sample
 from himap_train.pruning.training_cost import tokens_of_image
 
 _BUILT_IN = Path(__file__).parents[1] / "assets/configs"

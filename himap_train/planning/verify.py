@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from himap_train.models.llava import base_llava
+from himap_train.models.install import base_llava
 from himap_train.planning.activations import ActivationModel
 from himap_train.planning.cases import Case, build_model, embedded_case, inputs_of, llava_100m_case
+from himap_train.planning.device_memory import static_memory
 from himap_train.planning.facts import ModelFacts, model_facts
 from himap_train.planning.measure import measured_flops, measured_memory
-from himap_train.planning.memory import static_memory
 from himap_train.planning.quantities import Numerics
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.training_cost import training_flops

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from himap_train.evaluation.answering import evaluation_mode
-from himap_train.models.llava import base_llava, install_pruning
+from himap_train.models.install import base_llava, install_pruning
 from himap_train.pruning.layout import build_layout
 from himap_train.pruning.schedule import PruningSchedule, PruningStage
 from himap_train.pruning.scoring import RankingRows, attention_blocks, ranking_rows

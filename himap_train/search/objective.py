@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from himap_train.evaluation.answering import evaluation_mode
-from himap_train.models.llava import base_llava, hidden_states, install_pruning
+from himap_train.models.install import base_llava, hidden_states, install_pruning
 from himap_train.models.loss import supervised_loss
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.samples import SearchSamples

@@ -20,7 +20,7 @@ from himap_train.data.records import Conversation, RecordError, Source, Streamin
 from himap_train.data.skips import SkipLog
 from himap_train.evaluation.answering import evaluation_mode
 from himap_train.evaluation.questions import Question, question_batches, source_length
-from himap_train.models.llava import base_llava
+from himap_train.models.install import base_llava
 
 
 @dataclass(frozen=True)

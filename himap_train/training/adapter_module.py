@@ -14,12 +14,11 @@ from lightning.pytorch import LightningModule
 from peft import PeftModel
 from torch import Tensor
 
-from himap_train.export.adapter import CHECKPOINT_KEY, adapter_facts
-from himap_train.models.compiled import CompiledLayers, require_compiler
-from himap_train.models.llava import base_llava, change_schedule, hidden_states, pruning_of
+from himap_train.checkpoints.adapter import CHECKPOINT_KEY, adapter_facts
+from himap_train.models.guard import check_pruned, check_trained_weights
+from himap_train.models.install import base_llava, change_schedule, hidden_states, pruning_of
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.training.guard import check_pruned, check_trained_weights
-from himap_train.training.place import begin_next_epoch, continue_in_this_split
+from himap_train.training.run.resume_split import begin_next_epoch, continue_in_this_split
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,9 @@ class AdapterModule(LightningModule):
     Attributes:
         llava: None until it is loaded.
         schedule: What is saved with the adapter.
-        compiled: What calls the decoder's layers in training; None where they are not compiled.
     """
 
     schedule: PruningSchedule
-    compiled: CompiledLayers | None = None
     _running: PruningSchedule | None = None  # None: `schedule`
     _teacher: Teacher | None = None
 
@@ -69,16 +66,8 @@ class AdapterModule(LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Hugging Face models load in evaluation mode, in which nothing is checkpointed and dropout is off.
-
-        Raises:
-            ValueError: What is to be compiled cannot be, on this machine.
-        """
+        """Hugging Face models load in evaluation mode, in which nothing is checkpointed and dropout is off."""
         self.train()
-        if self.compiled is not None:
-            require_compiler(self.device.type)
-            data = getattr(self.trainer, "datamodule", None)
-            self.compiled.multiple = getattr(data, "pad_to_multiple_of", None) or 1
 
     def use_schedule(
         self, schedule: PruningSchedule, teacher: Teacher | None = None, ratios: Tensor | None = None

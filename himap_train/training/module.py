@@ -14,11 +14,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import LlavaProcessor
 
-from himap_train.checkpoint import read_schedule
-from himap_train.evaluation.schedule_argument import fit_preset, is_preset
-from himap_train.models.compiled import CompiledLayers
+from himap_train.checkpoints.load import read_schedule
+from himap_train.checkpoints.scheduled import fit_preset, is_preset
 from himap_train.models.embeddings import weights_are_spread
-from himap_train.models.llava import base_llava, install_pruning
+from himap_train.models.install import base_llava, install_pruning
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
 from himap_train.models.loss import calls_needed, distilled_loss, supervised_loss
@@ -26,8 +25,8 @@ from himap_train.models.quantize import Quantize
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.adapter_module import AdapterModule, Teacher
 from himap_train.training.averaging import WindowMean
+from himap_train.training.callbacks.progress import step_ended
 from himap_train.training.optim import cosine_with_warmup, parameter_groups
-from himap_train.training.progress import step_ended
 
 _WEIGHTS = {"bf16": torch.bfloat16, "16": torch.float16}
 
@@ -59,7 +58,6 @@ class LlavaFineTuner(AdapterModule):
         quantize: "4bit" stores the frozen decoder in 4 bits (QLoRA; needs bitsandbytes and CUDA), null as it is.
         loss_average: "token" averages over all tokens of an optimizer step, "batch" over micro-batches.
         loss_chunk: Supervised positions whose logits exist at a time; 0 for all at once.
-        compile: Train the decoder's layers through `torch.compile`, one by one. For batches of few lengths.
     """
 
     def __init__(
@@ -81,7 +79,6 @@ class LlavaFineTuner(AdapterModule):
         quantize: Quantize | None = None,
         loss_average: Literal["token", "batch"] = "token",
         loss_chunk: int = 1024,
-        compile: bool = False,
     ) -> None:
         super().__init__()
         self.path = path
@@ -98,7 +95,6 @@ class LlavaFineTuner(AdapterModule):
         self.quantize = quantize
         self.loss_average = loss_average
         self.loss_chunk = loss_chunk
-        self.compiled = CompiledLayers() if compile else None
         self.processor: LlavaProcessor | None = None
         self._window = WindowMean()
         self._validation = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
@@ -120,7 +116,7 @@ class LlavaFineTuner(AdapterModule):
         if self.gradient_checkpointing:
             decoder.activation_checkpointing_enable({"use_reentrant": False})
         self.schedule = self.fitted_schedule(decoder.config.num_hidden_layers)
-        install_pruning(self.llava, self.schedule, self.compiled)
+        install_pruning(self.llava, self.schedule)
         self.train()
 
     def fitted_schedule(self, layers: int) -> PruningSchedule:

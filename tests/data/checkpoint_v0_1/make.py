@@ -16,8 +16,8 @@ from tiny import tiny_llava, tiny_processor
 from training_toys import collate, sample
 
 from himap_train import PruningSchedule, load_checkpoint, load_llava, record_pruning, remove_pruning
-from himap_train.checkpoint import save_adapter
-from himap_train.export.folders import export_merged
+from himap_train.checkpoints.export import export_merged
+from himap_train.checkpoints.load import save_adapter
 from himap_train.models.lora import attach_lora
 
 SCHEDULE = PruningSchedule.from_dict(

@@ -1,0 +1,150 @@
+"""Measures rows: a method and dense in pairs, on one size and one shape of batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from himap_train.benchmark.bounds import decode_ratio, step_flops
+from himap_train.benchmark.contenders import DENSE, Method, find_method
+from himap_train.benchmark.peak_memory import cache_bytes, peak_bytes, weight_bytes
+from himap_train.benchmark.row import Row
+from himap_train.benchmark.sizes import Size, build_model
+from himap_train.benchmark.tasks import NEW_TOKENS, TrainingSteps, inference_task, prefilled_cache
+from himap_train.benchmark.timing import Clock, Spread, Task, nothing, time_pairs
+from himap_train.benchmark.workload import Batch, Workload, make_batch
+from himap_train.models.lora import attach_lora, parameter_group
+from himap_train.pruning.schedule import PruningSchedule
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How everything is measured.
+
+    Attributes:
+        size: Shape of the model.
+        whole: With a vision tower.
+        dtype: Of the weights.
+        device: As torch names it.
+        attention: The attention implementation.
+        checkpointing: Gradient checkpointing in training.
+        rounds: Pairs.
+        seed: Of weights and inputs.
+        clock: What reads the time on a CPU.
+    """
+
+    size: Size
+    whole: bool = False
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    attention: str = "sdpa"
+    checkpointing: bool = False
+    rounds: int = 5
+    seed: int = 0
+    clock: Clock = "wall"
+
+
+class Bench:
+    """A model and a batch, and rows measured on them. Inference first: training attaches LoRA to the model for good."""
+
+    def __init__(self, settings: Settings, workload: Workload) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings, self.workload = settings, workload
+        model: Any = build_model(
+            settings.size,
+            whole=settings.whole,
+            dtype=settings.dtype,
+            device=settings.device,
+            attention=settings.attention,
+        )
+        self.model: Any = model
+        self.config: Any = model.config
+        self.batch: Batch = make_batch(model, workload, settings.whole, settings.seed)
+        self.weights = weight_bytes(model)
+        self.steps: TrainingSteps | None = None
+        self._peaks: dict[tuple[str, str], int] = {}
+
+    def row(self, measure: str, name: str, each: Callable[[], Any] = nothing) -> Row:
+        """Time `measure` of a method against dense in pairs."""
+        method, dense = (find_method(which, self.settings.size.layers) for which in (name, DENSE))
+        ours, theirs = (self._task(measure, which) for which in (method, dense))
+        how = self.settings
+        pairs = time_pairs(theirs, ours, how.rounds, self.batch.input_ids.device, clock=how.clock, each=each)
+        seconds = Spread.of(pairs.second)
+        in_training = measure == "training_step"
+        flops, causal = (self._flops(measure, method.schedule, causal) for causal in (False, True))
+        made = {"decode": self.workload.batch, "generate": self.workload.batch * NEW_TOKENS}
+        return Row(
+            measure=measure,
+            method=name,
+            why=method.why,
+            workload=self.workload,
+            layers=self.settings.size.layers,
+            seconds=seconds,
+            dense_seconds=Spread.of(pairs.first),
+            ratio=pairs.ratio,
+            bound=flops[1] / flops[0] if flops else self._bytes_bound(measure, method.schedule),
+            causal_bound=causal[1] / causal[0] if causal else None,
+            flops=flops,
+            peak=self._peak(measure, method, ours),
+            dense_peak=self._peak(measure, dense, theirs),
+            kv=None if in_training else cache_bytes(prefilled_cache(self.model, method, self.batch)),
+            dense_kv=None if in_training else cache_bytes(prefilled_cache(self.model, dense, self.batch)),
+            tokens_per_second=made.get(measure, self.workload.tokens) / seconds.median,
+        )
+
+    def _task(self, measure: str, method: Method) -> Task:
+        if measure != "training_step":
+            return inference_task(measure, self.model, method, self.batch)
+        if self.steps is None:
+            self.steps = TrainingSteps(self._with_lora(), self.batch)
+        return self.steps.task(method)
+
+    def _with_lora(self) -> Any:
+        rank, model = self.settings.size.lora_rank, self.model
+        trained = attach_lora(model, r=rank, alpha=2 * rank, projector="train" if self.settings.whole else "freeze")
+        if self.settings.checkpointing:
+            model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        return trained.train()
+
+    def _peak(self, measure: str, method: Method, task: Task) -> int:
+        key = (measure, method.name)
+        if key not in self._peaks:
+            self._peaks[key] = peak_bytes(task, self.model, self.batch)
+        return self._peaks[key]
+
+    def _flops(self, measure: str, schedule: PruningSchedule, causal: bool) -> tuple[float, float] | None:
+        if measure not in ("training_step", "prefill"):
+            return None
+        lora = lora_parameters(self.model) if measure == "training_step" else [0] * self.settings.size.layers
+        whole, checkpointing = self.settings.whole, self.settings.checkpointing
+        dense, pruned = (
+            step_flops(
+                measure,
+                kind,
+                self.config,
+                self.workload,
+                lora_parameters=lora,
+                whole=whole,
+                checkpointing=checkpointing,
+                causal=causal,
+            )
+            for kind in (PruningSchedule(), schedule)
+        )
+        return dense, pruned
+
+    def _bytes_bound(self, measure: str, schedule: PruningSchedule) -> float | None:
+        if measure == "generate":
+            return None
+        return decode_ratio(schedule, self.config, self.workload, self.weights, self.settings.dtype.itemsize)
+
+
+def lora_parameters(model: Any) -> Sequence[int]:
+    """Trained parameters of each decoder layer."""
+    return [
+        sum(p.numel() for name, p in layer.named_parameters() if parameter_group(name) == "lora")
+        for layer in model.model.language_model.layers
+    ]

@@ -1,0 +1,119 @@
+"""Everything that will be measured, checked by name and shape before the first of it starts, and then measured."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from himap_train.benchmark.bench import Bench, Settings
+from himap_train.benchmark.contenders import DENSE, MEASURES, find_method
+from himap_train.benchmark.growth import Fit, fit_growth
+from himap_train.benchmark.row import Row
+from himap_train.benchmark.series import points
+from himap_train.benchmark.workload import Workload
+from himap_train.pruning.schedule import nearest
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model and a batch, and what to measure on them.
+
+    Attributes:
+        axis: The series that it is a point of; None for the table.
+        value: Its value on that axis.
+        settings: The model.
+        workload: The batch.
+        rows: Measure and method of each row.
+    """
+
+    axis: str | None
+    value: int
+    settings: Settings
+    workload: Workload
+    rows: list[tuple[str, str]]
+
+
+def table_job(settings: Settings, workload: Workload, methods: Sequence[str], measures: Sequence[str]) -> Job:
+    """All methods at one shape.
+
+    Raises:
+        ValueError: A name is unknown.
+    """
+    return Job(None, 0, settings, workload, _rows(settings, methods, measures))
+
+
+def series_jobs(
+    axis: str,
+    settings: Settings,
+    workload: Workload,
+    methods: Sequence[str],
+    measures: Sequence[str],
+    values: list[int] | None = None,
+) -> list[Job]:
+    """Some methods along one axis.
+
+    Raises:
+        ValueError: A name is unknown, or a value impossible.
+    """
+    return [
+        Job(axis, point.value, changed, point.workload, _rows(changed, methods, measures))
+        for point in points(axis, settings.size, workload, values)
+        for changed in [replace(settings, size=point.size)]
+    ]
+
+
+def _rows(settings: Settings, methods: Sequence[str], measures: Sequence[str]) -> list[tuple[str, str]]:
+    for measure in measures:
+        if measure not in MEASURES:
+            raise ValueError(f"measure {measure!r} is unknown{nearest(measure, MEASURES)}")
+    found = [find_method(name, settings.size.layers) for name in methods if name != DENSE]
+    # Training comes last: it attaches LoRA to the model for good.
+    ordered = [measure for measure in (*MEASURES[1:], MEASURES[0]) if measure in measures]
+    return [(measure, method.name) for measure in ordered for method in found if measure in method.measures]
+
+
+def run_jobs(jobs: Sequence[Job]) -> tuple[list[Row], dict[str, list[tuple[int, Row]]]]:
+    """Measure it all, with a bar on a terminal and a line for each row elsewhere.
+
+    Returns:
+        The rows of the table, and for each axis its rows with their values.
+    """
+    rows: list[Row] = []
+    series: dict[str, list[tuple[int, Row]]] = {}
+    shown = sys.stderr.isatty()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    total = sum(len(job.rows) * job.settings.rounds for job in jobs)
+    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
+        task = bar.add_task("pairs", total=total)
+        for job in jobs:
+            bench = Bench(job.settings, job.workload)
+            for measure, method in job.rows:
+                bar.update(task, description=f"{measure}, {method}")
+                row = bench.row(measure, method, each=_advance(bar, task))
+                if job.axis is None:
+                    rows.append(row)
+                else:
+                    series.setdefault(job.axis, []).append((job.value, row))
+                if not shown:
+                    place = f"{job.axis} {job.value}, " if job.axis else ""
+                    print(f"{place}{measure}, {method}: {row.ratio.median:.3f} of dense", file=sys.stderr, flush=True)
+    return rows, series
+
+
+def _advance(bar: Progress, task: Any) -> Callable[[], None]:
+    return lambda: bar.advance(task)
+
+
+def fit_series(series: dict[str, list[tuple[int, Row]]]) -> list[Fit]:
+    """A line through every measure and method of every axis."""
+    fits = []
+    for axis, found in series.items():
+        for key in dict.fromkeys((row.measure, row.method) for _, row in found):
+            some = [(value, row) for value, row in found if (row.measure, row.method) == key]
+            fits += fit_growth(axis, [value for value, _ in some], [row for _, row in some])
+    return fits

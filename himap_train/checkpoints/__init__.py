@@ -1,0 +1,1 @@
+"""What is written and read again: adapter with schedule, merged models, cards, and whether they agree."""

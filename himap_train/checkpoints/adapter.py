@@ -1,0 +1,190 @@
+"""What an adapter is on disk, and how it is read back: from its folder or straight from a training checkpoint.
+
+A training checkpoint holds the trained tensors under the names of the training module; what turns them into a PEFT
+folder (PEFT's config, schedule, which base model) lies beside them as plain values under `himap_adapter`. So neither
+the base model nor the strategy that trained it is needed to make an adapter of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel, __version__, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlavaProcessor
+
+from himap_train.checkpoints.same_base import base_facts, plain
+from himap_train.embedded.model import embedded_model_path
+from himap_train.models.install import base_llava
+from himap_train.models.loading import EMBEDDED
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.storage import atomic_folder
+
+CHECKPOINT_KEY = "himap_adapter"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+SCHEDULE_FILE, BASE_FILE = "pruning.yaml", "base_model.json"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained adapter in memory.
+
+    Attributes:
+        weights: Tensors under the names of `adapter_model.safetensors`.
+        peft: Content of `adapter_config.json`.
+        schedule: As it was trained.
+        base_facts: What the base model's config was (see `same_base`); None where the folder does not say.
+    """
+
+    weights: dict[str, Tensor]
+    peft: dict[str, Any]
+    schedule: PruningSchedule
+    base_facts: dict[str, Any] | None
+
+    @property
+    def base(self) -> str:
+        """Path or hub id of the model that it was trained on."""
+        return str(self.peft["base_model_name_or_path"])
+
+    def write(self, folder: Path, card: str, processor: LlavaProcessor | None = None) -> None:
+        """Write a PEFT folder; what was there before stays until all is written.
+
+        Raises:
+            ValueError: A tensor is empty (sharded parameters that nobody gathered).
+            OSError: Nothing could be written; an older folder is untouched.
+        """
+        empty = [name for name, tensor in self.weights.items() if tensor.numel() == 0]
+        if empty:
+            raise ValueError(
+                f"{len(empty)} tensors to save are empty, the first is {empty[0]}: gather sharded weights first"
+            )
+        with atomic_folder(folder) as temporary:
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights.items()}
+            save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+            _write_json(temporary / CONFIG_FILE, self.peft)
+            _write_json(temporary / BASE_FILE, {"config": self.base_facts})
+            text = yaml.safe_dump(self.schedule.to_dict(), sort_keys=False)
+            (temporary / SCHEDULE_FILE).write_text(text, encoding="utf-8")
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            if processor is not None:
+                processor.save_pretrained(str(temporary))
+
+
+def adapter_facts(model: PeftModel, schedule: PruningSchedule) -> dict[str, Any]:
+    """All of an adapter but its tensors, as plain values: what a training checkpoint keeps under `CHECKPOINT_KEY`."""
+    config = model.peft_config["default"]
+    peft = {key: plain(value) for key, value in config.to_dict().items()}
+    base = type(base_llava(model))
+    return {
+        "peft": peft
+        | {
+            "auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__},
+            "base_model_name_or_path": portable_name(str(config.base_model_name_or_path)),
+            "inference_mode": True,
+            "peft_version": __version__,
+        },
+        "schedule": schedule.to_dict(),
+        "base": base_facts(base_llava(model).config),
+    }
+
+
+def adapter_of(model: PeftModel, schedule: PruningSchedule, weights: Mapping[str, Tensor] | None = None) -> Adapter:
+    """The adapter of a model in memory; `weights` are its trained parameters where the model holds only parts."""
+    # "auto" would ask the hub whether the embeddings were resized
+    return _adapter(
+        get_peft_model_state_dict(model, weights, save_embedding_layers=False), adapter_facts(model, schedule)
+    )
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Read an adapter folder or a training checkpoint file.
+
+    Raises:
+        FileNotFoundError: A file of the folder is gone.
+        ValueError: The checkpoint has nothing to make an adapter from, or a file is damaged.
+    """
+    if path.is_file():
+        return _from_checkpoint(path)
+    check_complete(path)
+    facts = path / BASE_FILE
+    try:
+        weights = load_file(path / WEIGHTS_FILE)
+        schedule = path / SCHEDULE_FILE
+        return Adapter(
+            weights,
+            json.loads((path / CONFIG_FILE).read_text("utf-8")),
+            PruningSchedule.from_dict(yaml.safe_load(schedule.read_text("utf-8")) if schedule.is_file() else {}),
+            json.loads(facts.read_text("utf-8"))["config"] if facts.is_file() else None,
+        )
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}. {_OTHER_WAYS}") from error
+
+
+def check_complete(folder: Path) -> None:
+    """Raise where files of an adapter folder are gone.
+
+    A folder without `pruning.yaml` would load and silently be dense. Folders that PEFT alone wrote have none, and no
+    `base_model.json` either.
+
+    Raises:
+        FileNotFoundError: Names what is there and what is not.
+    """
+    needed = [CONFIG_FILE, WEIGHTS_FILE, *([SCHEDULE_FILE] if (folder / BASE_FILE).is_file() else [])]
+    gone = [name for name in needed if not (folder / name).is_file()]
+    if gone:
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8])
+        raise FileNotFoundError(f"{folder} has no {' and no '.join(gone)} (it holds {found}). {_OTHER_WAYS}")
+
+
+_OTHER_WAYS = (
+    "Pickled adapters are not read. The run's training checkpoint makes an adapter anew: "
+    "python recipes/export.py --format adapter --checkpoint RUN/checkpoints/last.ckpt --output FOLDER"
+)
+
+
+def _from_checkpoint(file: Path) -> Adapter:
+    """Make an adapter of `state_dict` and the facts beside it."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises many kinds for "this is no checkpoint"
+        raise ValueError(f"{file} cannot be read as a training checkpoint ({error}); is it complete?") from error
+    facts = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
+    if facts is None:
+        raise ValueError(
+            f"{file} does not say which adapter it holds (no {CHECKPOINT_KEY!r}): it was written by an older version. "
+            "Export the run's `adapter` folder, or resume the run and let it end"
+        )
+    return _adapter({file_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}, facts)
+
+
+def _adapter(weights: dict[str, Tensor], facts: Mapping[str, Any]) -> Adapter:
+    return Adapter(weights, facts["peft"], PruningSchedule.from_dict(facts["schedule"]), facts["base"])
+
+
+def file_name(parameter: str) -> str:
+    """A tensor's name in PEFT's file, from its name in the training module: without the adapter's own name.
+
+    `llava.base_model.model.lm_head.lora_A.default.weight` is `base_model.model.lm_head.lora_A.weight`.
+    """
+    name = parameter.removeprefix("llava.").replace(".modules_to_save.default.", ".")
+    return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
+
+
+def portable_name(base: str) -> str:
+    """The name of a base model as another machine understands it."""
+    try:
+        return EMBEDDED if Path(base) == embedded_model_path() else base
+    except FileNotFoundError:  # installed without the embedded model
+        return base
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

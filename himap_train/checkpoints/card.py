@@ -1,0 +1,186 @@
+"""The README.md that goes with an adapter or a merged model: data, schedule and its cost, training, scores, loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from himap_train import __version__
+from himap_train.checkpoints.run_facts import RunFacts
+from himap_train.pruning.schedule import PruningSchedule
+
+TEXT_TOKENS = 115
+"""Of the sample that costs are given for: a short question with LLaVA-1.5's system prompt."""
+_SETTINGS = (
+    ("model", ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "projector", "lora_lr", "projector_lr")),
+    ("model", ("weight_decay", "warmup_ratio", "loss_average", "quantize")),
+    ("data", ("batch_size", "max_length", "image_aspect_ratio")),
+    ("pruning", ("learnable", "elastic", "curriculum")),
+    ("trainer", ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")),
+    ("trainer", ("strategy", "devices", "num_nodes")),
+)
+_LOAD_PRUNED = """```python
+from himap_train import load_checkpoint
+
+model, processor = load_checkpoint("this-folder")                 # pruned as it was trained
+model, processor = load_checkpoint("this-folder", schedule=None)  # dense
+```"""
+_LOAD_MERGED = """Without himap-train, dense:
+```python
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+model = LlavaForConditionalGeneration.from_pretrained("this-folder")
+processor = AutoProcessor.from_pretrained("this-folder")
+```
+Stock transformers, vLLM and SGLang load this folder as an ordinary LLaVA and run it **dense**: they have no place for
+pruning inside the decoder. The schedule is in `config.json` under `himap`."""
+
+
+def adapter_card(base: str, schedule: PruningSchedule, config: Any, run: RunFacts) -> str:
+    """The card of an adapter folder.
+
+    Args:
+        base: The model that it belongs to.
+        schedule: As it was trained.
+        config: Of the base model.
+        run: What is known about the run.
+    """
+    title = f"LoRA adapter for {_short(base)}, {_how(schedule)}"
+    note = "`PeftModel.from_pretrained` loads this folder too; the model then runs dense."
+    return _card(_front("peft", base), title, [_LOAD_PRUNED, note], schedule, config, run)
+
+
+def merged_card(base: str, schedule: PruningSchedule, config: Any, run: RunFacts) -> str:
+    """The card of a merged model; arguments as for `adapter_card`."""
+    title = f"{_short(base)}, {_how(schedule)}"
+    return _card(_front("transformers", base), title, [_LOAD_PRUNED, _LOAD_MERGED], schedule, config, run)
+
+
+def _front(library: str, base: str) -> dict[str, Any]:
+    """What the hub reads. It refuses a card whose `base_model` is a folder on somebody's disk."""
+    on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).is_dir()
+    named = {"base_model": base} if on_hub else {}
+    tags = ["llava", "himap", "token-pruning"]
+    return {"library_name": library, **named, "pipeline_tag": "image-text-to-text", "tags": tags}
+
+
+def _short(base: str) -> str:
+    return Path(base).name
+
+
+def _how(schedule: PruningSchedule) -> str:
+    return "fine-tuned while image tokens are pruned" if schedule.stages else "fine-tuned"
+
+
+def _card(
+    front: dict[str, Any], title: str, loading: list[str], schedule: PruningSchedule, config: Any, run: RunFacts
+) -> str:
+    """Front matter, title and sections; what is not known is left out."""
+    sections = [
+        ("", "\n".join(["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", f"# {title}"])),
+        ("Loading", "\n\n".join(loading)),
+        ("Pruning schedule", f"{_schedule(schedule)}\n\n{_cost(schedule, config)}{_elastic(run.config)}"),
+        ("Scores", _scores(run.rows)),
+        ("Data", _data(run.config.get("data") or {})),
+        ("Training", _training(run.config)),
+        ("Versions", _versions(run.versions)),
+    ]
+    return "\n\n".join(f"## {head}\n\n{text}" if head else text for head, text in sections if text) + "\n"
+
+
+def _schedule(schedule: PruningSchedule) -> str:
+    stages = yaml.safe_dump(schedule.to_dict(), sort_keys=False).strip()
+    text = "`keep_ratio` is the fraction kept of the original image tokens."
+    if schedule.by_mass:
+        text += (
+            " `keep: {mass: m}` keeps the fewest image tokens of each sample that hold the share m of the attention, "
+            "between `at_least` and `at_most` of the original ones."
+        )
+    return f"{text}\n```yaml\n{stages}\n```"
+
+
+def _cost(schedule: PruningSchedule, config: Any) -> str:
+    """What a prefill costs, pruned beside dense."""
+    vision = config.vision_config
+    tokens = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    cost = schedule.cost(config, image_tokens=tokens, text_tokens=TEXT_TOKENS)
+    layers = cost.image_tokens_per_layer
+    starts = [layer for layer, count in enumerate(layers) if layer == 0 or count != layers[layer - 1]]
+    ends = [*(start - 1 for start in starts[1:]), len(layers) - 1]
+    spans = [f"layers {a}-{b}" if a < b else f"layer {a}" for a, b in zip(starts, ends, strict=True)]
+    kept = ", ".join(f"{layers[start]} in {span}" for start, span in zip(starts, spans, strict=True))
+    kv, dense_kv = cost.kv_bytes / 1e6, cost.kv_bytes / cost.kv_bytes_ratio / 1e6
+    rows = [
+        ("image tokens", kept, str(tokens)),
+        ("decoder FLOPs of the prefill", f"{cost.flops:.3g}", f"{cost.dense_flops:.3g}"),
+        ("ratio (`flops_ratio`)", f"{cost.flops_ratio:.3f}", "1"),
+        ("KV cache after the prefill, MB", f"{kv:.3g}", f"{dense_kv:.3g}"),
+        ("ratio", f"{cost.kv_bytes_ratio:.3f}", "1"),
+    ]
+    pruned = "pruned, at most" if cost.upper_bound else "pruned"
+    return f"One image and {TEXT_TOKENS} text tokens:\n\n" + _table(("", pruned, "dense"), rows)
+
+
+def _elastic(config: Mapping[str, Any]) -> str:
+    """At which budgets the model runs."""
+    elastic = (config.get("pruning") or {}).get("elastic")
+    if not elastic:
+        return ""
+    low, high = elastic["budgets"]
+    dense = " and dense" if elastic["dense_share"] else ""
+    return (
+        f"\n\nTrained at every budget (`flops_ratio`) from {low} to {high}{dense}: the same layers with other ratios, "
+        "`python recipes/evaluate.py --budget 0.5`, or `schedule.at_budget(model.config, 0.5)`."
+    )
+
+
+def _scores(rows: list[dict[str, Any]]) -> str:
+    """The run's own table, in short."""
+    lines = []
+    for row in rows:
+        overall, cost = row["overall"], _measured_ratio(row)
+        score = f"{100 * overall['score']:.1f} ± {100 * overall['standard_error']:.1f}"
+        lines.append((row["name"], score, str(overall["count"]), cost))
+    metric = rows[0]["metric"] if rows else ""
+    return _table(("", f"{metric}, %", "samples", "flops_ratio"), lines) if rows else ""
+
+
+def _measured_ratio(row: Mapping[str, Any]) -> str:
+    """`flops_ratio` over the samples; runs of earlier versions have that of a sample of mean length alone."""
+    measured, cost = row.get("flops_ratio"), row.get("cost")
+    if measured is None:
+        return f"{cost['flops_ratio']:.3f}" if cost else "-"
+    return f"{measured['mean']:.3f}" + (f" ± {measured['sd']:.3f}" if cost and cost.get("upper_bound") else "")
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    named = [(name, data.get(name)) for name in ("train", "validation", "test", "train_limit")]
+    return _table(("", ""), [(name, f"`{value}`") for name, value in named if value is not None])
+
+
+def _training(config: Mapping[str, Any]) -> str:
+    values = [
+        (f"{group}.{key}", f"`{config[group][key]}`")
+        for group, keys in _SETTINGS
+        for key in keys
+        if (config.get(group) or {}).get(key) is not None
+    ]
+    seed = config.get("seed_everything")
+    table = _table(("", ""), [*values, *([("seed_everything", f"`{seed}`")] if seed is not None else [])])
+    quantized = (config.get("model") or {}).get("quantize")
+    note = "\n\nTrained over quantised weights (QLoRA); scores above are with those, merging is into the original ones."
+    return table + (note if quantized else "")
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    trained = ", ".join(f"{name} {value}" for name, value in versions.items())
+    return f"Exported with himap-train {__version__}." + (f" Trained with {trained}." if trained else "")
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """GitHub Markdown; nothing for no rows."""
+    lines = [header, tuple(":--" for _ in header), *rows] if rows else []
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

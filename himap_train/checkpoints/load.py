@@ -1,0 +1,164 @@
+"""Adapters and merged models on disk, each with its pruning schedule beside it.
+
+Two forms. An *adapter* is a PEFT folder (the projector in `modules_to_save` when it was trained) with `pruning.yaml`
+and the processor. A *merged* model is a stock Hugging Face LLaVA folder whose `config.json` carries the schedule under
+`himap`; stock transformers load it as an ordinary LLaVA and run it dense.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import torch
+import yaml
+from peft import PeftModel
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from himap_train.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of, read_adapter
+from himap_train.checkpoints.adapter_check import check_adapter
+from himap_train.checkpoints.card import adapter_card
+from himap_train.checkpoints.run_facts import run_facts
+from himap_train.checkpoints.same_base import require_same_base
+from himap_train.models.install import base_llava, install_pruning
+from himap_train.models.loading import load_llava
+from himap_train.pruning.schedule import PruningSchedule
+
+Weights = Literal["adapter", "last", "best"]
+"""Of a run: the adapter that it kept, or one of its training checkpoints."""
+
+
+class _Saved(Enum):
+    AS_SAVED = "as saved"
+
+
+AS_SAVED: Final = _Saved.AS_SAVED
+"""`schedule=AS_SAVED`: prune as the checkpoint was trained."""
+
+
+def read_schedule(value: str | Path | Mapping[str, Any] | PruningSchedule | None) -> PruningSchedule:
+    """A schedule from a preset's name, a mapping, a YAML file, or None for dense.
+
+    Raises:
+        ValueError: Unknown preset or key (the nearest is named), or a schedule that cannot be.
+        FileNotFoundError: A YAML file that is not there.
+    """
+    if value is None or isinstance(value, PruningSchedule):
+        return value or PruningSchedule()
+    if isinstance(value, Mapping):
+        return PruningSchedule.from_dict(value)
+    if Path(value).suffix in (".yaml", ".yml"):
+        return PruningSchedule.from_dict(yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {})
+    return PruningSchedule.from_preset(str(value))
+
+
+def save_adapter(
+    model: PeftModel,
+    folder: Path | str,
+    schedule: PruningSchedule,
+    processor: LlavaProcessor | None = None,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """Write a PEFT folder with the schedule and the processor in it; what was there before stays until all is written.
+
+    Args:
+        model: Whose adapter is written.
+        folder: Made, or replaced.
+        schedule: Goes into `pruning.yaml`.
+        processor: Written too where it is given.
+        weights: The trained weights under the model's parameter names, where they are spread over processes and the
+            model itself does not have them; see `himap_train.training.zero.gather`.
+
+    Raises:
+        ValueError: A tensor to be saved is empty (sharded parameters that nobody gathered).
+        OSError: Nothing could be written; an older folder is untouched.
+    """
+    adapter, target = adapter_of(model, schedule, weights), Path(folder)
+    card = adapter_card(adapter.base, schedule, base_llava(model).config, run_facts(target.parent))
+    adapter.write(target, card, processor)
+    return target
+
+
+def load_checkpoint(
+    path: Path | str,
+    schedule: PruningSchedule | None | _Saved = AS_SAVED,
+    *,
+    base: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
+) -> tuple[LlavaForConditionalGeneration | PeftModel, LlavaProcessor]:
+    """Load what `finetune` or `export` wrote, or any stock LLaVA, with its pruner installed.
+
+    Args:
+        path: Adapter folder, run folder (its `adapter/`), training checkpoint, merged folder, hub id, or "embedded".
+        schedule: Overrides the saved one; None is dense.
+        base: The base model of an adapter, where it is not at the place that the adapter recorded.
+        dtype: Of the base weights. attn_implementation: as in `load_llava`.
+        attn_implementation: "sdpa", "eager", "flash_attention_2" or None.
+
+    Returns:
+        The model in evaluation mode and the processor.
+
+    Raises:
+        FileNotFoundError: No such checkpoint, a file of it is gone, or the adapter's base model cannot be found.
+        ValueError: Keys of the adapter are missing, renamed or empty, or it was trained on another base.
+    """
+    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    source = adapter_source(path)
+    if source is None:
+        model, processor = load_llava(str(path), **how)
+        saved = PruningSchedule.from_dict(getattr(model.config, "himap", None) or {})
+        wanted = saved if isinstance(schedule, _Saved) else schedule or PruningSchedule()
+        return install_pruning(model, wanted), processor
+    adapter = read_adapter(source)
+    base = base or adapter.base
+    try:
+        model, processor = load_llava(base, **how)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"the adapter {source} was trained on {base!r}, which cannot be loaded here: {error}. "
+            "Pass base=<local folder>"
+        ) from error
+    require_same_base(adapter.base_facts, model.config, base, adapter.base)
+    if source.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            adapter.write(Path(folder) / "adapter", card="")
+            peft_model = _with_adapter(model, Path(folder) / "adapter")
+    else:
+        peft_model = _with_adapter(model, source)
+    install_pruning(peft_model, adapter.schedule if isinstance(schedule, _Saved) else schedule or PruningSchedule())
+    return peft_model.eval(), processor
+
+
+def _with_adapter(model: LlavaForConditionalGeneration, folder: Path) -> PeftModel:
+    peft_model = PeftModel.from_pretrained(model, str(folder))
+    check_adapter(peft_model, folder)
+    return peft_model
+
+
+def adapter_source(path: Path | str, weights: Weights = "adapter") -> Path | None:
+    """The adapter folder or training checkpoint that `path` stands for; None for a whole model.
+
+    Args:
+        path: A run folder, an adapter folder, a training checkpoint, or a whole model.
+        weights: Of a run folder: its `adapter`, or the `last` or `best` training checkpoint.
+
+    Raises:
+        FileNotFoundError: A run without these weights.
+    """
+    path = Path(path)
+    if path.is_file() or any((path / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
+        return path
+    if not (path / "checkpoints").is_dir() and not (path / "adapter").is_dir():
+        return None
+    source = path / ("adapter" if weights == "adapter" else f"checkpoints/{weights}.ckpt")
+    if not source.exists():
+        there = sorted((path / "checkpoints").glob("*.ckpt"))
+        raise FileNotFoundError(
+            f"{path} has no {source.relative_to(path)}: the run did not end, or files were removed. "
+            + (f"Give {there[-1]} instead" if there else "There are no training checkpoints in it either")
+        )
+    return source

@@ -1,0 +1,167 @@
+"""W + scale * B A for one tensor of the base model at a time.
+
+Names. Hugging Face files call the same weight `language_model.model.layers.0...` (the layout that is published) or
+`model.language_model.layers.0...` (the layout of the module tree). Adapters follow the module tree of the transformers
+that trained them. Both sides are brought to the module tree's present names before they are compared.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from himap_train.checkpoints.adapter import Adapter
+from himap_train.checkpoints.weight_files import TensorInfo
+
+_RENAMED = (
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^(language_model|vision_tower|multi_modal_projector)\.", r"model.\1."),
+)
+# Entries of a PEFT config that are understood here or change nothing about the merged weights.
+_UNDERSTOOD = {
+    "r",
+    "lora_alpha",
+    "alpha_pattern",
+    "rank_pattern",
+    "use_rslora",
+    "target_modules",
+    "modules_to_save",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "lora_dropout",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+    "megatron_core",
+}
+
+
+def parameter_name(name: str) -> str:
+    """Name of a weight in the module tree of `LlavaForConditionalGeneration`, from either layout of files."""
+    for pattern, replacement in _RENAMED:
+        name, changed = re.subn(pattern, replacement, name)
+        if changed:
+            return name
+    return name
+
+
+def require_mergeable(peft: dict[str, Any]) -> None:
+    """Raise for kinds of adapter that are not W + scale * B A.
+
+    Raises:
+        ValueError: Names the settings.
+    """
+    ways_out = "merge it with PEFT itself: PeftModel.from_pretrained(...).merge_and_unload()"
+    if peft.get("peft_type") != "LORA":
+        raise ValueError(f"the adapter is of kind {peft.get('peft_type')!r}, only LORA is merged here; {ways_out}")
+    plain = {**LoraConfig().to_dict(), "peft_type": "LORA"}
+    harmless = (True, False, "gaussian", "orthogonal")  # other ways to start LoRA change the base model's weights too
+    others = {
+        key: value
+        for key, value in peft.items()
+        if key not in _UNDERSTOOD and value and value != plain.get(key)
+        if not (key == "init_lora_weights" and value in harmless)
+    }
+    if others:
+        named = ", ".join(f"{key}={value!r}" for key, value in sorted(others.items()))
+        raise ValueError(f"the adapter uses settings that the streaming merge does not know: {named}; {ways_out}")
+
+
+class Merger:
+    """Gives the merged value of each tensor of a base model; `finish` checks that all of the adapter went in.
+
+    Args:
+        adapter: What is merged.
+        tied_head: The base's `lm_head` is its embeddings.
+        base: Where the base is, for messages.
+
+    Raises:
+        ValueError: The adapter is no plain LoRA, is incomplete, or changes an `lm_head` that is tied.
+    """
+
+    def __init__(self, adapter: Adapter, tied_head: bool, base: str) -> None:
+        require_mergeable(adapter.peft)
+        self.adapter, self.base = adapter, base
+        self.low_rank: dict[str, dict[str, Tensor]] = {}
+        self.whole: dict[str, Tensor] = {}
+        for key, tensor in adapter.weights.items():
+            name = parameter_name(key.removeprefix("base_model.model."))
+            module, _, end = name.rpartition(".lora_")
+            if end in ("A.weight", "B.weight"):
+                self.low_rank.setdefault(f"{module}.weight", {})[end[0]] = tensor
+            elif module or "lora_" in name:
+                raise ValueError(f"the adapter has {key!r}, which is neither a LoRA matrix nor a whole weight")
+            else:
+                self.whole[name] = tensor
+        halves = sorted(name for name, pair in self.low_rank.items() if pair.keys() != {"A", "B"})
+        if halves:
+            raise ValueError(f"the adapter has only one of lora_A and lora_B for {halves[0]!r} ({len(halves)} such)")
+        if tied_head and "lm_head.weight" in self.low_rank.keys() | self.whole.keys():
+            raise ValueError(
+                f"the adapter changes lm_head, which is tied to the embeddings in {base}: merging would change them "
+                "too. Use the adapter unmerged, or train without lm_head among model.lora_targets"
+            )
+        self.unused = self.low_rank.keys() | self.whole.keys()
+
+    def check_shapes(self, infos: list[TensorInfo]) -> None:
+        """Before anything is written: every tensor of the adapter has its weight in the base, of the right shape.
+
+        Raises:
+            ValueError: Lists what does not fit.
+        """
+        shapes = {parameter_name(info.name): info.shape for info in infos}
+        wanted = {name: tuple(tensor.shape) for name, tensor in self.whole.items()}
+        wanted |= {name: (pair["B"].shape[0], pair["A"].shape[1]) for name, pair in self.low_rank.items()}
+        wrong = [name for name in sorted(wanted) if shapes.get(name) != wanted[name]]
+        if wrong:
+            lines = [f"  {name}: {wanted[name]} here, {shapes.get(name, 'none')} in the base" for name in wrong[:5]]
+            more = [f"  and {len(wrong) - 5} more"] if len(wrong) > 5 else []
+            raise ValueError("\n".join([f"the adapter does not fit {self.base}:", *lines, *more]))
+
+    def value(self, info: TensorInfo) -> Tensor:
+        """The merged value of one tensor, in the dtype of the base's file or fp32 where it was computed."""
+        name = parameter_name(info.name)
+        if name in self.unused:
+            self.unused = self.unused - {name}
+            if name in self.whole:
+                return self.whole[name]
+            return self._checked(name, self._update(name).add_(info.read()))  # in place: the sum is fp32
+        if name in self.low_rank or name in self.whole:
+            raise ValueError(f"{self.base} holds {name} twice, under two names")
+        return info.read()
+
+    def finish(self) -> None:
+        """Raise unless every tensor of the adapter was used.
+
+        Raises:
+            ValueError: Names those that were not.
+        """
+        if self.unused:
+            raise ValueError(f"{len(self.unused)} weights of the adapter are left over, first {min(self.unused)}")
+
+    def _update(self, name: str) -> Tensor:
+        """Scale * B A in fp32."""
+        a, b = self.low_rank[name]["A"].float(), self.low_rank[name]["B"].float()
+        peft, module = self.adapter.peft, name.removesuffix(".weight")
+        ranks, alphas = peft.get("rank_pattern") or {}, peft.get("alpha_pattern") or {}
+        rank = ranks.get(get_pattern_key(list(ranks), module), peft["r"])
+        alpha = alphas.get(get_pattern_key(list(alphas), module), peft["lora_alpha"])
+        if a.shape[0] != rank:
+            raise ValueError(f"{name}: LoRA matrices have rank {a.shape[0]}, {rank} is in adapter_config.json")
+        return (b @ a).mul_(alpha / (math.sqrt(rank) if peft.get("use_rslora") else rank))
+
+    def _checked(self, name: str, merged: Tensor) -> Tensor:
+        if not torch.isfinite(merged).all():
+            raise ValueError(f"{name} is not finite after merging: the adapter is broken (did its training diverge?)")
+        return merged

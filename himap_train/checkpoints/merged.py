@@ -1,0 +1,128 @@
+"""A stock Hugging Face folder from a base model's files and, where there is one, an adapter; no model is loaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, LlavaConfig
+
+from himap_train.checkpoints.adapter import Adapter
+from himap_train.checkpoints.merge import Merger
+from himap_train.checkpoints.same_base import require_same_base
+from himap_train.checkpoints.weight_files import TensorInfo, parse_size, plan_shards, read_infos, write_shards
+from himap_train.models.loading import load_processor, local_folder
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.storage import atomic_folder, disk_full_message
+
+ExportDtype = Literal["as-base", "float32", "bfloat16", "float16"]
+CardWriter = Callable[[PruningSchedule, LlavaConfig], str]
+
+
+def write_merged(
+    folder: Path,
+    base: str,
+    adapter: Adapter | None,
+    write_card: CardWriter,
+    dtype: ExportDtype = "as-base",
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a merged model; memory holds one tensor at a time.
+
+    Args:
+        folder: Replaced when all is written.
+        base: The base model, or, without an adapter, the model to write anew.
+        adapter: What is merged into it.
+        write_card: The README.md for a schedule and a config.
+        dtype: Of the weights; "as-base" leaves each as it is in the base. Sums are formed in fp32 before.
+        max_shard_size: Weights beyond it go into several files.
+
+    Raises:
+        FileNotFoundError: The base or one of its files is not there.
+        ValueError: The adapter was trained on another base, is no plain LoRA, or is not used up.
+        OSError: No room; nothing is left behind.
+    """
+    max_bytes = parse_size(max_shard_size)
+    source = local_folder(base)
+    config = _config(source)
+    infos = read_infos(source)
+    merger = None
+    if adapter is not None:
+        require_same_base(adapter.base_facts, config, base, adapter.base)
+        merger = Merger(adapter, _tied(config), base)
+        merger.check_shapes(infos)
+        config.himap = adapter.schedule.to_dict()
+    shards = plan_shards([replace(info, dtype=_target(info, dtype)) for info in infos], max_bytes)
+    _require_room(folder, sum(info.bytes for shard in shards for info in shard))
+    originals = {info.name: info for info in infos}
+
+    def value(planned: TensorInfo) -> Tensor:
+        original = originals[planned.name]
+        return (merger.value(original) if merger else original.read()).to(planned.dtype)
+
+    try:
+        with atomic_folder(folder) as temporary:
+            write_shards(temporary, shards, value)
+            if merger:
+                merger.finish()
+            _write_rest(temporary, source, config, dtype)
+            schedule = PruningSchedule.from_dict(getattr(config, "himap", None) or {})
+            (temporary / "README.md").write_text(write_card(schedule, config), encoding="utf-8")
+    except OSError as error:
+        raise OSError(disk_full_message(error, folder)) from error
+
+
+def _config(source: Path) -> LlavaConfig:
+    config = AutoConfig.from_pretrained(source)
+    if not isinstance(config, LlavaConfig):
+        raise ValueError(f"{source} holds a {config.model_type!r} model; expected 'llava'")
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"the weights in {source} are quantised, and LoRA cannot be added to those without loss. Give the original "
+            "model with --base"
+        )
+    return config
+
+
+def _tied(config: Any) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False) or config.text_config.tie_word_embeddings)
+
+
+def _target(info: TensorInfo, dtype: ExportDtype) -> torch.dtype:
+    """Integers stay integers."""
+    return info.dtype if dtype == "as-base" or not info.dtype.is_floating_point else getattr(torch, dtype)
+
+
+def _require_room(folder: Path, wanted: int) -> None:
+    """Hours of copying should not end at the last shard.
+
+    Raises:
+        OSError: The disk has less room than the weights need.
+    """
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(parent).free
+    if wanted > free:
+        raise OSError(
+            f"{folder} needs {wanted / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free; free some space or "
+            "choose another --output"
+        )
+
+
+def _write_rest(folder: Path, source: Path, config: Any, dtype: ExportDtype) -> None:
+    """Config, generation config and processor."""
+    config.architectures = ["LlavaForConditionalGeneration"]
+    if dtype != "as-base":
+        for part in (config, config.text_config, config.vision_config):
+            part.dtype = getattr(torch, dtype)
+    config.save_pretrained(str(folder))
+    generation = source / "generation_config.json"
+    if generation.is_file():  # copied: transformers refuses to write some that it reads
+        shutil.copyfile(generation, folder / generation.name)
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(str(folder))
+    load_processor(source, config).save_pretrained(str(folder))

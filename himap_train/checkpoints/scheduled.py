@@ -1,0 +1,81 @@
+"""Loading a checkpoint under the schedule that a command line asks for:
+
+one meaning of `--schedule` for every recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from himap_train.checkpoints.load import load_checkpoint, read_schedule
+from himap_train.models.install import base_llava, install_pruning, pruning_of
+from himap_train.pruning.presets import PRESETS
+from himap_train.pruning.schedule import PruningSchedule
+
+AS_SAVED = "as-saved"
+
+ScheduleArgument = dict[str, Any] | str | None
+"""`as-saved`, `none` (or null), a preset's name, a YAML file (a checkpoint's pruning.yaml is one), or the stages
+inline.
+"""
+
+
+def load_with_schedule(
+    checkpoint: str, schedule: ScheduleArgument = AS_SAVED, dtype: str = "auto", device: str = "auto"
+) -> tuple[Any, Any]:
+    """The model in evaluation mode on its device with its pruner installed, and its processor.
+
+    Args:
+        checkpoint: Whatever `load_checkpoint` takes.
+        schedule: What to run instead of what was saved with the checkpoint.
+        dtype: "auto" (as the weights are stored), "float32", "bfloat16" or "float16".
+        device: "auto" (a GPU where there is one), or as torch names it.
+
+    Raises:
+        FileNotFoundError: The checkpoint or the schedule's file is not there.
+        ValueError: The schedule is unknown or does not fit the decoder.
+    """
+    given = None if schedule == AS_SAVED else read_schedule(schedule)  # a misspelt name fails before weights are read
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if given is None:
+        model, processor = load_checkpoint(checkpoint, dtype=dtype)
+    else:
+        model, processor = load_checkpoint(checkpoint, schedule=None, dtype=dtype)
+        text_config: Any = base_llava(model).config.text_config
+        layers = text_config.num_hidden_layers
+        install_pruning(model, fit_preset(given, layers) if is_preset(schedule) else given)
+    placed: Any = model
+    return placed.to(place).eval(), processor
+
+
+def installed_schedule(model: nn.Module) -> PruningSchedule:
+    """The schedule that is installed on a model, without stages where there is none."""
+    pruning = pruning_of(model)
+    return pruning.schedule if pruning else PruningSchedule()
+
+
+def is_preset(schedule: ScheduleArgument) -> bool:
+    """Whether a preset is named; presets are written for 32 layers, all else for the decoder at hand."""
+    return (
+        isinstance(schedule, str) and schedule in PRESETS or isinstance(schedule, dict) and set(schedule) == {"preset"}
+    )
+
+
+def fitted_schedule(value: ScheduleArgument, layers: int) -> PruningSchedule:
+    """The schedule that a value names, for a decoder of so many layers: presets at the same relative depth.
+
+    Raises:
+        FileNotFoundError: A YAML file that is not there.
+        ValueError: It is unknown.
+    """
+    schedule = read_schedule(value)
+    return fit_preset(schedule, layers) if is_preset(value) else schedule
+
+
+def fit_preset(preset: PruningSchedule, layers: int) -> PruningSchedule:
+    """The preset itself if the decoder has its layers, else the preset at the same relative depths."""
+    deepest = max((stage.layer for stage in preset.stages), default=0)
+    return preset if deepest < layers else preset.scaled_to(layers)

@@ -1,0 +1,96 @@
+"""The schedule at a budget (`flops_ratio`) for the samples at hand: one checkpoint, run at the cost that is wanted."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+from torch import nn
+
+from himap_train.checkpoints.load import read_schedule
+from himap_train.checkpoints.scheduled import AS_SAVED, ScheduleArgument, installed_schedule
+from himap_train.data.encode import Encoder
+from himap_train.data.images import AspectRatio
+from himap_train.data.records import RecordError, Source, StreamingSource
+from himap_train.evaluation.questions import numbered_records
+from himap_train.models.install import base_llava, change_schedule
+
+SAMPLES = 256
+"""Prompts whose mean length a budget is for."""
+
+
+def require_budget(key: str, budget: float) -> None:
+    """Raise ValueError unless `budget` is a share of the dense FLOPs."""
+    if not 0.0 < budget <= 1.0:
+        raise ValueError(f"{key} is {budget}; expected a flops_ratio above 0 and at most 1 (dense)")
+
+
+def check_budget_argument(budget: float | None, schedule: ScheduleArgument) -> None:
+    """Refuse a `--budget` that cannot be, before anything is loaded.
+
+    Raises:
+        ValueError: It is no share, or goes with a dense schedule.
+    """
+    if budget is None:
+        return
+    require_budget("--budget", budget)
+    if schedule != AS_SAVED and not read_schedule(schedule).stages:
+        raise ValueError(
+            f"--budget {budget} with --schedule none: a dense schedule has no layers to remove tokens at; leave one of "
+            "the two out, or name the layers with --schedule himap"
+        )
+
+
+def run_at_budget(model: nn.Module, budget: float, image_tokens: int, text_tokens: int) -> None:
+    """Let a model run its schedule at a budget.
+
+    Args:
+        model: With a schedule installed.
+        budget: `flops_ratio` of the prefill.
+        image_tokens: Of the sample that the budget is for.
+        text_tokens: Its other tokens.
+
+    Raises:
+        ValueError: The schedule is dense or has fixed counts, or the budget is below the least possible.
+    """
+    schedule = installed_schedule(model)
+    if not schedule.stages:
+        raise ValueError(
+            f"--budget {budget}: this checkpoint was saved without a schedule, so there are no layers to remove tokens "
+            "at; name them with --schedule, such as --schedule himap"
+        )
+    change_schedule(model, schedule.at_budget(base_llava(model).config, budget, image_tokens, text_tokens))
+
+
+def prompt_tokens(
+    source: Source | StreamingSource,
+    processor: Any,
+    image_aspect_ratio: AspectRatio = "as_processor",
+    limit: int | None = None,
+) -> tuple[int, int]:
+    """Image tokens and other tokens of a prompt on average, over the first `SAMPLES` that can be used.
+
+    Args:
+        source: Conversations that can be iterated anew.
+        processor: Of the model.
+        image_aspect_ratio: As in `evaluate`.
+        limit: Only the first so many records.
+
+    Raises:
+        ValueError: None of them can be used, or none has an image.
+    """
+    encoder = Encoder(processor, None, image_aspect_ratio)
+    image = text = count = 0
+    for _, read in islice(numbered_records(source), SAMPLES if limit is None else min(limit, SAMPLES)):
+        try:
+            ids = encoder.encode_prompt(read())["input_ids"]
+        except RecordError:
+            continue  # the evaluation reports it
+        found = int((ids == processor.image_token_id).sum())
+        image, text, count = image + found, text + len(ids) - found, count + 1
+    if not image:
+        raise ValueError(
+            f"a budget is a share of what samples with images cost, and none of the first {count} usable records has "
+            "an image; leave the budget out for this data"
+        )
+    return round(image / count), round(text / count)

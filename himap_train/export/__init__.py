@@ -1,1 +1,0 @@
-"""From a training checkpoint of any strategy to what others load, without loading the model."""

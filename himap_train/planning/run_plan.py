@@ -1,0 +1,184 @@
+"""The plan of a run: parameters, tokens, FLOPs and memory, dense beside pruned."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from himap_train.planning.activations import ActivationModel
+from himap_train.planning.device_memory import GIB, STRATEGIES, StaticMemory, largest_batch, static_memory
+from himap_train.planning.facts import ModelFacts
+from himap_train.planning.quantities import Activations, Batch, Numerics
+from himap_train.pruning.cost import Cost, image_tokens_per_layer
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.pruning.training_cost import FLASH_BACKWARD, TrainingFlops, training_flops
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens of a conversation: the mean decides FLOPs, the longest decides memory.
+
+    Attributes:
+        images: Of a conversation.
+        image_tokens: Of one image.
+        text_tokens: Mean of all other tokens.
+        longest_text: Most of them.
+        supervised: Mean of the positions with something to predict.
+        most_supervised: Most of them.
+    """
+
+    images: int
+    image_tokens: int
+    text_tokens: int
+    longest_text: int
+    supervised: int
+    most_supervised: int
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What the config says about the run.
+
+    Attributes:
+        precision: Of the trainer.
+        strategy: One of `STRATEGIES`.
+        devices: All of the run.
+        batch_size: Conversations in a micro-batch of one device.
+        accumulate: Micro-batches in an optimizer step.
+        checkpointing: Whether decoder layers run again in the backward pass.
+        attention: "sdpa", "flash_attention_2" or "eager".
+        loss_chunk: Positions whose logits exist at a time.
+        four_bit: Whether the frozen weights are quantised.
+        gpu_memory: GiB of one GPU.
+    """
+
+    precision: str
+    strategy: str
+    devices: int
+    batch_size: int
+    accumulate: int
+    checkpointing: bool
+    attention: str
+    loss_chunk: int
+    four_bit: bool
+    gpu_memory: float
+
+    @property
+    def effective_batch(self) -> int:
+        """Conversations in an optimizer step of all devices."""
+        return self.batch_size * self.accumulate * self.devices
+
+
+@dataclass(frozen=True)
+class Side:
+    """One schedule's part of the plan.
+
+    Attributes:
+        name: "dense" or "pruned".
+        schedule: The schedule, scaled to the decoder.
+        image_tokens: Of a sample at first and after each stage.
+        prefill: Cost of a forward pass without LoRA, as everywhere in this project.
+        flops: Of one sample in a training step.
+        activations: By whether there is checkpointing; at the longest sample.
+        largest: Largest batch of one device that fits, by checkpointing and strategy.
+    """
+
+    name: str
+    schedule: PruningSchedule
+    image_tokens: tuple[int, ...]
+    prefill: Cost
+    flops: TrainingFlops
+    activations: dict[bool, Activations]
+    largest: dict[bool, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is printed.
+
+    Attributes:
+        facts: Of the model.
+        run: Of the config.
+        sample: Tokens.
+        memory: By strategy.
+        sides: Dense, and pruned where the schedule has stages.
+        notes: Where numbers come from and what is assumed.
+    """
+
+    facts: ModelFacts
+    run: RunSettings
+    sample: Sample
+    memory: dict[str, StaticMemory]
+    sides: tuple[Side, ...]
+    notes: tuple[str, ...]
+
+    def peak(self, strategy: str, side: Side) -> int:
+        """Bytes of one GPU at the worst moment, with checkpointing as configured."""
+        return self.memory[strategy].peak(side.activations[self.run.checkpointing])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; bytes and FLOPs."""
+        fields = asdict(replace(self, facts=replace(self.facts, config=None)))  # type: ignore[arg-type]
+        del fields["facts"]["config"]
+        for written, side in zip(fields["sides"], self.sides, strict=True):
+            written["schedule"] = side.schedule.to_dict()
+            written["flops"] |= {"decoder": side.flops.decoder, "total": side.flops.total}
+            for key in ("activations", "largest"):
+                both = written[key]
+                written[key] = {"checkpointing": both[True], "no checkpointing": both[False]}
+            written["peak"] = {name: self.peak(name, side) for name in STRATEGIES}
+        return fields
+
+
+def make_plan(
+    facts: ModelFacts, run: RunSettings, schedule: PruningSchedule, sample: Sample, notes: tuple[str, ...] = ()
+) -> Plan:
+    """Predict a run.
+
+    Args:
+        facts: Of the model.
+        run: Of the config.
+        schedule: Scaled to the decoder.
+        sample: Tokens.
+        notes: To be printed.
+    """
+    numerics = Numerics.of(run.precision)
+    memory = {name: static_memory(name, facts, numerics, run.devices, run.four_bit) for name in STRATEGIES}
+    schedules = {"dense": PruningSchedule()} | ({"pruned": schedule} if schedule.stages else {})
+    sides = tuple(_side(name, facts, run, one, sample, memory) for name, one in schedules.items())
+    return Plan(facts, run, sample, memory, sides, notes)
+
+
+def _side(
+    name: str,
+    facts: ModelFacts,
+    run: RunSettings,
+    schedule: PruningSchedule,
+    sample: Sample,
+    memory: dict[str, StaticMemory],
+) -> Side:
+    image_tokens = sample.images * sample.image_tokens
+    longest = Batch(run.batch_size, image_tokens, sample.longest_text, sample.most_supervised, sample.images)
+    per_layer = image_tokens_per_layer(schedule, facts.layers, image_tokens)
+    activations, largest = {}, {}
+    for checkpointing in (True, False):
+        predict = ActivationModel(facts, Numerics.of(run.precision), run.attention, checkpointing, run.loss_chunk)
+        activations[checkpointing] = predict(schedule, longest)
+        room = int(run.gpu_memory * GIB)
+        largest[checkpointing] = {
+            strategy: largest_batch(static, predict, schedule, longest, room) for strategy, static in memory.items()
+        }
+    flops = training_flops(
+        schedule, facts.config, image_tokens, sample.text_tokens,
+        lora_parameters=[lora.parameters for lora in facts.lora],
+        supervised=sample.supervised,
+        images=sample.images or 1 / run.batch_size,  # a batch of text alone runs the tower on one blank image
+        trains_projector=facts.trains_projector,
+        ends_adapted=facts.ends_adapted,
+        checkpointing=run.checkpointing,
+        lm_head_passes=3 if 0 < run.loss_chunk < sample.supervised * run.batch_size else 2,
+        attention_backward=2 if run.attention == "eager" else FLASH_BACKWARD,
+    )  # fmt: skip
+    prefill = schedule.cost(facts.config, image_tokens=image_tokens, text_tokens=sample.text_tokens)
+    after = (image_tokens, *(per_layer[stage.layer] for stage in schedule.stages))
+    return Side(name, schedule, after, prefill, flops, activations, largest)

@@ -1,0 +1,1 @@
+"""Learnable keep ratios: the ratios, and what gives them a gradient while tokens are really removed."""

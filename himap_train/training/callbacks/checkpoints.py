@@ -1,0 +1,194 @@
+"""Training checkpoints: written atomically, the last and the best, and what a resumed run must agree with."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from himap_train.storage import atomic_file, disk_full_message
+from himap_train.training.callbacks.progress import step_ended
+
+logger = logging.getLogger(__name__)
+
+CONFIG_KEY = "himap_config"
+MAY_DIFFER = (
+    # where it runs and what it shows, not what it computes
+    "output",
+    "evaluation",
+    "keep",
+    "data.num_workers",
+    "data.cache_image_features",
+    "data.batch_size",  # with trainer.accumulate_grad_batches and the processes: the global batch, see check_same_order
+    "data.eval_batch_size",
+    "data.validation",
+    "data.test",
+    "data.validation_limit",
+    "data.test_limit",
+    "data.max_skipped",
+    "trainer",
+)
+BUT_NOT = ("trainer.precision", "trainer.gradient_clip_val")
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the old checkpoint and then moves the new one over it; reads weights and plain values only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write one file.
+
+        Raises:
+            OSError: It could not be written; names the checkpoint that is still good.
+        """
+        target = Path(path)
+        try:
+            with atomic_file(target) as temporary:
+                torch.save(checkpoint, temporary)
+        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+            good = sorted(target.parent.glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+            reason = error if isinstance(error, OSError) else OSError(str(error).splitlines()[0])
+            raise OSError(disk_full_message(reason, target, good[-1] if good else None)) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
+        """Read one file, never code from it."""
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+class SaveLast(Checkpoint):
+    """`last.ckpt` after each validation, at the end of each epoch, and every so many optimizer steps."""
+
+    def __init__(self, file: Path, every_n_steps: int | None = None) -> None:
+        self.file = file
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Where an optimizer step ends; the last one may lie within an epoch."""
+        due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        if step_ended(trainer, batch_idx) and (due or trainer.global_step == trainer.max_steps):
+            trainer.save_checkpoint(self.file)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Within training only."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            trainer.save_checkpoint(self.file)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Also where nothing is validated, but not where max_steps has cut the epoch: it would count as done."""
+        if trainer.is_last_batch:
+            trainer.save_checkpoint(self.file)
+
+
+def last_and_best(folder: Path, every_n_steps: int | None, monitor: str, mode: str) -> list[Callback]:
+    """`best.ckpt` by a validation metric, then `last.ckpt`, which remembers which the best was."""
+    best = ModelCheckpoint(
+        dirpath=folder,
+        filename="best",
+        monitor=monitor,
+        mode=mode,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )
+    return [best, SaveLast(folder / "last.ckpt", every_n_steps)]
+
+
+class RememberConfig(Callback):
+    """Puts the resolved config into every checkpoint. On resume it was compared, never taken over."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = dict(config)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called for every checkpoint."""
+        checkpoint[CONFIG_KEY] = self.config
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """A training checkpoint, its tensors left on the disk until they are used.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no whole checkpoint. Both name the newest good one beside it.
+    """
+    if not file.is_file():
+        reason = "a checkpoint is one file, this is a folder" if file.is_dir() else "leave out --resume to start anew"
+        raise FileNotFoundError(f"there is no checkpoint {file} to resume from{_other_good(file)}; {reason}")
+    try:
+        return _read(file)
+    except _DAMAGE as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the checkpoint {file} is damaged or incomplete ({reason}){_other_good(file)}") from error
+
+
+def newest_good(folder: Path, but: Path | None = None) -> Path | None:
+    """The newest checkpoint in a folder that can be read; damaged ones are reported and passed over."""
+    files = [file for file in folder.glob("*.ckpt") if file != but and file.is_file()]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+        try:
+            _read(file)
+        except _DAMAGE as error:
+            logger.warning("the checkpoint %s is damaged or incomplete (%s); passed over", file, error)
+        else:
+            return file
+    return None
+
+
+_DAMAGE = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    for key in ("state_dict", "optimizer_states", "loops"):
+        found[key]
+    return found
+
+
+def _other_good(file: Path) -> str:
+    other = newest_good(file.parent, but=file)
+    return f"; {other} is good: --resume {other}" if other else ""
+
+
+def refuse_other_config(checkpoint: Path, config: Mapping[str, Any]) -> None:
+    """Raise unless a checkpoint was made with this config, as far as it decides what is computed.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It is damaged, or the config differs; lists the keys.
+    """
+    saved = read_checkpoint(checkpoint).get(CONFIG_KEY)
+    if saved is None:
+        raise ValueError(f"{checkpoint} holds no config; it was not written by finetune.py")
+    then, now = _flat(saved), _flat(config)
+    differing = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key) and _matters(key)]
+    if differing:
+        lines = [f"  {key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in differing]
+        raise ValueError(
+            "\n".join([f"{checkpoint} was made with another config:", *lines])
+            + "\nGive the config of that run (config.yaml in its folder), or start anew with another --output"
+        )
+
+
+def _matters(key: str) -> bool:
+    """Whether a key decides what is computed."""
+    return _below(key, BUT_NOT) or not _below(key, MAY_DIFFER)
+
+
+def _below(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+    return result

@@ -1,0 +1,110 @@
+"""What a run shows while it trains: loss, speed, image tokens kept."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from himap_train.models.install import pruning_of
+
+
+def step_ended(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether the optimizer has stepped after this micro-batch."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def logs_now(trainer: Any, batch_idx: int) -> bool:
+    """Whether Lightning hands its metrics to the loggers after this micro-batch."""
+    return step_ended(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0
+
+
+def _has_images(batch: Any) -> bool:
+    """Whether a batch holds images, as pixels or as features of the vision tower."""
+    features = batch.get("image_features")
+    return batch["pixel_values"] is not None or (features is not None and len(features) > 0)
+
+
+class Throughput(Callback):
+    """Logs `tokens/s` (image tokens as loaded, padding left out), `image tokens kept`, the fraction behind the last
+    stage, and `train/kept_stage0` and so on: image tokens of a sample with images after each stage, mean since the last
+    time. These counts lie on the host since the forward pass.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[int] = []
+        self._samples = 0
+        self._since: float | None = None
+        self._tokens: Any = 0  # a tensor on the device: adding up there waits for nothing
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock; a validation in between has stopped it."""
+        if self._since is None:
+            self._since, self._tokens = time.perf_counter(), 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Read the clock where the loggers are fed, so that the GPU is not waited for more often than anyway."""
+        self._tokens = self._tokens + batch["attention_mask"].sum()
+        pruning = pruning_of(pl_module.peft_model)
+        counts = pruning.last if pruning else None
+        if counts and counts.kept and counts.image_tokens and _has_images(batch):
+            pl_module.log("image tokens kept", counts.kept[-1] / counts.image_tokens, prog_bar=True)
+            if len(self._kept) != len(counts.kept):  # also where the schedule has changed since
+                self._kept, self._samples = [0] * len(counts.kept), 0
+            self._kept = [old + new for old, new in zip(self._kept, counts.kept, strict=True)]
+            self._samples += int((counts.image_rows > 0).sum())
+        elif pruning and not pruning.schedule.stages and pl_module.schedule.stages:
+            pl_module.log("image tokens kept", 1.0, prog_bar=True)  # a dense step of a pruned run
+        if self._samples and logs_now(trainer, batch_idx):
+            for stage, kept in enumerate(self._kept):
+                pl_module.log(f"train/kept_stage{stage}", kept / self._samples)
+            self._kept, self._samples = [], 0
+        if self._since is not None and logs_now(trainer, batch_idx):
+            tokens, now = float(self._tokens), time.perf_counter()  # the device first: the clock must see its work
+            pl_module.log("tokens/s", tokens * trainer.world_size / max(now - self._since, 1e-9), prog_bar=True)
+            self._since, self._tokens = now, 0  # goes on: waiting for the next batch counts
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._since = None
+
+
+class GradientNorm(Callback):
+    """Logs `train/grad_norm`, that of the whole gradient before clipping, once in an optimizer step.
+
+    Comes before what shows metrics. Under ZeRO no process has the whole gradient, but the strategy knows its norm.
+    """
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Where gradients are ordinary tensors."""
+        if not hasattr(trainer.strategy, "gradient_norm"):
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            pl_module.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Under ZeRO, after the step."""
+        strategy: Any = trainer.strategy
+        if hasattr(strategy, "gradient_norm") and step_ended(trainer, batch_idx):
+            pl_module.log("train/grad_norm", float(strategy.gradient_norm()))
+
+
+class ProgressLines(Callback):
+    """One line each time the loggers are fed, where there is no terminal to draw a bar on."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Print step, loss, learning rate and speed."""
+        if trainer.is_global_zero and logs_now(trainer, batch_idx):
+            shown = [f"{name} {float(value):.4g}" for name, value in trainer.progress_bar_metrics.items()]
+            print(f"step {trainer.global_step} of {trainer.estimated_stepping_batches}: {', '.join(shown)}", flush=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the validation's metrics."""
+        if trainer.is_global_zero and not trainer.sanity_checking:
+            found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            print(f"validation at step {trainer.global_step}: {found}", flush=True)

@@ -1,0 +1,195 @@
+"""The command line of `finetune.py`: Lightning's CLI without subcommands; signatures are the schema of the YAML.
+
+Three things differ from `LightningCLI`. A checkpoint never changes the config: Lightning would merge the
+hyperparameters stored in it over what the user wrote. A run writes into one folder of its own. An unknown key names the
+nearest valid one.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from transformers import AutoConfig, LlavaProcessor
+
+from himap_train.data.module import LlavaDataModule
+from himap_train.models.loading import load_processor, resolve_model
+from himap_train.training.callbacks.accuracy import EvaluationSettings, GenerationAccuracy
+from himap_train.training.callbacks.checkpoints import (
+    AtomicCheckpointIO,
+    RememberConfig,
+    last_and_best,
+    newest_good,
+    refuse_other_config,
+)
+from himap_train.training.callbacks.data_costs import DataCosts
+from himap_train.training.callbacks.interrupt import SaveOnInterrupt
+from himap_train.training.callbacks.learn_ratios import LearnKeepRatios
+from himap_train.training.callbacks.progress import GradientNorm, ProgressLines, Throughput
+from himap_train.training.callbacks.step_seeds import StepSeeds
+from himap_train.training.module import LlavaFineTuner
+from himap_train.training.run.folder import claim_folder
+from himap_train.training.run.launch import FineTuneTrainer, is_first_process
+from himap_train.training.run.library_output import quiet_libraries
+from himap_train.training.run.parser import SuggestingParser
+from himap_train.training.run.rehearsal import rehearsal_folder, rehearse
+from himap_train.training.run.strategies import (
+    refuse_spread_quantized,
+    register_strategies,
+    require_known,
+)
+from himap_train.training.schedules.per_step import SchedulePerStep
+from himap_train.training.schedules.settings import PruningSettings
+
+TRAINER_DEFAULTS = {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "enable_model_summary": False}
+AUTO, _LAST = "auto", "last"
+_NOT_IN_CONFIG = ("config", "resume", "rehearse")
+
+
+class FinetuneCLI(LightningCLI):
+    """Builds `model`, `datamodule` and `trainer` from YAML files and options.
+
+    Args:
+        args: The command line; None for that of this process.
+    """
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        quiet_libraries()
+        register_strategies()
+        started = ["torchrun", "..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
+        self.command = [*started, *(sys.argv if args is None else ["recipes/finetune.py", *args])]
+        super().__init__(
+            LlavaFineTuner,
+            LlavaDataModule,
+            save_config_callback=None,  # see run_folder.record_run
+            seed_everything_default=0,
+            parser_class=SuggestingParser,
+            parser_kwargs={"allow_abbrev": False},  # --trainer.max_step would silently be max_steps
+            trainer_defaults=TRAINER_DEFAULTS,
+            args=None if args is None else list(args),
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """What belongs to neither model, data nor trainer."""
+        parser.add_argument("--output", type=str, default="runs/finetune", help="folder of this run")
+        parser.add_argument(
+            "--keep", type=Literal["last", "best"], default="last", help="which weights become the adapter"
+        )
+        parser.add_argument("--save_every", type=int | None, default=None, help="optimizer steps between saves")
+        parser.add_class_arguments(PruningSettings, "pruning")
+        parser.add_class_arguments(EvaluationSettings, "evaluation")
+        parser.add_argument(
+            "--resume",
+            type=str,
+            nargs="?",
+            const=_LAST,
+            help="go on from the last checkpoint in --output; `--resume auto`: from the newest good one there, or "
+            "start anew where there is none; `--resume FILE`: from that one",
+        )
+        parser.add_argument(
+            "--rehearse", action="store_true", help="run everything once, small, on the embedded model and data"
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse what cannot work before anything is loaded."""
+        require_known(self.config.trainer.strategy)
+        refuse_spread_quantized(self.config.trainer.strategy, self.config.model.quantize)
+        if self.config.trainer.accelerator == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed would look for a GPU
+        if self.config.rehearse:
+            rehearse(self.config)
+        self.output = Path(self.config.output)
+        self.checkpoints = self.output / "checkpoints"
+        self.resume_from = self._checkpoint_to_resume()
+        if self.resume_from is not None:
+            refuse_other_config(self.resume_from, self.resolved_config())
+        if is_first_process():
+            if self.config.rehearse:
+                rehearsal_folder(self.output)
+            claim_folder(self.output, resuming=self.config.resume == AUTO or self.resume_from is not None)
+
+    def _checkpoint_to_resume(self) -> Path | None:
+        if self.config.resume == AUTO:
+            return newest_good(self.checkpoints)
+        if self.config.resume in (None, _LAST):
+            return self.checkpoints / "last.ckpt" if self.config.resume else None
+        return Path(self.config.resume)
+
+    def resolved_config(self) -> dict[str, Any]:
+        """The whole config as plain values, without what belongs to this one call."""
+        text = self.parser.dump(self.config, skip_none=False, format="yaml")
+        return {key: value for key, value in yaml.safe_load(text).items() if key not in _NOT_IN_CONFIG}
+
+    def instantiate_classes(self) -> None:
+        """The model knows its trainer at once: the precision of its weights depends on it."""
+        super().instantiate_classes()
+        self.settings: EvaluationSettings = self.config_init.evaluation
+        self.model.trainer = self.trainer
+        self.pruning: PruningSettings = self.config_init.pruning
+        self.pruning.check(self.model.schedule)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """With the callbacks, loggers and checkpoint writer that every run has."""
+        given: dict[str, Any] = dict(self._get(self.config_init, "trainer", default={}))
+        settings: EvaluationSettings = self._get(self.config_init, "evaluation")
+        generates = settings.during > 0 and self.config.data.validation is not None
+        seed, pruning = int(self.config.seed_everything), self._get(self.config_init, "pruning")
+        self.per_step: SchedulePerStep | LearnKeepRatios | None = None
+        if pruning.learnable is not None:
+            self.per_step = LearnKeepRatios(pruning.learnable, pruning.tokens)
+        elif pruning.per_step:
+            self.per_step = SchedulePerStep(partial(pruning.plan, seed=seed))
+        callbacks: list[Any] = [
+            *(given.pop("callbacks", None) or []),
+            StepSeeds(seed),
+            *([self.per_step] if self.per_step else []),
+            GradientNorm(),
+            Throughput(),
+            DataCosts(),
+            LearningRateMonitor("step"),
+            *([GenerationAccuracy(settings)] if generates else []),
+            *([] if sys.stderr.isatty() else [ProgressLines()]),
+            RememberConfig(self.resolved_config()),
+            SaveOnInterrupt(self.checkpoints / "last.ckpt", self._how_to_resume()),
+            *last_and_best(
+                self.checkpoints,
+                self.config.save_every,
+                *(("val/accuracy", "max") if generates else ("val/loss", "min")),
+            ),
+        ]
+        if given.get("logger") is None:
+            given["logger"] = [
+                CSVLogger(self.output, name="logs"),  # a new version_N each time: it deletes a file that is there
+                TensorBoardLogger(self.output, name="logs", version="tensorboard"),
+            ]
+        if not sys.stderr.isatty():
+            given["enable_progress_bar"] = False
+        given["plugins"] = [*(given.pop("plugins", None) or []), AtomicCheckpointIO()]
+        given["default_root_dir"] = str(self.output)
+        return FineTuneTrainer(**{**given, **kwargs, "callbacks": callbacks})
+
+    def load_processor(self) -> LlavaProcessor:
+        """The processor alone, for the data check; the weights come later."""
+        folder = resolve_model(self.model.path)
+        return load_processor(folder, AutoConfig.from_pretrained(folder))
+
+    def _how_to_resume(self) -> str:
+        given = [part for part in self.command if not part.startswith("--resume=")]
+        if "--resume" in given:
+            at = given.index("--resume")
+            value = at + 1 < len(given) and not given[at + 1].startswith("--")
+            del given[at : at + 1 + value]
+        return shlex.join([*given, "--resume"])

@@ -1,0 +1,194 @@
+"""Before training: what the frozen vision tower makes of each training image goes to disk, once for all runs.
+
+A pass of its own rather than as training goes: then no step of any epoch runs the tower, every rank calls the same
+modules in every step, and what does not fit on the disk is known before the first. The processes of a run share the
+work; the folder may be shared by runs and machines, and what a killed run has written is not computed again.
+
+The features are those of one tower and one way of preprocessing: each has a subfolder, named by a digest of the tower's
+tensors, the image processor's settings, `image_aspect_ratio`, precision, feature layers and selection.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import LlavaForConditionalGeneration
+
+from himap_train.bar import progress_bar
+from himap_train.data.cached import ImageDigests, ImagesToEncode, Place, check_same_images
+from himap_train.data.feature_store import FeatureStore
+from himap_train.data.module import LlavaDataModule
+from himap_train.data.records import Source
+from himap_train.models.image_features import empty_image, tower_features
+from himap_train.models.install import base_llava
+from himap_train.models.tower import check_frozen, facts_key, tower_facts
+from himap_train.storage import atomic_file
+from himap_train.training.run.launch import agree, from_all, say
+
+logger = logging.getLogger(__name__)
+
+FOLDER, FACTS = "image_features", "tower.json"
+_BATCH = 32
+_GB = 1e9
+
+
+def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule) -> None:
+    """Compute what is missing and let the training data read it; nothing where `data.cache_image_features` is off.
+
+    All processes of the run must call it, with the model set up for training and the data for fitting.
+
+    Args:
+        trainer: For precision, processes and the run's folder.
+        model: LLaVA or PeftModel around one.
+        data: Gets its store.
+
+    Raises:
+        ValueError: The tower is trained, the images change with the epoch, or the features do not fit on the disk.
+        OSError: They could not be written, or this machine does not see what another has written.
+    """
+    encoder, source = data.cached_encoder, data.source("train")
+    if encoder is None or not isinstance(source, Source):
+        return
+    base = base_llava(model)
+    check_frozen(base)
+    check_same_images(source, data.spec("train"))
+    say("caching image features: looking through the images")
+    places = _images(trainer, source, data)
+    base.model.vision_tower.eval()  # where a frozen tower belongs in training too
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        store = _store(trainer, base, data)
+        missing = _announced(trainer, store, places)
+        written, failure = _compute(trainer, base, source, data, store, missing)
+    agree(failure)
+    store.refresh()
+    agree(_unseen(store, written))
+    encoder.store = store
+
+
+def _store(trainer: Trainer, base: LlavaForConditionalGeneration, data: LlavaDataModule) -> FeatureStore:
+    """The store of this tower, with what it holds; the first process clears damaged shards away."""
+    blank = tower_features(base, empty_image(base))[0]
+    facts = tower_facts(base, data.processor.image_processor, data.image_aspect_ratio, str(trainer.precision))
+    facts["dtype"] = str(blank.dtype)
+    wanted = data.cache_image_features
+    root = Path(trainer.default_root_dir) / FOLDER if wanted is True else Path(str(wanted))
+    store = FeatureStore(root / facts_key(facts), blank.shape[0], blank.shape[1], blank.dtype)
+    if trainer.is_global_zero:
+        with atomic_file(store.folder / FACTS) as file:
+            file.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+        for path in store.refresh():
+            logger.warning("%s is damaged or incomplete; deleted, its images are computed again", path)
+            path.unlink(missing_ok=True)
+    trainer.strategy.barrier()
+    store.refresh()
+    return store
+
+
+def _images(trainer: Trainer, source: Source, data: LlavaDataModule) -> list[Place]:
+    """Every distinct image once, in the order of digests; each process looks through its share of the records."""
+    size = min(len(source), data.limits["train"] or len(source))
+    share = range(trainer.global_rank, size, trainer.world_size)
+    found: list[Place] = []
+    loader = _loader(ImageDigests(source, share), data)
+    with progress_bar("looking through images", len(share), trainer.is_global_zero) as advance:
+        for records in loader:
+            found += [place for images in records for place in images]
+            advance(len(records))
+    distinct: dict[str, Place] = {}
+    for part in from_all(found):
+        for place in part:
+            distinct[place[0]] = min(place, distinct.get(place[0], place))
+    return [distinct[digest] for digest in sorted(distinct)]
+
+
+def _announced(trainer: Trainer, store: FeatureStore, places: list[Place]) -> list[Place]:
+    """What is missing, after saying how much that is; ValueError in all processes where it does not fit on the disk."""
+    missing = [place for place in places if place[0] not in store]
+    needed, free = len(missing) * store.image_bytes, shutil.disk_usage(store.folder).free
+    size = f"{len(places)} distinct images x {store.shape[0]} tokens x {store.shape[1]} x {store.dtype.itemsize} bytes"
+    figures = (
+        f"image features: {size} = {_gb(len(places) * store.image_bytes)} in {store.folder}; "
+        f"{len(places) - len(missing)} images are there, {_gb(needed)} to write, {_gb(free)} free"
+    )
+    say(figures)
+    failure = None
+    if needed > free:
+        failure = (
+            f"{figures}. They do not fit: give data.cache_image_features a folder on a larger disk, use fewer records "
+            "(data.train_limit), or set it to null to run the vision tower in every step"
+        )
+    failure = trainer.strategy.broadcast(failure)
+    if failure:
+        raise ValueError(failure)
+    return missing
+
+
+def _compute(
+    trainer: Trainer,
+    base: LlavaForConditionalGeneration,
+    source: Source,
+    data: LlavaDataModule,
+    store: FeatureStore,
+    missing: list[Place],
+) -> tuple[list[str], str | None]:
+    """This process's share of the missing images, written shard by shard: names of the shards, why it failed if it did.
+
+    After a failure it goes on running the tower, as often as the others: under ZeRO-3 they would wait for it.
+    """
+    own = missing[trainer.global_rank :: trainer.world_size]
+    calls = -(-len(missing[:: trainer.world_size]) // _BATCH)
+    images = ImagesToEncode(source, own, data.processor.image_processor, data.image_aspect_ratio)
+    batches, ready = iter(_loader(images, data)), dict[str, torch.Tensor]()
+    written: list[str] = []
+    failure: str | None = None
+    with progress_bar("caching image features", len(own), trainer.is_global_zero) as advance:
+        for call in range(calls):
+            read: list[tuple[str, torch.Tensor | None]] = next(batches, [])
+            good = [(digest, pixels) for digest, pixels in read if pixels is not None]
+            pixels = torch.cat([pixels for _, pixels in good]) if good else empty_image(base)
+            features = tower_features(base, pixels.to(base.device)).cpu()
+            ready |= {digest: values for (digest, _), values in zip(good, features, strict=False)}
+            if failure is None and (len(ready) >= store.shard_images or call == calls - 1):
+                failure, ready = _write(store, ready, written), {}
+            advance(len(read))
+    return written, failure
+
+
+def _write(store: FeatureStore, ready: dict[str, torch.Tensor], written: list[str]) -> str | None:
+    """Write a shard of what no other run has written meanwhile, note its name; the error, if there was one."""
+    store.refresh()
+    new = {digest: values for digest, values in ready.items() if digest not in store}
+    try:
+        if new:
+            written.append(store.write(new))
+    except OSError as error:
+        return f"{error}, or set data.cache_image_features to null. What is written already is kept"
+    return None
+
+
+def _unseen(store: FeatureStore, written: list[str]) -> str | None:
+    """What to say where this process does not see what others have written: the machines do not share the folder."""
+    lacking = [name for part in from_all(written) for name in part if not (store.folder / name).is_file()]
+    if not lacking:
+        return None
+    return (
+        f"a process on {platform.node()} does not see {len(lacking)} files of image features that others have written "
+        f"to {store.folder}: data.cache_image_features must be a folder that all machines share"
+    )
+
+
+def _loader(dataset: Any, data: LlavaDataModule) -> DataLoader[Any]:
+    return DataLoader(dataset, _BATCH, collate_fn=list, num_workers=data.num_workers)
+
+
+def _gb(count: int) -> str:
+    return f"{count / _GB:.1f} GB" if count >= _GB else f"{count / 1e6:.1f} MB"

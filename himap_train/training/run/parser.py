@@ -1,0 +1,32 @@
+"""The parser of `finetune.py`'s command line: an unknown key names the nearest valid one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from typing import NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from himap_train.training.schedules.settings import setting_names
+
+
+class SuggestingParser(LightningArgumentParser):
+    """Names the nearest valid key where an unknown one is given."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with status 2 and the message."""
+        in_file = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+        in_options = re.search(r"[Uu]nrecognized arguments.*?--([\w.-]+)", message)
+        top_level = re.search(r"[Oo]ption '([\w.]+)' is not accepted|[Kk]ey '([\w.]+)' is not expected", message)
+        found = in_file or in_options or top_level
+        if found:
+            above = re.findall(r"Parser key \"([\w.]+)\"", message) if found is top_level else []
+            wanted = ".".join([*above, *(part for part in found.groups() if part)]).replace("-", "_")
+            near = difflib.get_close_matches(wanted, self._keys(), n=1, cutoff=0.5)
+            message += f"\nDid you mean {near[0]!r}?" if near else ""
+        super().error(message, ex)
+
+    def _keys(self) -> list[str]:
+        keys = [key for action in self._actions for key in [action.dest] if key not in ("help", "print_config")]
+        return [*keys, *setting_names()]

@@ -1,0 +1,57 @@
+"""Which strategy a config asks for, by name or as a class with options, and what does not go with it."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from himap_train.models.quantize import Quantize
+from himap_train.training.zero.strategy import ZeroStrategy
+
+_CLASSES = {"DDPStrategy": "ddp", "SingleDeviceStrategy": "single_device"}
+
+
+def register_strategies() -> None:
+    """Make `deepspeed_stage_1`, `_2`, `_3` and `_3_offload` mean `ZeroStrategy`."""
+    for name, stage, offload in (("1", 1, False), ("2", 2, False), ("3", 3, False), ("3_offload", 3, True)):
+        StrategyRegistry.register(f"deepspeed_stage_{name}", ZeroStrategy, override=True, stage=stage, offload=offload)
+
+
+def strategy_name(strategy: Any) -> str:
+    """The registered name of a strategy; of a class with options (`class_path`, `init_args`) the one that means it."""
+    if isinstance(strategy, str):
+        return strategy
+    name = str(strategy["class_path"]).rsplit(".", 1)[-1]
+    options = strategy.get("init_args") or {}
+    if name in ("ZeroStrategy", "DeepSpeedStrategy"):
+        offload = options.get("offload") or options.get("offload_parameters")
+        return f"deepspeed_stage_{options.get('stage', 2)}{'_offload' if offload else ''}"
+    return _CLASSES.get(name, name)
+
+
+def require_known(strategy: Any) -> None:
+    """Raises ValueError naming the nearest strategy where an unknown one is given."""
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(strategy, str) and strategy not in known:
+        near = difflib.get_close_matches(strategy, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        usual = "auto, ddp, deepspeed_stage_1, deepspeed_stage_2, deepspeed_stage_3, deepspeed_stage_3_offload"
+        raise ValueError(f"trainer.strategy={strategy!r} is unknown{hint} Usual ones: {usual}")
+
+
+def refuse_spread_quantized(strategy: Any, quantize: Quantize | None) -> None:
+    """Raises ValueError where ZeRO-3 would have to spread quantised weights, before anything is loaded.
+
+    Args:
+        strategy: The value of `trainer.strategy`.
+        quantize: That of `model.quantize`.
+    """
+    name = strategy_name(strategy)
+    if quantize is not None and name.startswith("deepspeed_stage_3"):
+        raise ValueError(
+            f"model.quantize={quantize} does not go with ZeRO-3 (trainer.strategy {name}): bitsandbytes weights cannot "
+            "be spread over processes. They are small enough for each GPU to hold all of them: --trainer.strategy "
+            "deepspeed_stage_2 or ddp; or spread the weights as they are: --model.quantize null"
+        )

@@ -1,0 +1,80 @@
+"""Curriculum: keep ratios fall from dense to the schedule over the first part of training.
+
+PyramidDrop, LLaVolta and EPIC start dense or nearly so and prune harder as training goes on, so that the model never
+meets a context much poorer than the one before. The strength s (see `himap_train.pruning.budget.at_strength`) rises
+from 0, dense, to 1, the schedule, over the first `share` of the optimizer steps; afterwards it is exactly 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from himap_train.pruning.budget import at_strength
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.training.schedules.per_step import Step
+from himap_train.training.schedules.requirements import require_ratios, require_share
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Prune a little at first, and as the schedule says in the end.
+
+    Args:
+        shape: How the strength rises: "linear", "cosine" (slow at both ends) or "staged" (in equal stairs, the first of
+            them dense).
+        share: Share of the optimizer steps over which it rises.
+        steps: Stairs of "staged".
+    """
+
+    shape: Literal["linear", "cosine", "staged"] = "linear"
+    share: float = 0.3
+    steps: int = 4
+
+    def check(self, schedule: PruningSchedule) -> None:
+        """Refuse what cannot be, before anything is loaded.
+
+        Raises:
+            ValueError: Naming the key, what was found and what is valid.
+        """
+        require_share("pruning.curriculum.share", self.share)
+        require_ratios("pruning.curriculum", schedule)
+        if self.steps < 1:
+            raise ValueError(f"pruning.curriculum.steps is {self.steps}; expected 1 or more stairs")
+
+    def strength(self, step: int, total: int) -> float:
+        """Strength in [0, 1] of an optimizer step (from 0) of `total`."""
+        rise = self.share * total
+        if step >= rise:
+            return 1.0
+        progress = step / rise
+        if self.shape == "staged":
+            return math.floor(progress * self.steps) / self.steps
+        return (1 - math.cos(math.pi * progress)) / 2 if self.shape == "cosine" else progress
+
+
+class CurriculumSteps:
+    """The schedules of a run, step by step.
+
+    Args:
+        settings: Of the config.
+        schedule: Where it ends.
+        total: Optimizer steps of the run.
+    """
+
+    def __init__(self, settings: Curriculum, schedule: PruningSchedule, total: int) -> None:
+        self.settings, self.schedule, self.total = settings, schedule, total
+
+    def at(self, step: int) -> Step:
+        """The schedule of an optimizer step."""
+        strength = self.settings.strength(step, self.total)
+        schedule = self.schedule if strength == 1.0 else at_strength(self.schedule, strength)
+        return Step(schedule, figures={"train/strength": strength})
+
+    def __str__(self) -> str:
+        """When it ends."""
+        return (
+            f"curriculum: {self.settings.shape} from dense to the schedule, which runs from step "
+            f"{math.ceil(self.settings.share * self.total)} of {self.total} on"
+        )

@@ -1,0 +1,104 @@
+"""The group `pruning:` of a config: how the schedule changes while a model is trained under it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.training.schedules.curriculum import Curriculum, CurriculumSteps
+from himap_train.training.schedules.elastic import Elastic, ElasticSteps
+from himap_train.training.schedules.learnable import Learnable
+from himap_train.training.schedules.per_step import StepPlan
+
+MODES = ("learnable", "elastic", "curriculum")
+"""Of which a run has one at most."""
+
+
+@dataclass(frozen=True)
+class PruningSettings:
+    """How the schedule changes during training; `model.schedule` is what is saved and evaluated.
+
+    Args:
+        learnable: Keep ratios that the loss decides, under a budget; null for those of `model.schedule`.
+        elastic: Another budget in every step, for one checkpoint that serves all of them; null for one schedule.
+        curriculum: From dense to the schedule over the first part of training; null for the schedule from the start.
+        image_tokens: Of the sample that budgets are for; null for the training data's mean.
+        text_tokens: Its other tokens; null for the training data's mean.
+    """
+
+    learnable: Learnable | None = None
+    elastic: Elastic | None = None
+    curriculum: Curriculum | None = None
+    image_tokens: int | None = None
+    text_tokens: int | None = None
+
+    def check(self, schedule: PruningSchedule) -> None:
+        """Refuse what cannot be, before anything is loaded.
+
+        Raises:
+            ValueError: Naming the key, what was found and what is valid.
+        """
+        given = [name for name in MODES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"pruning.{' and pruning.'.join(given)} both decide what each step keeps; set all but one to null"
+            )
+        if (self.image_tokens is None) != (self.text_tokens is None):
+            raise ValueError(
+                f"pruning.image_tokens is {self.image_tokens} and pruning.text_tokens {self.text_tokens}; give both, "
+                "or neither for the means of the training data"
+            )
+        for key, value in (("image_tokens", self.image_tokens), ("text_tokens", self.text_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"pruning.{key} is {value}; expected 1 or more tokens")
+        for name in given:
+            getattr(self, name).check(schedule)
+
+    @property
+    def per_step(self) -> bool:
+        """Whether steps run other schedules than the model's own."""
+        return self.elastic is not None or self.curriculum is not None
+
+    def tokens(self, measured: tuple[int, int] | None) -> tuple[int, int]:
+        """Image and text tokens of the sample that budgets are for.
+
+        Raises:
+            ValueError: They are not given, and nobody could measure them.
+        """
+        if self.image_tokens is not None and self.text_tokens is not None:
+            return self.image_tokens, self.text_tokens
+        if measured is None:
+            raise ValueError(
+                "a budget needs to know how long a typical sample is, which streamed data does not tell; set "
+                "pruning.image_tokens and pruning.text_tokens"
+            )
+        return measured
+
+    def plan(
+        self, schedule: PruningSchedule, config: Any, seed: int, total: int, tokens: tuple[int, int] | None
+    ) -> StepPlan:
+        """What each optimizer step runs.
+
+        Args:
+            schedule: The model's own.
+            config: Of the model.
+            seed: Of the run.
+            total: Optimizer steps of the run.
+            tokens: Image and text tokens of a typical sample, measured; for elastic training.
+        """
+        if self.elastic is not None:
+            return ElasticSteps(self.elastic, schedule, config, seed, self.tokens(tokens))
+        assert self.curriculum is not None
+        return CurriculumSteps(self.curriculum, schedule, total)
+
+
+def setting_names(group: type = PruningSettings, prefix: str = "pruning") -> Iterator[str]:
+    """All keys of the group, those of its modes too: a parser knows them only once a mode is given."""
+    hints = get_type_hints(group)
+    for entry in fields(group):
+        yield f"{prefix}.{entry.name}"
+        for kind in get_args(hints[entry.name]):
+            if is_dataclass(kind) and isinstance(kind, type):
+                yield from setting_names(kind, f"{prefix}.{entry.name}")

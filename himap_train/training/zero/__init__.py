@@ -1,0 +1,1 @@
+"""DeepSpeed ZeRO with LoRA: the strategy, its precision and its checkpoints."""
