@@ -11,8 +11,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "AttentionMass": "himap_train.pruning.schedule",
-    "PruningStage": "himap_train.pruning.schedule",
+    "Ratio": "himap_train.pruning.keep",
+    "Count": "himap_train.pruning.keep",
+    "Mass": "himap_train.pruning.keep",
+    "AttentionMass": "himap_train.pruning.keep",
+    "PruningStage": "himap_train.pruning.stage",
     "PruningSchedule": "himap_train.pruning.schedule",
     "load_llava": "himap_train.models.loading",
     "install_pruning": "himap_train.models.install",

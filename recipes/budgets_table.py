@@ -28,7 +28,8 @@ from himap_train.evaluation.compare import compare
 from himap_train.evaluation.tables import save_table
 from himap_train.experiments import METRICS, common_options, fine_tune_all, points, rows_of
 from himap_train.models.loading import EMBEDDED, load_llava, resolve_model
-from himap_train.pruning.schedule import PruningSchedule, PruningStage
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.pruning.stage import PruningStage
 from himap_train.search.grid import himap_grid
 from himap_train.search.result import schedule_file
 

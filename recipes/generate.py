@@ -17,15 +17,17 @@ from transformers import TextStreamer
 
 from himap_train import record_pruning
 from himap_train.analysis.pictures import captions, draw_kept, kept_patches, model_view, patch_grid
-from himap_train.checkpoints.scheduled import AS_SAVED, ScheduleArgument, installed_schedule, load_with_schedule
+from himap_train.checkpoints.scheduled import AS_SAVED, installed_schedule, load_with_schedule
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Sample, encode_prompt
-from himap_train.data.images import AspectRatio
 from himap_train.data.records import Conversation, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.evaluation.budgeted import check_budget_argument, run_at_budget
 from himap_train.evaluation.command_line import run_command
-from himap_train.models.install import base_llava
+from himap_train.models.families import family_of
+from himap_train.models.families.base import AspectRatio
+from himap_train.models.stock import base_model
+from himap_train.pruning.reading import ScheduleArgument
 
 
 def main(
@@ -61,7 +63,7 @@ def main(
     if show_kept is not None:
         show_kept.parent.mkdir(parents=True, exist_ok=True)
     model, processor = load_with_schedule(checkpoint, schedule, dtype, device)
-    text_config: Any = base_llava(model).config.text_config
+    text_config: Any = base_model(model).config.text_config
     context = text_config.max_position_embeddings - max_new_tokens
     sample = encode_prompt(conversation, processor, context, image_aspect_ratio)
     if budget is not None:
@@ -99,7 +101,9 @@ def ask(image: Path | None, question: str | None) -> Conversation:
 def stream(model: Any, processor: Any, sample: Sample, max_new_tokens: int) -> None:
     """Print the answer word by word."""
     batch = collate([sample], pad_token_id_of(processor.tokenizer), padding_side="left")
-    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    base = base_model(model)
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs |= batch["images"] | family_of(base).forward_inputs(base.config, batch["input_ids"], batch["images"])
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode():
@@ -114,11 +118,10 @@ def stream(model: Any, processor: Any, sample: Sample, max_new_tokens: int) -> N
 
 def draw(model: Any, processor: Any, sample: Sample, kept: list[list[torch.Tensor]]) -> Image.Image:
     """The picture of what each stage kept of the sample's only image."""
-    image_id = base_llava(model).config.image_token_id
+    image_id = base_model(model).config.image_token_id
     count = int((sample["input_ids"] == image_id).sum())
     (stages,) = kept_patches([stage[0] for stage in kept], sample["input_ids"], image_id, [count])
-    pixels: Any = sample["pixel_values"]
-    view = model_view(pixels[0], processor.image_processor)
+    view = model_view(sample["images"][0]["pixel_values"][0], processor.image_processor)
     return draw_kept(view, stages, patch_grid(count, view.size), captions(installed_schedule(model), stages, count))
 
 

@@ -17,10 +17,10 @@ from typing import Any, Literal, NoReturn
 
 from himap_train.bar import progress_bar
 from himap_train.checkpoints.scheduled import load_with_schedule
-from himap_train.data.images import AspectRatio
 from himap_train.data.sources import open_source
 from himap_train.evaluation.command_line import new_output_folder, run_command
-from himap_train.models.install import base_llava
+from himap_train.models.families.base import AspectRatio
+from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.flow import Flow, information_flow
 from himap_train.search.objective import Objective
@@ -83,7 +83,7 @@ def main(
     start = time.perf_counter()
     source = open_source(data, image_folder)
     model, processor = load_with_schedule(checkpoint, "none", dtype, device)
-    config = base_llava(model).config
+    config = base_model(model).config
     drawn = read_samples(
         model,
         processor,

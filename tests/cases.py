@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 IMAGE_ID = 4
 RAGGED = ("t3 i16 t4", "t9", "t2 i9 t3 i16 t5", "i7 t1", "t5 i12")  # no text before, no text after, none at all
@@ -29,7 +29,7 @@ class Case:
         """Keyword arguments of the model."""
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         if self.features:
-            inputs["mm_encoder_outputs"] = {"image": SimpleNamespace(pooler_output=list(self.features))}
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(self.features))}
         return inputs | ({"labels": self.labels} if labels else {})
 
     def naive(self, labels: bool = False) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning
-from himap_train.models.install import hidden_states
+from himap_train.models.features import hidden_states
 
 STATES = {"atol": 1e-4, "rtol": 1e-4}  # fp32, six layers, two orders of summation
 

@@ -6,9 +6,10 @@ import torch
 from peft import PeftModel
 from training_toys import SCHEDULE, collate, sample
 
-from himap_train.checkpoints.load import read_schedule
-from himap_train.models.install import install_pruning, load_llava
+from himap_train.models.install import install_pruning
+from himap_train.models.loading import load_llava
 from himap_train.models.lora import attach_lora
+from himap_train.pruning.reading import read_schedule
 from himap_train.pruning.schedule import PruningSchedule
 
 PRUNED = read_schedule(SCHEDULE)

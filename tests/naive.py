@@ -153,7 +153,7 @@ def dropped_tokens(
         in_turn = [p for p in range(prompt) if turn[p] == group and not supervised[p]]
         text = [p for p in in_turn if not is_image[p] and p > tokens[0]] or [in_turn[-1]]
         protected = [p for p in current if (supervised[p + 1] if p + 1 < prompt else labels is None)]
-        if stage.keep is not None:
+        if "keep" in stage.to_dict():
             scores = naive_scores(stage.criterion, weights, current, text, 0)
             count = mass_count(stage.keep, scores, protected, len(tokens))
         else:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule, install_pruning
-from himap_train.models.install import base_llava
 from himap_train.models.lora import attach_lora
+from himap_train.models.stock import base_model
 from himap_train.planning.quantities import Batch
 
 BATCH = Batch(rows=2, image_tokens=64, text_tokens=36, supervised=7)
@@ -43,7 +43,7 @@ def toy_model(
     base = LlavaForConditionalGeneration(config).to(dtype)
     model = attach_lora(base, **{"r": 4, "alpha": 8, **lora})
     if checkpointing:
-        base_llava(model).model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        base_model(model).model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     return install_pruning(model, schedule).train()
 
 

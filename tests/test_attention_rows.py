@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from himap_train.pruning import scoring
-from himap_train.pruning.scoring import attention_blocks
+from himap_train.pruning.methods import attention as scoring
+from himap_train.pruning.methods.attention import attention_blocks
 
 LENGTH, SCALING = 260, 0.25
 

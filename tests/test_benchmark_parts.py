@@ -32,7 +32,7 @@ from himap_train.benchmark.tasks import inference_task
 from himap_train.benchmark.timing import Pairs, Spread, Task, time_once, time_pairs
 from himap_train.benchmark.workload import Workload, make_batch
 from himap_train.models.attention import register_attention
-from himap_train.models.install import hidden_states
+from himap_train.models.features import hidden_states
 
 CPU = torch.device("cpu")
 SMALL = Workload(batch=2, image_tokens=40, text_before=5, text_after=12)

@@ -18,9 +18,11 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from himap_train.checkpoints.agreement import check_agreement
 from himap_train.checkpoints.export import export_adapter, export_merged
-from himap_train.checkpoints.load import load_checkpoint, read_schedule, save_adapter
-from himap_train.models.install import load_llava, pruning_of, record_pruning, remove_pruning
+from himap_train.checkpoints.load import load_checkpoint, save_adapter
+from himap_train.models.install import pruning_of, record_pruning, remove_pruning
+from himap_train.models.loading import load_llava
 from himap_train.models.lora import attach_lora
+from himap_train.pruning.reading import read_schedule
 from himap_train.pruning.schedule import PruningSchedule
 
 MERGED_FILES = {
@@ -58,7 +60,7 @@ def test_saved_and_loaded_adapter_computes_the_same(base: str, tmp_path: Path, p
     assert not torch.equal(logits(dense), logits(loaded))
 
 
-def test_merged_folder_is_a_stock_llava_with_the_schedule_in_its_config(adapter: Path, tmp_path: Path) -> None:
+def test_merged_folder_is_a_stock_model_with_the_schedule_in_its_config(adapter: Path, tmp_path: Path) -> None:
     folder = export_merged(adapter, tmp_path / "merged")
     assert {file.name for file in folder.iterdir()} == MERGED_FILES
     stock, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)

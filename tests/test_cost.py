@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule, PruningStage, install_pruning
-from himap_train.models.install import hidden_states
+from himap_train.models.features import hidden_states
 
 WITHIN = 0.05  # what the design asks for
 IMAGE_TOKENS, TEXT_TOKENS = 144, 40

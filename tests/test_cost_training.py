@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from himap_train import PruningSchedule, PruningStage
+from himap_train.models.training_cost import FLASH_BACKWARD, training_flops, vision_flops
 from himap_train.planning.facts import count
 from himap_train.planning.measure import measured_flops
-from himap_train.pruning.training_cost import FLASH_BACKWARD, training_flops, vision_flops
 
 WITHIN = 0.02
 HIMAP = PruningSchedule.from_preset("himap").scaled_to(8)

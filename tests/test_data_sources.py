@@ -9,11 +9,12 @@ import pytest
 from data_examples import image_folder, llava_record, picture
 from PIL import Image
 
-from himap_train.data.images import image_size, open_image, pad_to_square, resolve_image_path, to_pixel_values
+from himap_train.data.images import image_size, open_image, resolve_image_path, to_pixel_values
 from himap_train.data.jsonl import Jsonl
 from himap_train.data.llava_json import LlavaJson
 from himap_train.data.records import RecordError, Source, Turn
 from himap_train.data.sources import open_source
+from himap_train.models.families.pixels import pad_to_square
 
 RECORDS = [
     llava_record("one", "a.png", "<image>\nWhat?", "A cat."),

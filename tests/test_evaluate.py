@@ -17,7 +17,7 @@ from recipes_cli import RECIPES, run_recipe, save_tiny
 from tiny import IMAGE_TOKENS, tiny_llava, tiny_processor
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
-from himap_train.checkpoints.scheduled import fit_preset, is_preset, load_with_schedule
+from himap_train.checkpoints.scheduled import load_with_schedule
 from himap_train.data.batches import collate
 from himap_train.data.encode import encode_prompt
 from himap_train.data.records import Conversation, RecordError, Turn
@@ -28,7 +28,9 @@ from himap_train.evaluation.compare import compare, evaluate_row
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.questions import Question, question_batches
 from himap_train.evaluation.tables import markdown_table, print_table, save_table
-from himap_train.models.install import base_llava, pruning_of
+from himap_train.models.install import pruning_of
+from himap_train.models.stock import base_model
+from himap_train.pruning.reading import fit_preset, is_preset
 
 SCHEDULE = PruningSchedule((PruningStage(2, "instruction", 0.5), PruningStage(4, "image", 0.125)))
 QUIET = {"progress": False, "max_new_tokens": 4}
@@ -147,7 +149,7 @@ def test_compare_gives_the_schedule_back_also_after_an_error(model, processor, s
 
 def test_a_pruner_that_does_not_act_is_an_error(model, processor, source, monkeypatch):
     install_pruning(model, SCHEDULE)
-    decoder = base_llava(model).model.language_model
+    decoder = base_model(model).model.language_model
     # As if something had put the stock forward back (a wrapper, a reload): the schedule is installed, nothing prunes.
     stock = type(decoder).forward
 

@@ -22,9 +22,10 @@ from himap_train.checkpoints import merged as merged_module
 from himap_train.checkpoints.agreement import check_agreement, require_stock_keys
 from himap_train.checkpoints.card import adapter_card, merged_card
 from himap_train.checkpoints.export import export_adapter, export_merged
-from himap_train.checkpoints.load import load_checkpoint, read_schedule, save_adapter
+from himap_train.checkpoints.load import load_checkpoint, save_adapter
 from himap_train.checkpoints.run_facts import RunFacts
 from himap_train.models.install import pruning_of
+from himap_train.pruning.reading import read_schedule
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO, RememberConfig
 from himap_train.training.module import LlavaFineTuner

@@ -24,7 +24,8 @@ from transformers import LlavaForConditionalGeneration
 from himap_train.checkpoints.export import export_merged
 from himap_train.checkpoints.load import load_checkpoint, save_adapter
 from himap_train.checkpoints.weight_files import INDEX, parse_size
-from himap_train.models.install import load_llava, remove_pruning
+from himap_train.models.install import remove_pruning
+from himap_train.models.loading import load_llava
 
 DECODER = r".*language_model\.layers\.\d+\..*_proj"
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from data_examples import image_folder, llava_record
+from himap_train.models.image_features import encode, project, tower_features
 from lightning.pytorch import Callback
 from PIL import Image
 from processes import in_processes
@@ -21,8 +22,7 @@ from training_toys import SCHEDULE, collate, finetune, quiet_trainer, sample, sa
 from himap_train.data.feature_store import DamagedShardError, FeatureStore
 from himap_train.data.images import content_digest
 from himap_train.data.module import LlavaDataModule
-from himap_train.models.image_features import encode, project, tower_features
-from himap_train.models.install import base_llava
+from himap_train.models.stock import base_model
 from himap_train.models.tower import facts_key, tower_facts
 from himap_train.training.callbacks.step_seeds import StepSeeds
 from himap_train.training.run.feature_cache import fill_feature_cache
@@ -57,7 +57,7 @@ class Watch(Callback):
         self.calls = self.features = 0
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        base_llava(module.peft_model).model.vision_tower.register_forward_pre_hook(self._count)
+        base_model(module.peft_model).model.vision_tower.register_forward_pre_hook(self._count)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
@@ -122,7 +122,7 @@ def test_half_precision_keeps_the_bits_and_half_the_bytes(
 def test_two_halves_are_the_stock_whole(tiny_path: str, layers: Any) -> None:
     model = tuner(tiny_path)
     model.configure_model()
-    base, pixels = base_llava(model.peft_model), torch.randn(3, 3, 32, 32)
+    base, pixels = base_model(model.peft_model), torch.randn(3, 3, 32, 32)
     if layers == -2:
         assert torch.equal(project(base, tower_features(base, pixels)), encode(base, pixels))
     base.config.vision_feature_layer = layers
@@ -136,7 +136,7 @@ def test_autocast_stores_what_the_projector_would_round_to(tiny_path: str) -> No
     """With weights in fp32 the tower's residual stream is fp32 there, its product with the projector bf16."""
     model = tuner(tiny_path)
     model.configure_model()
-    base, pixels = base_llava(model.peft_model), torch.randn(3, 3, 32, 32)
+    base, pixels = base_model(model.peft_model), torch.randn(3, 3, 32, 32)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         features = tower_features(base, pixels)
         assert features.dtype == torch.bfloat16
@@ -147,7 +147,7 @@ def test_batch_of_text_alone_runs_the_same_modules(tiny_path: str) -> None:
     """Or other ranks would wait for it under ZeRO-3, and DDP would miss gradients."""
     model = tuner(tiny_path)
     model.configure_model()
-    base, calls = base_llava(model.peft_model), list[str]()
+    base, calls = base_model(model.peft_model), list[str]()
     for name in ("vision_tower", "multi_modal_projector"):
         getattr(base.model, name).register_forward_pre_hook(lambda *_, name=name: calls.append(name))
     for image in (True, False):
@@ -235,7 +235,7 @@ def test_what_cannot_be_cached_is_refused(tiny_path: str, data: str, tmp_path: P
     module.processor = tiny_processor()
     module.setup("fit")
     model.configure_model()
-    tower = base_llava(model.peft_model).model.vision_tower
+    tower = base_model(model.peft_model).model.vision_tower
     next(tower.parameters()).requires_grad_(True)
     with pytest.raises(ValueError, match="needs a frozen vision tower; 1 of its tensors are trained"):
         fill_feature_cache(quiet_trainer(tmp_path), model.peft_model, module)
@@ -263,7 +263,7 @@ def test_workers_read_features(tiny_path: str, data: str, tmp_path: Path) -> Non
 def test_key_holds_all_that_decides_the_features(tiny_path: str) -> None:
     model = tuner(tiny_path)
     model.configure_model()
-    base, processor = base_llava(model.peft_model), tiny_processor().image_processor
+    base, processor = base_model(model.peft_model), tiny_processor().image_processor
     keys = [facts_key(tower_facts(base, processor, "pad", "32-true"))]
     assert facts_key(tower_facts(base, processor, "pad", "32-true")) == keys[0]
     keys.append(facts_key(tower_facts(base, processor, "as_processor", "32-true")))

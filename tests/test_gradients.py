@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
-from himap_train.models.install import hidden_states
+from himap_train.models.features import hidden_states
 
 RELATIVE = 2e-4  # fp32: largest error of a gradient, relative to its largest entry
 LAYERS = 5

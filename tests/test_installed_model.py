@@ -12,7 +12,8 @@ from tiny import tiny_llava
 from torch.nn.functional import cross_entropy
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning, remove_pruning
-from himap_train.models.install import change_schedule, hidden_states, pruning_of
+from himap_train.models.features import hidden_states
+from himap_train.models.install import change_schedule, pruning_of
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -9,8 +9,8 @@ import torch
 from peft import PeftModel
 from tiny import tiny_llava
 
-from himap_train.models.install import base_llava
 from himap_train.models.lora import attach_lora, trainable_report
+from himap_train.models.stock import base_model
 
 DECODER_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -87,7 +87,7 @@ def test_fresh_lora_changes_nothing_and_base_weights_stay() -> None:
 def test_what_is_trained_is_fp32_over_half_precision_weights() -> None:
     model = attach_lora(tiny_llava().to(torch.bfloat16), r=4, alpha=8)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    assert base_llava(model).model.vision_tower.dtype == torch.bfloat16
+    assert base_model(model).model.vision_tower.dtype == torch.bfloat16
 
 
 def test_report_counts_parts() -> None:

@@ -15,7 +15,8 @@ from himap_train import PruningSchedule, PruningStage, install_pruning, load_lla
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder
 from himap_train.data.sources import open_source
-from himap_train.models.install import change_schedule, hidden_states
+from himap_train.models.features import hidden_states
+from himap_train.models.install import change_schedule
 from himap_train.models.loss import supervised_loss
 from himap_train.pruning.learned.marginal import MARGINAL_SHARE
 

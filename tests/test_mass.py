@@ -20,10 +20,12 @@ from test_step_cost import tainted
 from tiny import tiny_llava
 from torch import Tensor
 
-from himap_train import AttentionMass, PruningSchedule, PruningStage, install_pruning, record_pruning
-from himap_train.models.install import hidden_states, pruning_of
+from himap_train import AttentionMass, Mass, PruningSchedule, PruningStage, install_pruning, record_pruning
+from himap_train.models.features import hidden_states
+from himap_train.models.install import pruning_of
 from himap_train.pruning.layout import TokenLayout, build_layout
-from himap_train.pruning.selection import image_ranks, plan_removals, select, settle_mass, tokens_for_mass
+from himap_train.pruning.ranks import image_ranks, select, tokens_for_mass
+from himap_train.pruning.removal import plan_removals, settle_mass
 
 CRITERIA = ["instruction", "image", "image_debiased", "last_token"]
 TURNS = ("t2 i16 t4 a3 t5 i12 t3 a2", "t4 a2 t2 i16 t3 a4 t5 a2", "t1 i9 t2 a1 i7 i5 t3 a2", "t2 i16 t4 a3 t5 a2")
@@ -177,7 +179,7 @@ def test_one_more_transfer_for_each_mass_stage_and_no_other_wait(
             hidden_states(model, **case.inputs(labels))
         waits.append(mode.waits)
     assert waits[0] == waits[1]
-    assert mode.transfers == 1 + sum(stage.keep is not None for stage in SCHEDULES[name].stages)
+    assert mode.transfers == 1 + sum(isinstance(stage.keep, Mass) for stage in SCHEDULES[name].stages)
 
 
 def layout_of(groups: list[int], padding: int) -> tuple[TokenLayout, Any]:
@@ -197,7 +199,7 @@ def test_no_smaller_set_holds_the_mass(groups: list[list[float]], mass: float, p
     row = torch.full(layout.image.shape, 7.0)  # what is not an image token is not read
     row[layout.image] = torch.tensor([score for group in groups for score in group])
     stage = PruningStage(2, "instruction", keep=AttentionMass(mass))
-    plan = settle_mass(plan_removals(PruningSchedule((stage,)), counts), 2, row, layout)
+    plan = settle_mass(plan_removals((stage,), counts), 2, row, layout)
     kept_counts = plan[2].after.current
     keep = select(image_ranks(row, layout, kept_counts.shape[1]), layout, kept_counts)
     for number, group in enumerate(groups):

@@ -24,13 +24,14 @@ from himap_train.benchmark.contenders import find_method
 from himap_train.checkpoints.agreement import Outputs, _nearly_the_same, check_agreement
 from himap_train.checkpoints.card import merged_card
 from himap_train.checkpoints.export import export_merged
-from himap_train.checkpoints.load import read_schedule, save_adapter
+from himap_train.checkpoints.load import save_adapter
 from himap_train.checkpoints.run_facts import RunFacts
 from himap_train.evaluation.compare import compare
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.tables import markdown_table, save_table
 from himap_train.models.install import pruning_of
 from himap_train.pruning.cost import schedule_cost
+from himap_train.pruning.reading import read_schedule
 from himap_train.training.callbacks.progress import Throughput
 
 FIELDS = {

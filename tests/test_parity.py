@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning
-from himap_train.models.install import hidden_states
+from himap_train.models.features import hidden_states
 
 REFERENCE = Path(__file__).parent / "data" / "himap_reference.npz"
 STATES = {"atol": 1e-3, "rtol": 0.0}  # fp32: what the design asks for

@@ -11,8 +11,9 @@ from planning_toys import BATCH, toy_batch, toy_config, toy_model
 from torch import nn
 
 from himap_train import PruningSchedule, PruningStage
-from himap_train.models.install import base_llava, hidden_states
+from himap_train.models.features import hidden_states
 from himap_train.models.loss import supervised_loss
+from himap_train.models.stock import base_model
 from himap_train.planning.activations import ActivationModel
 from himap_train.planning.cases import embedded_case
 from himap_train.planning.device_memory import (
@@ -79,7 +80,7 @@ def test_what_is_saved_is_what_autograd_holds() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        supervised_loss(hidden_states(model, **inputs), inputs["labels"], base_llava(model).lm_head, 0)
+        supervised_loss(hidden_states(model, **inputs), inputs["labels"], base_model(model).lm_head, 0)
     held |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in inputs.values()}
     assert measured_memory(model, inputs, 0).saved == pytest.approx(sum(s.nbytes() for s in held.values()), rel=0.01)
 
@@ -147,7 +148,7 @@ def test_quantised_weights() -> None:
 
 
 def _decoder_linear() -> list[nn.Linear]:
-    decoder = base_llava(toy_model(toy_config(), DENSE)).model.language_model
+    decoder = base_model(toy_model(toy_config(), DENSE)).model.language_model
     return [m for name, m in decoder.layers.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
 
 

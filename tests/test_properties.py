@@ -13,7 +13,7 @@ from tiny import tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning
-from himap_train.models.install import hidden_states
+from himap_train.models.features import hidden_states
 
 STATES = {"atol": 1e-4, "rtol": 1e-4}
 LOGITS = {"atol": 1e-3, "rtol": 1e-4}

@@ -17,8 +17,10 @@ from transformers import LlavaForConditionalGeneration
 from himap_train.checkpoints.export import export_merged
 from himap_train.checkpoints.load import load_checkpoint, save_adapter
 from himap_train.models import loading, quantize
-from himap_train.models.install import base_llava, hidden_states, install_pruning, record_pruning
+from himap_train.models.features import hidden_states
+from himap_train.models.install import install_pruning, record_pruning
 from himap_train.models.lora import attach_lora, is_linear, trainable_report
+from himap_train.models.stock import base_model
 
 
 class Int8Linear(nn.Linear):
@@ -77,7 +79,7 @@ def test_lora_over_quantised_layers_has_the_gradients_of_plain_ones() -> None:
     gradients = []
     for model in pair():
         adapted = install_pruning(shaken(attach_lora(model, r=4, alpha=8)), PRUNED)
-        base_llava(adapted).model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        base_model(adapted).model.language_model.activation_checkpointing_enable({"use_reentrant": False})
         adapted.train()
         before = {name: p.clone() for name, p in adapted.named_parameters() if not p.requires_grad}
         hidden_states(adapted, **batch()).square().sum().backward()

@@ -6,18 +6,18 @@ import copy
 import json
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_llava, tiny_processor
 from transformers import DynamicCache, LlamaConfig, StaticCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, load_llava, remove_pruning
 from himap_train.models import loading
 from himap_train.models.install import pruning_of
-from himap_train.pruning.selection import keep_from_ratio
+from himap_train.pruning.keep import keep_from_ratio
 
 SCHEDULE = PruningSchedule((PruningStage(2, "instruction", 0.5),))
 IDS = torch.tensor([[1, *[4] * 16, 7, 8, 9]])
@@ -25,7 +25,11 @@ IDS = torch.tensor([[1, *[4] * 16, 7, 8, 9]])
 
 def inputs(**more: Any) -> dict[str, Any]:
     features = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
-    return {"input_ids": IDS, "mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=[features])}, **more}
+    return {
+        "input_ids": IDS,
+        "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[features])},
+        **more,
+    }
 
 
 REFUSED = {
@@ -132,7 +136,9 @@ def test_what_is_not_there_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.
 
 def test_what_is_no_llava_cannot_be_loaded(tmp_path: Path) -> None:
     LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a 'llama' model; expected 'llava'"):
+    with pytest.raises(
+        ValueError, match="holds a 'llama' model, which is of no family .*known: llava"
+    ):
         load_llava(tmp_path)
 
 

@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 from recipes_cli import run_recipe
 
-from himap_train.checkpoints.load import read_schedule
 from himap_train.embedded.model import embedded_model_path
 from himap_train.models.loading import load_config
+from himap_train.pruning.reading import read_schedule
 from himap_train.search.objective import Objective
 
 DATA = "embedded:validation?scenes=12&seed=5"

@@ -11,7 +11,8 @@ from torch import nn
 from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, save_tiny, tuner
 
 from himap_train import PruningSchedule, PruningStage, install_pruning
-from himap_train.models.install import hidden_states, pruning_of, record_pruning
+from himap_train.models.features import hidden_states
+from himap_train.models.install import pruning_of, record_pruning
 from himap_train.models.loss import distilled_loss, supervised_loss
 from himap_train.training.adapter_module import Teacher
 from himap_train.training.module import LlavaFineTuner

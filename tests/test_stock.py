@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning, remove_pruning
-from himap_train.models.install import hidden_states, pruning_of
+from himap_train.models.features import hidden_states
+from himap_train.models.install import pruning_of
 
 HIMAP = PruningSchedule(
     stages=(

@@ -8,7 +8,7 @@ from tiny import tiny_llava
 from torch import nn
 from training_toys import collate, sample
 
-from himap_train.models.install import hidden_states
+from himap_train.models.features import hidden_states
 from himap_train.models.loss import supervised_loss
 
 FP32 = {"atol": 1e-6, "rtol": 1e-5}

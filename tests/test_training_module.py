@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, save_tiny, tuner
 
 from himap_train.data.module import LlavaDataModule
-from himap_train.models.install import base_llava, install_pruning, pruning_of, record_pruning, remove_pruning
+from himap_train.models.install import install_pruning, pruning_of, record_pruning, remove_pruning
+from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.callbacks.accuracy import EvaluationSettings, GenerationAccuracy
 from himap_train.training.module import LlavaFineTuner
@@ -60,7 +61,7 @@ class Modes(Callback):
         self.forwards = 0
 
     def on_train_batch_start(self, trainer: Any, module: LlavaFineTuner, batch: Any, batch_idx: int) -> None:
-        base = base_llava(module.peft_model)
+        base = base_model(module.peft_model)
         self.seen = {
             "decoder": all(m.training for m in base.model.language_model.modules()),
             "tower": any(m.training for m in base.model.vision_tower.modules()),
@@ -88,7 +89,7 @@ def test_tower_leaves_no_graph(tiny_path: str) -> None:
     model = tuner(tiny_path)
     model.configure_model()
     outputs: list[torch.Tensor] = []
-    tower = base_llava(model.peft_model).model.vision_tower
+    tower = base_model(model.peft_model).model.vision_tower
     tower.register_forward_hook(lambda *args: outputs.append(args[2].last_hidden_state))
     model.batch_loss(collate([sample(0)]))
     assert not outputs[0].requires_grad
@@ -193,7 +194,7 @@ def test_guard_notices_that_nothing_was_pruned(tiny_path: str, tmp_path: Path, b
     elif break_it == "replace":
         install_pruning(model.peft_model, PruningSchedule())
     else:
-        decoder = base_llava(model.peft_model).model.language_model
+        decoder = base_model(model.peft_model).model.language_model
         decoder.forward = type(decoder).forward.__get__(decoder)
     with pytest.raises(RuntimeError, match="prune"):
         quiet_trainer(tmp_path, max_steps=1).fit(model, datamodule=ToyData())

@@ -16,7 +16,7 @@ from himap_train.benchmark.sizes import Size, build_model
 from himap_train.benchmark.tasks import NEW_TOKENS, TrainingSteps, inference_task, prefilled_cache
 from himap_train.benchmark.timing import Clock, Spread, Task, nothing, time_pairs
 from himap_train.benchmark.workload import Batch, Workload, make_batch
-from himap_train.models.lora import attach_lora, parameter_group
+from himap_train.models.lora import attach_lora
 from himap_train.pruning.schedule import PruningSchedule
 
 
@@ -145,6 +145,6 @@ class Bench:
 def lora_parameters(model: Any) -> Sequence[int]:
     """Trained parameters of each decoder layer."""
     return [
-        sum(p.numel() for name, p in layer.named_parameters() if parameter_group(name) == "lora")
+        sum(p.numel() for name, p in layer.named_parameters() if "lora_" in name)
         for layer in model.model.language_model.layers
     ]

@@ -14,9 +14,10 @@ from typing import Any
 
 from himap_train.benchmark.sizes import TOKENS_PER_IMAGE
 from himap_train.benchmark.workload import Workload
+from himap_train.models.families import family_of_config
+from himap_train.models.training_cost import training_flops
 from himap_train.pruning.cost import schedule_cost
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.pruning.training_cost import training_flops, vision_flops
 
 
 def step_flops(
@@ -45,7 +46,7 @@ def step_flops(
     images = workload.image_tokens / TOKENS_PER_IMAGE if whole else 0
     if measure == "prefill":
         prefill = schedule_cost(schedule, config, workload.image_tokens, workload.text_tokens, causal=causal).flops
-        return prefill + images * vision_flops(config.vision_config)
+        return prefill + images * family_of_config(config).vision_flops(config, TOKENS_PER_IMAGE)
     step = training_flops(
         schedule,
         config,

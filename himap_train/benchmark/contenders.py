@@ -18,11 +18,14 @@ from himap_train.benchmark.peers import (
     peer_decoder,
     pyramiddrop_ranking,
 )
-from himap_train.checkpoints.scheduled import fit_preset, fitted_schedule
 from himap_train.models.attention import register_attention
-from himap_train.models.install import base_llava, change_schedule, install_pruning, remove_pruning
+from himap_train.models.install import change_schedule, install_pruning, remove_pruning
+from himap_train.models.stock import base_model
+from himap_train.pruning.names import nearest
 from himap_train.pruning.presets import PRESETS
-from himap_train.pruning.schedule import PruningSchedule, PruningStage, nearest
+from himap_train.pruning.reading import fit_preset, fitted_schedule
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.pruning.stage import PruningStage
 
 DENSE = "dense"
 HF_TRAINER = "hf-trainer"
@@ -66,7 +69,7 @@ def _learning(schedule: PruningSchedule, model: nn.Module) -> Iterator[None]:
     """As `_pruned`, with ratios that get a gradient."""
     with _pruned(schedule, model):
         kept = [1.0, *(stage.keep_ratio or 0.0 for stage in schedule.stages)]
-        change_schedule(model, schedule, torch.tensor(kept, device=base_llava(model).device, requires_grad=True))
+        change_schedule(model, schedule, torch.tensor(kept, device=base_model(model).device, requires_grad=True))
         yield
 
 
@@ -157,7 +160,7 @@ def find_method(name: str, layers: int) -> Method:
 
 
 def _why(schedule: PruningSchedule) -> str:
-    ranked = [stage.criterion for stage in schedule.stages if stage.needs_attention]
+    ranked = [stage.criterion for stage in schedule.stages if stage.reads_before]
     places = ", ".join(str(stage.layer) for stage in schedule.stages)
     how = f"ranked by {' and '.join(dict.fromkeys(ranked))} rows of the layer before" if ranked else "nothing is ranked"
     return f"tokens leave at layer {places}; {how}"

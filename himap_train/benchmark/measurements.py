@@ -16,7 +16,7 @@ from himap_train.benchmark.growth import Fit, fit_growth
 from himap_train.benchmark.row import Row
 from himap_train.benchmark.series import points
 from himap_train.benchmark.workload import Workload
-from himap_train.pruning.schedule import nearest
+from himap_train.pruning.names import nearest
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repeat_kv
 
 from himap_train.models.attention import ScoreCollector
-from himap_train.models.install import base_llava
+from himap_train.models.stock import base_model
 from himap_train.pruning.layout import TokenLayout, build_layout
+from himap_train.pruning.ranks import select
+from himap_train.pruning.removal import plan_removals
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.pruning.scoring import ranking_rows
-from himap_train.pruning.selection import gather_tokens, image_ranks, plan_removals, select
+from himap_train.pruning.token_map import gather_tokens
 
 
 @dataclass
@@ -51,7 +52,7 @@ PeerLayers = Callable[[Any, _State, PruningSchedule, dict[str, Any]], Tensor]
 @contextmanager
 def peer_decoder(model: nn.Module, layers: PeerLayers, schedule: PruningSchedule, attention: str) -> Iterator[None]:
     """Inside the block the model's decoder runs `layers` with an attention implementation of its own."""
-    decoder: Any = base_llava(model).model.language_model
+    decoder: Any = base_model(model).model.language_model
     before = decoder.config._attn_implementation
     decoder.config._attn_implementation = attention
     decoder.forward = partial(_forward, decoder, layers, schedule)
@@ -174,7 +175,7 @@ def _reprojected_scores(layer: Any, one: _State) -> Tensor:
 def masking(self: Any, state: _State, schedule: PruningSchedule, call: dict[str, Any]) -> Tensor:
     """Dropped tokens stay in the sequence and are hidden from the others by a mask of (B, 1, S, S)."""
     layout, counts = build_layout(state.image, None, call["supervised_mask"])
-    removals = plan_removals(schedule, counts)
+    removals = plan_removals(schedule.stages, counts)
     length = state.hidden.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=state.hidden.device).tril()
     itself = torch.eye(length, dtype=torch.bool, device=state.hidden.device)
@@ -182,14 +183,13 @@ def masking(self: Any, state: _State, schedule: PruningSchedule, call: dict[str,
     for number, layer in enumerate(self.layers):
         if collector is not None:
             kept = removals[number].after.current
-            keep = select(image_ranks(collector.scores(), layout, kept.shape[1]), layout, kept)
+            keep = select(removals[number].stage.method.choose(collector.seen(), kept), layout, kept)
             layout = TokenLayout(layout.numbers, layout.flags & keep)
             state.mask = (causal & keep.unsqueeze(1) | itself).unsqueeze(1)
         removal = removals.get(number + 1)
         collector = None
         if removal is not None:
-            rows = ranking_rows(removal.stage, layout, removal.before)
-            collector = ScoreCollector(removal.stage, rows, layout.valid)
+            collector = ScoreCollector(removal.stage, layout, removal.before)
         state.hidden = _run(layer, state, call, **({"score_collector": collector} if collector else {}))
     return self.norm(state.hidden) * layout.valid.unsqueeze(2)
 
@@ -197,5 +197,5 @@ def masking(self: Any, state: _State, schedule: PruningSchedule, call: dict[str,
 def _counts(schedule: PruningSchedule, state: _State) -> dict[int, int]:
     """Image tokens of a row that each stage leaves, by layer."""
     _, counts = build_layout(state.image[:1])
-    removals = plan_removals(schedule, counts)
+    removals = plan_removals(schedule.stages, counts)
     return {layer: int(removal.after.current[0, 0]) for layer, removal in removals.items()}

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from himap_train.benchmark.sizes import SIZES, model_config
-from himap_train.checkpoints.scheduled import fit_preset
+from himap_train.models.training_cost import training_flops
 from himap_train.pruning.cost import schedule_cost
+from himap_train.pruning.reading import fit_preset
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.pruning.training_cost import training_flops
 
 MODELS = {"llava-1.5-7b": 576, "llava-1.5-13b": 576, "llava-next-34b": 2880}
 """Image tokens of a sample by model."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from himap_train.benchmark.sizes import TOKENS_PER_IMAGE, Size
 from himap_train.benchmark.workload import Workload
-from himap_train.pruning.schedule import nearest
+from himap_train.pruning.names import nearest
 
 
 @dataclass(frozen=True)

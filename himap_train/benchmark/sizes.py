@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from himap_train.pruning.schedule import nearest
+from himap_train.pruning.names import nearest
 
 IMAGE_ID = 4
 TOKENS_PER_IMAGE = 576

@@ -20,8 +20,9 @@ from transformers import Trainer, TrainingArguments
 from himap_train.benchmark.contenders import HF_TRAINER, Method
 from himap_train.benchmark.timing import Task
 from himap_train.benchmark.workload import Batch
-from himap_train.models.install import base_llava, hidden_states
+from himap_train.models.features import hidden_states
 from himap_train.models.loss import supervised_loss
+from himap_train.models.stock import base_model
 
 NEW_TOKENS = 64
 """Of `generate`."""
@@ -38,7 +39,7 @@ def inference_task(measure: str, model: nn.Module, method: Method, batch: Batch)
         method: What it runs.
         batch: What it is given.
     """
-    base: Any = base_llava(model)
+    base: Any = base_model(model)
     state: dict[str, Any] = {}
 
     @contextmanager
@@ -65,7 +66,7 @@ def inference_task(measure: str, model: nn.Module, method: Method, batch: Batch)
 def prefilled_cache(model: nn.Module, method: Method, batch: Batch) -> Any:
     """The KV cache after a prefill."""
     with method.active(model):
-        return _prefill(base_llava(model), batch, method.peer).past_key_values
+        return _prefill(base_model(model), batch, method.peer).past_key_values
 
 
 def _prefill(model: Any, batch: Batch, peer: bool) -> Any:
@@ -101,7 +102,7 @@ class TrainingSteps:
         self.model = model
         self.batch = batch
         self.device = batch.input_ids.device
-        self.dtype = base_llava(model).dtype
+        self.dtype = base_model(model).dtype
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         self._trainer: Any = None
 
@@ -111,7 +112,7 @@ class TrainingSteps:
         return Task(run, lambda: method.active(self.model))
 
     def _step(self, peer: bool) -> None:
-        base, batch = base_llava(self.model), self.batch
+        base, batch = base_model(self.model), self.batch
         # Frozen weights that are not fp32 mean mixed precision: LoRA always is.
         mixed = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
         with mixed:
@@ -121,7 +122,7 @@ class TrainingSteps:
                 hidden = base.model(**given, **batch.images(), **masks).last_hidden_state
             else:
                 given = {"input_ids": batch.input_ids, "labels": batch.labels}
-                hidden = hidden_states(self.model, **given, **batch.images())
+                hidden = hidden_states(self.model, **given, **batch.for_states())
             total, count = supervised_loss(hidden, batch.labels, base.lm_head)
         (total / count).backward()
         self._update()

@@ -7,12 +7,12 @@ are the answer, which is what training predicts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from himap_train.benchmark.sizes import IMAGE_ID, TOKENS_PER_IMAGE
 
@@ -70,7 +70,12 @@ class Batch:
         """Keyword arguments of the model; made anew for each call, since `generate` takes entries out."""
         if self.pixels is not None:
             return {"pixel_values": self.pixels}
-        return {"mm_encoder_outputs": {"image": SimpleNamespace(pooler_output=list(self.features))}}
+        features: Any = list(self.features)
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
+
+    def for_states(self) -> dict[str, Any]:
+        """The same for `hidden_states`."""
+        return {"images": self.images()} if self.pixels is not None else self.images()
 
     def tensors(self) -> list[Tensor]:
         """All that a call is given."""

@@ -23,8 +23,8 @@ from transformers import LlavaProcessor
 
 from himap_train.checkpoints.same_base import base_facts, plain
 from himap_train.embedded.model import embedded_model_path
-from himap_train.models.install import base_llava
 from himap_train.models.loading import EMBEDDED
+from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.storage import atomic_folder
 
@@ -82,7 +82,7 @@ def adapter_facts(model: PeftModel, schedule: PruningSchedule) -> dict[str, Any]
     """All of an adapter but its tensors, as plain values: what a training checkpoint keeps under `CHECKPOINT_KEY`."""
     config = model.peft_config["default"]
     peft = {key: plain(value) for key, value in config.to_dict().items()}
-    base = type(base_llava(model))
+    base = type(base_model(model))
     return {
         "peft": peft
         | {
@@ -92,7 +92,7 @@ def adapter_facts(model: PeftModel, schedule: PruningSchedule) -> dict[str, Any]
             "peft_version": __version__,
         },
         "schedule": schedule.to_dict(),
-        "base": base_facts(base_llava(model).config),
+        "base": base_facts(base_model(model).config),
     }
 
 

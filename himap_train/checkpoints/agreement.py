@@ -24,8 +24,10 @@ from torch import Tensor
 from himap_train.checkpoints.load import adapter_source, load_checkpoint
 from himap_train.data.encode import encode_prompt
 from himap_train.data.records import Conversation, Turn
+from himap_train.models.families import family_of
 from himap_train.models.install import pruning_of, record_pruning, remove_pruning
-from himap_train.models.loading import stock_llava
+from himap_train.models.loading import stock_model
+from himap_train.models.stock import base_model
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 """Norm of the difference of logits over their norm: merging rounds, the more the fewer bits the weights have."""
@@ -98,7 +100,7 @@ def outputs(path: Path | str, base: str | None = None) -> Outputs:
     """What a checkpoint computes, pruned as it was trained and then dense."""
     model: Any
     model, processor = load_checkpoint(path, base=base)
-    inputs = _example(processor)
+    inputs = _example(base_model(model), processor)
     with record_pruning(model) as trace, torch.random.fork_rng():
         torch.manual_seed(0)  # the criterion `random` draws
         pruned = model(**inputs).logits.float()
@@ -116,7 +118,7 @@ def require_stock_keys(folder: Path | str) -> None:
     Raises:
         ValueError: Keys are missing, unexpected or of another shape.
     """
-    _, wrong = stock_llava(folder, dtype="auto")
+    _, wrong = stock_model(folder, dtype="auto")
     if any(wrong.values()):
         named = "; ".join(f"{len(keys)} {kind} {keys[:2]}" for kind, keys in wrong.items() if keys)
         raise ValueError(f"{folder} does not load as a stock LLaVA: {named}")
@@ -153,15 +155,14 @@ def _main(path: str, results: str, base: str | None = None) -> None:
     save_file(tensors, results, metadata={"facts": facts})
 
 
-def _example(processor: Any) -> dict[str, Tensor]:
+def _example(model: Any, processor: Any) -> dict[str, Tensor]:
     """A noise image and a question, as a batch of one."""
     noise = torch.randint(0, 256, (336, 336, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     question = Turn("user", "<image>\nWhat is in the picture?")
     sample = encode_prompt(Conversation("example", (Image.fromarray(noise.numpy()),), (question,)), processor)
     ids = sample["input_ids"][None]
-    pixels = sample["pixel_values"]
-    assert pixels is not None
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **sample["images"][0]}
+    return inputs | family_of(model).forward_inputs(model.config, ids, sample["images"][0])
 
 
 def _nearly_the_same(first: Outputs, second: Outputs) -> bool:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
-import yaml
 from peft import PeftModel
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -23,8 +22,9 @@ from himap_train.checkpoints.adapter_check import check_adapter
 from himap_train.checkpoints.card import adapter_card
 from himap_train.checkpoints.run_facts import run_facts
 from himap_train.checkpoints.same_base import require_same_base
-from himap_train.models.install import base_llava, install_pruning
+from himap_train.models.install import install_pruning
 from himap_train.models.loading import load_llava
+from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 
 Weights = Literal["adapter", "last", "best"]
@@ -37,22 +37,6 @@ class _Saved(Enum):
 
 AS_SAVED: Final = _Saved.AS_SAVED
 """`schedule=AS_SAVED`: prune as the checkpoint was trained."""
-
-
-def read_schedule(value: str | Path | Mapping[str, Any] | PruningSchedule | None) -> PruningSchedule:
-    """A schedule from a preset's name, a mapping, a YAML file, or None for dense.
-
-    Raises:
-        ValueError: Unknown preset or key (the nearest is named), or a schedule that cannot be.
-        FileNotFoundError: A YAML file that is not there.
-    """
-    if value is None or isinstance(value, PruningSchedule):
-        return value or PruningSchedule()
-    if isinstance(value, Mapping):
-        return PruningSchedule.from_dict(value)
-    if Path(value).suffix in (".yaml", ".yml"):
-        return PruningSchedule.from_dict(yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {})
-    return PruningSchedule.from_preset(str(value))
 
 
 def save_adapter(
@@ -77,7 +61,7 @@ def save_adapter(
         OSError: Nothing could be written; an older folder is untouched.
     """
     adapter, target = adapter_of(model, schedule, weights), Path(folder)
-    card = adapter_card(adapter.base, schedule, base_llava(model).config, run_facts(target.parent))
+    card = adapter_card(adapter.base, schedule, base_model(model).config, run_facts(target.parent))
     adapter.write(target, card, processor)
     return target
 

@@ -10,17 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from himap_train.checkpoints.load import load_checkpoint, read_schedule
-from himap_train.models.install import base_llava, install_pruning, pruning_of
-from himap_train.pruning.presets import PRESETS
+from himap_train.checkpoints.load import load_checkpoint
+from himap_train.models.install import install_pruning, pruning_of
+from himap_train.models.stock import base_model
+from himap_train.pruning.reading import ScheduleArgument, fit_preset, is_preset, read_schedule
 from himap_train.pruning.schedule import PruningSchedule
 
 AS_SAVED = "as-saved"
-
-ScheduleArgument = dict[str, Any] | str | None
-"""`as-saved`, `none` (or null), a preset's name, a YAML file (a checkpoint's pruning.yaml is one), or the stages
-inline.
-"""
 
 
 def load_with_schedule(
@@ -44,7 +40,7 @@ def load_with_schedule(
         model, processor = load_checkpoint(checkpoint, dtype=dtype)
     else:
         model, processor = load_checkpoint(checkpoint, schedule=None, dtype=dtype)
-        text_config: Any = base_llava(model).config.text_config
+        text_config: Any = base_model(model).config.text_config
         layers = text_config.num_hidden_layers
         install_pruning(model, fit_preset(given, layers) if is_preset(schedule) else given)
     placed: Any = model
@@ -55,27 +51,3 @@ def installed_schedule(model: nn.Module) -> PruningSchedule:
     """The schedule that is installed on a model, without stages where there is none."""
     pruning = pruning_of(model)
     return pruning.schedule if pruning else PruningSchedule()
-
-
-def is_preset(schedule: ScheduleArgument) -> bool:
-    """Whether a preset is named; presets are written for 32 layers, all else for the decoder at hand."""
-    return (
-        isinstance(schedule, str) and schedule in PRESETS or isinstance(schedule, dict) and set(schedule) == {"preset"}
-    )
-
-
-def fitted_schedule(value: ScheduleArgument, layers: int) -> PruningSchedule:
-    """The schedule that a value names, for a decoder of so many layers: presets at the same relative depth.
-
-    Raises:
-        FileNotFoundError: A YAML file that is not there.
-        ValueError: It is unknown.
-    """
-    schedule = read_schedule(value)
-    return fit_preset(schedule, layers) if is_preset(value) else schedule
-
-
-def fit_preset(preset: PruningSchedule, layers: int) -> PruningSchedule:
-    """The preset itself if the decoder has its layers, else the preset at the same relative depths."""
-    deepest = max((stage.layer for stage in preset.stages), default=0)
-    return preset if deepest < layers else preset.scaled_to(layers)

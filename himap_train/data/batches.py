@@ -19,8 +19,8 @@ class Batch(TypedDict):
     meta: list[dict[str, str]]
     input_ids: torch.Tensor  # (B, S)
     attention_mask: torch.Tensor  # (B, S), 1 where a token is
-    pixel_values: torch.Tensor | None  # (images of all rows, 3, H, W), rows in order; None for text-only
-    image_features: NotRequired[torch.Tensor]  # (images of all rows, T, W), in place of pixel_values in every batch
+    images: dict[str, torch.Tensor]  # of all rows in order, as the family's model takes them; empty for text-only
+    image_features: NotRequired[torch.Tensor]  # (images of all rows, T, W), in place of images in every batch
     labels: NotRequired[torch.Tensor]  # (B, S), -100 where not supervised
     answers: NotRequired[list[str]]
     dropped_exchanges: NotRequired[int]  # questions with their answers that did not fit into max_length
@@ -56,7 +56,7 @@ def collate(
         "meta": [sample["meta"] for sample in samples],
         "input_ids": _pad(rows, length, pad_token_id, padding_side),
         "attention_mask": _pad([torch.ones_like(row) for row in rows], length, 0, padding_side),
-        "pixel_values": _join_images(samples),
+        "images": _join_images(samples),
     }
     if "image_features" in samples[0]:
         batch["image_features"] = torch.cat([sample["image_features"] for sample in samples])
@@ -85,13 +85,25 @@ def _pad(rows: Sequence[torch.Tensor], length: int, value: int, side: PaddingSid
     return padded
 
 
-def _join_images(samples: Sequence[Sample]) -> torch.Tensor | None:
-    parts = [(sample["id"], sample["pixel_values"]) for sample in samples]
-    images = [(name, values) for name, values in parts if values is not None]
+def _join_images(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+    images = [(sample["id"], image) for sample in samples for image in sample["images"]]
     if not images:
-        return None
-    shapes = {tuple(values.shape[1:]): name for name, values in images}
+        return {}
+    return {name: _join([(who, image[name]) for who, image in images], name) for name in images[0][1]}
+
+
+def _join(parts: Sequence[tuple[str, torch.Tensor]], name: str) -> torch.Tensor:
+    """One behind the other. Crops (1, P, 3, H, W) of images that have fewer are filled up with zeros, as the stock
+    processors do it.
+    """
+    values = [part for _, part in parts]
+    if values[0].ndim == 5:
+        most = max(part.shape[1] for part in values)
+        values = [torch.nn.functional.pad(part, (0, 0) * 3 + (0, most - part.shape[1])) for part in values]
+    shapes = {tuple(part.shape[1:]): who for (who, _), part in zip(parts, values, strict=True)}
     if len(shapes) > 1:
-        found = ", ".join(f"{shape} (sample {name!r})" for shape, name in shapes.items())
-        raise ValueError(f"images of different sizes in one batch: {found}; use an image processor with a fixed size")
-    return torch.cat([values for _, values in images])
+        found = ", ".join(f"{shape} (sample {who!r})" for shape, who in shapes.items())
+        raise ValueError(
+            f"images of different sizes in one batch: {name} {found}; use an image processor with a fixed size"
+        )
+    return torch.cat(values)

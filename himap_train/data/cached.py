@@ -14,9 +14,12 @@ from torch.utils.data import Dataset
 
 from himap_train.data.encode import Encoder, Sample
 from himap_train.data.feature_store import FeatureStore
-from himap_train.data.images import AspectRatio, content_digest, open_image, to_pixel_values
+from himap_train.data.images import content_digest, open_image
 from himap_train.data.records import Conversation, RecordError, Source, changes_with_epoch
+from himap_train.models.families import family_of_processor
+from himap_train.models.families.base import AspectRatio
 
+_FEATURES = "image_features"
 Place = tuple[str, int, int]
 """An image: its digest, the index of a record that shows it, its number among the images of that record."""
 
@@ -41,7 +44,7 @@ def check_same_images(source: Source, name: str) -> None:
 
 
 class CachedEncoder(Encoder):
-    """Encodes conversations with `image_features` in place of `pixel_values`; no image is decoded.
+    """Encodes conversations with `image_features` in place of `images`; no image is decoded.
 
     Arguments are those of `Encoder`.
     """
@@ -52,26 +55,23 @@ class CachedEncoder(Encoder):
     def encode(self, conversation: Conversation) -> Sample:
         """As `Encoder.encode`. A conversation without images has features of none, (0, T, W)."""
         sample = super().encode(conversation)
-        features = sample["pixel_values"]
-        features = self._filled().none() if features is None else features
-        return {**sample, "pixel_values": None, "image_features": features}
+        features = [image[_FEATURES] for image in sample["images"]]
+        return {**sample, "images": [], "image_features": torch.stack(features) if features else self._filled().none()}
 
-    def _images(self, conversation: Conversation) -> tuple[torch.Tensor | None, list[int]]:
+    def _images(self, conversation: Conversation) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
         store, where = self._filled(), f"sample {conversation.id!r}"
-        if not conversation.images:
-            return None, []
-        found = []
+        found: list[dict[str, torch.Tensor]] = []
         for image in conversation.images:
             digest = content_digest(image, where)
             try:
-                found.append(store.read(digest))
+                found.append({_FEATURES: store.read(digest)})
             except KeyError:
                 open_image(image, where)  # raises RecordError where it is broken, which is why it is not there
                 raise RuntimeError(
                     f"{where}: an image has no features in {store.folder}; it has changed since the run started, or "
                     "files were deleted there. Resume the run (--resume): it computes what is missing"
                 ) from None
-        return torch.stack(found), [store.shape[0]] * len(found)
+        return found, [store.shape[0]] * len(found)
 
     def _filled(self) -> FeatureStore:
         if self.store is None:
@@ -109,31 +109,29 @@ class ImageDigests(Dataset[list[Place]]):
         return found
 
 
-class ImagesToEncode(Dataset[tuple[str, torch.Tensor | None]]):
-    """Digests and pixel values (1, 3, H, W) of images; None for one that cannot be decoded.
+class ImagesToEncode(Dataset[tuple[str, dict[str, torch.Tensor] | None]]):
+    """Digests and images as the model takes them; None for one that cannot be decoded.
 
     Args:
         source: the records.
         places: which images.
-        image_processor: the checkpoint's.
+        processor: the checkpoint's.
         aspect_ratio: as in training.
     """
 
-    def __init__(
-        self, source: Source, places: Sequence[Place], image_processor: Any, aspect_ratio: AspectRatio
-    ) -> None:
+    def __init__(self, source: Source, places: Sequence[Place], processor: Any, aspect_ratio: AspectRatio) -> None:
         self._source, self._places = source, places
-        self._processor, self._aspect_ratio = image_processor, aspect_ratio
+        self._processor, self._aspect_ratio = processor, aspect_ratio
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self._places)
 
-    def __getitem__(self, number: int) -> tuple[str, torch.Tensor | None]:
+    def __getitem__(self, number: int) -> tuple[str, dict[str, torch.Tensor] | None]:
         """One image."""
         digest, index, position = self._places[number]
         try:
             image = open_image(self._source[index].images[position], f"record {index}")
-            return digest, to_pixel_values([image], self._processor, self._aspect_ratio)
+            return digest, family_of_processor(self._processor).encode_image(self._processor, image, self._aspect_ratio)
         except RecordError:
             return digest, None

@@ -13,11 +13,12 @@ import numpy as np
 
 from himap_train.data.check_report import DataReport
 from himap_train.data.encode import Encoder
-from himap_train.data.images import AspectRatio, image_size
+from himap_train.data.images import image_size
 from himap_train.data.records import Conversation, RecordError, Source
 from himap_train.data.sampling import BatchOrder, padding_waste
 from himap_train.data.tokens import ConversationTokenizer, TokenizedExchange
 from himap_train.data.turns import check_turns
+from himap_train.models.families.base import AspectRatio
 
 
 def check_source(

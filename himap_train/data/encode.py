@@ -1,4 +1,4 @@
-"""A conversation -> what the model is trained on: token ids with image tokens in place, labels and pixel values.
+"""A conversation -> what the model is trained on: token ids with image tokens in place, labels and images.
 
 `encode_prompt` gives exactly the ids that stand before the last answer in `encode` (see tokens.py), so teacher forcing
 and prefill prune alike (DESIGN.md, section 3).
@@ -10,18 +10,19 @@ from itertools import islice
 from typing import Any, NotRequired, TypedDict
 
 import torch
-from PIL import Image
 
-from himap_train.data.images import AspectRatio, open_image, to_pixel_values
+from himap_train.data.images import open_image
 from himap_train.data.records import Conversation, RecordError
 from himap_train.data.tokens import ConversationTokenizer, TokenizedExchange
+from himap_train.models.families import family_of_processor
+from himap_train.models.families.base import AspectRatio
 
 IGNORED = -100
 """Label of a position that is not supervised."""
 
 
 class Sample(TypedDict):
-    """One encoded conversation. S tokens, image tokens included; N images.
+    """One encoded conversation. S tokens, image tokens included.
 
     `labels` stand at the positions of the tokens themselves (the model's loss shifts them), -100 where not supervised.
     `answer` (the reference) is there only for a prompt to generate from, `labels` only otherwise.
@@ -30,8 +31,8 @@ class Sample(TypedDict):
     id: str
     meta: dict[str, str]
     input_ids: torch.Tensor  # (S,)
-    pixel_values: torch.Tensor | None  # (N, 3, H, W)
-    image_features: NotRequired[torch.Tensor]  # (N, T, W) of the vision tower, in place of pixel_values
+    images: list[dict[str, torch.Tensor]]  # one for each image, as the family's model takes it
+    image_features: NotRequired[torch.Tensor]  # (images, T, W) of the vision tower, in place of images
     labels: NotRequired[torch.Tensor]  # (S,)
     dropped_exchanges: NotRequired[int]  # questions with their answers that did not fit into max_length
     answer: NotRequired[str]
@@ -45,7 +46,7 @@ class Encoder:
     """Encodes conversations for one checkpoint.
 
     Args:
-        processor: the checkpoint's LlavaProcessor.
+        processor: the checkpoint's, from its family.
         max_length: most tokens of a sample, image tokens included; None for no limit.
         image_aspect_ratio: "as_processor", or "pad" to make images square first as LLaVA-1.5 was trained.
 
@@ -59,9 +60,10 @@ class Encoder:
         self.processor = processor
         self.max_length = max_length
         self.image_aspect_ratio = image_aspect_ratio
+        self.family = family_of_processor(processor)
         self._tokenizer = ConversationTokenizer(processor)
         self._image_id: int = processor.image_token_id
-        self._image_tokens: dict[tuple[int, int] | None, int] = {}
+        self._image_tokens: dict[tuple[int, int], int] = {}
 
     def encode(self, conversation: Conversation) -> Sample:
         """The whole conversation, every answer and its end token supervised.
@@ -74,23 +76,23 @@ class Encoder:
             SampleTooLongError: not even the first question with its answer fits.
         """
         exchanges = self._tokenizer(conversation)
-        pixel_values, counts = self._images(conversation)
+        images, counts = self._images(conversation)
         kept = self.fitting(conversation, self.ends(exchanges, counts))
         ids: list[int] = []
         labels: list[int] = []
-        images = 0
+        shown = 0
         for exchange in exchanges[:kept]:
             used = exchange.prompt.count(self._image_id)
-            prompt = self._expand(exchange.prompt, counts[images : images + used])
+            prompt = self._expand(exchange.prompt, counts[shown : shown + used])
             ids += prompt + exchange.answer
             labels += [IGNORED] * len(prompt) + exchange.answer
-            images += used
+            shown += used
         return {
             "id": conversation.id,
             "meta": conversation.meta,
             "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels),
-            "pixel_values": pixel_values[:images] if pixel_values is not None and images else None,
+            "images": images[:shown],
             "dropped_exchanges": len(exchanges) - kept,
         }
 
@@ -101,7 +103,7 @@ class Encoder:
             RecordError: the conversation or one of its images cannot be used, or the prompt is longer than max_length.
         """
         exchanges = self._tokenizer(conversation, prompt=True)
-        pixel_values, counts = self._images(conversation)
+        images, counts = self._images(conversation)
         joined = [token for exchange in exchanges for token in exchange.prompt + exchange.answer]
         ids = self._expand(joined, counts)
         if self.max_length is not None and len(ids) > self.max_length:
@@ -110,7 +112,7 @@ class Encoder:
             "id": conversation.id,
             "meta": conversation.meta,
             "input_ids": torch.tensor(ids),
-            "pixel_values": pixel_values,
+            "images": images,
             "answer": conversation.answer,
         }
 
@@ -120,12 +122,9 @@ class Encoder:
 
     def image_tokens(self, size: tuple[int, int]) -> int:
         """Number of image tokens of an image of this (width, height), without decoding one."""
-        crops = getattr(self.processor.image_processor, "do_center_crop", False)
-        key = None if crops or self.image_aspect_ratio == "pad" else size
-        if key not in self._image_tokens:
-            blank = to_pixel_values([Image.new("RGB", size)], self.processor.image_processor, self.image_aspect_ratio)
-            self._image_tokens[key] = self._count(blank, 0)
-        return self._image_tokens[key]
+        if size not in self._image_tokens:
+            self._image_tokens[size] = self.family.tokens_of_size(self.processor, size, self.image_aspect_ratio)
+        return self._image_tokens[size]
 
     def ends(self, exchanges: list[TokenizedExchange], counts: list[int]) -> list[int]:
         """Length of the sample up to the end of each exchange.
@@ -135,9 +134,12 @@ class Encoder:
             counts: image tokens of each image.
         """
         remaining, total, ends = iter(counts), 0, []
+        around = len(self.family.placeholder(self.processor, 0))
         for exchange in exchanges:
             images = exchange.prompt.count(self._image_id)
-            total += len(exchange.prompt) + len(exchange.answer) - images + sum(islice(remaining, images))
+            total += (
+                len(exchange.prompt) + len(exchange.answer) + (around - 1) * images + sum(islice(remaining, images))
+            )
             ends.append(total)
         return ends
 
@@ -156,22 +158,22 @@ class Encoder:
             raise SampleTooLongError(self._too_long(conversation, "the first question and answer take", ends[0]))
         return fit
 
-    def _images(self, conversation: Conversation) -> tuple[torch.Tensor | None, list[int]]:
-        """((N, 3, H, W) or None, image tokens of each image)."""
-        if not conversation.images:
-            return None, []
-        images = [open_image(image, f"sample {conversation.id!r}") for image in conversation.images]
-        pixel_values = to_pixel_values(images, self.processor.image_processor, self.image_aspect_ratio)
-        return pixel_values, [self._count(pixel_values, index) for index in range(len(images))]
-
-    def _count(self, pixel_values: torch.Tensor, index: int) -> int:
-        """Image tokens of one image: as many as LlavaProcessor itself puts into a text."""
-        text = self.processor.replace_image_token({"pixel_values": pixel_values}, index)
-        return text.count(self.processor.image_token)
+    def _images(self, conversation: Conversation) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
+        """Each image as the model takes it, and its number of image tokens."""
+        where, family = f"sample {conversation.id!r}", self.family
+        images = [
+            family.encode_image(self.processor, open_image(image, where), self.image_aspect_ratio)
+            for image in conversation.images
+        ]
+        return images, [family.image_tokens(self.processor, image) for image in images]
 
     def _expand(self, ids: list[int], counts: list[int]) -> list[int]:
         remaining = iter(counts)
-        return [out for token in ids for out in ([token] * next(remaining) if token == self._image_id else [token])]
+        expanded: list[int] = []
+        for token in ids:
+            is_image = token == self._image_id
+            expanded += self.family.placeholder(self.processor, next(remaining)) if is_image else [token]
+        return expanded
 
     def _too_long(self, conversation: Conversation, what: str, length: int) -> str:
         return (

@@ -1,4 +1,4 @@
-"""Images: where a record's file may lie, how it is opened, and what the vision tower is given.
+"""Images: where a record's file may lie, and how it is opened.
 
 Paths come from other people's data, so they are resolved (symbolic links included) and refused when they leave the
 image folder.
@@ -9,17 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
 
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from himap_train.data.records import ImageSource, RecordError
 
-AspectRatio = Literal["as_processor", "pad"]
 _BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -92,29 +88,6 @@ def content_digest(source: ImageSource, where: str) -> str:
         return hashlib.sha256(source if isinstance(source, bytes) else source.read_bytes()).hexdigest()
     except OSError as error:
         raise RecordError(f"{where}: {_what_is_wrong(source, error)}") from error
-
-
-def pad_to_square(image: Image.Image, image_mean: Sequence[float]) -> Image.Image:
-    """Pads the shorter side on both ends with the mean colour, as LLaVA-1.5 does ("expand2square")."""
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
-    canvas = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in image_mean))
-    canvas.paste(image, ((side - width) // 2, (side - height) // 2))
-    return canvas
-
-
-def to_pixel_values(images: Sequence[Image.Image], image_processor: Any, aspect_ratio: AspectRatio) -> torch.Tensor:
-    """RGB images -> (number of images, 3, H, W), by the checkpoint's image processor.
-
-    `"pad"` makes the image square first, so the processor's centre crop cuts nothing off; `"as_processor"` does not.
-    """
-    if aspect_ratio == "pad":
-        images = [pad_to_square(image, image_processor.image_mean) for image in images]
-    elif aspect_ratio != "as_processor":
-        raise ValueError(f"image_aspect_ratio is {aspect_ratio!r}; expected 'as_processor' or 'pad'")
-    return image_processor(list(images), return_tensors="pt")["pixel_values"]
 
 
 def _readable(source: Path | bytes) -> Path | io.BytesIO:

@@ -13,7 +13,6 @@ from himap_train.data.check import check_source
 from himap_train.data.check_report import DataReport
 from himap_train.data.datasets import EncodedRecords, EncodedStream
 from himap_train.data.encode import Encoder
-from himap_train.data.images import AspectRatio
 from himap_train.data.lengths import estimate_lengths
 from himap_train.data.loader import BatchLoader, Collate, stream_loader
 from himap_train.data.records import Source, StreamingSource
@@ -21,6 +20,7 @@ from himap_train.data.sampling import BatchOrder, check_at_least_one, check_same
 from himap_train.data.skips import SkipLog
 from himap_train.data.sources import open_source
 from himap_train.data.windows import WindowedLoader, Windows
+from himap_train.models.families.base import AspectRatio
 
 
 class LlavaDataModule(LightningDataModule):

@@ -11,10 +11,11 @@ from torch import nn
 
 from himap_train.data.batches import pad_token_id_of
 from himap_train.evaluation.tokens import SampleTokens
-from himap_train.models.embeddings import weights_are_spread
+from himap_train.models.families import family_of
+from himap_train.models.features import encode_nothing, weights_are_spread
 from himap_train.models.guard import check_pruned
-from himap_train.models.image_features import encode_nothing
-from himap_train.models.install import base_llava, pruning_of
+from himap_train.models.install import pruning_of
+from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 
 
@@ -39,19 +40,20 @@ def answer_batch(
     Args:
         model: LLaVA or PeftModel around one.
         processor: Its processor.
-        batch: Left-padded prompts: input_ids (B, S), attention_mask (B, S), pixel_values (images, 3, H, W) or None.
+        batch: Left-padded prompts: input_ids (B, S), attention_mask (B, S), images.
         max_new_tokens: Where an answer is cut if the model does not end it.
 
     Raises:
         RuntimeError: A schedule is installed but the images of this batch were not pruned.
     """
-    base, generator = base_llava(model), cast(Any, model)
-    names = ("input_ids", "attention_mask", "pixel_values")
-    inputs = {name: batch[name].to(base.device) for name in names if batch.get(name) is not None}
+    base, generator = base_model(model), cast(Any, model)
+    texts = {name: batch[name].to(base.device) for name in ("input_ids", "attention_mask")}
+    images = {name: values.to(base.device) for name, values in batch["images"].items()}
+    inputs = texts | images | family_of(base).forward_inputs(base.config, texts["input_ids"], images)
     pruning = pruning_of(model)
     before = pruning.last if pruning else None
     spread = weights_are_spread(base)
-    if "pixel_values" not in inputs and spread:
+    if not images and spread:
         encode_nothing(base)  # other processes may have images in this batch, and `generate` encodes them first
     output = generator.generate(
         **inputs,
@@ -65,13 +67,13 @@ def answer_batch(
     image_tokens = inputs["input_ids"] == base.config.image_token_id
     check_pruned(pruning.schedule if pruning else PruningSchedule(), pruning_of(model), before, image_tokens)
     new = output[:, inputs["input_ids"].shape[1] :]
-    texts = [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    answers = [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
     image_rows = image_tokens.sum(1)
     text_rows = inputs["attention_mask"].sum(1) - image_rows
     if pruning and pruning.last and image_rows.any():
         kept = [rows.tolist() for rows in pruning.last.kept_rows]
     else:  # text alone, which nothing needs to have pruned
-        kept = [[0] * len(texts)] * (len(pruning.schedule.stages) if pruning else 0)
-    by_row = zip(*kept, strict=True) if kept else [()] * len(texts)
+        kept = [[0] * len(answers)] * (len(pruning.schedule.stages) if pruning else 0)
+    by_row = zip(*kept, strict=True) if kept else [()] * len(answers)
     rows = zip(image_rows.tolist(), text_rows.tolist(), by_row, strict=True)
-    return texts, [SampleTokens(image, text, stays) for image, text, stays in rows]
+    return answers, [SampleTokens(image, text, stays) for image, text, stays in rows]

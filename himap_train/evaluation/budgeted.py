@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from himap_train.checkpoints.load import read_schedule
-from himap_train.checkpoints.scheduled import AS_SAVED, ScheduleArgument, installed_schedule
+from himap_train.checkpoints.scheduled import AS_SAVED, installed_schedule
 from himap_train.data.encode import Encoder
-from himap_train.data.images import AspectRatio
 from himap_train.data.records import RecordError, Source, StreamingSource
 from himap_train.evaluation.questions import numbered_records
-from himap_train.models.install import base_llava, change_schedule
+from himap_train.models.families.base import AspectRatio
+from himap_train.models.install import change_schedule
+from himap_train.models.stock import base_model
+from himap_train.pruning.reading import ScheduleArgument, read_schedule
 
 SAMPLES = 256
 """Prompts whose mean length a budget is for."""
@@ -59,7 +60,7 @@ def run_at_budget(model: nn.Module, budget: float, image_tokens: int, text_token
             f"--budget {budget}: this checkpoint was saved without a schedule, so there are no layers to remove tokens "
             "at; name them with --schedule, such as --schedule himap"
         )
-    change_schedule(model, schedule.at_budget(base_llava(model).config, budget, image_tokens, text_tokens))
+    change_schedule(model, schedule.at_budget(base_model(model).config, budget, image_tokens, text_tokens))
 
 
 def prompt_tokens(

@@ -12,7 +12,8 @@ from himap_train.checkpoints.scheduled import installed_schedule
 from himap_train.data.records import Source, StreamingSource
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.result import EvaluationResult
-from himap_train.models.install import base_llava, install_pruning, pruning_of, remove_pruning
+from himap_train.models.install import install_pruning, pruning_of, remove_pruning
+from himap_train.models.stock import base_model
 from himap_train.pruning.cost import Cost
 from himap_train.pruning.schedule import PruningSchedule
 
@@ -55,7 +56,7 @@ def evaluate_row(name: str, model: nn.Module, processor: Any, source: Source | S
     cost = None
     if result.image_tokens:
         tokens = {"image_tokens": round(result.image_tokens), "text_tokens": round(result.text_tokens)}
-        cost = schedule.cost(base_llava(model).config, **tokens)
+        cost = schedule.cost(base_model(model).config, **tokens)
     return Row(name, result, cost, schedule)
 
 

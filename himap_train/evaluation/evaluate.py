@@ -13,7 +13,6 @@ from himap_train.bar import progress_bar
 from himap_train.checkpoints.scheduled import installed_schedule
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder, Sample
-from himap_train.data.images import AspectRatio
 from himap_train.data.records import RecordError, Source, StreamingSource
 from himap_train.data.skips import SkipLog
 from himap_train.evaluation.answering import answer_batch, evaluation_mode
@@ -22,7 +21,8 @@ from himap_train.evaluation.questions import Question, question_batches, source_
 from himap_train.evaluation.result import EvaluationResult, Prediction
 from himap_train.evaluation.sample_metric import SampleMetric
 from himap_train.evaluation.tokens import SampleTokens, measured_tokens
-from himap_train.models.install import base_llava
+from himap_train.models.families.base import AspectRatio
+from himap_train.models.stock import base_model
 
 
 def evaluate(
@@ -61,7 +61,7 @@ def evaluate(
         ValueError: Unknown metric, or nothing to score.
     """
     start = time.perf_counter()
-    base: Any = base_llava(model)
+    base: Any = base_model(model)
     scorers = [scorer.to(base.device) for scorer in make_metrics(metrics)]
     total = source_length(source, limit)
     encoder = Encoder(processor, base.config.text_config.max_position_embeddings - max_new_tokens, image_aspect_ratio)
@@ -90,7 +90,7 @@ def _result(
     seconds: float,
 ) -> EvaluationResult:
     overall, types = scorers[0].summary()
-    tokens = measured_tokens(samples, installed_schedule(model), base_llava(model).config)
+    tokens = measured_tokens(samples, installed_schedule(model), base_model(model).config)
     return EvaluationResult(
         metric=scorers[0].name,
         overall=overall,

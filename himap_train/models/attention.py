@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,46 +24,54 @@ from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from himap_train.models.cpu_attention import CausalBlocks, runs_in_blocks
+from himap_train.pruning.layout import TokenCounts, TokenLayout
 from himap_train.pruning.learned.marginal import HIDDEN, Marginal, shadow_gain
-from himap_train.pruning.schedule import PruningStage
-from himap_train.pruning.scoring import RankingRows, attention_blocks, scores_from_attention
+from himap_train.pruning.methods.attention import attention_blocks
+from himap_train.pruning.methods.base import Reads, Seen, with_scores
+from himap_train.pruning.stage import PruningStage
 
 PREFIX = "himap_"
 AttentionResult = tuple[Tensor, Tensor | None]
 
 
 class ScoreCollector:
-    """Scores one stage's tokens from the attention of the layer that it is passed to.
+    """Shows the layer that it is passed to, the one before a stage, to that stage's method.
 
     One object for one call of one layer. Where gradient checkpointing runs that layer again, the scores have been taken
     and are not computed a second time.
     """
 
-    def __init__(self, stage: PruningStage, rows: RankingRows, valid: Tensor) -> None:
+    def __init__(self, stage: PruningStage, layout: TokenLayout, counts: TokenCounts) -> None:
         self.stage = stage
-        self.rows = rows
-        self.valid = valid
-        self._scores: Tensor | None = None
+        reads_attention = stage.method.reads is Reads.ATTENTION
+        rows = stage.method.rows(layout, counts) if reads_attention else None
+        self._given = Seen(layout, counts, rows=rows)
+        self._seen: Seen | None = None
 
     @torch.no_grad()
     def collect(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """Read (B, H, L, D) queries and (B, K, L, D) keys with the rotary embedding applied."""
-        if self._scores is None:
-            blocks = attention_blocks(query, key, self.rows.index, self.valid, scaling, self.rows.fewest)
-            self._scores = scores_from_attention(self.stage.criterion, blocks, self.rows, query.shape[2])
+        if self._seen is None:
+            rows, valid = self._given.rows, self._given.layout.valid
+            if rows is None:
+                shown = replace(self._given, keys=key.detach())
+            else:
+                blocks = attention_blocks(query, key, rows.index, valid, scaling, rows.fewest)
+                shown = replace(self._given, attention=blocks)
+            self._seen = with_scores(self.stage.method, shown)
 
-    def scores(self) -> Tensor:
-        """(B, L) fp32.
+    def seen(self) -> Seen:
+        """What the method has seen, with its scores.
 
         Raises:
             RuntimeError: If the layer never called the attention function.
         """
-        if self._scores is None:
+        if self._seen is None:
             raise RuntimeError(
                 f"layer {self.stage.layer - 1} did not report its attention to the stage at layer {self.stage.layer}; "
                 "its attention implementation was changed after install_pruning: call install_pruning again"
             )
-        return self._scores
+        return self._seen
 
 
 def _flash_attention(

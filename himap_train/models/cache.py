@@ -7,6 +7,9 @@ them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -19,13 +22,25 @@ class StageCacheLayer(DynamicLayer):
         slots: (B, L) bool, which cached tokens are real; None where all are.
         dropped: (B,) long, how many tokens of the row have left before this layer.
         renumber: Whether positions from this layer on are counted without the dropped tokens.
+        uncounted: Tokens of the prompt, padding included, that a layer before the first removal would hold beside those
+            that it holds. More than 0 in layer 0 alone, which generation asks how long the prompt is.
     """
 
-    def __init__(self, slots: Tensor | None, dropped: Tensor, renumber: bool) -> None:
+    def __init__(self, slots: Tensor | None, dropped: Tensor, renumber: bool, uncounted: int = 0) -> None:
         super().__init__()
         self.slots = slots
         self.dropped = dropped
         self.renumber = renumber
+        self.uncounted = uncounted
+
+    def get_seq_length(self) -> int:
+        """Tokens that have been passed in, those that left before this layer included."""
+        stored = super().get_seq_length()
+        return stored + self.uncounted if stored else 0
+
+    def stored(self) -> int:
+        """Tokens that it holds."""
+        return super().get_seq_length()
 
     def append(self, new: Tensor | None, number: int, batch: int) -> Tensor | None:
         """Slots with `number` new tokens (all real where `new` (B, number) is None) behind them: (B, L + number)."""
@@ -33,7 +48,7 @@ class StageCacheLayer(DynamicLayer):
             return None
         device = self.dropped.device
         if self.slots is None:
-            self.slots = torch.ones(batch, self.get_seq_length(), dtype=torch.bool, device=device)
+            self.slots = torch.ones(batch, self.stored(), dtype=torch.bool, device=device)
         real = torch.ones(batch, number, dtype=torch.bool, device=device) if new is None else new
         self.slots = torch.cat([self.slots, real], dim=1)
         return self.slots
@@ -67,7 +82,7 @@ class StageCacheLayer(DynamicLayer):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.slots = None
+        self.slots, self.uncounted = None, 0
 
 
 def check_cache(cache: Cache) -> None:
@@ -97,11 +112,27 @@ def check_cache(cache: Cache) -> None:
         )
 
 
-def mark_stage(cache: Cache, layer: int, slots: Tensor | None, dropped: Tensor, renumber: bool) -> None:
-    """Make `layer` of an empty cache a stage's first layer."""
+def mark_stage(
+    cache: Cache, layer: int, slots: Tensor | None, dropped: Tensor, renumber: bool, uncounted: int = 0
+) -> None:
+    """Make `layer` of an empty cache a stage's first layer; the rest as in `StageCacheLayer`."""
     while len(cache.layers) <= layer:
         cache.layers.append(DynamicLayer())
-    cache.layers[layer] = StageCacheLayer(slots, dropped, renumber)
+    cache.layers[layer] = StageCacheLayer(slots, dropped, renumber, uncounted)
+
+
+@contextmanager
+def as_stored(cache: Cache | None, layer: int | None) -> Iterator[None]:
+    """Inside the block `layer` says how many tokens it holds: what a mask over them must know."""
+    stage = None if cache is None or layer is None else stage_of(cache, layer)
+    if stage is None or not stage.uncounted:
+        yield
+        return
+    uncounted, stage.uncounted = stage.uncounted, 0
+    try:
+        yield
+    finally:
+        stage.uncounted = uncounted
 
 
 def stage_of(cache: Cache, layer: int) -> StageCacheLayer | None:

@@ -18,7 +18,7 @@ def check_image_mask(image_token_mask: Tensor | None, inputs_embeds: Tensor) -> 
     """
     if image_token_mask is None:
         raise ValueError(
-            "the decoder is pruned but was not told where the image tokens are; call the LlavaForConditionalGeneration "
+            "the decoder is pruned but was not told where the image tokens are; call the model itself "
             "with input_ids, or pass image_token_mask (B, S) with inputs_embeds"
         )
     if image_token_mask.shape != inputs_embeds.shape[:2]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from himap_train.models.families.base import Family
 from himap_train.pruning.schedule import PruningSchedule
 
 
@@ -50,6 +51,7 @@ class InstalledPruning:
 
     Attributes:
         schedule: What to remove where.
+        family: Of the model.
         stock_attention: The attention implementation that the decoder had.
         ratios: Keep ratio of each layer while these are learned, (layers,) fp32 with a gradient; the schedule then has
             a stage at each layer from the first on. None otherwise.
@@ -59,6 +61,7 @@ class InstalledPruning:
     """
 
     schedule: PruningSchedule
+    family: Family
     stock_attention: str
     ratios: Tensor | None = None
     cpu_blocks: bool = True

@@ -1,4 +1,4 @@
-"""Load a stock Hugging Face LLaVA and its processor from a folder, the hub or this package."""
+"""Load a stock Hugging Face model of a known family and its processor from a folder, the hub or this package."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from huggingface_hub import constants, get_session, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 from himap_train.embedded.model import embedded_model_path
+from himap_train.models.families import family_of_config
 from himap_train.models.quantize import Quantize, quantization_config
 
 EMBEDDED = "embedded"
@@ -24,8 +25,8 @@ def load_llava(
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
     quantize: Quantize | None = None,
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load a LLaVA as it is, in evaluation mode.
+) -> tuple[Any, Any]:
+    """Load a model of a known family (LLaVA and its like) as it is, in evaluation mode.
 
     Args:
         path: A local folder, a model id on the Hugging Face hub, or "embedded" for the small LLaVA in this package.
@@ -38,12 +39,12 @@ def load_llava(
 
     Raises:
         FileNotFoundError: If the weights cannot be reached; the message names the ways out.
-        ValueError: If the checkpoint is no LLaVA or lacks weights, or it cannot be quantised here.
+        ValueError: If the checkpoint is of no known family or lacks weights, or it cannot be quantised here.
     """
     quantization = None if quantize is None else quantization_config(dtype)
     folder = resolve_model(path)
     config = load_config(folder)
-    model, wrong = stock_llava(
+    model, wrong = stock_model(
         folder, dtype=dtype, attn_implementation=attn_implementation, quantization_config=quantization
     )
     missing = wrong["missing_keys"]
@@ -54,22 +55,34 @@ def load_llava(
     return model.eval(), load_processor(folder, config)
 
 
-def load_config(folder: str | Path) -> LlavaConfig:
-    """The configuration of a LLaVA, from what `resolve_model` returned.
+def load_config(folder: str | Path) -> Any:
+    """The configuration of a model of a known family, from what `resolve_model` returned.
 
     Raises:
-        ValueError: If the checkpoint is no LLaVA.
+        ValueError: If it is of no known family, or in the original LLaVA layout.
     """
+    written, _ = PretrainedConfig.get_config_dict(folder)
+    _refuse_original_layout(folder, written)
     config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, LlavaConfig):
-        raise ValueError(
-            f"{folder} holds a {config.model_type!r} model; expected 'llava' with a Llama, Mistral or Qwen2 decoder "
-            "(original LLaVA checkpoints have a converted twin on the hub, such as llava-hf/llava-1.5-7b-hf)"
-        )
+    try:
+        family_of_config(config)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds {error}") from error
     return config
 
 
-def stock_llava(folder: str | Path, **options: Any) -> tuple[LlavaForConditionalGeneration, dict[str, list[str]]]:
+def _refuse_original_layout(folder: str | Path, written: dict[str, Any]) -> None:
+    """Raise ValueError for a checkpoint as LLaVA's own code writes it: it says llava too, but has no `text_config`."""
+    original = [name for name in written.get("architectures") or () if name.startswith("Llava") and "Llama" in name]
+    if original or (str(written.get("model_type", "")).startswith("llava") and "text_config" not in written):
+        raise ValueError(
+            f"{folder} is in the original LLaVA layout ({', '.join(original) or 'no text_config'}), which Hugging "
+            "Face's classes do not read; give its converted twin on the hub, such as llava-hf/llava-1.5-7b-hf for "
+            "liuhaotian/llava-v1.5-7b"
+        )
+
+
+def stock_model(folder: str | Path, **options: Any) -> tuple[Any, dict[str, list[str]]]:
     """A model as transformers alone loads it, and the names that do not fit.
 
     Args:
@@ -79,34 +92,24 @@ def stock_llava(folder: str | Path, **options: Any) -> tuple[LlavaForConditional
     Returns:
         The model, and sorted names under `missing_keys`, `unexpected_keys` and `mismatched_keys`.
     """
-    loaded: Any = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **options)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **options)
     model, found = loaded
     return model, {kind: sorted(map(str, found[kind])) for kind in _WRONG}
 
 
-def load_processor(folder: str | Path, config: LlavaConfig) -> LlavaProcessor:
-    """The checkpoint's processor; facts about image tokens that old checkpoints leave out come from the model's config.
+def load_processor(folder: str | Path, config: Any) -> Any:
+    """The checkpoint's processor, as its family gives it.
 
     Raises:
         ValueError: If the folder has no processor.
     """
     try:
-        processor = LlavaProcessor.from_pretrained(folder)
+        return family_of_config(config).load_processor(str(folder), config)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} has no usable processor ({error}); copy processor_config.json, tokenizer.json and "
             "chat_template.jinja of the original checkpoint into it"
         ) from error
-    vision: Any = config.vision_config
-    defaults: dict[str, Any] = {
-        "patch_size": vision.patch_size,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        "num_additional_image_tokens": 1,  # CLIP's class token
-    }
-    for name, value in defaults.items():
-        if not getattr(processor, name, None):
-            setattr(processor, name, value)
-    return processor
 
 
 def resolve_model(path: str | Path) -> str:

@@ -17,17 +17,19 @@ from typing import Literal, get_args
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+
+from himap_train.models.families import family_of
+from himap_train.models.families.base import Family
+from himap_train.models.stock import base_model
 
 Projector = Literal["train", "lora", "freeze"]
 
 DECODER_LINEAR = "decoder-linear"
 _DECODER = r"(?:.*\.)?language_model\.layers\.\d+\."
-_PROJECTOR = r"(?:.*\.)?multi_modal_projector\.linear_\d+"
 
 
 def attach_lora(
-    model: LlavaForConditionalGeneration,
+    model: nn.Module,
     *,
     r: int,
     alpha: float,
@@ -38,7 +40,7 @@ def attach_lora(
     """Wrap `model` with LoRA; everything else is frozen, the vision tower always.
 
     Args:
-        model: A stock LLaVA, pruned or not. Its decoder layers get LoRA in place.
+        model: A stock model of a known family, pruned or not. Its decoder layers get LoRA in place.
         r: Rank. alpha: The update is scaled by `alpha / r`.
         alpha: See `r`.
         dropout: Dropout on the input of each LoRA branch, active in `train()` only.
@@ -63,8 +65,8 @@ def attach_lora(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT annotates int and divides by r
         lora_dropout=dropout,
-        target_modules=f"(?:{pattern})|(?:{_PROJECTOR})" if projector == "lora" else pattern,
-        modules_to_save=["multi_modal_projector"] if projector == "train" else None,
+        target_modules=f"(?:{pattern})|(?:{_projector_pattern(model)})" if projector == "lora" else pattern,
+        modules_to_save=saved_names(family_of(model)) if projector == "train" else None,
         bias="none",
     )
     peft_model = get_peft_model(model, config)
@@ -123,13 +125,25 @@ def _available(in_decoder: list[str]) -> str:
     return f"the decoder has the linear layers {', '.join(endings)}"
 
 
-def parameter_group(name: str) -> str:
+def saved_names(family: Family) -> list[str]:
+    """The projector as PEFT's `modules_to_save` finds it: by the end of a module's name."""
+    return [name.removeprefix("model.") for name in family.projector_names]
+
+
+def _projector_pattern(model: nn.Module) -> str:
+    """The projector's linear layers."""
+    below = "|".join(re.escape(name) for name in family_of(model).projector_names)
+    linear = [name for name, module in model.named_modules() if is_linear(module) and re.match(rf"(?:{below})\.", name)]
+    return rf"(?:.*\.)?(?:{'|'.join(re.escape(name) for name in linear)})"
+
+
+def parameter_group(name: str, family: Family) -> str:
     """The part of the model that a parameter name belongs to: lora, projector, vision tower, decoder or other."""
-    if "multi_modal_projector" in name:
+    if any(f"{projector}." in name for projector in family.projector_names):
         return "projector"
     if "lora_" in name:
         return "lora"
-    if "vision_tower" in name:
+    if f"{family.vision_name}." in name:
         return "vision tower"
     return "decoder" if "language_model" in name else "other"
 
@@ -142,12 +156,13 @@ def _elements(parameter: nn.Parameter) -> int:
 
 def trainable_report(model: nn.Module) -> str:
     """One line a part: how many of its parameters are trained. The frozen original of a trained copy is not counted."""
+    family = family_of(base_model(model))
     total: Counter[str] = Counter()
     trained: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if ".original_module." in name:
             continue
-        group, elements = parameter_group(name), _elements(parameter)
+        group, elements = parameter_group(name, family), _elements(parameter)
         total[group] += elements
         trained[group] += elements if parameter.requires_grad else 0
     lines = [f"  {group:<13}{trained[group]:>15,} of {count:>15,}" for group, count in sorted(total.items())]

@@ -8,12 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+
+from himap_train.models.families import family_of
 
 
-def check_frozen(base: LlavaForConditionalGeneration) -> None:
-    """Raises ValueError naming a trained tensor of the vision tower: its features change with every step."""
-    trained = [name for name, p in base.model.vision_tower.named_parameters() if p.requires_grad]
+def check_frozen(base: Any) -> None:
+    """Raises ValueError where features cannot be cached: the family has no fixed ones, or the tower is trained."""
+    family = family_of(base)
+    if not family.caches_features:
+        raise ValueError(
+            f"data.cache_image_features does not go with family {family.name}, whose images have features of many "
+            "shapes; set data.cache_image_features to null"
+        )
+    trained = [name for name, p in family.vision(base).named_parameters() if p.requires_grad]
     if trained:
         raise ValueError(
             f"data.cache_image_features needs a frozen vision tower; {len(trained)} of its tensors are trained, the "
@@ -21,9 +28,7 @@ def check_frozen(base: LlavaForConditionalGeneration) -> None:
         )
 
 
-def tower_facts(
-    base: LlavaForConditionalGeneration, image_processor: Any, aspect_ratio: str, precision: str
-) -> dict[str, Any]:
+def tower_facts(base: Any, image_processor: Any, aspect_ratio: str, precision: str) -> dict[str, Any]:
     """All that decides what the features of an image are, as plain values."""
     vision: Any = base.config.vision_config
     return {
@@ -42,13 +47,13 @@ def facts_key(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def tower_digest(base: LlavaForConditionalGeneration) -> str:
+def tower_digest(base: Any) -> str:
     """SHA-256 over names, types, shapes and values of the tower's tensors.
 
     Under ZeRO-3, where each process holds a part of them, all processes must call it.
     """
     digest = hashlib.sha256()
-    tower = base.model.vision_tower
+    tower = family_of(base).vision(base)
     for name, tensor in sorted([*tower.named_parameters(), *tower.named_buffers()], key=lambda item: item[0]):
         values = _whole(tensor).detach().cpu().contiguous()
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())

@@ -22,8 +22,9 @@ from typing import Any
 
 from himap_train.planning.facts import LayerLora, ModelFacts
 from himap_train.planning.quantities import Activations, Batch, Numerics
-from himap_train.pruning.cost import head_width, image_tokens_per_layer, kv_width
+from himap_train.pruning.cost import head_width, image_tokens_per_layer, kv_width, tokens_before, widths
 from himap_train.pruning.schedule import PruningSchedule
+from himap_train.pruning.stage import PruningStage
 
 _SHARED = {"q_proj": "norm", "k_proj": "norm", "v_proj": "norm", "gate_proj": "norm2", "up_proj": "norm2"}
 
@@ -68,7 +69,7 @@ class ActivationModel:
         }
         for number, extra in enumerate(working):
             moments[f"backward of layer {number}"] = start + sum(kept[: number + 1]) + extra
-        rankings = {stage.layer: self._ranking(stage, batch, layers) for stage in schedule.stages}
+        rankings = {stage.layer: self._choosing(schedule, stage, batch, layers) for stage in schedule.stages}
         for layer, size in rankings.items():
             moments[f"ranking before layer {layer}"] = start + sum(kept[:layer]) + size
         moment = max(moments, key=lambda name: moments[name])
@@ -160,21 +161,18 @@ class ActivationModel:
         supervised = batch.rows * batch.supervised
         return 12 * self._text.vocab_size * (min(supervised, self.loss_chunk) if self.loss_chunk else supervised)
 
-    def _ranking(self, stage: Any, batch: Batch, layers: tuple[int, ...]) -> int:
-        """Scores of eight heads, their softmax, the sum over heads and its product with who may rank whom."""
-        if not stage.needs_attention:
+    def _choosing(self, schedule: PruningSchedule, stage: PruningStage, batch: Batch, layers: tuple[int, ...]) -> int:
+        """What the stage's method says of itself."""
+        if stage.keep.removes_all:
             return 0
-        image = layers[stage.layer - 1]
-        ranking = {"instruction": batch.text_tokens, "last_token": 1}.get(stage.criterion, image)
-        heads = self._text.num_attention_heads
-        scores = ranking * (image + batch.text_tokens) * (8 * min(heads, 8) + 10)
-        return batch.rows * (scores + ranking * heads * head_width(self._text) * self.numerics.element)
+        image, text = tokens_before(schedule, stage, layers, batch.image_tokens), batch.text_tokens
+        return batch.rows * stage.method.peak_bytes(widths(self._text), image, text, self.numerics.element)
 
     def _features(self, batch: Batch) -> int:
         """Image features that transformers holds until the decoder returns: two of the tower, two of the projector."""
         config: Any = self.facts.config
-        widths = 2 * config.vision_config.hidden_size + 2 * config.text_config.hidden_size
-        return batch.rows * batch.image_tokens * widths * self.numerics.element
+        features = 2 * config.vision_config.hidden_size + 2 * config.text_config.hidden_size
+        return batch.rows * batch.image_tokens * features * self.numerics.element
 
     def _vision(self, batch: Batch) -> int:
         """All hidden states, which are kept to the tower's end, and the MLP of its last layer."""

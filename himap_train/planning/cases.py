@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from himap_train.models.install import base_llava, install_pruning
+from himap_train.models.install import install_pruning
 from himap_train.models.loading import EMBEDDED, load_config, load_llava, resolve_model
+from himap_train.models.stock import text_decoder
+from himap_train.models.training_cost import tokens_of_image
 from himap_train.planning.quantities import Batch
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.pruning.training_cost import tokens_of_image
 from himap_train.training.module import LlavaFineTuner, weights_dtype
 
 
@@ -76,12 +77,12 @@ def build_model(case: Case, schedule: PruningSchedule, checkpointing: bool, prec
         base = load_llava(case.path, dtype=weights_dtype(precision))[0]
     model = case.tuner.attach(base)
     if checkpointing:
-        decoder: Any = base_llava(model).model.language_model
+        decoder: Any = text_decoder(model)
         decoder.activation_checkpointing_enable({"use_reentrant": False})
     return install_pruning(model, schedule).train()
 
 
-def inputs_of(case: Case) -> dict[str, Tensor]:
+def inputs_of(case: Case) -> dict[str, Any]:
     """Rows of one image, a prompt and an answer, all of one length."""
     config: Any = case.config
     batch, image_id = case.batch, config.image_token_id
@@ -92,4 +93,9 @@ def inputs_of(case: Case) -> dict[str, Tensor]:
     labels[:, : -batch.supervised] = -100
     size = config.vision_config.image_size
     pixels = torch.randn(batch.rows, 3, size, size, generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": labels,
+        "images": {"pixel_values": pixels},
+    }

@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 from himap_train.planning.activations import ActivationModel
 from himap_train.planning.facts import ModelFacts
 from himap_train.planning.quantities import Activations, Batch, Numerics
-from himap_train.pruning.schedule import PruningSchedule, nearest
+from himap_train.pruning.names import nearest
+from himap_train.pruning.schedule import PruningSchedule
 
 GIB = 2**30
 RESERVE = 2 * GIB

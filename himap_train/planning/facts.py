@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText
 
-from himap_train.models.install import base_llava
+from himap_train.models.families import family_of
 from himap_train.models.lora import parameter_group
+from himap_train.models.stock import base_model
 from himap_train.training.module import LlavaFineTuner
 
 
@@ -38,7 +39,7 @@ class ModelFacts:
     """A model with its adapter, in numbers.
 
     Attributes:
-        config: Of the LLaVA.
+        config: Of the model.
         parts: (all, trained) parameters of each part, without the frozen original of a trained copy.
         frozen: Frozen parameters in memory, that original included.
         quantisable: Those of them in linear layers of the decoder's layers, which QLoRA stores in few bits.
@@ -49,7 +50,7 @@ class ModelFacts:
         trains_projector: Whether the projector has gradients, as a copy or through LoRA.
     """
 
-    config: LlavaConfig
+    config: Any
     parts: dict[str, tuple[int, int]]
     frozen: int
     quantisable: int
@@ -70,18 +71,18 @@ class ModelFacts:
         return all("down_proj" in layer.inputs for layer in self.lora)
 
 
-def model_facts(config: LlavaConfig, tuner: LlavaFineTuner) -> ModelFacts:
+def model_facts(config: Any, tuner: LlavaFineTuner) -> ModelFacts:
     """Build the model without weights, attach LoRA, and count.
 
     Args:
-        config: Of the LLaVA.
+        config: Of the model.
         tuner: Knows how LoRA and the projector are trained.
 
     Raises:
         ValueError: The LoRA targets do not fit the model.
     """
     with torch.device("meta"):
-        model = tuner.attach(LlavaForConditionalGeneration(config))
+        model = tuner.attach(AutoModelForImageTextToText.from_config(config))
     return count(model, tuner.attach.keywords["dropout"])
 
 
@@ -92,17 +93,18 @@ def count(model: nn.Module, dropout: float) -> ModelFacts:
         model: With LoRA attached.
         dropout: Of LoRA's inputs.
     """
-    base = base_llava(model)
+    base = base_model(model)
+    family = family_of(base)
     parts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     frozen = trained = 0
     for name, parameter in model.named_parameters():
         trained += parameter.numel() if parameter.requires_grad else 0
         frozen += 0 if parameter.requires_grad else parameter.numel()
         if ".original_module." not in name:
-            part = parts["lm_head" if ".lm_head." in name and "lora_" not in name else parameter_group(name)]
+            part = parts["lm_head" if ".lm_head." in name and "lora_" not in name else parameter_group(name, family)]
             part[0] += parameter.numel()
             part[1] += parameter.numel() if parameter.requires_grad else 0
-    decoder: Any = base.model.language_model
+    decoder = family.decoder(base)
     linear = [m.weight.numel() for m in decoder.layers.modules() if isinstance(m, nn.Linear) and not _trained(m)]
     return ModelFacts(
         config=base.config,
@@ -113,7 +115,9 @@ def count(model: nn.Module, dropout: float) -> ModelFacts:
         largest_linear=max(linear),
         lora=tuple(_layer_lora(layer) for layer in decoder.layers),
         dropout=dropout,
-        trains_projector=any(p.requires_grad for p in base.model.multi_modal_projector.parameters()),
+        trains_projector=any(
+            p.requires_grad for name in family.projector_names for p in base.get_submodule(name).parameters()
+        ),
     )
 
 

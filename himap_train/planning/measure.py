@@ -20,8 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from himap_train.models.install import base_llava, hidden_states, pruning_of
+from himap_train.models.features import hidden_states
+from himap_train.models.install import pruning_of
 from himap_train.models.loss import supervised_loss
+from himap_train.models.stock import base_model
 
 
 class AllocationCounter(TorchDispatchMode):
@@ -88,7 +90,7 @@ def measured_memory(
 
     Args:
         model: A LLaVA with LoRA, in training mode.
-        batch: `input_ids`, `attention_mask`, `labels` and `pixel_values`; they are counted too.
+        batch: `input_ids`, `attention_mask`, `labels` and `images`; they are counted too.
         loss_chunk: As in training.
         autocast: The dtype of mixed precision; None for none.
     """
@@ -98,7 +100,8 @@ def measured_memory(
     _loss(model, batch, loss_chunk, autocast).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     with AllocationCounter([*model.parameters(), *model.buffers(), *gradients]) as counter:
-        mine = {name: tensor.clone() for name, tensor in batch.items()}
+        mine = {name: tensor.clone() for name, tensor in batch.items() if name != "images"}
+        mine["images"] = {name: tensor.clone() for name, tensor in batch["images"].items()}
         loss = _loss(model, mine, loss_chunk, autocast)
         saved = counter.alive
         loss.backward()
@@ -109,4 +112,4 @@ def measured_memory(
 def _loss(model: nn.Module, batch: dict[str, Any], chunk: int, autocast: torch.dtype | None = None) -> Tensor:
     """As `LlavaFineTuner.training_step` computes it."""
     with nullcontext() if autocast is None else torch.autocast(batch["input_ids"].device.type, autocast):
-        return supervised_loss(hidden_states(model, **batch), batch["labels"], base_llava(model).lm_head, chunk)[0]
+        return supervised_loss(hidden_states(model, **batch), batch["labels"], base_model(model).lm_head, chunk)[0]

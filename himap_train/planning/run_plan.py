@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from himap_train.models.training_cost import FLASH_BACKWARD, TrainingFlops, training_flops
 from himap_train.planning.activations import ActivationModel
 from himap_train.planning.device_memory import GIB, STRATEGIES, StaticMemory, largest_batch, static_memory
 from himap_train.planning.facts import ModelFacts
 from himap_train.planning.quantities import Activations, Batch, Numerics
 from himap_train.pruning.cost import Cost, image_tokens_per_layer
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.pruning.training_cost import FLASH_BACKWARD, TrainingFlops, training_flops
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; bytes and FLOPs."""
-        fields = asdict(replace(self, facts=replace(self.facts, config=None)))  # type: ignore[arg-type]
+        fields = asdict(replace(self, facts=replace(self.facts, config=None)))
         del fields["facts"]["config"]
         for written, side in zip(fields["sides"], self.sides, strict=True):
             written["schedule"] = side.schedule.to_dict()

@@ -5,18 +5,20 @@ Neither needs weights. Where no hub can be reached, the two sizes of LLaVA-1.5 a
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from transformers import LlavaConfig
+from transformers import AutoConfig
 
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import RecordError, Source
 from himap_train.data.tokens import ConversationTokenizer
 from himap_train.models.loading import load_config, load_processor, resolve_model
+from himap_train.models.training_cost import tokens_of_image
 from himap_train.planning.run_plan import Sample
-from himap_train.pruning.training_cost import tokens_of_image
 
 _BUILT_IN = Path(__file__).parents[1] / "assets/configs"
 TEXT_TOKENS, SUPERVISED = 115, 60
@@ -24,7 +26,7 @@ TEXT_TOKENS, SUPERVISED = 115, 60
 _READ = 400
 
 
-def find_config(path: str) -> tuple[LlavaConfig, str]:
+def find_config(path: str) -> tuple[Any, str]:
     """The configuration of a LLaVA, and where it was found.
 
     Args:
@@ -42,12 +44,17 @@ def find_config(path: str) -> tuple[LlavaConfig, str]:
             raise FileNotFoundError(
                 f"{error}. Planning needs its config.json alone; without the hub it knows {', '.join(known)}"
             ) from error
-        return LlavaConfig.from_json_file(known[path]), f"{path} cannot be reached: its published architecture"
+        return _built_in(known[path]), f"{path} cannot be reached: its published architecture"
     return load_config(folder), f"config.json of {path}"
 
 
+def _built_in(file: Path) -> Any:
+    written = json.loads(file.read_text(encoding="utf-8"))
+    return AutoConfig.for_model(**written)
+
+
 def read_sample(
-    data: LlavaDataModule, path: str, config: LlavaConfig, text_tokens: int | None, supervised: int | None, images: int
+    data: LlavaDataModule, path: str, config: Any, text_tokens: int | None, supervised: int | None, images: int
 ) -> tuple[Sample, str]:
     """Tokens of a conversation, from the training data where they can be read, and where they come from.
 
@@ -76,7 +83,7 @@ def read_sample(
     return Sample(images, image_tokens, text_tokens, text_tokens, answer, answer), where
 
 
-def _from_data(data: LlavaDataModule, path: str, config: LlavaConfig, image_tokens: int) -> tuple[Sample, str]:
+def _from_data(data: LlavaDataModule, path: str, config: Any, image_tokens: int) -> tuple[Sample, str]:
     """Up to `_READ` conversations, spread over the source; those with images decide, where there are any."""
     data.processor = load_processor(resolve_model(path), config)
     source = data.source("train")

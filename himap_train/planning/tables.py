@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from himap_train.models.training_cost import TrainingFlops
 from himap_train.planning.device_memory import GIB, RESERVE
 from himap_train.planning.quantities import Activations
 from himap_train.planning.run_plan import Plan, Side
-from himap_train.pruning.training_cost import TrainingFlops
 
 _FLOPS: dict[str, Callable[[TrainingFlops], float]] = {
     "decoder forward": lambda f: f.forward,

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from himap_train.models.install import base_llava
+from himap_train.models.stock import base_model
+from himap_train.models.training_cost import training_flops
 from himap_train.planning.activations import ActivationModel
 from himap_train.planning.cases import Case, build_model, embedded_case, inputs_of, llava_100m_case
 from himap_train.planning.device_memory import static_memory
@@ -20,7 +21,6 @@ from himap_train.planning.facts import ModelFacts, model_facts
 from himap_train.planning.measure import measured_flops, measured_memory
 from himap_train.planning.quantities import Numerics
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.pruning.training_cost import training_flops
 from himap_train.training.module import weights_dtype
 
 
@@ -104,7 +104,7 @@ def _step(
 ) -> Iterator[tuple[str, float, float]]:
     """(quantity, predicted, measured) of one training step."""
     model, batch, inputs = build_model(case, schedule, checkpointing, precision), case.batch, inputs_of(case)
-    attention, chunk = base_llava(model).config._attn_implementation or "sdpa", case.tuner.loss_chunk
+    attention, chunk = base_model(model).config._attn_implementation or "sdpa", case.tuner.loss_chunk
     predict = ActivationModel(facts, Numerics.of(precision, on_cpu=True), attention, checkpointing, chunk)
     expected = predict(schedule, batch)
     mixed = weights_dtype(precision) if precision.endswith("mixed") else None

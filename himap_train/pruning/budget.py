@@ -7,9 +7,13 @@ With strength s in [0, 1] a stage keeps `1 - s (1 - r)` of the image tokens: den
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from himap_train.pruning.schedule import PruningSchedule, PruningStage
+from himap_train.pruning.keep import Count, Mass
+
+if TYPE_CHECKING:
+    from himap_train.pruning.schedule import PruningSchedule
+    from himap_train.pruning.stage import PruningStage
 
 _HALVINGS = 40
 
@@ -22,6 +26,11 @@ def at_strength(schedule: PruningSchedule, strength: float) -> PruningSchedule:
     """
     if not 0.0 <= strength <= 2.0:
         raise ValueError(f"strength is {strength}; expected 0 (dense) to 1 (the schedule) to 2 (no image token left)")
+    if schedule.enter:
+        raise ValueError(
+            f"image tokens enter at layer {schedule.enter}, so even at strength 0 the schedule is not dense and cannot "
+            "follow a budget: give a schedule without enter"
+        )
     stages = [_at_strength(stage, strength) for stage in schedule.stages]
     return replace(schedule, stages=tuple(stage for stage in stages if stage.keep_ratio != 1.0))
 
@@ -43,7 +52,7 @@ def at_budget(
             is left when every image token leaves at these layers; the message says how much that is.
     """
     if flops_ratio == 1.0:
-        return PruningSchedule(positions=schedule.positions)
+        return replace(schedule, stages=(), enter=0)
     if not schedule.stages:
         raise ValueError(
             f"a dense schedule has no layers to remove tokens at for the budget {flops_ratio}: give stages"
@@ -84,15 +93,15 @@ def check_budget(flops_ratio: float, least: float, first_layer: int) -> None:
 
 
 def _at_strength(stage: PruningStage, strength: float) -> PruningStage:
-    if stage.keep is not None:
+    if isinstance(stage.keep, Mass):
         raise ValueError(
             f"the stage at layer {stage.layer} keeps by attention mass ({stage.keep.mass}), whose cost follows each "
             "sample and cannot be set to a budget: give keep_ratio instead, or bound the cost with at_most"
         )
-    if stage.keep_ratio is None:
+    if isinstance(stage.keep, Count):
         raise ValueError(
-            f"the stage at layer {stage.layer} keeps a fixed count ({stage.keep_count}), which cannot follow a budget; "
+            f"the stage at layer {stage.layer} keeps a fixed count ({stage.keep.count}), which cannot follow a budget; "
             "give keep_ratio instead"
         )
-    ratio = stage.keep_ratio
-    return replace(stage, keep_ratio=1 - strength * (1 - ratio) if strength <= 1 else (2 - strength) * ratio)
+    ratio = stage.keep.ratio
+    return stage.keeping(1 - strength * (1 - ratio) if strength <= 1 else (2 - strength) * ratio)

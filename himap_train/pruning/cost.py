@@ -2,23 +2,27 @@
 
 One decoder layer over t tokens (hidden width d, gated MLP of width m, g = key-value heads / heads) costs
 `(2 + 2 g) t d^2 + 2 t^2 d + 3 t d m` multiply-adds; FLOPs are twice that. Attention is counted in full, as kernels and
-PyTorch's counter do, although half of it is masked: `causal` leaves that half out. The ranking rows of a stage add
-`2 R t d`.
+PyTorch's counter do, although half of it is masked: `causal` leaves that half out.
 
 The HiMAP paper (Eq. 10) counts image tokens alone and an ungated MLP, `4 n d^2 + 2 n^2 d + 2 n d m`, and calls
 multiply-adds FLOPs; `image_only_flops_ratio` is that ratio, for comparison with published tables.
+
+What choosing the tokens costs, each method says of itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from himap_train.pruning.schedule import PruningSchedule, PruningStage
-from himap_train.pruning.selection import keep_from_ratio
+from himap_train.pruning.methods.base import Widths
+
+if TYPE_CHECKING:
+    from himap_train.pruning.schedule import PruningSchedule
+    from himap_train.pruning.stage import PruningStage
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,12 @@ def image_tokens_per_layer(
             may stay where a stage keeps by attention mass.
     """
     if kept is None:
-        kept = [_kept(stage, image_tokens) for stage in schedule.stages]
+        kept = [int(stage.keep.most(torch.tensor(image_tokens))) for stage in schedule.stages]
     stays = {stage.layer: count for stage, count in zip(schedule.stages, kept, strict=True)}
     current, per_layer = image_tokens, []
     for layer in range(num_layers):
         current = min(stays.get(layer, current), current)
-        per_layer.append(current)
+        per_layer.append(current if layer >= schedule.enter else 0)
     return tuple(per_layer)
 
 
@@ -99,7 +103,7 @@ def schedule_cost(
     layers = image_tokens_per_layer(schedule, config.num_hidden_layers, image_tokens, kept)
     dense = (image_tokens,) * config.num_hidden_layers
     flops = sum(layer_flops(config, n + text_tokens, causal) for n in layers)
-    flops += sum(ranking_flops(stage, config, layers[stage.layer - 1], text_tokens) for stage in schedule.stages)
+    flops += choosing_flops(schedule, config, layers, image_tokens, text_tokens)
     dense_flops = sum(layer_flops(config, n + text_tokens, causal) for n in dense)
     paper_dense = sum(_paper_macs(config, n) for n in dense)
     if bytes_per_value is None:
@@ -137,23 +141,33 @@ def attention_flops(config: Any, tokens: float, causal: bool = False) -> float:
     return 4.0 * tokens * keys * config.num_attention_heads * head_width(config)
 
 
-def ranking_flops(stage: PruningStage, config: Any, image_tokens: int, text_tokens: int) -> float:
-    """Attention logits of the ranking rows at the layer before the stage."""
-    if not stage.needs_attention or not image_tokens:
-        return 0.0
-    rows = {"instruction": text_tokens, "last_token": 1}.get(stage.criterion, image_tokens)
-    return 2.0 * rows * (image_tokens + text_tokens) * config.num_attention_heads * head_width(config)
+def choosing_flops(
+    schedule: PruningSchedule, config: Any, layers: Sequence[int], image_tokens: int, text_tokens: int
+) -> float:
+    """What choosing the tokens costs at all stages, of one sample; `layers` from `image_tokens_per_layer`."""
+    text = getattr(config, "text_config", config)
+    total = 0.0
+    for stage in schedule.stages:
+        before = tokens_before(schedule, stage, layers, image_tokens)
+        if not stage.keep.removes_all:
+            total += stage.method.flops(widths(text), before, text_tokens, layers[stage.layer])
+    return total
+
+
+def tokens_before(schedule: PruningSchedule, stage: PruningStage, layers: Sequence[int], image_tokens: int) -> int:
+    """Image tokens that a stage chooses from; `layers` from `image_tokens_per_layer`."""
+    return image_tokens if stage.layer == schedule.enter else layers[stage.layer - 1]
+
+
+def widths(config: Any) -> Widths:
+    """What the cost of a method depends on, of a decoder's config."""
+    heads = config.num_attention_heads
+    return Widths(config.hidden_size, heads, heads * head_width(config), kv_width(config))
 
 
 def _paper_macs(config: Any, n: int) -> int:
     width = config.hidden_size
     return 4 * n * width**2 + 2 * n**2 * width + 2 * n * width * config.intermediate_size
-
-
-def _kept(stage: PruningStage, image_tokens: int) -> int:
-    if stage.keep_count is not None:
-        return stage.keep_count
-    return int(keep_from_ratio(float(stage.most or 0.0), torch.tensor(image_tokens)))
 
 
 def head_width(config: Any) -> int:

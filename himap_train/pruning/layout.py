@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from himap_train.pruning.token_map import TokenMap
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -61,10 +63,11 @@ class TokenLayout:
         """(B, L) bool, must stay although it may be an image token: what follows it is predicted from it."""
         return self.flags[3]
 
-    def gather(self, index: Tensor, valid: Tensor) -> TokenLayout:
-        """The tokens at `index` (B, L'); entries where `valid` (B, L') is false are padding."""
+    def gather(self, moved: TokenMap) -> TokenLayout:
+        """The tokens after a removal."""
+        index = moved.index
         numbers, flags = (part.gather(2, index.expand(len(part), -1, -1)) for part in (self.numbers, self.flags))
-        return TokenLayout(numbers, flags & valid)
+        return TokenLayout(numbers, flags & moved.valid)
 
 
 @dataclass(frozen=True)

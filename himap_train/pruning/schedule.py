@@ -1,22 +1,22 @@
 """What to remove where: stages and schedules.
 
-A stage at layer `l` (0-based) removes image tokens at the input of layer `l`, ranked by the attention of layer `l - 1`.
-The HiMAP paper (CVPR 2025, section 4) counts what is *removed* of the *survivors* (K1=2, R1=50 %, K2=8, R2=75 %); here
-`keep_ratio` is what is *kept* of the *original* image tokens (0.5, then 0.125).
+A stage at layer `l` (0-based) removes image tokens at the input of layer `l`, ranked by the attention of layer `l - 1`
+where its method reads attention. The HiMAP paper (CVPR 2025, section 4) counts what is *removed* of the *survivors*
+(K1=2, R1=50 %, K2=8, R2=75 %); here `keep_ratio` is what is *kept* of the *original* image tokens (0.5, then 0.125).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from himap_train.pruning.stage import CRITERIA, AttentionMass, PruningStage, check_keys, nearest
-
-if TYPE_CHECKING:
-    from himap_train.pruning.cost import Cost
-
-__all__ = ["CRITERIA", "POSITIONS", "AttentionMass", "PruningSchedule", "PruningStage", "nearest"]
+from himap_train.pruning.budget import at_budget
+from himap_train.pruning.cost import Cost, schedule_cost
+from himap_train.pruning.keep import Count, Mass, Ratio
+from himap_train.pruning.names import check_keys, field_names, nearest
+from himap_train.pruning.presets import PRESETS
+from himap_train.pruning.stage import PruningStage
 
 POSITIONS = ("keep", "renumber")
 PRESET_LAYERS = 32
@@ -31,13 +31,18 @@ class PruningSchedule:
         stages: In order of depth; the fraction kept never grows.
         positions: "keep" leaves survivors their original position numbers (HiMAP, FastV, VTW); "renumber" closes the
             gaps after each removal (PyramidDrop).
+        enter: Image tokens are absent before this layer and then come in as the projector made them (late injection,
+            HiDrop, arXiv 2602.23699); the text keeps the positions that it has beside them. 0: they are there from the
+            start.
 
     Raises:
-        ValueError: If layers are out of order, ratios or counts grow, or `positions` is unknown.
+        ValueError: If layers are out of order, ratios or counts grow, `positions` is unknown, or `enter` lies behind a
+            stage, or does not go with a stage's method or with renumbering.
     """
 
     stages: tuple[PruningStage, ...] = ()
     positions: str = "keep"
+    enter: int = 0
 
     def __post_init__(self) -> None:
         """Check what one stage alone cannot know."""
@@ -49,21 +54,40 @@ class PruningSchedule:
                 raise ValueError(
                     f"stage at layer {after.layer} follows the one at layer {before.layer}; list stages by rising layer"
                 )
-            for first, second, unit in (
-                (before.keep_count, after.keep_count, "tokens"),
-                (before.most, _wanted(after), "of the original tokens"),
-            ):
-                if first is not None and second is not None and second > first:
-                    raise ValueError(
-                        f"the stage at layer {after.layer} keeps {second} {unit} after at most {first} at layer "
-                        f"{before.layer}; both are counted against the original image tokens, so a later one cannot be "
-                        "larger"
-                    )
+            _check_falling(before, after)
+        self._check_enter()
+
+    def _check_enter(self) -> None:
+        if isinstance(self.enter, bool) or not isinstance(self.enter, int) or self.enter < 0:
+            raise ValueError(f"enter is {self.enter!r}; expected a layer, or 0 for image tokens from the start")
+        if not self.enter:
+            return
+        if self.positions != "keep":
+            raise ValueError(
+                f"enter is {self.enter} with positions {self.positions!r}; image tokens that come in late have their "
+                "places kept: give positions 'keep'"
+            )
+        for stage in self.stages:
+            if stage.layer < self.enter:
+                raise ValueError(
+                    f"enter is {self.enter}, behind the stage at layer {stage.layer}, which would find no image "
+                    f"tokens; give stages from layer {self.enter} on"
+                )
+            if stage.layer == self.enter and stage.reads_before:
+                raise ValueError(
+                    f"the stage at layer {stage.layer} reads {stage.method.reads.value}, in which there are no image "
+                    f"tokens yet (enter is {self.enter}); give a layer of {self.enter + 1} or more"
+                )
+
+    @property
+    def dense(self) -> bool:
+        """Whether the decoder runs as it is."""
+        return not self.stages and not self.enter
 
     @property
     def by_mass(self) -> bool:
         """Whether a stage keeps by attention mass, so that the number of tokens and the cost follow each sample."""
-        return any(stage.keep is not None for stage in self.stages)
+        return any(isinstance(stage.keep, Mass) for stage in self.stages)
 
     @classmethod
     def from_preset(cls, name: str) -> PruningSchedule:
@@ -72,11 +96,9 @@ class PruningSchedule:
         Raises:
             ValueError: If there is no such preset; the message names the nearest.
         """
-        from himap_train.pruning.presets import PRESETS
-
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown{nearest(name, tuple(PRESETS))}")
-        return PRESETS[name]
+        return cls.from_dict(PRESETS[name])
 
     @classmethod
     def from_dict(cls, given: Mapping[str, Any]) -> PruningSchedule:
@@ -87,60 +109,90 @@ class PruningSchedule:
         """
         if set(given) == {"preset"}:
             return cls.from_preset(given["preset"])
-        check_keys("schedule", given, cls)
+        check_keys("schedule", given, field_names(cls))
         stages = enumerate(given.get("stages") or ())
         return cls(
             stages=tuple(PruningStage.from_dict(stage, where=f"stages[{number}]") for number, stage in stages),
             positions=given.get("positions", "keep"),
+            enter=given.get("enter", 0),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain YAML and JSON types."""
-        return {"stages": [stage.to_dict() for stage in self.stages], "positions": self.positions}
+        """Plain YAML and JSON types; `enter` only where it is not 0."""
+        entering = {"enter": self.enter} if self.enter else {}
+        return {"stages": [stage.to_dict() for stage in self.stages], "positions": self.positions, **entering}
 
     def validate_for(self, num_layers: int) -> None:
         """Check the stages against a decoder.
 
         Raises:
-            ValueError: If a stage lies at or behind the last layer.
+            ValueError: If a stage or `enter` lies at or behind the last layer.
         """
-        for stage in self.stages:
-            if stage.layer >= num_layers:
+        places = [("stage at", stage.layer) for stage in self.stages] + [("image tokens enter at", self.enter)]
+        for what, layer in places:
+            if layer >= num_layers:
                 raise ValueError(
-                    f"stage at layer {stage.layer}, but the decoder has layers 0 to {num_layers - 1}; choose a smaller "
+                    f"{what} layer {layer}, but the decoder has layers 0 to {num_layers - 1}; choose a smaller "
                     f"layer, or scale the schedule with schedule.scaled_to({num_layers})"
                 )
 
     def scaled_to(self, num_layers: int, reference_layers: int = PRESET_LAYERS) -> PruningSchedule:
-        """The same schedule at the same relative depth of another decoder; layers stay distinct and at least 1.
+        """The same schedule at the same relative depth of another decoder.
+
+        Layers stay distinct, and those of 1 or more at least 1.
 
         Raises:
             ValueError: If the decoder has too few layers for the stages.
         """
+
+        def scaled_layer(layer: int) -> int:
+            return max(min(layer, 1), int(layer * num_layers / reference_layers + 0.5))
+
+        enter = scaled_layer(self.enter)
         stages: list[PruningStage] = []
         for stage in self.stages:
-            lowest = stages[-1].layer + 1 if stages else 1
-            layer = max(lowest, int(stage.layer * num_layers / reference_layers + 0.5))
-            stages.append(replace(stage, layer=layer))
-        scaled = PruningSchedule(tuple(stages), self.positions)
+            lowest = stages[-1].layer + 1 if stages else enter + (stage.layer > self.enter)
+            stages.append(stage.at(max(lowest, scaled_layer(stage.layer))))
+        scaled = replace(self, stages=tuple(stages), enter=enter)
         scaled.validate_for(num_layers)
         return scaled
 
     def cost(self, config: Any, image_tokens: int = 576, text_tokens: int = 115) -> Cost:
         """Prefill cost on a model of this `config` (of a LLaVA or a text decoder); see `himap_train.pruning.cost`."""
-        from himap_train.pruning.cost import schedule_cost
-
         return schedule_cost(self, config, image_tokens=image_tokens, text_tokens=text_tokens)
 
     def at_budget(
         self, config: Any, flops_ratio: float, image_tokens: int = 576, text_tokens: int = 115
     ) -> PruningSchedule:
         """The same layers and criteria with ratios that meet a budget; see `himap_train.pruning.budget`."""
-        from himap_train.pruning.budget import at_budget
-
         return at_budget(self, config, flops_ratio, image_tokens=image_tokens, text_tokens=text_tokens)
 
 
-def _wanted(stage: PruningStage) -> float | None:
+def _check_falling(before: PruningStage, after: PruningStage) -> None:
+    """Refuse a stage that is to keep more than the one before it leaves."""
+    for first, second, unit in (
+        (_count(before), _count(after), "tokens"),
+        (_largest_share(before), _wanted_share(after), "of the original tokens"),
+    ):
+        if first is not None and second is not None and second > first:
+            raise ValueError(
+                f"the stage at layer {after.layer} keeps {second} {unit} after at most {first} at layer "
+                f"{before.layer}; both are counted against the original image tokens, so a later one cannot be larger"
+            )
+
+
+def _count(stage: PruningStage) -> int | None:
+    return stage.keep.count if isinstance(stage.keep, Count) else None
+
+
+def _largest_share(stage: PruningStage) -> float | None:
+    if isinstance(stage.keep, Ratio):
+        return stage.keep.ratio
+    return stage.keep.at_most if isinstance(stage.keep, Mass) else None
+
+
+def _wanted_share(stage: PruningStage) -> float | None:
     """The fraction that must not exceed what the stage before leaves; an `at_most` of 1 binds nothing."""
-    return stage.keep.at_least if stage.keep is not None and stage.keep.at_most == 1 else stage.most
+    if isinstance(stage.keep, Mass) and stage.keep.at_most == 1:
+        return stage.keep.at_least
+    return _largest_share(stage)

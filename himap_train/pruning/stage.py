@@ -1,114 +1,74 @@
-"""One removal of image tokens: at which layer, ranked by what, and how many stay.
-
-How many is a fraction, a number, or as many as hold a share of the attention: then a sample whose attention lies on few
-image tokens keeps few and costs less, and one that looks everywhere keeps more.
-"""
+"""One removal of image tokens: at which layer, by which method, and how many stay."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-CRITERIA = ("instruction", "image", "image_debiased", "last_token", "random", "uniform")
+from himap_train.pruning.keep import Count, Keep, Mass, Ratio
+from himap_train.pruning.methods import METHODS, Method, read_method
+from himap_train.pruning.methods.base import Reads
+from himap_train.pruning.names import check_keys
+
+_KEYS = ("layer", "criterion", "keep_ratio", "keep_count", "keep")
 
 
-@dataclass(frozen=True)
-class AttentionMass:
-    """Keep the smallest set of image tokens that holds a share of the attention.
-
-    The share is of the scores of the stage's criterion, summed over the image tokens of a row (and turn) that are left.
-    Tokens that must stay count in it.
-
-    Args:
-        mass: Share in (0, 1] of the attention that the kept tokens hold together.
-        at_least: Fraction in [0, 1] of the original image tokens that stay in any case; never less than one token.
-        at_most: Fraction in (0, 1] of the original image tokens that no sample exceeds. The cost of a schedule is
-            bounded by it.
-
-    Raises:
-        ValueError: On a value outside these ranges, or bounds upside down.
-    """
-
-    mass: float
-    at_least: float = 0.0
-    at_most: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check every field where it is set."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"keep: {field.name} is {value!r}; expected a number")
-        if not 0.0 < self.mass <= 1.0:
-            raise ValueError(f"keep: mass is {self.mass}; expected a share above 0, up to 1, of the attention")
-        if not 0.0 <= self.at_least <= 1.0:
-            raise ValueError(f"keep: at_least is {self.at_least}; expected 0 to 1 (fraction of the image tokens)")
-        if not 0.0 < self.at_most <= 1.0:
-            raise ValueError(f"keep: at_most is {self.at_most}; expected above 0, up to 1 (fraction of the tokens)")
-        if self.at_least > self.at_most:
-            raise ValueError(
-                f"keep: at_least={self.at_least} is more than at_most={self.at_most}; the bounds are upside down"
-            )
-
-    def to_dict(self) -> dict[str, float]:
-        """Plain YAML and JSON types; bounds that bind nothing are left out."""
-        return {f.name: value for f in fields(self) if (value := float(getattr(self, f.name))) != f.default}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class PruningStage:
     """One removal of image tokens.
 
     Args:
-        layer: Decoder layer (0-based) at whose input the tokens leave; 1 or more, since layer `layer - 1` ranks them.
-        criterion: What ranks the tokens, one of `CRITERIA`.
+        layer: Decoder layer (0-based) at whose input the tokens leave. A method that reads attention needs 1 or more,
+            since layer `layer - 1` ranks the tokens; at 0 they leave before the decoder.
+        criterion: What chooses the tokens: a method, its name, or a mapping with its name and parameters.
         keep_ratio: Fraction in [0, 1] kept of the image tokens that the row had originally; rounded half up, at least
             one token unless it is 0.
         keep_count: Number of image tokens kept instead of a ratio.
-        keep: Share of the attention to keep instead: the number of tokens then follows each sample.
+        keep: Any of `Ratio`, `Count` and `Mass` instead; with `Mass` the number of tokens follows each sample.
+
+    Attributes:
+        layer: As given.
+        method: What chooses the tokens.
+        keep: How many stay.
 
     Raises:
-        ValueError: On a value outside these ranges, if not exactly one of the three is given, or if `keep` stands with
-            a criterion that reads no attention.
+        ValueError: On a value outside these ranges, an unknown method, if not exactly one of the three last is given,
+            or if the number or the layer does not go with the method.
     """
 
     layer: int
-    criterion: str
-    keep_ratio: float | None = None
-    keep_count: int | None = None
-    keep: AttentionMass | None = None
+    method: Method
+    keep: Keep
 
-    def __post_init__(self) -> None:
-        """Check every field where it is set."""
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 1:
+    def __init__(
+        self,
+        layer: int,
+        criterion: str | Mapping[str, Any] | Method,
+        keep_ratio: float | None = None,
+        keep_count: int | None = None,
+        keep: Keep | None = None,
+    ) -> None:
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            raise ValueError(f"stage layer is {layer!r}; expected an integer of 0 or more")
+        object.__setattr__(self, "layer", layer)
+        object.__setattr__(self, "method", read_method(criterion))
+        object.__setattr__(self, "keep", _one_of(layer, keep_ratio, keep_count, keep))
+        if layer == 0 and self.reads_before:
             raise ValueError(
-                f"stage layer is {self.layer!r}; expected an integer of 1 or more (the layer before ranks the tokens)"
+                f"the stage at layer 0 is before the decoder, where criterion {self.criterion!r}, which reads "
+                f"{self.method.reads.value}, has nothing to read; give a layer of 1 or more, or a criterion that reads "
+                f"no attention: {', '.join(_without_attention())}"
             )
-        if self.criterion not in CRITERIA:
-            raise ValueError(f"criterion {self.criterion!r} is unknown{nearest(self.criterion, CRITERIA)}")
-        if sum(size is not None for size in (self.keep_ratio, self.keep_count, self.keep)) != 1:
+        if isinstance(self.keep, Mass) and self.method.reads is not Reads.ATTENTION:
+            ranking = [name for name, method in METHODS.items() if method.reads is Reads.ATTENTION]
             raise ValueError(
-                f"stage at layer {self.layer} has keep_ratio={self.keep_ratio}, keep_count={self.keep_count} and "
-                f"keep={self.keep}; give exactly one of them"
-            )
-        if self.keep_ratio is not None and not 0.0 <= self.keep_ratio <= 1.0:
-            raise ValueError(f"keep_ratio is {self.keep_ratio} at layer {self.layer}; expected 0 to 1 (fraction kept)")
-        if self.keep_count is not None and (not isinstance(self.keep_count, int) or self.keep_count < 0):
-            raise ValueError(
-                f"keep_count is {self.keep_count!r} at layer {self.layer}; expected an integer of 0 or more"
-            )
-        if self.keep is not None and not isinstance(self.keep, AttentionMass):
-            raise ValueError(f"keep is {self.keep!r} at layer {self.layer}; expected AttentionMass(mass)")
-        if self.keep is not None and not self.needs_attention:
-            raise ValueError(
-                f"criterion {self.criterion!r} at layer {self.layer} reads no attention, so there is no mass to keep; "
-                "give keep_ratio, or a criterion that does: instruction, image, image_debiased, last_token"
+                f"criterion {self.criterion!r} at layer {layer} reads no attention, so there is no mass to keep; "
+                f"give keep_ratio, or a criterion that does: {', '.join(ranking)}"
             )
 
     @classmethod
-    def from_dict(cls, given: Mapping[str, Any], where: str = "stage") -> PruningStage:
+    def from_dict(cls, given: Any, where: str = "stage") -> PruningStage:
         """The inverse of `to_dict`; `where` names the stage in messages.
 
         Raises:
@@ -116,49 +76,56 @@ class PruningStage:
         """
         if not isinstance(given, Mapping):
             raise ValueError(f"{where} is {given!r}; expected a mapping with layer, criterion, keep_ratio")
-        check_keys(where, given, cls, needed=("layer", "criterion"))
+        check_keys(where, given, _KEYS, needed=("layer", "criterion"))
         keep = given.get("keep")
-        if keep is None:
-            return cls(**given)
-        if not isinstance(keep, Mapping):
-            raise ValueError(f"{where}.keep is {keep!r}; expected a mapping such as {{mass: 0.9}}")
-        check_keys(f"{where}.keep", keep, AttentionMass, needed=("mass",))
-        return cls(**{**given, "keep": AttentionMass(**keep)})
+        return cls(**{**given, "keep": None if keep is None else Mass.from_dict(keep, f"{where}.keep")})
+
+    def at(self, layer: int) -> PruningStage:
+        """The same at another layer."""
+        return PruningStage(layer, self.method, keep=self.keep)
+
+    def keeping(self, ratio: float) -> PruningStage:
+        """The same with another keep ratio."""
+        return PruningStage(self.layer, self.method, keep_ratio=ratio)
 
     @property
-    def most(self) -> float | None:
-        """Largest fraction of the original image tokens that may stay; None where a count is given."""
-        return self.keep_ratio if self.keep is None else self.keep.at_most
+    def criterion(self) -> str:
+        """What chooses the tokens, as a schedule names it."""
+        return str(self.method)
 
     @property
-    def needs_attention(self) -> bool:
-        """Whether ranking reads attention: not for rules without scores, nor where every image token leaves."""
-        return self.criterion not in ("random", "uniform") and self.keep_ratio != 0 and self.keep_count != 0
+    def keep_ratio(self) -> float | None:
+        """Fraction kept of the original image tokens; None where another rule says how many."""
+        return self.keep.ratio if isinstance(self.keep, Ratio) else None
+
+    @property
+    def keep_count(self) -> int | None:
+        """Number of image tokens kept; None where another rule says how many."""
+        return self.keep.count if isinstance(self.keep, Count) else None
+
+    @property
+    def reads_before(self) -> bool:
+        """Whether choosing needs the attention or keys of the layer before: not where every image token leaves."""
+        return self.method.reads in (Reads.ATTENTION, Reads.KEYS) and not self.keep.removes_all
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain YAML and JSON types; fields that are not set are left out."""
-        fields = {"layer": self.layer, "criterion": self.criterion}
-        keep = None if self.keep is None else self.keep.to_dict()
-        optional = {"keep_ratio": self.keep_ratio, "keep_count": self.keep_count, "keep": keep}
-        return fields | {key: value for key, value in optional.items() if value is not None}
+        """Plain YAML and JSON types."""
+        return {"layer": self.layer, "criterion": self.method.to_dict(), **self.keep.to_dict()}
 
 
-def nearest(name: str, valid: tuple[str, ...]) -> str:
-    """The tail of an error message: the nearest valid name, and all of them."""
-    close = difflib.get_close_matches(str(name), valid, n=1)
-    return (f"; did you mean {close[0]!r}?" if close else ";") + f" valid: {', '.join(valid)}"
+def _one_of(layer: int, keep_ratio: float | None, keep_count: int | None, keep: Keep | None) -> Keep:
+    if sum(size is not None for size in (keep_ratio, keep_count, keep)) != 1:
+        raise ValueError(
+            f"stage at layer {layer} has keep_ratio={keep_ratio}, keep_count={keep_count} and keep={keep}; "
+            "give exactly one of them"
+        )
+    if keep is not None and not isinstance(keep, Keep):
+        raise ValueError(f"keep is {keep!r} at layer {layer}; expected Ratio(0.5), Count(72) or Mass(0.9)")
+    try:
+        return keep or (Count(keep_count) if keep_ratio is None else Ratio(keep_ratio))  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(f"{error}, at layer {layer}") from error
 
 
-def check_keys(where: str, given: Mapping[str, Any], of: type[Any], needed: tuple[str, ...] = ()) -> None:
-    """Refuse keys that are no fields of a dataclass (the nearest is named), and missing ones that are `needed`.
-
-    Raises:
-        ValueError: Naming the key and `where` it is.
-    """
-    valid = tuple(field.name for field in fields(of))
-    for key in given:
-        if key not in valid:
-            raise ValueError(f"{where} has the unknown key {key!r}{nearest(str(key), valid)}")
-    for key in needed:
-        if key not in given:
-            raise ValueError(f"{where} has no {key!r}; found {sorted(given)}")
+def _without_attention() -> list[str]:
+    return [name for name, method in METHODS.items() if method.reads in (Reads.STATES, Reads.NOTHING)]

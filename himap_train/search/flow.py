@@ -19,10 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from himap_train.evaluation.answering import evaluation_mode
-from himap_train.models.install import base_llava, install_pruning
+from himap_train.models.families import family_of
+from himap_train.models.install import install_pruning
+from himap_train.models.stock import base_model
 from himap_train.pruning.layout import build_layout
-from himap_train.pruning.schedule import PruningSchedule, PruningStage
-from himap_train.pruning.scoring import RankingRows, attention_blocks, ranking_rows
+from himap_train.pruning.methods.attention import attention_blocks
+from himap_train.pruning.methods.base import RankingRows
+from himap_train.pruning.methods.image import ByImage
+from himap_train.pruning.methods.instruction import Instruction
+from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.samples import EncodedBatch, SearchSamples
 from himap_train.search.space import Point, Space
 
@@ -84,7 +89,7 @@ def information_flow(model: nn.Module, samples: SearchSamples) -> Flow:
     totals: Any = 0
     with evaluation_mode(model):
         for batch in samples.batches:
-            totals = totals + torch.tensor(_layers(base_llava(model), batch), dtype=torch.float64)
+            totals = totals + torch.tensor(_layers(base_model(model), batch), dtype=torch.float64)
     instruction, image = (totals / samples.count).T.tolist()
     return Flow(tuple(instruction), tuple(image))
 
@@ -92,12 +97,14 @@ def information_flow(model: nn.Module, samples: SearchSamples) -> Flow:
 def _layers(base: Any, batch: EncodedBatch) -> list[list[float]]:
     ids, mask = batch.texts["input_ids"], batch.texts["attention_mask"]
     layout, counts = build_layout(ids == base.config.image_token_id, mask, batch.labels != -100)
-    kinds = (PruningStage(1, criterion, 0.5) for criterion in ("instruction", "image"))
-    collector = FlowCollector([ranking_rows(kind, layout, counts) for kind in kinds], layout.image, layout.valid)
+    rows = [method.rows(layout, counts) for method in (Instruction(), ByImage())]
+    collector = FlowCollector(rows, layout.image, layout.valid)
     base.model(
         input_ids=ids,
         attention_mask=mask,
-        mm_encoder_outputs=batch.images,
+        mm_encoder_outputs={"image": batch.encoded},
+        **family_of(base).forward_inputs(base.config, ids, batch.sizes),
+        **batch.sizes,
         use_cache=False,
         score_collector=collector,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from himap_train.pruning.schedule import PruningSchedule, PruningStage
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.pruning.stage import PruningStage
 
 SHAPES = [(deep, share) for deep in (3, 4, 5) for share in (0.25, 0.5)] + [(4, 0.0), (5, 0.0)]
 """Layer of the second stage, and what it keeps of the first stage's tokens. The first is at layer 1."""

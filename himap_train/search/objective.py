@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from himap_train.evaluation.answering import evaluation_mode
-from himap_train.models.install import base_llava, hidden_states, install_pruning
+from himap_train.models.features import hidden_states
+from himap_train.models.install import install_pruning
 from himap_train.models.loss import supervised_loss
+from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.samples import SearchSamples
 
@@ -39,12 +41,14 @@ class Objective:
             ValueError: It is not finite.
         """
         install_pruning(self.model, schedule)
-        lm_head: Any = base_llava(self.model).lm_head
+        lm_head: Any = base_model(self.model).lm_head
         total = torch.zeros((), dtype=torch.float64)
         with evaluation_mode(self.model), torch.random.fork_rng():
             torch.manual_seed(self.seed)
             for batch in self.samples.batches:
-                hidden = hidden_states(self.model, **batch.texts, mm_encoder_outputs=batch.images)
+                hidden = hidden_states(
+                    self.model, **batch.texts, images=batch.sizes, mm_encoder_outputs={"image": batch.encoded}
+                )
                 loss, _ = supervised_loss(hidden, batch.labels, lm_head)
                 total += loss.double().cpu()
                 self.forward_passes += 1

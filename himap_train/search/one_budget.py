@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-from himap_train.checkpoints.scheduled import fit_preset
+from himap_train.pruning.reading import fit_preset
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.flow import Flow, suggest
 from himap_train.search.space import Point, Space

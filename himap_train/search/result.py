@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from himap_train.evaluation.tables import json_ready
-from himap_train.pruning.training_cost import training_flops
+from himap_train.models.training_cost import training_flops
 from himap_train.search.flow import Flow
 from himap_train.search.samples import SearchSamples
 from himap_train.search.show import draw_search

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import IGNORED, Encoder, Sample
-from himap_train.data.images import AspectRatio
 from himap_train.data.records import Conversation, RecordError, Source, StreamingSource
 from himap_train.data.skips import SkipLog
 from himap_train.evaluation.answering import evaluation_mode
 from himap_train.evaluation.questions import Question, question_batches, source_length
-from himap_train.models.install import base_llava
+from himap_train.models.families import family_of
+from himap_train.models.families.base import AspectRatio
+from himap_train.models.stock import base_model
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class EncodedBatch:
     """What `hidden_states` takes: input_ids, attention_mask and labels (B, S), and the features of the images."""
 
     texts: dict[str, Tensor]
-    images: dict[str, Any]
+    encoded: Any
+    sizes: dict[str, Tensor]
 
     @property
     def labels(self) -> Tensor:
@@ -106,7 +108,7 @@ def read_samples(
     if min(count, batch_size) < 1:
         raise ValueError(f"{count} samples in batches of {batch_size}: both must be at least 1")
     drawn = _Drawn(source, count, seed) if isinstance(source, Source) else source
-    base: Any = base_llava(model)
+    base: Any = base_model(model)
     encoder = Encoder(processor, base.config.text_config.max_position_embeddings, image_aspect_ratio)
     skipped = SkipLog(source_length(drawn, count), max_skipped)
     samples, without_image = _encoded(question_batches(drawn, batch_size, count, skipped.add), encoder, skipped)
@@ -132,7 +134,7 @@ def _encoded(batches: Iterable[list[Question]], encoder: Encoder, skipped: SkipL
         except RecordError as error:
             skipped.add(question.index, error)
             continue
-        if sample["pixel_values"] is None:
+        if not sample["images"]:
             without_image += 1
         else:
             samples.append(sample)
@@ -142,8 +144,9 @@ def _encoded(batches: Iterable[list[Question]], encoder: Encoder, skipped: SkipL
 def _batch(base: Any, samples: list[Sample], pad_token_id: int) -> EncodedBatch:
     batch: Any = collate(samples, pad_token_id, pad_to_multiple_of=8)  # CPU kernels are set up anew for each length
     texts = {name: batch[name].to(base.device) for name in ("input_ids", "attention_mask", "labels")}
-    pixels = batch["pixel_values"].to(base.device, base.model.vision_tower.dtype)
-    return EncodedBatch(texts, {"image": base.model.get_image_features(pixel_values=pixels)})
+    family = family_of(base)
+    images = {name: values.to(base.device) for name, values in batch["images"].items()}
+    return EncodedBatch(texts, family.encode_images(base, images), family.position_inputs(images))
 
 
 def _described(

@@ -14,7 +14,9 @@ from typing import Any
 
 from himap_train.pruning.budget import check_budget
 from himap_train.pruning.cost import image_tokens_per_layer
-from himap_train.pruning.schedule import CRITERIA, PruningSchedule, PruningStage, nearest
+from himap_train.pruning.methods import read_method
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.pruning.stage import PruningStage
 
 TOLERANCE = 0.01
 """How far a candidate's `flops_ratio` may be from the budget, relative to it; counts are whole tokens."""
@@ -125,7 +127,7 @@ class Space:
         for stage in schedule.stages:
             left = counts[stage.layer]
             if left < before:
-                stages.append(replace(stage, keep_ratio=round(left / self.tokens["image_tokens"], 4)))
+                stages.append(stage.keeping(round(left / self.tokens["image_tokens"], 4)))
             before = left
         return replace(schedule, stages=tuple(stages))
 
@@ -145,8 +147,7 @@ def _as_himap(stages: int) -> tuple[str, ...]:
 
 def _check_criteria(criteria: tuple[str, ...], stages: int, free: bool) -> None:
     for criterion in criteria:
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion {criterion!r} is unknown{nearest(criterion, CRITERIA)}")
+        read_method(criterion)
     if not free and len(criteria) != stages:
         raise ValueError(
             f"{len(criteria)} criteria ({', '.join(criteria)}) for {stages} stages; give one a stage by depth, or "

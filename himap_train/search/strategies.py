@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal, get_args
 
-from himap_train.pruning.schedule import nearest
+from himap_train.pruning.names import nearest
 from himap_train.search.space import Point, Space
 from himap_train.search.trials import Trials
 

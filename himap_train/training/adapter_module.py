@@ -7,7 +7,7 @@ unless a training step was given another one with `use_schedule` (a curriculum, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,8 +15,11 @@ from peft import PeftModel
 from torch import Tensor
 
 from himap_train.checkpoints.adapter import CHECKPOINT_KEY, adapter_facts
+from himap_train.models.families import family_of
+from himap_train.models.features import hidden_states
 from himap_train.models.guard import check_pruned, check_trained_weights
-from himap_train.models.install import base_llava, change_schedule, hidden_states, pruning_of
+from himap_train.models.install import change_schedule, pruning_of
+from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.run.resume_split import begin_next_epoch, continue_in_this_split
 
@@ -58,11 +61,17 @@ class AdapterModule(LightningModule):
             raise RuntimeError("the model is not loaded yet; call configure_model() first")
         return self.llava
 
+    @property
+    def vision_tower(self) -> torch.nn.Module:
+        """Of the loaded model."""
+        base = base_model(self.peft_model)
+        return cast(torch.nn.Module, family_of(base).vision(base))
+
     def train(self, mode: bool = True) -> AdapterModule:
         """As `nn.Module.train`, but the frozen vision tower stays in evaluation mode."""
         super().train(mode)
         if self.llava is not None:
-            base_llava(self.llava).model.vision_tower.eval()
+            self.vision_tower.eval()
         return self
 
     def on_fit_start(self) -> None:
@@ -104,8 +113,8 @@ class AdapterModule(LightningModule):
         """
         pruning = pruning_of(self.peft_model)
         before = pruning.last if pruning else None
-        image_tokens = batch["input_ids"] == base_llava(self.peft_model).config.image_token_id
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values", "labels")}
+        image_tokens = batch["input_ids"] == base_model(self.peft_model).config.image_token_id
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "images", "labels")}
         hidden = hidden_states(self.peft_model, **inputs, image_features=batch.get("image_features"))
         check_pruned(self._running or self.schedule, pruning_of(self.peft_model), before, image_tokens)
         return hidden

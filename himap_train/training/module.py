@@ -14,14 +14,14 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import LlavaProcessor
 
-from himap_train.checkpoints.load import read_schedule
-from himap_train.checkpoints.scheduled import fit_preset, is_preset
-from himap_train.models.embeddings import weights_are_spread
-from himap_train.models.install import base_llava, install_pruning
+from himap_train.models.features import weights_are_spread
+from himap_train.models.install import install_pruning
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
 from himap_train.models.loss import calls_needed, distilled_loss, supervised_loss
 from himap_train.models.quantize import Quantize
+from himap_train.models.stock import base_model
+from himap_train.pruning.reading import fit_preset, is_preset, read_schedule
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.adapter_module import AdapterModule, Teacher
 from himap_train.training.averaging import WindowMean
@@ -112,7 +112,7 @@ class LlavaFineTuner(AdapterModule):
         with torch.random.fork_rng(devices=[]):  # LoRA starts the same however the weights were loaded
             torch.manual_seed(torch.initial_seed())
             self.llava = self.attach(model)
-        decoder = base_llava(self.llava).model.language_model
+        decoder = base_model(self.llava).model.language_model
         if self.gradient_checkpointing:
             decoder.activation_checkpointing_enable({"use_reentrant": False})
         self.schedule = self.fitted_schedule(decoder.config.num_hidden_layers)
@@ -142,13 +142,13 @@ class LlavaFineTuner(AdapterModule):
             RuntimeError: The schedule says that image tokens go, and they did not.
         """
         hidden, calls = self.states(batch), self._lm_head_calls(batch["labels"])
-        return supervised_loss(hidden, batch["labels"], base_llava(self.peft_model).lm_head, self.loss_chunk, calls)
+        return supervised_loss(hidden, batch["labels"], base_model(self.peft_model).lm_head, self.loss_chunk, calls)
 
     def distilled_batch_loss(self, batch: dict[str, Any], teacher: Teacher) -> tuple[Tensor, Tensor, Tensor]:
         """As `batch_loss`, with the summed divergence from the teacher between loss and number."""
         expected = self.teacher_states(batch, teacher)
         hidden, calls = self.states(batch), self._lm_head_calls(batch["labels"])
-        lm_head = base_llava(self.peft_model).lm_head
+        lm_head = base_model(self.peft_model).lm_head
         return distilled_loss(hidden, expected, batch["labels"], lm_head, self.loss_chunk, calls)
 
     def _lm_head_calls(self, labels: Tensor) -> int:

@@ -10,7 +10,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_cosine_schedule_with_warmup
 
+from himap_train.models.families import family_of
 from himap_train.models.lora import parameter_group
+from himap_train.models.stock import base_model
 
 
 def parameter_groups(
@@ -23,12 +25,13 @@ def parameter_groups(
     Raises:
         ValueError: Nothing is trainable.
     """
+    family = family_of(base_model(model))
     rates = {"lora": lora_lr, "projector": projector_lr}
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = parameter_group(name)
+        part = parameter_group(name, family)
         if part not in rates:
             raise ValueError(f"{name} is trainable but belongs to neither LoRA nor projector; it has no learning rate")
         decays = parameter.ndim > 1

@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from himap_train.pruning.layout import TokenCounts, TokenLayout
-from himap_train.pruning.selection import Removal, compact, gather_tokens, of_group
+from himap_train.pruning.ranks import of_group
+from himap_train.pruning.removal import Removal
+from himap_train.pruning.token_map import TokenMap, compact, gather_tokens
 
 MARGINAL_SHARE = 0.05
 """Marginal tokens on each side as a share of the original image tokens: fewer are noisier, more are less marginal."""
@@ -51,10 +53,10 @@ class Marginal:
     shadow: Tensor
     shadows: Tensor
 
-    def gather(self, index: Tensor, real: Tensor) -> Marginal:
-        """At the tokens `index` (B, L'); entries where `real` (B, L') is false are padding."""
+    def gather(self, moved_by: TokenMap) -> Marginal:
+        """At the tokens after a removal."""
         parts = (self.bias, self.gain, self.moved, self.shadow)
-        bias, gain, moved, shadow = (gather_tokens(part, index) * real for part in parts)
+        bias, gain, moved, shadow = (moved_by.gather(part) * moved_by.valid for part in parts)
         return Marginal(bias, gain, moved, shadow, self.shadows)
 
 

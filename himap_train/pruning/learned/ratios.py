@@ -21,7 +21,8 @@ from torch import Tensor
 
 from himap_train.pruning.budget import at_budget, check_budget
 from himap_train.pruning.cost import layer_flops
-from himap_train.pruning.schedule import PruningSchedule, PruningStage
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.pruning.stage import PruningStage
 
 _HALVINGS, _STEEPEST = 60, 1e4
 _ELSEWHERE = 0.1
@@ -65,7 +66,10 @@ class KeepRatios:
         self.layers: int = self.config.num_hidden_layers
         for name, layer in (("first_layer", first_layer), ("switch_layer", switch_layer)):
             if not 1 <= layer < self.layers:
-                raise ValueError(f"{name} is {layer}; expected a layer of the decoder, 1 to {self.layers - 1}")
+                raise ValueError(
+                    f"{name} is {layer}; expected a layer of the decoder, 1 to {self.layers - 1} "
+                    "(learned ratios need the attention of the layer before)"
+                )
         if switch_layer < first_layer:
             raise ValueError(f"switch_layer {switch_layer} lies before first_layer {first_layer}")
         self.budget, self.target = budget, 1.0
@@ -83,7 +87,7 @@ class KeepRatios:
         if schedule is None:
             return torch.zeros(number, dtype=torch.float64)
         schedule.validate_for(self.layers)
-        if any(stage.keep_ratio is None or stage.layer < self.first_layer for stage in schedule.stages):
+        if schedule.enter or any(s.keep_ratio is None or s.layer < self.first_layer for s in schedule.stages):
             raise ValueError(
                 f"start has the stages {schedule.to_dict()['stages']}; expected a keep_ratio in each, from first_layer "
                 f"{self.first_layer} on"
@@ -97,7 +101,12 @@ class KeepRatios:
 
     def _check_criteria(self) -> None:
         for criterion in self.criteria:
-            PruningStage(self.first_layer, criterion, 1.0)  # refuses unknown ones
+            method = PruningStage(self.first_layer, criterion, 1.0).method  # refuses unknown ones
+            if method.merges or not method.ranks:
+                raise ValueError(
+                    f"criterion {criterion!r} chooses a set whose members depend on its size, so a keep ratio has no "
+                    "gradient under it; give one that ranks, such as instruction or image"
+                )
 
     def ratios(self) -> Tensor:
         """Keep ratio of each layer, (layers,) fp64, 1 before the first; their `flops_ratio` is the target."""

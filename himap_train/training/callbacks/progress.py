@@ -24,7 +24,7 @@ def logs_now(trainer: Any, batch_idx: int) -> bool:
 def _has_images(batch: Any) -> bool:
     """Whether a batch holds images, as pixels or as features of the vision tower."""
     features = batch.get("image_features")
-    return batch["pixel_values"] is not None or (features is not None and len(features) > 0)
+    return bool(batch["images"]) or (features is not None and len(features) > 0)
 
 
 class Throughput(Callback):

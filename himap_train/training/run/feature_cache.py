@@ -21,15 +21,15 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import LlavaForConditionalGeneration
 
 from himap_train.bar import progress_bar
 from himap_train.data.cached import ImageDigests, ImagesToEncode, Place, check_same_images
 from himap_train.data.feature_store import FeatureStore
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import Source
-from himap_train.models.image_features import empty_image, tower_features
-from himap_train.models.install import base_llava
+from himap_train.models.families import family_of
+from himap_train.models.families.llava import Llava
+from himap_train.models.stock import base_model
 from himap_train.models.tower import check_frozen, facts_key, tower_facts
 from himap_train.storage import atomic_file
 from himap_train.training.run.launch import agree, from_all, say
@@ -58,12 +58,13 @@ def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule
     encoder, source = data.cached_encoder, data.source("train")
     if encoder is None or not isinstance(source, Source):
         return
-    base = base_llava(model)
+    base = base_model(model)
     check_frozen(base)
+    family = _family(base)
     check_same_images(source, data.spec("train"))
     say("caching image features: looking through the images")
     places = _images(trainer, source, data)
-    base.model.vision_tower.eval()  # where a frozen tower belongs in training too
+    family.vision(base).eval()  # where a frozen tower belongs in training too
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         store = _store(trainer, base, data)
         missing = _announced(trainer, store, places)
@@ -74,9 +75,10 @@ def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule
     encoder.store = store
 
 
-def _store(trainer: Trainer, base: LlavaForConditionalGeneration, data: LlavaDataModule) -> FeatureStore:
+def _store(trainer: Trainer, base: Any, data: LlavaDataModule) -> FeatureStore:
     """The store of this tower, with what it holds; the first process clears damaged shards away."""
-    blank = tower_features(base, empty_image(base))[0]
+    family = _family(base)
+    blank = family.tower_features(base, family.empty_images(base))[0]
     facts = tower_facts(base, data.processor.image_processor, data.image_aspect_ratio, str(trainer.precision))
     facts["dtype"] = str(blank.dtype)
     wanted = data.cache_image_features
@@ -134,7 +136,7 @@ def _announced(trainer: Trainer, store: FeatureStore, places: list[Place]) -> li
 
 def _compute(
     trainer: Trainer,
-    base: LlavaForConditionalGeneration,
+    base: Any,
     source: Source,
     data: LlavaDataModule,
     store: FeatureStore,
@@ -146,16 +148,18 @@ def _compute(
     """
     own = missing[trainer.global_rank :: trainer.world_size]
     calls = -(-len(missing[:: trainer.world_size]) // _BATCH)
-    images = ImagesToEncode(source, own, data.processor.image_processor, data.image_aspect_ratio)
+    images = ImagesToEncode(source, own, data.processor, data.image_aspect_ratio)
     batches, ready = iter(_loader(images, data)), dict[str, torch.Tensor]()
     written: list[str] = []
     failure: str | None = None
+    family = _family(base)
+    blank = family.empty_images(base)
     with progress_bar("caching image features", len(own), trainer.is_global_zero) as advance:
         for call in range(calls):
-            read: list[tuple[str, torch.Tensor | None]] = next(batches, [])
-            good = [(digest, pixels) for digest, pixels in read if pixels is not None]
-            pixels = torch.cat([pixels for _, pixels in good]) if good else empty_image(base)
-            features = tower_features(base, pixels.to(base.device)).cpu()
+            read: list[tuple[str, dict[str, torch.Tensor] | None]] = next(batches, [])
+            good = [(digest, image["pixel_values"]) for digest, image in read if image is not None]
+            given = {"pixel_values": torch.cat([pixels for _, pixels in good]).to(base.device)} if good else blank
+            features = family.tower_features(base, given).cpu()
             ready |= {digest: values for (digest, _), values in zip(good, features, strict=False)}
             if failure is None and (len(ready) >= store.shard_images or call == calls - 1):
                 failure, ready = _write(store, ready, written), {}
@@ -192,3 +196,10 @@ def _loader(dataset: Any, data: LlavaDataModule) -> DataLoader[Any]:
 
 def _gb(count: int) -> str:
     return f"{count / _GB:.1f} GB" if count >= _GB else f"{count / 1e6:.1f} MB"
+
+
+def _family(base: Any) -> Llava:
+    """The family, which caches features: `check_frozen` has seen to it."""
+    family = family_of(base)
+    assert isinstance(family, Llava)
+    return family

@@ -6,11 +6,11 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from himap_train.checkpoints.scheduled import fitted_schedule
 from himap_train.data.check_report import DataReport
 from himap_train.evaluation.budgeted import prompt_tokens, require_budget
 from himap_train.evaluation.compare import Row, compare
 from himap_train.models.loading import resolve_model
+from himap_train.pruning.reading import fitted_schedule
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.run.command_line import FinetuneCLI
 from himap_train.training.schedules.requirements import require_ratios

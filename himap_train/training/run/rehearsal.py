@@ -16,12 +16,12 @@ import torch
 from jsonargparse import Namespace
 from transformers import AutoConfig
 
-from himap_train.checkpoints.load import read_schedule
-from himap_train.checkpoints.scheduled import fit_preset
 from himap_train.models.loading import EMBEDDED, resolve_model
+from himap_train.models.training_cost import tokens_of_image
 from himap_train.pruning.budget import at_strength
-from himap_train.pruning.schedule import PRESET_LAYERS, PruningSchedule, PruningStage
-from himap_train.pruning.training_cost import tokens_of_image
+from himap_train.pruning.reading import fit_preset, read_schedule
+from himap_train.pruning.schedule import PRESET_LAYERS, PruningSchedule
+from himap_train.pruning.stage import PruningStage
 from himap_train.training.run.launch import say
 from himap_train.training.run.strategies import strategy_name
 

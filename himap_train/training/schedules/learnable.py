@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from himap_train.checkpoints.scheduled import fitted_schedule
+from himap_train.pruning.keep import Count
 from himap_train.pruning.learned.ratios import KeepRatios
+from himap_train.pruning.reading import fitted_schedule
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.schedules.requirements import require_positive, require_share
 
@@ -56,7 +57,7 @@ class Learnable:
         """
         key = "pruning.learnable"
         if schedule.stages:
-            fixed = " with a fixed count" if any(stage.keep_count is not None for stage in schedule.stages) else ""
+            fixed = " with a fixed count" if any(isinstance(stage.keep, Count) for stage in schedule.stages) else ""
             raise ValueError(
                 f"{key}.budget and model.schedule{fixed} both say how many tokens stay; set model.schedule to null, "
                 f"and the criteria in {key}.shallow and {key}.deep"

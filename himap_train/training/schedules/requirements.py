@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from himap_train.pruning.keep import Count, Keep, Ratio
 from himap_train.pruning.schedule import PruningSchedule
 
 
@@ -25,8 +26,12 @@ def require_ratios(key: str, schedule: PruningSchedule) -> None:
             f"give it stages or a preset, such as himap, or leave {key} out"
         )
     for stage in schedule.stages:
-        if stage.keep_ratio is None:
+        if not isinstance(stage.keep, Ratio):
             raise ValueError(
                 f"{key} needs a keep_ratio in every stage of model.schedule, but the one at layer {stage.layer} keeps "
-                f"a fixed count ({stage.keep_count}), which cannot change; give keep_ratio instead, or leave {key} out"
+                f"{_how(stage.keep)}, which cannot change; give keep_ratio instead, or leave {key} out"
             )
+
+
+def _how(keep: Keep) -> str:
+    return f"a fixed count ({keep.count})" if isinstance(keep, Count) else "by attention mass"

@@ -3,8 +3,8 @@
 A training step with LoRA (p parameters a layer) on frozen weights: the backward pass needs the gradient of every input
 but of no frozen weight, so the layer's projections cost once their forward again, LoRA (`2 p t` forward) twice, the two
 attention products four products, or five in a flash kernel, which makes its scores anew. Gradient checkpointing adds
-one forward of the layers; the ranking is not repeated. Vision tower: `4 t d^2 + 2 t^2 d + 2 t d m` multiply-adds a
-layer, forward only, since it is frozen.
+one forward of the layers; the ranking is not repeated. Vision tower and projector are the family's; the tower runs
+forward only, since it is frozen.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from himap_train.models.families import family_of_config
 from himap_train.pruning.cost import (
     attention_flops,
+    choosing_flops,
     head_width,
     image_tokens_per_layer,
     kv_width,
     linear_flops,
-    ranking_flops,
 )
 from himap_train.pruning.schedule import PruningSchedule
 
@@ -74,11 +75,11 @@ def training_flops(
     attention_backward: float = FLASH_BACKWARD,
     causal: bool = False,
 ) -> TrainingFlops:
-    """FLOPs of one sample in a training step of a LLaVA with LoRA; an upper bound where stages keep by attention mass.
+    """FLOPs of one sample in a training step with LoRA; an upper bound where stages keep by attention mass.
 
     Args:
         schedule: What is removed where.
-        config: Hugging Face configuration of a LLaVA.
+        config: Hugging Face configuration of the model.
         image_tokens: Image tokens of the sample.
         text_tokens: All other tokens.
         lora_parameters: Of each decoder layer.
@@ -92,7 +93,9 @@ def training_flops(
         attention_backward: Attention's backward in units of its forward: `FLASH_BACKWARD`, or 2 product by product.
         causal: Leave out the half of attention that is masked.
     """
-    text = config.text_config
+    text, family = config.text_config, family_of_config(config)
+    of_image = round(image_tokens / images) if images else 0
+    first, others = family.projector_flops(config, of_image)
     schedule.validate_for(text.num_hidden_layers)
     layers = image_tokens_per_layer(schedule, text.num_hidden_layers, image_tokens)
     forward = backward = last = 0.0
@@ -106,35 +109,17 @@ def training_flops(
     if not trains_projector and not checkpointing:  # nothing before the first layer needs a gradient
         widths = text.num_attention_heads * head_width(text) + 2 * kv_width(text)
         backward -= 2.0 * (image_tokens + text_tokens) * text.hidden_size * widths
-    ranking = sum(ranking_flops(stage, text, layers[stage.layer - 1], text_tokens) for stage in schedule.stages)
+    ranking = choosing_flops(schedule, text, layers, image_tokens, text_tokens)
     return TrainingFlops(
         forward=forward + ranking,
         backward=backward,
         recompute=(forward - (0.0 if ends_adapted else last)) if checkpointing else 0.0,
         lm_head=lm_head_passes * 2.0 * supervised * text.hidden_size * text.vocab_size,
-        vision=images * vision_flops(config.vision_config),
-        projector=images * _projector_flops(config, trains_projector),
+        vision=images * family.vision_flops(config, of_image),
+        projector=images * (2 * first + 3 * others if trains_projector else first + others),
     )
 
 
 def tokens_of_image(config: Any) -> int:
-    """Image tokens that a LLaVA makes of one image: its patches, and the class token where the config keeps it."""
-    vision = config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
-
-
-def vision_flops(config: Any) -> float:
-    """FLOPs of a CLIP vision tower over one image: patch embedding and all layers."""
-    width, mlp, patches = config.hidden_size, config.intermediate_size, (config.image_size // config.patch_size) ** 2
-    tokens = patches + 1
-    layer = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * mlp
-    return 2.0 * (patches * width * config.num_channels * config.patch_size**2 + config.num_hidden_layers * layer)
-
-
-def _projector_flops(config: Any, trained: bool) -> float:
-    """Two linear layers over the patches of one image; the first needs no gradient of its input."""
-    vision, width = config.vision_config, config.text_config.hidden_size
-    tokens = tokens_of_image(config)
-    features = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
-    first, second = 2.0 * tokens * features * vision.hidden_size * width, 2.0 * tokens * width**2
-    return 2 * first + 3 * second if trained else first + second
+    """Image tokens of a typical image, from a model's config alone."""
+    return family_of_config(config).tokens_of_config(config)

@@ -1,0 +1,170 @@
+"""What this project must know of a model family: a stock Hugging Face vision-language model, its processor, its sizes.
+
+One family is one file: a subclass of `Family`. Everything else (the layer loop, data, training, evaluation, planning,
+export) asks the family and names no model class. The base class is what families of LLaVA's build have in common: a
+vision tower, a projector, and a text decoder with one position number a token.
+
+Shapes: B rows, S columns, D decoder width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+AspectRatio = Literal["as_processor", "pad"]
+"""What happens to an image that is not square: as the processor's own settings say, or padded to a square first."""
+Images = Mapping[str, Tensor]
+"""Images as a model's forward takes them, by its keyword: `pixel_values`, `image_sizes`, `image_grid_thw`, ...; of no
+images empty. Of one image every tensor's first dimension is what is put one behind the other in a batch.
+"""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Position numbers of a forward pass.
+
+    Attributes:
+        rotary: What the decoder's rotary embedding takes: (B, S) or (1, S), in M-RoPE (3, B, S).
+        text: What masks and layers take, (B, S) or (1, S); None where the stock decoder gives them none.
+    """
+
+    rotary: Tensor
+    text: Tensor | None
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What is added to the image tokens between decoder layers (DeepStack, arXiv 2406.04334).
+
+    Attributes:
+        planes: (B, S, D) each, zero at text; plane `l` is added behind layer `l`.
+        image: (B, S) bool, where.
+    """
+
+    planes: tuple[Tensor, ...]
+    image: Tensor
+
+
+class Family(ABC):
+    """One model family.
+
+    Attributes:
+        name: As the docs call it.
+        model_types: `model_type` of the configs that it opens.
+        decoder_types: `model_type` of the text configs that run in the layer loop.
+        vision_name: Path of the vision tower below the model.
+        projector_names: Paths of what stands between tower and decoder, and is trained and saved as the projector.
+        processor_class: What `load_processor` gives.
+        renumbers: Whether positions can be counted anew after a removal: not where they are 3-D.
+        caches_features: Whether what the tower gives can be kept on disk: one fixed shape an image, then the projector.
+        takes_padding: Whether `image_aspect_ratio: pad` means anything to its processor.
+    """
+
+    name: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+    decoder_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
+    vision_name: ClassVar[str] = "model.vision_tower"
+    projector_names: ClassVar[tuple[str, ...]] = ("model.multi_modal_projector",)
+    processor_class: ClassVar[type[Any]]
+    renumbers: ClassVar[bool] = True
+    caches_features: ClassVar[bool] = False
+    takes_padding: ClassVar[bool] = False
+
+    # The model.
+
+    def decoder(self, model: nn.Module) -> Any:
+        """The text decoder."""
+        return model.model.language_model  # type: ignore[union-attr]
+
+    def vision(self, model: nn.Module) -> Any:
+        """The vision tower."""
+        return model.get_submodule(self.vision_name)
+
+    def image_token_id(self, config: Any) -> int:
+        """The token in whose places image features stand."""
+        return int(config.image_token_id)
+
+    def encode_images(self, model: Any, images: Images) -> Any:
+        """Image features as `mm_encoder_outputs["image"]` of the stock forward takes them."""
+        return model.get_image_features(**images, return_dict=True)
+
+    def empty_images(self, model: Any) -> dict[str, Tensor]:
+        """The smallest image there is: what a batch of text runs where other processes run images."""
+        vision: Any = model.config.vision_config
+        size = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+        blank = torch.zeros(1, vision.num_channels, size, size, device=model.device)
+        return {"pixel_values": blank.to(self.vision(model).dtype)}
+
+    def forward_inputs(self, config: Any, input_ids: Tensor, images: Images) -> dict[str, Tensor]:
+        """What `forward` and `generate` take beside token ids (B, S) and images."""
+        return {}
+
+    def position_inputs(self, images: Images) -> dict[str, Tensor]:
+        """Those of the images that the forward needs although the features are given: sizes and grids."""
+        return {name: values for name, values in images.items() if not name.startswith("pixel_values")}
+
+    # The layer loop.
+
+    def positions(self, position_ids: Tensor | None, embeds: Tensor, cached: int) -> Positions:
+        """As the stock decoder reads them.
+
+        Args:
+            position_ids: As the caller gave them.
+            embeds: (B, S, D).
+            cached: Tokens before these.
+        """
+        if position_ids is None:
+            position_ids = torch.arange(embeds.shape[1], device=embeds.device).unsqueeze(0) + cached
+        return Positions(position_ids, position_ids)
+
+    def layer_inputs(self, options: dict[str, Any]) -> LayerInputs | None:
+        """Takes what is added between layers out of the decoder's further `options`; None where nothing is."""
+        return None
+
+    # Data.
+
+    @abstractmethod
+    def load_processor(self, folder: str, config: Any) -> Any:
+        """The checkpoint's processor: `tokenizer`, `image_processor`, `chat_template`, `image_token`, `image_token_id`,
+        `apply_chat_template(messages, add_generation_prompt=...)` -> text, and `save_pretrained(folder)`.
+
+        Raises:
+            ValueError: The folder has none.
+        """
+
+    @abstractmethod
+    def encode_image(self, processor: Any, image: Image.Image, aspect_ratio: AspectRatio) -> dict[str, Tensor]:
+        """One image (RGB) as the model takes it."""
+
+    @abstractmethod
+    def image_tokens(self, processor: Any, image: Images) -> int:
+        """Image tokens of one encoded image."""
+
+    @abstractmethod
+    def tokens_of_size(self, processor: Any, size: tuple[int, int], aspect_ratio: AspectRatio) -> int:
+        """Image tokens of an image of this (width, height), without decoding one."""
+
+    def placeholder(self, processor: Any, tokens: int) -> list[int]:
+        """Token ids in the place of the one that the chat template writes for an image of so many image tokens."""
+        return [processor.image_token_id] * tokens
+
+    # Sizes.
+
+    @abstractmethod
+    def tokens_of_config(self, config: Any) -> int:
+        """Image tokens of a typical image, from the model's config alone: what plans and budgets are made for."""
+
+    @abstractmethod
+    def vision_flops(self, config: Any, image_tokens: int) -> float:
+        """FLOPs (two per multiply-add) of the vision tower over an image that gives so many image tokens, forward."""
+
+    @abstractmethod
+    def projector_flops(self, config: Any, image_tokens: int) -> tuple[float, float]:
+        """FLOPs of the projector's first layer, which needs no gradient of its input, and of the others, forward."""

@@ -1,0 +1,97 @@
+"""LLaVA-1.5 and VipLLaVA: a vision tower (CLIP or SigLIP), an MLP as projector, one block of tokens an image."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LlavaProcessor
+
+from himap_train.models.families.base import AspectRatio, Family, Images
+from himap_train.models.families.pixels import fixed_pixels, is_cropped, patches_of, tower_flops
+
+
+class Llava(Family):
+    """LLaVA-1.5 (arXiv 2310.03744) and VipLLaVA (arXiv 2312.00784)."""
+
+    name: ClassVar[str] = "llava"
+    model_types: ClassVar[tuple[str, ...]] = ("llava", "vipllava")
+    processor_class: ClassVar[type[Any]] = LlavaProcessor
+    caches_features: ClassVar[bool] = True
+    takes_padding: ClassVar[bool] = True
+
+    def tower_features(self, model: Any, images: Images) -> Tensor:
+        """What the projector takes, (images, T, W), in the dtype in which it computes."""
+        # Copied from transformers 5.23 LlavaModel.get_image_features (VipLlavaModel's is the same with more layers),
+        # whose decorator turns the config's layers into `output_hidden_states`; changes marked "HiMAP:".
+        layers, strategy = model.config.vision_feature_layer, select_strategy(model.config)
+        outputs = self.vision(model)(images["pixel_values"], return_dict=True, output_hidden_states=layers)
+        chosen = [outputs.hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+        if strategy == "default":
+            chosen = [states[:, 1:] for states in chosen]
+        features = torch.cat(chosen, dim=-1)
+        # HiMAP: under autocast the tower's residual stream may be wider than the projector's first product, which
+        # rounds it in any case.
+        device = features.device.type
+        return features.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else features
+
+    def project(self, model: Any, features: Tensor) -> Tensor:
+        """Image features (images, T, D) of the decoder's width from those of the tower (images, T, W)."""
+        projected: Tensor = model.model.multi_modal_projector(features.to(model.device))
+        return projected
+
+    def load_processor(self, folder: str, config: Any) -> LlavaProcessor:
+        """The stock one; facts about image tokens that old checkpoints leave out come from the model's config."""
+        processor = LlavaProcessor.from_pretrained(folder)
+        vision: Any = config.vision_config
+        defaults: dict[str, Any] = {
+            "patch_size": vision.patch_size,
+            "vision_feature_select_strategy": select_strategy(config),
+            # The class token, which SigLIP has not.
+            "num_additional_image_tokens": int(vision.model_type == "clip_vision_model"),
+        }
+        for name, value in defaults.items():
+            if not getattr(processor, name, None):
+                setattr(processor, name, value)
+        return processor
+
+    def encode_image(self, processor: Any, image: Image.Image, aspect_ratio: AspectRatio) -> dict[str, Tensor]:
+        """`pixel_values` (1, 3, H, W)."""
+        return {"pixel_values": fixed_pixels(image, processor.image_processor, aspect_ratio)}
+
+    def image_tokens(self, processor: Any, image: Images) -> int:
+        """As many as LlavaProcessor itself puts into a text."""
+        text: str = processor.replace_image_token({"pixel_values": image["pixel_values"]}, 0)
+        return text.count(processor.image_token)
+
+    def tokens_of_size(self, processor: Any, size: tuple[int, int], aspect_ratio: AspectRatio) -> int:
+        """Those of a blank image of this size, or of any size where the processor makes all alike."""
+        if aspect_ratio == "pad" or is_cropped(processor.image_processor):
+            size = (8, 8)
+        return self.image_tokens(processor, self.encode_image(processor, Image.new("RGB", size), aspect_ratio))
+
+    def tokens_of_config(self, config: Any) -> int:
+        """Patches, and the class token where the config keeps it."""
+        return patches_of(config.vision_config) + (select_strategy(config) == "full" and has_class_token(config))
+
+    def vision_flops(self, config: Any, image_tokens: int) -> float:
+        """All layers over all patches."""
+        return tower_flops(config.vision_config, patches_of(config.vision_config), has_class_token(config))
+
+    def projector_flops(self, config: Any, image_tokens: int) -> tuple[float, float]:
+        """Two linear layers over the patches of one image."""
+        layers, width = config.vision_feature_layer, config.text_config.hidden_size
+        features = 1 if isinstance(layers, int) else len(layers)
+        return 2.0 * image_tokens * features * config.vision_config.hidden_size * width, 2.0 * image_tokens * width**2
+
+
+def select_strategy(config: Any) -> str:
+    """Whether the class token is left out ("default") or not ("full"); VipLLaVA always leaves it out."""
+    return getattr(config, "vision_feature_select_strategy", "default")
+
+
+def has_class_token(config: Any) -> bool:
+    """Whether the tower has a class token."""
+    return config.vision_config.model_type == "clip_vision_model"

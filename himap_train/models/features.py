@@ -1,0 +1,103 @@
+"""Final decoder states for losses, and what all processes must run alike to get them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from himap_train.models.families import family_of
+from himap_train.models.families.base import Images
+from himap_train.models.families.llava import Llava
+from himap_train.models.stock import base_model
+
+
+def weights_are_spread(base: nn.Module) -> bool:
+    """Whether ZeRO-3 keeps the weights: then all processes must call the same modules in the same order, or hang."""
+    return hasattr(next(base.parameters()), "ds_id")
+
+
+def hidden_states(
+    model: nn.Module,
+    *,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    images: Images | None = None,
+    labels: Tensor | None = None,
+    mm_encoder_outputs: dict[str, Any] | None = None,
+    image_features: Tensor | None = None,
+) -> Tensor:
+    """Final decoder states (B, S, D), normed; rows of dropped tokens are zero. For losses that need few rows of logits.
+
+    The same modules in the same order for every kind of batch: in training every rank must call the same ones, forward
+    and backward, and give every parameter a gradient, or ZeRO-3 hangs and DDP stops. With the tower's features given,
+    if only those of no image, no rank calls the tower.
+
+    Args:
+        model: A model of a known family or a PeftModel around one, pruned or stock.
+        input_ids: (B, S), image placeholders expanded.
+        attention_mask: (B, S), 0 at padding.
+        images: As the family's forward takes them, by keyword; None or empty for a batch of text alone.
+        labels: (B, S), -100 where nothing is predicted.
+        mm_encoder_outputs: Image features computed before, as the stock forward takes them.
+        image_features: (images, tokens, width), what the projector takes, in place of pixels: the vision tower does not
+            run. Of no images, (0, tokens, width), for a batch of text alone. Not in every family.
+    """
+    base = base_model(model)
+    family = family_of(base)
+    images = images or {}
+    encoded = unused = None
+    if mm_encoder_outputs is not None:
+        encoded = mm_encoder_outputs["image"]
+    elif image_features is not None and len(image_features) > 0:
+        encoded = _projected(base, image_features)
+    elif image_features is None and images:
+        encoded = family.encode_images(base, images)
+    elif torch.is_grad_enabled() or weights_are_spread(base):
+        unused = encode_nothing(base) if image_features is None else _projected(base, _one_row(image_features))
+    inputs: dict[str, Any] = family.forward_inputs(base.config, input_ids, images) | family.position_inputs(images)
+    if encoded is not None:
+        inputs["mm_encoder_outputs"] = {"image": encoded}
+    if labels is not None and getattr(family.decoder(base), "himap_pruning", None) is not None:
+        inputs["supervised_mask"] = labels != -100
+    hidden: Tensor = base.model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs
+    ).last_hidden_state
+    return hidden if unused is None else hidden + 0 * _sum(unused).to(hidden.dtype)
+
+
+def encode_nothing(base: Any) -> Any:
+    """Features of an empty image: what a batch of text runs where other processes run images."""
+    family = family_of(base)
+    return family.encode_images(base, family.empty_images(base))
+
+
+def _projected(base: Any, image_features: Tensor) -> BaseModelOutputWithPooling:
+    family = family_of(base)
+    assert isinstance(family, Llava)
+    return BaseModelOutputWithPooling(pooler_output=family.project(base, image_features))
+
+
+def _one_row(image_features: Tensor) -> Tensor:
+    """(0, T, W) -> (1, 1, W) of zeros."""
+    return image_features.new_zeros(1, 1, image_features.shape[-1])
+
+
+def _sum(encoded: Any) -> Tensor:
+    """Sum of all image features."""
+    return torch.stack([part.sum() for part in _tensors((encoded.pooler_output, _planes(encoded)))]).sum()
+
+
+def _planes(encoded: Any) -> Any:
+    return getattr(encoded, "deepstack_features", None) or ()
+
+
+def _tensors(nested: Any) -> Iterator[Tensor]:
+    if isinstance(nested, Tensor):
+        yield nested
+    else:
+        for part in nested:
+            yield from _tensors(part)

@@ -1,0 +1,126 @@
+"""What the decoder's layers run on, and everything that belongs to a token moved at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from himap_train.models.cache import as_stored, mark_stage
+from himap_train.models.families.base import LayerInputs
+from himap_train.pruning.layout import TokenLayout
+from himap_train.pruning.learned.marginal import Marginal
+from himap_train.pruning.token_map import TokenMap, scatter_back
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the layers run on.
+
+    Attributes:
+        hidden: (B, L, D).
+        rotary: Cosines and sines, (B, L, D) or (1, L, D).
+        mask: In the form that the attention implementation takes; None where a causal kernel needs none.
+        positions: (B, L), as the stock layers get them; None after a removal: numbers with gaps are never shown to
+            transformers, which would read them as packed sequences.
+        added: What is added to image tokens between layers.
+        marginal: What gives learned keep ratios their gradient.
+    """
+
+    hidden: Tensor
+    rotary: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    positions: Tensor | None
+    added: LayerInputs | None = None
+    marginal: Marginal | None = None
+
+    def run(self, layer: Any, number: int, call: dict[str, Any]) -> Tokens:
+        """Through one decoder layer."""
+        marginal = {} if self.marginal is None else {"marginal": self.marginal}
+        hidden: Tensor = layer(
+            self.hidden,
+            attention_mask=self.mask,
+            position_embeddings=self.rotary,
+            position_ids=self.positions,
+            **call,
+            **marginal,
+        )
+        if self.added is not None and number < len(self.added.planes):
+            plane = self.added.planes[number].to(hidden.device, hidden.dtype)
+            hidden = torch.where(self.added.image.unsqueeze(2), hidden + plane, hidden)
+        return replace(self, hidden=hidden)
+
+
+def removed(
+    decoder: Any,
+    number: int,
+    tokens: Tokens,
+    layout: TokenLayout,
+    moved: TokenMap,
+    cache: Cache | None,
+    dropped: Tensor,
+    start: Tensor | None = None,
+) -> tuple[Tokens, TokenLayout]:
+    """The tokens after a removal before layer `number`; rows come out packed to the left.
+
+    Args:
+        decoder: The text decoder.
+        number: Of the layer.
+        tokens: Before.
+        layout: Before.
+        moved: Which tokens stay.
+        cache: Empty from this layer on.
+        dropped: (B,) long on the host, how many tokens have left each row so far.
+        start: (B, 1), where positions are counted anew from; None where every token keeps its own.
+    """
+    hidden, marginal, valid = moved.states(tokens.hidden), tokens.marginal, moved.valid
+    if marginal is not None:
+        marginal = marginal.gather(moved)
+        valid = valid & ~marginal.shadow  # as padding: nothing keeps it, ranks by it or reads it at the end
+    layout = layout.gather(replace(moved, valid=valid))
+    if start is not None:
+        positions = start + torch.arange(hidden.shape[1], device=hidden.device)
+        rotary = decoder.rotary_emb(hidden, position_ids=positions)
+    else:
+        rotary = (moved.gather(tokens.rotary[0]), moved.gather(tokens.rotary[1]))
+    added = tokens.added
+    if added is not None:
+        planes = tuple(moved.states(plane) for plane in added.planes)
+        added = LayerInputs(planes, moved.gather(added.image) & valid)
+    # After a removal padding lies behind each row, so a causal kernel without any mask is exact.
+    mask = causal_mask(decoder, hidden, None, cache, layer=number)
+    if cache is not None:
+        hidden_slots = tokens.hidden.shape[1] - hidden.shape[1] if number == 0 else 0
+        slots = None if moved.full else valid
+        mark_stage(cache, number, slots, dropped.to(hidden.device), start is not None, hidden_slots)
+    return Tokens(hidden, rotary, mask, None, added, marginal), layout
+
+
+def entered(whole: Tokens, whole_layout: TokenLayout, tokens: Tokens, layout: TokenLayout) -> Tokens:
+    """All tokens where image tokens come in late: text as it is now, images as the projector made them.
+
+    Args:
+        whole: Before the first layer.
+        whole_layout: Before the first layer.
+        tokens: The text that has run so far.
+        layout: Of the text.
+    """
+    text = scatter_back(tokens.hidden, layout.columns, layout.valid, whole.hidden.shape[1])
+    return replace(whole, hidden=torch.where(whole_layout.image.unsqueeze(2), whole.hidden, text))
+
+
+def causal_mask(
+    decoder: Any,
+    hidden: Tensor,
+    attention_mask: Tensor | None,
+    cache: Cache | None,
+    positions: Tensor | None = None,
+    layer: int | None = None,
+) -> Tensor | None:
+    """In the form that the attention implementation takes; None where a causal kernel needs none."""
+    with as_stored(cache, layer):
+        return create_causal_mask(decoder.config, hidden, attention_mask, cache, positions, layer_idx=layer)  # type: ignore[return-value]

@@ -1,0 +1,58 @@
+"""The one place that turns what a user wrote into a schedule, and fits it to a decoder's depth.
+
+A preset's name, a mapping, a YAML file (a checkpoint's pruning.yaml is one), `none` or null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from himap_train.pruning.presets import PRESETS
+from himap_train.pruning.schedule import PruningSchedule
+
+ScheduleArgument = dict[str, Any] | str | None
+"""A preset's name (`none` among them), a YAML file, the stages inline, or null for dense."""
+
+
+def read_schedule(value: str | Path | Mapping[str, Any] | PruningSchedule | None) -> PruningSchedule:
+    """A schedule from a preset's name, a mapping, a YAML file, or None for dense.
+
+    Raises:
+        ValueError: Unknown preset or key (the nearest is named), or a schedule that cannot be.
+        FileNotFoundError: A YAML file that is not there.
+    """
+    if value is None or isinstance(value, PruningSchedule):
+        return value or PruningSchedule()
+    if isinstance(value, Mapping):
+        return PruningSchedule.from_dict(value)
+    if Path(value).suffix in (".yaml", ".yml"):
+        return PruningSchedule.from_dict(yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {})
+    return PruningSchedule.from_preset(str(value))
+
+
+def is_preset(schedule: ScheduleArgument) -> bool:
+    """Whether a preset is named; presets are written for 32 layers, all else for the decoder at hand."""
+    return (
+        isinstance(schedule, str) and schedule in PRESETS or isinstance(schedule, dict) and set(schedule) == {"preset"}
+    )
+
+
+def fitted_schedule(value: ScheduleArgument, layers: int) -> PruningSchedule:
+    """The schedule that a value names, for a decoder of so many layers: presets at the same relative depth.
+
+    Raises:
+        FileNotFoundError: A YAML file that is not there.
+        ValueError: It is unknown.
+    """
+    schedule = read_schedule(value)
+    return fit_preset(schedule, layers) if is_preset(value) else schedule
+
+
+def fit_preset(preset: PruningSchedule, layers: int) -> PruningSchedule:
+    """The preset itself if the decoder has its layers, else the preset at the same relative depths."""
+    deepest = max((preset.enter, *(stage.layer for stage in preset.stages)))
+    return preset if deepest < layers else preset.scaled_to(layers)
