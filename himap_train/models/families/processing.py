@@ -1,0 +1,87 @@
+"""Image processor, tokenizer and chat template as one processor.
+
+Stock processors of families that also take videos cannot be constructed without torchvision, while their image
+processors for PIL and their tokenizers work. So these families encode with the parts, whether torchvision is there or
+not. Files of the stock processor are handed on as they are, so that what is exported opens in stock classes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+FILES = (
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Of a stock processor, beside those of its tokenizer."""
+
+
+class PartsProcessor:
+    """What a family encodes with.
+
+    Args:
+        family: Name of the family.
+        source: Folder or hub id that it came from.
+        tokenizer: The checkpoint's.
+        image_processor: The checkpoint's, for PIL images.
+        image_token: What the chat template writes where an image belongs.
+        settings: Further numbers of the stock processor that the family needs.
+
+    Attributes:
+        chat_template: The checkpoint's, None where it has none.
+        image_token_id: Of the image token.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        source: str,
+        tokenizer: Any,
+        image_processor: Any,
+        image_token: str,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self.family, self.source = family, source
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.image_token, self.settings = image_token, settings or {}
+        self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
+        self.chat_template: str | None = tokenizer.chat_template or _template(source)
+
+    def apply_chat_template(self, messages: Any, add_generation_prompt: bool = False) -> str:
+        """The conversation as text."""
+        text: str = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+        return text
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write tokenizer and processor files, as stock classes read them."""
+        self.tokenizer.save_pretrained(str(folder))
+        for name in FILES:
+            found = _file(self.source, name)
+            if found is not None:
+                shutil.copyfile(found, Path(folder) / name)
+
+
+def load_tokenizer(source: str) -> Any:
+    """The checkpoint's tokenizer."""
+    return AutoTokenizer.from_pretrained(source)
+
+
+def _file(source: str, name: str) -> str | None:
+    """A file of a folder or a hub repository, None where it has none."""
+    found: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    return found
+
+
+def _template(source: str) -> str | None:
+    found = _file(source, "chat_template.jinja")
+    return None if found is None else Path(found).read_text(encoding="utf-8")
