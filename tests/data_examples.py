@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from PIL import Image
 from tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_processor
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -116,3 +117,8 @@ def image_folder(folder: Path, names: tuple[str, ...]) -> Path:
 
 def encode(conversation, processor, max_length=None, image_aspect_ratio="as_processor"):
     return Encoder(processor, max_length, image_aspect_ratio).encode(conversation)
+
+
+def pixels(sample):
+    """Pixel values (N, 3, H, W) of a sample's images."""
+    return torch.cat([image["pixel_values"] for image in sample["images"]])

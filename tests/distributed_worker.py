@@ -110,7 +110,7 @@ def frozen_weights(model: Any) -> dict[str, torch.Tensor]:
 def answers(module: Any, devices: int) -> list[str]:
     """What this process answers to one prompt; one process alone gives the answers of both."""
     row = sample(0)
-    prompt = {"input_ids": row["input_ids"][:-3][None], "pixel_values": row["pixel_values"]}
+    prompt = {"input_ids": row["input_ids"][:-3][None], "images": {"pixel_values": row["images"][0]["pixel_values"]}}
     prompt["attention_mask"] = torch.ones_like(prompt["input_ids"])
     processor = tiny_processor()
     processor.tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # each token, not the UTF-8 that few bytes are

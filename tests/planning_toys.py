@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from tiny import TEXT_CONFIGS
-from torch import Tensor, nn
+from torch import nn
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule, install_pruning
@@ -47,11 +47,16 @@ def toy_model(
     return install_pruning(model, schedule).train()
 
 
-def toy_batch(size: int = 32) -> dict[str, Tensor]:
+def toy_batch(size: int = 32) -> dict[str, Any]:
     """`BATCH` as tensors."""
     ids = torch.randint(5, 260, (BATCH.rows, BATCH.length), generator=torch.Generator().manual_seed(0))
     ids[:, 1 : 1 + BATCH.image_tokens] = 4
     labels = ids.clone()
     labels[:, : -BATCH.supervised] = -100
     pixels = torch.ones(BATCH.rows, 3, size, size)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "pixel_values": pixels}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": labels,
+        "images": {"pixel_values": pixels},
+    }

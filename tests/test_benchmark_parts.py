@@ -141,7 +141,7 @@ def test_peers_and_methods_leave_the_model_as_it_was() -> None:
 
 
 def test_every_method_says_why_it_costs_what_it_costs() -> None:
-    assert len(METHODS) == 14 and set(methods_module._PEERS) < set(METHODS)
+    assert len(METHODS) == 17 and set(methods_module._PEERS) < set(METHODS)
     assert all(len(find_method(name, 12).why) > 20 for name in METHODS)
     with pytest.raises(ValueError, match="did you mean 'himap'"):
         find_method("himpa", 12)

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from himap_train import PruningSchedule, PruningStage
-from himap_train.models.training_cost import FLASH_BACKWARD, training_flops, vision_flops
+from himap_train.models.families.pixels import tower_flops
+from himap_train.models.training_cost import FLASH_BACKWARD, training_flops
 from himap_train.planning.facts import count
 from himap_train.planning.measure import measured_flops
 
@@ -62,7 +63,7 @@ def test_flops_of_the_vision_tower_are_those_of_a_real_forward(layers: int) -> N
     tower = CLIPVisionModel(config)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         tower(torch.zeros(3, 3, 56, 56))
-    assert 3 * vision_flops(config) == counter.get_total_flops()
+    assert 3 * tower_flops(config, 16) == counter.get_total_flops()
 
 
 def test_a_training_step_by_hand() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from data_examples import picture, talk
+from data_examples import picture, pixels, talk
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_processor
@@ -39,7 +39,7 @@ def test_rows_of_a_batch_are_the_samples(side):
         assert torch.equal(batch["labels"][row][mask], sample["labels"])
         assert (batch["input_ids"][row][~mask] == 0).all() and (batch["labels"][row][~mask] == -100).all()
         assert mask[0 if side == "right" else -1] and not mask[-1 if side == "right" else 0]
-    assert torch.equal(batch["pixel_values"], torch.cat([samples[0]["pixel_values"], samples[2]["pixel_values"]]))
+    assert torch.equal(batch["images"]["pixel_values"], torch.cat([pixels(samples[0]), pixels(samples[2])]))
     assert batch["ids"] == ["one", "text", "two"] and batch["dropped_exchanges"] == 0
     assert "answers" not in batch
 
@@ -52,7 +52,7 @@ def test_batch_of_prompts_has_answers_and_no_labels():
 
 
 def test_text_only_batch_has_no_pixels():
-    assert collate([Encoder(tiny_processor()).encode(CONVERSATIONS[1])], 0)["pixel_values"] is None
+    assert collate([Encoder(tiny_processor()).encode(CONVERSATIONS[1])], 0)["images"] == {}
 
 
 def test_images_of_different_sizes_are_refused():
@@ -60,7 +60,7 @@ def test_images_of_different_sizes_are_refused():
     processor.image_processor.do_center_crop = False
     encoder = Encoder(processor)
     wide = talk("<image>Q", "A", images=(picture(80, 40),), name="wide")
-    with pytest.raises(ValueError, match=r"different sizes in one batch: \(3, 32, 42\) .sample 'one'.*'wide'"):
+    with pytest.raises(ValueError, match=r"in one batch: pixel_values \(3, 32, 42\) .sample 'one'.*'wide'"):
         collate([encoder.encode(CONVERSATIONS[0]), encoder.encode(wide)], 0)
     with pytest.raises(ValueError, match="no samples"):
         collate([], 0)

@@ -11,6 +11,7 @@ from data_examples import (
     llama_like_tokenizer,
     merging_tokenizer,
     picture,
+    pixels,
     processor_with,
     talk,
 )
@@ -64,7 +65,7 @@ def test_golden_text_and_mask(template):
     keep = sample["labels"] >= 0
     assert torch.equal(sample["labels"][keep], sample["input_ids"][keep])
     assert (sample["labels"][~keep] == -100).all()
-    assert sample["pixel_values"].shape == (1, 3, 32, 32)
+    assert pixels(sample).shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -75,7 +76,7 @@ def test_prompt_is_what_stands_before_the_last_answer(template):
     assert torch.equal(prompt["input_ids"], sample["input_ids"][:length])
     assert sample["labels"][length] >= 0 and sample["labels"][length - 1] == -100
     assert (sample["labels"][length:] >= 0).all()
-    assert torch.equal(prompt["pixel_values"], sample["pixel_values"])
+    assert torch.equal(pixels(prompt), pixels(sample))
     assert prompt["answer"] == "Grey and white."
     assert "labels" not in prompt
 
@@ -97,7 +98,7 @@ def test_same_ids_and_pixels_as_the_processor_itself():
     expected = processor(text=text, images=[picture(50, 41)], return_tensors="pt")
     prompt = encode_prompt(conversation, processor)
     assert torch.equal(prompt["input_ids"], expected["input_ids"][0])
-    assert torch.equal(prompt["pixel_values"], expected["pixel_values"])
+    assert torch.equal(pixels(prompt), expected["pixel_values"])
 
 
 @pytest.mark.parametrize("answer", ["A cat", " cat", "Ax", "\nA", "s>"])
@@ -141,9 +142,9 @@ def test_bos_is_set_once_and_eos_never_by_the_tokenizer():
 def test_text_only():
     processor = tiny_processor()
     sample = encode(talk("Hi", "Ho"), processor)
-    assert sample["pixel_values"] is None
+    assert sample["images"] == []
     assert text_of(processor, sample["input_ids"]) == "USER: Hi ASSISTANT: Ho</s>"
-    assert encode_prompt(talk("Hi", "Ho"), processor)["pixel_values"] is None
+    assert encode_prompt(talk("Hi", "Ho"), processor)["images"] == []
 
 
 def test_images_keep_their_places_and_order():
@@ -154,9 +155,9 @@ def test_images_keep_their_places_and_order():
     assert text_of(processor, sample["input_ids"]) == (
         f"USER: First {IMAGE}\nthen\n{IMAGE}\nwhich? ASSISTANT: Red.</s>USER: {IMAGE}\n ASSISTANT: Again.</s>"
     )
-    means = sample["pixel_values"].mean(dim=(2, 3))  # (3 images, 3 channels)
+    means = pixels(sample).mean(dim=(2, 3))  # (3 images, 3 channels)
     assert means[0, 0] > 1 > -1 > means[0, 2] and means[1, 2] > 1 > -1 > means[1, 0]
-    assert torch.equal(sample["pixel_values"][0], sample["pixel_values"][2])
+    assert torch.equal(pixels(sample)[0], pixels(sample)[2])
 
 
 def test_system_turn_is_never_supervised():
@@ -182,9 +183,9 @@ def test_truncation_drops_whole_questions_with_their_answers_and_images(template
         expected = whole if limit == len(whole["input_ids"]) else middle if limit >= len(middle["input_ids"]) else short
         assert torch.equal(sample["input_ids"], expected["input_ids"])
         assert torch.equal(sample["labels"], expected["labels"])
-        assert torch.equal(sample["pixel_values"], expected["pixel_values"])
+        assert torch.equal(pixels(sample), pixels(expected))
         assert sample["dropped_exchanges"] == (0 if expected is whole else 1 if expected is middle else 2)
-        assert (sample["input_ids"] == 4).sum() == IMAGE_TOKENS * len(sample["pixel_values"])
+        assert (sample["input_ids"] == 4).sum() == IMAGE_TOKENS * len(pixels(sample))
 
 
 def test_a_first_question_that_does_not_fit_is_refused():

@@ -7,7 +7,7 @@ import time
 
 import datasets
 import pytest
-from data_examples import encode, image_folder, picture
+from data_examples import encode, image_folder, picture, pixels
 from tiny import tiny_processor
 
 from himap_train.data.hub import load_from_hub
@@ -92,7 +92,7 @@ def check_conversations(conversations):
     assert second.images == () and second.turns == (Turn("user", "Hi"), Turn("assistant", "Ho"))
     assert third.images == first.images[::-1] and all(isinstance(image, bytes) for image in first.images)
     sample = encode(first, tiny_processor())
-    means = sample["pixel_values"].mean(dim=(2, 3))
+    means = pixels(sample).mean(dim=(2, 3))
     assert means[0, 0] > 1 > means[0, 2] and means[1, 2] > 1 > means[1, 0]
 
 

@@ -135,7 +135,8 @@ def test_batches_are_the_same_with_and_without_workers(data):
         assert one["ids"] == two["ids"] and one["input_ids"].shape[1] % 8 == 0
         for key in ("input_ids", "labels", "attention_mask"):
             assert torch.equal(one[key], two[key])
-        assert torch.equal(one["pixel_values"], two["pixel_values"]) if one["pixel_values"] is not None else True
+        assert one["images"].keys() == two["images"].keys()
+        assert all(torch.equal(values, two["images"][name]) for name, values in one["images"].items())
 
 
 @pytest.mark.parametrize("workers", [0, 2])

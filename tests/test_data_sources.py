@@ -9,12 +9,12 @@ import pytest
 from data_examples import image_folder, llava_record, picture
 from PIL import Image
 
-from himap_train.data.images import image_size, open_image, resolve_image_path, to_pixel_values
+from himap_train.data.images import image_size, open_image, resolve_image_path
 from himap_train.data.jsonl import Jsonl
 from himap_train.data.llava_json import LlavaJson
 from himap_train.data.records import RecordError, Source, Turn
 from himap_train.data.sources import open_source
-from himap_train.models.families.pixels import pad_to_square
+from himap_train.models.families.pixels import fixed_pixels, pad_to_square
 
 RECORDS = [
     llava_record("one", "a.png", "<image>\nWhat?", "A cat."),
@@ -255,14 +255,14 @@ def test_padding_to_a_square_equals_that_of_transformers(size):
     image = Image.effect_noise(size, 90).convert("RGB")
     expected = theirs([image], return_tensors="pt")["pixel_values"]
     assert pad_to_square(image, ours.image_mean).size == (max(size),) * 2
-    difference = (to_pixel_values([image], ours, "pad") - expected).abs()
+    difference = (fixed_pixels(image, ours, "pad") - expected).abs()
     assert difference.max() < 1e-5
     if size[0] != size[1]:
-        assert (to_pixel_values([image], ours, "as_processor") - expected).abs().max() > 0.1
+        assert (fixed_pixels(image, ours, "as_processor") - expected).abs().max() > 0.1
 
 
 def test_unknown_aspect_ratio():
     from tiny import tiny_processor
 
     with pytest.raises(ValueError, match="image_aspect_ratio is 'square'; expected 'as_processor' or 'pad'"):
-        to_pixel_values([picture()], tiny_processor().image_processor, "square")
+        fixed_pixels(picture(), tiny_processor().image_processor, "square")

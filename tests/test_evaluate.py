@@ -175,7 +175,7 @@ def test_modes_of_modules_are_given_back(model, processor, source):
 def test_answers_end_at_the_eos_token(model, processor, source):
     remove_pruning(model)
     batch = collate([encode_prompt(source[0], processor)], 0, padding_side="left")
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | batch["images"]
     with torch.no_grad():
         new = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, batch["input_ids"].shape[1] :]
     model.generation_config.eos_token_id = int(new[2])

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from data_examples import image_folder, llava_record
-from himap_train.models.image_features import encode, project, tower_features
 from lightning.pytorch import Callback
 from PIL import Image
 from processes import in_processes
@@ -22,6 +21,7 @@ from training_toys import SCHEDULE, collate, finetune, quiet_trainer, sample, sa
 from himap_train.data.feature_store import DamagedShardError, FeatureStore
 from himap_train.data.images import content_digest
 from himap_train.data.module import LlavaDataModule
+from himap_train.models.families import family_of
 from himap_train.models.stock import base_model
 from himap_train.models.tower import facts_key, tower_facts
 from himap_train.training.callbacks.step_seeds import StepSeeds
@@ -118,6 +118,19 @@ def test_half_precision_keeps_the_bits_and_half_the_bytes(
     assert facts["dtype"] == "torch.bfloat16"
 
 
+def tower_features(base: Any, pixels: torch.Tensor) -> torch.Tensor:
+    return family_of(base).tower_features(base, {"pixel_values": pixels})
+
+
+def project(base: Any, features: torch.Tensor) -> torch.Tensor:
+    return family_of(base).project(base, features)
+
+
+def encode(base: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """As the stock model does it."""
+    return torch.stack(list(base.get_image_features(pixel_values=pixels).pooler_output))
+
+
 @pytest.mark.parametrize("layers", [-2, [-2, -1]])
 def test_two_halves_are_the_stock_whole(tiny_path: str, layers: Any) -> None:
     model = tuner(tiny_path)
@@ -154,7 +167,7 @@ def test_batch_of_text_alone_runs_the_same_modules(tiny_path: str) -> None:
         batch = collate([sample(0, image=image)])
         features = torch.randn(int(image), IMAGE_TOKENS, 32)
         model.zero_grad()
-        model.batch_loss({**batch, "pixel_values": None, "image_features": features})[0].backward()
+        model.batch_loss({**batch, "images": {}, "image_features": features})[0].backward()
         missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert (calls, missing) == (["multi_modal_projector"], [])
         calls.clear()

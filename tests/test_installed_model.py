@@ -37,10 +37,10 @@ def test_pixels_and_precomputed_features_give_the_same() -> None:
     with torch.no_grad():
         case.features = list(model.get_image_features(pixels).pooler_output)
         expected = naive_forward(model, two_stages(), **case.naive())
-        plain = {"input_ids": case.input_ids, "attention_mask": case.attention_mask, "pixel_values": pixels}
+        texts = {"input_ids": case.input_ids, "attention_mask": case.attention_mask}
         with record_pruning(model) as trace:
-            states = hidden_states(model, **plain)
-        logits = model(**plain).logits
+            states = hidden_states(model, **texts, images={"pixel_values": pixels})
+        logits = model(**texts, pixel_values=pixels).logits
     assert_same_kept(trace.kept, expected.kept)
     mask = case.attention_mask.bool()
     torch.testing.assert_close(states[mask], expected.hidden[mask], **STATES)

@@ -210,7 +210,7 @@ def test_sign_and_order_of_real_differences() -> None:
     batches = []
     for start in range(0, questions, 64):
         batch = collate(samples[start : start + 64], pad_token_id_of(processor.tokenizer))
-        features = model.model.get_image_features(pixel_values=batch["pixel_values"])
+        features = model.model.get_image_features(**batch["images"])
         kept = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
         batches.append(kept | {"mm_encoder_outputs": {"image": features}})
     install_pruning(model, every_layer(ratios))

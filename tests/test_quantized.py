@@ -52,9 +52,15 @@ def pair(text: str = "llama") -> tuple[LlavaForConditionalGeneration, LlavaForCo
     return quantized, plain
 
 
-def batch() -> dict[str, Tensor]:
+def batch() -> dict[str, Any]:
     made = collate([sample(0), sample(1, answer=6)])
-    return {key: made[key] for key in ("input_ids", "attention_mask", "pixel_values", "labels")}
+    return {key: made[key] for key in ("input_ids", "attention_mask", "images", "labels")}
+
+
+def inputs() -> dict[str, Any]:
+    """As the model itself takes them."""
+    made = batch()
+    return made.pop("images") | made
 
 
 @pytest.mark.parametrize("text", ["llama", "qwen2"])
@@ -64,14 +70,14 @@ def test_pruner_keeps_the_same_tokens_over_quantised_layers(text: str) -> None:
     for model in pair(text):
         install_pruning(model, PRUNED)
         with record_pruning(model) as trace:
-            logits = model(**batch()).logits
+            logits = model(**inputs()).logits
         kept = [[row.tolist() for row in stage] for stage in trace.kept]
-        outputs.append((logits, kept, model.generate(**{**batch(), "labels": None}, max_new_tokens=4)))
+        outputs.append((logits, kept, model.generate(**{**inputs(), "labels": None}, max_new_tokens=4)))
     (found, kept, tokens), (expected, expected_kept, expected_tokens) = outputs
     assert kept == expected_kept and len(kept[0][0]) < batch()["input_ids"].shape[1]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(tokens, expected_tokens)
-    stock = install_pruning(tiny_llava(text), PRUNED)(**batch()).logits
+    stock = install_pruning(tiny_llava(text), PRUNED)(**inputs()).logits
     assert not torch.allclose(found, stock, atol=1e-3)  # the quantisation is not without effect
 
 

@@ -136,9 +136,7 @@ def test_what_is_not_there_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.
 
 def test_what_is_no_llava_cannot_be_loaded(tmp_path: Path) -> None:
     LlamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="holds a 'llama' model, which is of no family .*known: llava"
-    ):
+    with pytest.raises(ValueError, match="holds a 'llama' model, which is of no family .*known: llava"):
         load_llava(tmp_path)
 
 

@@ -52,7 +52,7 @@ def test_the_objective_is_the_loss_that_stock_transformers_computes_row_by_row(s
         row = {name: sample[name][None] for name in ("input_ids", "labels")}
         predicted = int((row["labels"][:, 1:] != -100).sum())
         with torch.no_grad():
-            total += float(model(**row, pixel_values=sample["pixel_values"]).loss) * predicted
+            total += float(model(**row, **sample["images"][0]).loss) * predicted
         count += predicted
     assert samples.supervised == count
     assert found == pytest.approx(total / count, abs=2e-5)
@@ -83,9 +83,7 @@ def test_the_flow_is_the_attention_that_eager_stock_layers_return() -> None:
     for index in range(len(SCENES)):
         sample = encode(SCENES[index], processor)
         with torch.no_grad():
-            out = model(
-                input_ids=sample["input_ids"][None], pixel_values=sample["pixel_values"], output_attentions=True
-            )
+            out = model(input_ids=sample["input_ids"][None], **sample["images"][0], output_attentions=True)
         image = sample["input_ids"] == processor.image_token_id
         first_answer = int((sample["labels"] != -100).nonzero()[0])
         prompt = torch.arange(len(image)) < first_answer

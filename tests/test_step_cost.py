@@ -214,7 +214,9 @@ def test_the_frozen_tower_keeps_nothing_for_a_backward_pass() -> None:
     for module in model.model.vision_tower.modules():
         module.register_forward_hook(lambda module, args, out: outputs.extend(tree_iter(out)))
     ids = make_case(model, ["t3 i16 t4 a2"])
-    hidden = hidden_states(trained, input_ids=ids.input_ids, labels=ids.labels, pixel_values=torch.randn(1, 3, 32, 32))
+    hidden = hidden_states(
+        trained, input_ids=ids.input_ids, labels=ids.labels, images={"pixel_values": torch.randn(1, 3, 32, 32)}
+    )
     assert hidden.requires_grad
     tensors = [out for out in outputs if isinstance(out, Tensor)]
     assert len(tensors) > 10 and not any(out.requires_grad for out in tensors)

@@ -40,7 +40,7 @@ def run_main(recipe: str, *options: str) -> int:
     return int(module.main(list(options)))
 
 
-def sample(index: int, answer: int = 3, image: bool = True) -> dict[str, torch.Tensor]:
+def sample(index: int, answer: int = 3, image: bool = True) -> dict[str, Any]:
     """`<s> image prompt answer`, one row; its content depends on `index` alone."""
     noise = torch.Generator().manual_seed(index)
     text = torch.randint(5, 261, (6 + answer,), generator=noise)
@@ -48,10 +48,10 @@ def sample(index: int, answer: int = 3, image: bool = True) -> dict[str, torch.T
     labels = torch.full_like(ids, -100)
     labels[-answer:] = ids[-answer:]
     pixels = torch.randn(int(image), 3, IMAGE_SIZE, IMAGE_SIZE, generator=noise)
-    return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
+    return {"input_ids": ids, "labels": labels, "images": [{"pixel_values": one[None]} for one in pixels]}
 
 
-def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Right padding, as for training."""
     length = max(len(s["input_ids"]) for s in samples)
 
@@ -59,11 +59,12 @@ def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
         return torch.stack([torch.nn.functional.pad(s[key], (0, length - len(s[key])), value=value) for s in samples])
 
     ids = padded("input_ids", 0)
+    pixels = [image["pixel_values"] for s in samples for image in s["images"]]
     return {
         "input_ids": ids,
         "attention_mask": (ids != 0).long(),
         "labels": padded("labels", -100),
-        "pixel_values": torch.cat([s["pixel_values"] for s in samples]),
+        "images": {"pixel_values": torch.cat(pixels)} if pixels else {},
         "ids": [f"toy-{index}" for index in range(len(samples))],
     }
 

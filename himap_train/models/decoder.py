@@ -128,7 +128,8 @@ def _prefill(
     whole = tokens, layout
     if schedule.enter:
         text = TokenMap.of(layout.valid & ~layout.image, counts.text)
-        tokens, layout = removed(decoder, 0, tokens, layout, text, cache, counts.image.sum(1))
+        without = replace(counts, current=torch.zeros_like(counts.current))
+        tokens, layout = removed(decoder, 0, tokens, layout, text, cache, without)
     for number, layer in enumerate(decoder.layers):
         if number == schedule.enter > 0:
             tokens, layout = entered(*whole, tokens, layout), whole[1]
@@ -148,8 +149,7 @@ def _prefill(
                     tokens = replace(tokens, marginal=marginal)
                 if removal.removes or tokens.marginal:
                     moved = _token_map(removal, shown, ranks, tokens)
-                    dropped = (removal.after.image - removal.after.current).sum(1)
-                    tokens, layout = removed(decoder, number, tokens, layout, moved, cache, dropped, start)
+                    tokens, layout = removed(decoder, number, tokens, layout, moved, cache, removal.after, start)
             seen.kept_rows.append(removal.after.current.sum(1))
             layouts.append(layout)
         if states is not None:

@@ -78,7 +78,8 @@ def encode_nothing(base: Any) -> Any:
 def _projected(base: Any, image_features: Tensor) -> BaseModelOutputWithPooling:
     family = family_of(base)
     assert isinstance(family, Llava)
-    return BaseModelOutputWithPooling(pooler_output=family.project(base, image_features))
+    projected: Any = list(family.project(base, image_features))
+    return BaseModelOutputWithPooling(pooler_output=projected)
 
 
 def _one_row(image_features: Tensor) -> Tensor:

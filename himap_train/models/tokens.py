@@ -12,7 +12,7 @@ from transformers.masking_utils import create_causal_mask
 
 from himap_train.models.cache import as_stored, mark_stage
 from himap_train.models.families.base import LayerInputs
-from himap_train.pruning.layout import TokenLayout
+from himap_train.pruning.layout import TokenCounts, TokenLayout
 from himap_train.pruning.learned.marginal import Marginal
 from himap_train.pruning.token_map import TokenMap, scatter_back
 
@@ -62,7 +62,7 @@ def removed(
     layout: TokenLayout,
     moved: TokenMap,
     cache: Cache | None,
-    dropped: Tensor,
+    after: TokenCounts,
     start: Tensor | None = None,
 ) -> tuple[Tokens, TokenLayout]:
     """The tokens after a removal before layer `number`; rows come out packed to the left.
@@ -74,7 +74,7 @@ def removed(
         layout: Before.
         moved: Which tokens stay.
         cache: Empty from this layer on.
-        dropped: (B,) long on the host, how many tokens have left each row so far.
+        after: Counts after the removal.
         start: (B, 1), where positions are counted anew from; None where every token keeps its own.
     """
     hidden, marginal, valid = moved.states(tokens.hidden), tokens.marginal, moved.valid
@@ -96,7 +96,8 @@ def removed(
     if cache is not None:
         hidden_slots = tokens.hidden.shape[1] - hidden.shape[1] if number == 0 else 0
         slots = None if moved.full else valid
-        mark_stage(cache, number, slots, dropped.to(hidden.device), start is not None, hidden_slots)
+        dropped = (after.image - after.current).sum(1).to(hidden.device, non_blocking=True)
+        mark_stage(cache, number, slots, dropped, start is not None, hidden_slots)
     return Tokens(hidden, rotary, mask, None, added, marginal), layout
 
 

@@ -26,6 +26,7 @@ class PruningStage:
             one token unless it is 0.
         keep_count: Number of image tokens kept instead of a ratio.
         keep: Any of `Ratio`, `Count` and `Mass` instead; with `Mass` the number of tokens follows each sample.
+        method: In place of `criterion`, as `dataclasses.replace` hands it on.
 
     Attributes:
         layer: As given.
@@ -44,15 +45,20 @@ class PruningStage:
     def __init__(
         self,
         layer: int,
-        criterion: str | Mapping[str, Any] | Method,
+        criterion: str | Mapping[str, Any] | Method | None = None,
         keep_ratio: float | None = None,
         keep_count: int | None = None,
         keep: Keep | None = None,
+        *,
+        method: Method | None = None,
     ) -> None:
         if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
             raise ValueError(f"stage layer is {layer!r}; expected an integer of 0 or more")
         object.__setattr__(self, "layer", layer)
-        object.__setattr__(self, "method", read_method(criterion))
+        given = method if criterion is None else criterion
+        if given is None:
+            raise ValueError(f"the stage at layer {layer} has no criterion; valid: {', '.join(METHODS)}")
+        object.__setattr__(self, "method", read_method(given))
         object.__setattr__(self, "keep", _one_of(layer, keep_ratio, keep_count, keep))
         if layer == 0 and self.reads_before:
             raise ValueError(

@@ -32,23 +32,27 @@ class TokenMap:
     Attributes:
         index: (B, L') long, column before of each token after; what fills up a row points at column 0.
         valid: (B, L') bool, false where it only fills up.
-        full: Whether nothing only fills up, known on the host.
+        lengths: (B,) long on the host, how many tokens each row has after.
         pool: Averages in place of tokens; None where tokens are kept as they are.
     """
 
     index: Tensor
     valid: Tensor
-    full: bool
+    lengths: Tensor
     pool: Pool | None = None
 
     @classmethod
     def of(cls, keep: Tensor, lengths: Tensor, pool: Pool | None = None) -> TokenMap:
         """Of the tokens to `keep` (B, L) bool, of which each row has `lengths` (B,) long, on the host."""
         longest = int(lengths.max())
-        full = int(lengths.min()) == longest
-        lengths = lengths.to(keep.device, non_blocking=True)
-        valid = torch.arange(longest, device=keep.device) < lengths.unsqueeze(1)
-        return cls(compact(keep, longest), valid, full, pool)
+        here = lengths.to(keep.device, non_blocking=True).unsqueeze(1)
+        valid = torch.arange(longest, device=keep.device) < here
+        return cls(compact(keep, longest), valid, lengths, pool)
+
+    @property
+    def full(self) -> bool:
+        """Whether no row has anything that only fills it up."""
+        return int(self.lengths.min()) == self.index.shape[1]
 
     def gather(self, tokens: Tensor) -> Tensor:
         """(B, L, ...) -> (B, L', ...); a batch of one is shared by all rows."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 FILES = (
     "processor_config.json",
