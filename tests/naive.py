@@ -68,15 +68,21 @@ def naive_row(
     """One row (T, D) without padding -> final states (T, D) and, per stage, which tokens are alive after it (T,)."""
     decoder = model.model.language_model
     positions, alive = torch.arange(len(hidden)), torch.ones(len(hidden), dtype=torch.bool)
-    weights, history = torch.zeros(0), []
+    weights, history, given = torch.zeros(0), [], hidden
     for index, layer in enumerate(decoder.layers):
+        if schedule.enter:  # image tokens are not there before, and come in as they were given
+            in_prompt = is_image & (torch.arange(len(hidden)) < prompt)
+            alive = ~in_prompt if index == 0 else alive | in_prompt if index == schedule.enter else alive
+            hidden = torch.where(in_prompt[:, None], given, hidden) if index == schedule.enter else hidden
         for number, stage in enumerate(schedule.stages):
             if stage.layer != index:
                 continue
             if forced is not None:
                 alive = forced[number] | (torch.arange(len(hidden)) >= prompt)
             else:
-                alive = alive & ~dropped_tokens(stage, weights.detach(), is_image, labels, prompt, alive)
+                drop, means = dropped_tokens(stage, weights.detach(), hidden, is_image, labels, prompt, alive)
+                hidden = torch.stack([hidden[means.get(p, [p])].mean(0) for p in range(len(hidden))])
+                alive = alive & ~drop
             if schedule.positions == "renumber":
                 positions = alive.long().cumsum(0) - 1
             history.append(alive)
@@ -140,9 +146,13 @@ def naive_layer(
 
 
 def dropped_tokens(
-    stage: Any, weights: Tensor, is_image: Tensor, labels: Tensor | None, prompt: int, alive: Tensor
-) -> Tensor:
-    """Which tokens (T,) leave at this stage. Images of one turn are ranked by that turn's prompt alone."""
+    stage: Any, weights: Tensor, hidden: Tensor, is_image: Tensor, labels: Tensor | None, prompt: int, alive: Tensor
+) -> tuple[Tensor, dict[int, list[int]]]:
+    """Which tokens (T,) leave at this stage, and of which tokens those that stay become the mean.
+
+    Images of one turn are ranked by that turn's prompt alone.
+    """
+    means: dict[int, list[int]] = {}
     supervised = [labels is not None and int(labels[p]) != -100 for p in range(prompt)]
     starts = [p for p in range(prompt) if supervised[p] and (p == 0 or not supervised[p - 1])]
     turn = [sum(start < p for start in starts) for p in range(prompt)]  # of positions that are not supervised
@@ -158,11 +168,40 @@ def dropped_tokens(
             count = mass_count(stage.keep, scores, protected, len(tokens))
         else:
             count = max(kept_count(stage, len(tokens)), len(protected))
-        if count < len(current):
+        if count >= len(current):
+            continue
+        if stage.criterion == "divprune":
+            order = farthest_first(hidden, current, protected, count)
+        elif stage.criterion == "average-pool":
+            runs = even_runs([p for p in current if p not in protected], count - len(protected))
+            means |= {run[(len(run) - 1) // 2]: run for run in runs}
+            stay = {*protected, *(run[(len(run) - 1) // 2] for run in runs)}
+            order = sorted(current, key=lambda p: p not in stay)
+        else:
             scores = naive_scores(stage.criterion, weights, current, text, count)
-            by_score = sorted(current, key=lambda p: (p not in protected, -scores[p], p))
-            drop[by_score[count:]] = True
-    return drop
+            order = sorted(current, key=lambda p: (p not in protected, -scores[p], p))
+        drop[order[count:]] = True
+    return drop, means
+
+
+def farthest_first(hidden: Tensor, tokens: list[int], protected: list[int], count: int) -> list[int]:
+    """DivPrune: tokens in the order in which they are chosen; what must stay first."""
+
+    def distance(a: int, b: int) -> float:
+        return 1 - float(torch.cosine_similarity(hidden[a].detach().double(), hidden[b].detach().double(), dim=0))
+
+    chosen = list(protected)
+    while len(chosen) < count:
+        rest = [p for p in tokens if p not in chosen]
+        others = {p: chosen or [q for q in tokens if q != p] for p in rest}
+        chosen.append(max(rest, key=lambda p: (min((distance(p, q) for q in others[p]), default=0.0), -p)))
+    return chosen + [p for p in tokens if p not in chosen]
+
+
+def even_runs(tokens: list[int], count: int) -> list[list[int]]:
+    """Tokens in so many runs of lengths that differ by one at most."""
+    bounds = [i * len(tokens) // count for i in range(count + 1)] if count else [0]
+    return [tokens[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
 def kept_count(stage: Any, original: int) -> int:
@@ -190,6 +229,8 @@ def mass_count(keep: Any, scores: dict[int, float], protected: list[int], origin
 
 def naive_scores(criterion: str, weights: Tensor, image: list[int], text: list[int], count: int) -> dict[int, float]:
     """Image token -> importance."""
+    if criterion == "first-k":
+        return {p: -p for p in image}
     if criterion == "uniform":
         n = len(image)
         return {p: float((i + 1) * count // n > i * count // n) for i, p in enumerate(image)}

@@ -48,8 +48,8 @@ def read_method(given: str | Mapping[str, Any] | Method, where: str = "criterion
     """
     if isinstance(given, Method):
         return given
-    if isinstance(given, Mapping):
-        check_keys(where, {key: None for key in given if key == "name"}, ("name",), needed=("name",))
+    if isinstance(given, Mapping) and "name" not in given:
+        raise ValueError(f"{where} has no 'name'; found {sorted(map(str, given))}; valid: {', '.join(METHODS)}")
     name, parameters = (given.get("name"), dict(given)) if isinstance(given, Mapping) else (given, {})
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"{where} {name!r} is unknown{nearest(str(name), tuple(METHODS))}")

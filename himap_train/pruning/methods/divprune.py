@@ -29,7 +29,8 @@ class DivPrune(Method):
         assert seen.states is not None
         members = Members.of(seen.layout, seen.counts)
         states = torch.nn.functional.normalize(members.gather(seen.states).float(), dim=-1)
-        distance = 1 - states @ states.transpose(1, 2)  # (B * G, N, N)
+        cosine = states @ states.transpose(1, 2)  # (B * G, N, N)
+        distance = 1 - (cosine + cosine.transpose(1, 2)) / 2  # two nearest neighbours tie to the bit
         order = farthest_first(distance, members.real, members.gather(seen.layout.protected), int(kept.max()))
         return members.spread(order, seen.layout)
 
@@ -51,7 +52,7 @@ def farthest_first(distance: Tensor, real: Tensor, first: Tensor, number: int) -
         first: (R, N) bool, what is chosen before all others, in its order.
         number: How many are chosen.
     """
-    rows = torch.arange(len(distance), device=distance.device)
+    rows, places = (torch.arange(size, device=distance.device) for size in distance.shape[:2])
     alone = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device) | ~real.unsqueeze(1)
     nearest = distance.masked_fill(alone, torch.inf).amin(2)  # to any other, until one is chosen
     order = torch.full(real.shape, distance.shape[1], dtype=torch.long, device=distance.device)
@@ -59,7 +60,8 @@ def farthest_first(distance: Tensor, real: Tensor, first: Tensor, number: int) -
     for step in range(min(number, distance.shape[1])):
         open_ = real & (order == distance.shape[1])
         wish = nearest.masked_fill(first & open_, torch.inf).masked_fill(~open_, -torch.inf)
-        chosen = wish.argmax(1)
+        best = wish == wish.amax(1, keepdim=True)
+        chosen = torch.where(best, places, len(places)).amin(1).clamp(max=len(places) - 1)  # ties to the earlier token
         order[rows, chosen] = torch.where(open_[rows, chosen], step, order[rows, chosen])
         to_chosen = distance[rows, chosen]
         nearest = to_chosen if step == 0 else torch.minimum(nearest, to_chosen)
