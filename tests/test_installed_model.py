@@ -121,3 +121,27 @@ def test_installing_again_replaces_the_schedule() -> None:
     case = make_case(model, RAGGED)
     run(model, case)
     assert_equals_naive(model, two_stages(), case)
+
+
+def test_inner_model_and_decoder_called_directly_prune_as_the_whole_does() -> None:
+    """Fused losses and other trainers call them."""
+    model = install_pruning(tiny_llava(), two_stages())
+    case = make_case(model, RAGGED_ANSWERS, "right")
+    supervised = case.labels != -100
+    with torch.no_grad(), record_pruning(model) as trace:
+        states = hidden_states(model, **case.inputs(labels=True))
+        expected = trace.kept
+        inner = model.model(**case.inputs(), supervised_mask=supervised).last_hidden_state
+        assert torch.equal(inner, states)
+        assert_same_kept(trace.kept, expected)
+        where = case.input_ids == model.config.image_token_id
+        embeds = model.get_input_embeddings()(case.input_ids)
+        embeds = embeds.masked_scatter(where[..., None], torch.cat(case.features))
+        masks = {"attention_mask": case.attention_mask, "supervised_mask": supervised}
+        decoder = model.model.language_model
+        assert torch.equal(decoder(inputs_embeds=embeds, image_token_mask=where, **masks).last_hidden_state, states)
+        text = make_case(model, ["t9", "t4"], "right")
+        assert decoder(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state.any()
+        decoder(input_ids=case.input_ids, **masks)  # placeholders without features are image tokens all the same
+        images = [int((case.input_ids[b, row] == 4).sum()) for b, row in enumerate(trace.kept[0])]
+        assert images == [8, 0, 13, 4, 6]

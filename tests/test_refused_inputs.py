@@ -73,9 +73,9 @@ def test_image_behind_a_filled_cache_is_refused() -> None:
 
 def test_decoder_that_does_not_know_its_image_tokens_is_refused() -> None:
     model = install_pruning(tiny_llava(), SCHEDULE)
-    with pytest.raises(ValueError, match="not told where the image tokens are"):
-        model.model(**inputs())
     merged = model.get_input_embeddings()(IDS)
+    with pytest.raises(ValueError, match="not told where the image tokens are"):
+        model.model(inputs_embeds=merged)
     with pytest.raises(ValueError, match="pass image_token_mask"):
         model(inputs_embeds=merged)
     model(inputs_embeds=merged, image_token_mask=IDS == 4)

@@ -56,7 +56,7 @@ def pruned_forward(
         past_key_values: Empty for a prefill; filled by our prefill when decoding.
         inputs_embeds: (B, S, D).
         use_cache: As in transformers.
-        image_token_mask: (B, S) bool. HiMAP: needed in a prefill.
+        image_token_mask: (B, S) bool. HiMAP: needed in a prefill with `inputs_embeds`.
         supervised_mask: (B, S) bool, `labels != -100`. HiMAP: what is predicted must not choose what is looked at.
         **kwargs: What the family adds between layers, and options of the attention function. Others are refused.
 
@@ -81,7 +81,10 @@ def pruned_forward(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
     if inputs_embeds is None:
-        inputs_embeds = self.embed_tokens(input_ids)
+        token_ids = cast(Tensor, input_ids)
+        inputs_embeds = self.embed_tokens(token_ids)
+        if image_token_mask is None:
+            image_token_mask = token_ids == pruning.image_token_id
     if use_cache and past_key_values is None:
         past_key_values = DynamicCache(config=self.config)
     cached = 0 if past_key_values is None else past_key_values.get_seq_length()

@@ -54,7 +54,7 @@ def install_pruning(model: nn.Module, schedule: PruningSchedule) -> Any:
     remove_pruning(model)
     stock_attention = decoder.config._attn_implementation
     decoder.config._attn_implementation = register_attention(stock_attention)
-    decoder.himap_pruning = InstalledPruning(schedule, family, stock_attention)
+    decoder.himap_pruning = InstalledPruning(schedule, family, family.image_token_id(base.config), stock_attention)
     # Objects, not closures: a deep copy of the model then runs on the copy's own weights, and it can be pickled.
     decoder.forward = partial(pruned_forward, decoder)
     base.model.forward = _Forward(_inner_forward, base.model)

@@ -52,6 +52,7 @@ class InstalledPruning:
     Attributes:
         schedule: What to remove where.
         family: Of the model.
+        image_token_id: The token in whose places image features stand.
         stock_attention: The attention implementation that the decoder had.
         ratios: Keep ratio of each layer while these are learned, (layers,) fp32 with a gradient; the schedule then has
             a stage at each layer from the first on. None otherwise.
@@ -62,6 +63,7 @@ class InstalledPruning:
 
     schedule: PruningSchedule
     family: Family
+    image_token_id: int
     stock_attention: str
     ratios: Tensor | None = None
     cpu_blocks: bool = True
