@@ -21,6 +21,7 @@ from training_toys import SCHEDULE, collate, quiet_trainer, sample, save_tiny, t
 from himap_train import PruningSchedule, PruningStage
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.install import pruning_of
+from himap_train.training.adapter_module import Step
 from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO
 from himap_train.training.callbacks.interrupt import Interrupted, SaveOnInterrupt
 from himap_train.training.schedules.elastic import GRID, Elastic, ElasticSteps, SelfDistillation
@@ -183,7 +184,7 @@ def test_all_ranks_train_for_the_sample_that_the_first_has_counted() -> None:
         module = SimpleNamespace(
             schedule=HIMAP,
             peft_model=SimpleNamespace(config=tiny_llava().config),
-            use_schedule=lambda schedule, teacher: given.append((schedule, teacher)),
+            use_step=given.append,
             log_dict=lambda *_, **__: None,
         )
         trainer: Any = SimpleNamespace(strategy=SimpleNamespace(broadcast=broadcast), estimated_stepping_batches=9.0)
@@ -196,19 +197,21 @@ def test_all_ranks_train_for_the_sample_that_the_first_has_counted() -> None:
         return given
 
     first, second = in_processes(2, drawn)
-    assert first == second and len({str(schedule) for schedule, _ in first}) > 3
+    assert first == second and len({str(step.schedule) for step in first}) > 3
 
 
 def test_guard_notices_a_step_that_runs_another_schedule(tiny_path: str) -> None:
-    """Also where it should have run dense."""
+    """Also where it should have run dense; a step's own is no other."""
     model = tuner(tiny_path)
     model.configure_model()
-    for drawn in (PruningSchedule((PruningStage(2, "instruction", 0.25),)), PruningSchedule()):
-        model.use_schedule(drawn)
-        model.batch_loss(collate([sample(0)]))
+    for own in (PruningSchedule((PruningStage(2, "instruction", 0.25),)), PruningSchedule()):
+        model.adopt(own)
+        with model.running_step(Step(HIMAP)):
+            model.batch_loss(collate([sample(0)]))
+        model.validation_step(collate([sample(0)]), 0)
         pruning_of(model.peft_model).schedule = HIMAP
         with pytest.raises(RuntimeError, match="runs another schedule"):
-            model.batch_loss(collate([sample(0)]))
+            model.validation_step(collate([sample(0)]), 0)
 
 
 # ---- errors ----

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning, remove_pruning
 from himap_train.models.features import hidden_states
-from himap_train.models.install import change_schedule, pruning_of
+from himap_train.models.install import change_schedule, pruning_of, running
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -108,12 +108,32 @@ def test_changed_schedule_runs_from_the_next_forward_on() -> None:
     case, installed = make_case(model, RAGGED), pruning_of(model)
     run(model, case)
     change_schedule(model, two_stages())
-    assert pruning_of(model) is installed and installed.last is None
+    assert pruning_of(model) is installed
     assert_equals_naive(model, two_stages(), case)
     with pytest.raises(ValueError, match="decoder has layers 0 to 5"):
         change_schedule(model, PruningSchedule((PruningStage(9, "image", 0.5),)))
     with pytest.raises(ValueError, match="install_pruning"):
         change_schedule(remove_pruning(model), two_stages())
+
+
+def test_another_schedule_runs_inside_a_block_only() -> None:
+    """Also where it ends in an error; its counts stay."""
+    own = two_stages("last_token", "uniform")
+    model = install_pruning(tiny_llava(), own)
+    case, installed, ratios = make_case(model, RAGGED), pruning_of(model), torch.ones(6)
+    run(model, case)
+    with pytest.raises(KeyError), running(model, two_stages(), ratios):
+        assert (installed.schedule, installed.ratios, installed.last) == (two_stages(), ratios, None)
+        with running(model, PruningSchedule()):
+            assert installed.schedule == PruningSchedule() and installed.ratios is None
+        assert installed.schedule == two_stages() and installed.ratios is ratios
+        run(model, case)
+        raise KeyError
+    assert installed.schedule == own and installed.ratios is None and installed.last.kept == [31, 8]
+    with pytest.raises(ValueError, match="decoder has layers 0 to 5"):
+        with running(model, PruningSchedule((PruningStage(9, "image", 0.5),))):
+            pass
+    assert installed.schedule == own
 
 
 def test_installing_again_replaces_the_schedule() -> None:

@@ -22,6 +22,7 @@ from himap_train import PruningSchedule, PruningStage
 from himap_train.checkpoints.load import load_checkpoint
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.install import pruning_of
+from himap_train.models.stock import text_decoder
 from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO
 from himap_train.training.callbacks.interrupt import Interrupted, SaveOnInterrupt
 from himap_train.training.callbacks.learn_ratios import LearnKeepRatios
@@ -49,10 +50,14 @@ class Seen(Callback):
         self.losses: list[float] = []
         self.validation: list[PruningSchedule] = []
 
-    def on_before_backward(self, trainer: Any, module: Any, loss: Any) -> None:
-        pruning = pruning_of(module.peft_model)
-        self.schedules.append(pruning.schedule)
-        self.leaves.append(pruning.ratios)
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        def note(*_: Any) -> None:
+            if module.training:
+                pruning = pruning_of(module.peft_model)
+                self.schedules.append(pruning.schedule)
+                self.leaves.append(pruning.ratios)
+
+        text_decoder(module.peft_model).register_forward_pre_hook(note)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
         self.losses.append(float(outputs["loss"]))

@@ -16,7 +16,7 @@ from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder
 from himap_train.data.sources import open_source
 from himap_train.models.features import hidden_states
-from himap_train.models.install import change_schedule
+from himap_train.models.install import change_schedule, running
 from himap_train.models.loss import supervised_loss
 from himap_train.pruning.learned.marginal import MARGINAL_SHARE
 
@@ -34,10 +34,9 @@ def every_layer(ratios: tuple[float, ...] | list[float], first: int = 1, switch:
 def gradient(model: Any, schedule: PruningSchedule, ratios: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Of the summed loss by the ratios; and the loss."""
     leaf = torch.tensor(ratios, dtype=torch.float32, requires_grad=True)
-    change_schedule(model, schedule, leaf)
-    loss, _ = supervised_loss(hidden_states(model, **inputs), inputs["labels"], model.lm_head)
+    with running(model, schedule, leaf):
+        loss, _ = supervised_loss(hidden_states(model, **inputs), inputs["labels"], model.lm_head)
     loss.backward()
-    change_schedule(model, schedule)
     assert leaf.grad is not None
     return leaf.grad, loss.detach()
 
@@ -162,8 +161,8 @@ def test_the_forward_pass_is_the_hard_removal() -> None:
     case, schedule = make_case(model, RAGGED_ANSWERS, seed=1), every_layer(RATIOS)
     install_pruning(model, schedule)
     plain = hidden_states(model, **case.inputs(labels=True))
-    change_schedule(model, schedule, torch.tensor(RATIOS, requires_grad=True))
-    torch.testing.assert_close(hidden_states(model, **case.inputs(labels=True)), plain, rtol=1e-5, atol=1e-5)
+    with running(model, schedule, torch.tensor(RATIOS, requires_grad=True)):
+        torch.testing.assert_close(hidden_states(model, **case.inputs(labels=True)), plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -178,11 +177,11 @@ def test_two_forwards_then_two_backwards(checkpointing: bool) -> None:
         model.train()
         model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     leaf = torch.tensor(RATIOS, requires_grad=True)
-    change_schedule(model, schedule, leaf)
     losses = []
-    for case in cases:
-        hidden = hidden_states(model, **case.inputs(labels=True))
-        losses.append(supervised_loss(hidden, case.labels, model.lm_head)[0])
+    with running(model, schedule, leaf):
+        for case in cases:
+            hidden = hidden_states(model, **case.inputs(labels=True))
+            losses.append(supervised_loss(hidden, case.labels, model.lm_head)[0])
     for loss in losses:
         loss.backward()
     assert leaf.grad is not None
@@ -195,8 +194,7 @@ def test_without_gradients_nothing_is_added() -> None:
     case, schedule = make_case(model, RAGGED_ANSWERS, seed=1), every_layer(RATIOS)
     install_pruning(model, schedule)
     plain = hidden_states(model, **case.inputs(labels=True))
-    change_schedule(model, schedule, torch.tensor(RATIOS, requires_grad=True))
-    with torch.no_grad():
+    with running(model, schedule, torch.tensor(RATIOS, requires_grad=True)), torch.no_grad():
         assert torch.equal(hidden_states(model, **case.inputs(labels=True)), plain)
 
 

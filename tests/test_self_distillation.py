@@ -14,10 +14,10 @@ from himap_train import PruningSchedule, PruningStage, install_pruning
 from himap_train.models.features import hidden_states
 from himap_train.models.install import pruning_of, record_pruning
 from himap_train.models.loss import distilled_loss, supervised_loss
-from himap_train.training.adapter_module import Teacher
+from himap_train.training.adapter_module import Step, Teacher
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.schedules.elastic import Elastic, SelfDistillation
-from himap_train.training.schedules.per_step import SchedulePerStep, Step
+from himap_train.training.schedules.per_step import SchedulePerStep
 from himap_train.training.schedules.settings import PruningSettings
 
 FP32 = {"atol": 1e-5, "rtol": 1e-4}
@@ -106,13 +106,12 @@ def test_each_pass_runs_its_own_schedule(tiny_path: str) -> None:
     model = tuner(tiny_path, lora_dropout=0.0)
     model.configure_model()
     student, teacher = (PruningSchedule((PruningStage(2, "instruction", ratio),)) for ratio in (0.25, 0.75))
-    model.use_schedule(student)
     kept: list[int] = []
 
     def note(*_: Any) -> None:
         kept.append(sum(len(row) for row in trace.kept[0]))
 
-    with record_pruning(model.peft_model) as trace:
+    with record_pruning(model.peft_model) as trace, model.running_step(Step(student)):
         decoder = model.peft_model.get_base_model().model.language_model
         decoder.register_forward_hook(note)
         hidden = model.teacher_states(batch(), Teacher(teacher, 1.0))

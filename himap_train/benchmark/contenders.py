@@ -19,7 +19,7 @@ from himap_train.benchmark.peers import (
     pyramiddrop_ranking,
 )
 from himap_train.models.attention import register_attention
-from himap_train.models.install import change_schedule, install_pruning, remove_pruning
+from himap_train.models.install import install_pruning, remove_pruning, running
 from himap_train.models.stock import base_model
 from himap_train.pruning.names import nearest
 from himap_train.pruning.presets import PRESETS
@@ -69,8 +69,8 @@ def _learning(schedule: PruningSchedule, model: nn.Module) -> Iterator[None]:
     """As `_pruned`, with ratios that get a gradient."""
     with _pruned(schedule, model):
         kept = [1.0, *(stage.keep_ratio or 0.0 for stage in schedule.stages)]
-        change_schedule(model, schedule, torch.tensor(kept, device=base_model(model).device, requires_grad=True))
-        yield
+        with running(model, schedule, torch.tensor(kept, device=base_model(model).device, requires_grad=True)):
+            yield
 
 
 def _every_layer(layers: int) -> PruningSchedule:

@@ -94,8 +94,18 @@ def check_schedule(family: Family, decoder: nn.Module, schedule: PruningSchedule
         )
 
 
-def change_schedule(model: nn.Module, schedule: PruningSchedule, ratios: Tensor | None = None) -> None:
+def change_schedule(model: nn.Module, schedule: PruningSchedule) -> None:
     """Run another schedule from the next forward on, where one is installed; nothing is installed anew.
+
+    Raises:
+        ValueError: Nothing is installed, or the schedule does not fit.
+    """
+    _changeable(model, schedule).schedule = schedule
+
+
+@contextmanager
+def running(model: nn.Module, schedule: PruningSchedule, ratios: Tensor | None = None) -> Iterator[None]:
+    """Run another schedule inside the block; afterwards the model has its own back. A backward may come after it.
 
     Args:
         model: As in `install_pruning`.
@@ -106,11 +116,23 @@ def change_schedule(model: nn.Module, schedule: PruningSchedule, ratios: Tensor 
     Raises:
         ValueError: Nothing is installed, or the schedule does not fit.
     """
+    pruning = _changeable(model, schedule)
+    own = pruning.schedule, pruning.ratios
+    # No counts: a dense schedule leaves none, and would seem to keep what the last one did.
+    pruning.schedule, pruning.ratios, pruning.last = schedule, ratios, None
+    try:
+        yield
+    finally:
+        pruning.schedule, pruning.ratios = own
+
+
+def _changeable(model: nn.Module, schedule: PruningSchedule) -> InstalledPruning:
+    """What is installed, and can run a schedule; errors as `change_schedule` says."""
     pruning = pruning_of(model)
     if pruning is None:
         raise ValueError("no schedule to change: call install_pruning(model, schedule) first")
     check_schedule(pruning.family, text_decoder(model), schedule)
-    pruning.schedule, pruning.ratios, pruning.last = schedule, ratios, None
+    return pruning
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """A LightningModule around a LLaVA of which only an adapter is trained: its checkpoints hold that, and nothing else.
 
-Two schedules. `schedule` is what the adapter is trained for and saved with. What the decoder runs now is the same,
-unless a training step was given another one with `use_schedule` (a curriculum, elastic training).
+`schedule` is what the adapter is trained for and saved with, and what is installed on the decoder. Training steps may
+run another one (a curriculum, elastic training); the decoder has its own back after each.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -18,7 +20,7 @@ from himap_train.checkpoints.adapter import CHECKPOINT_KEY, adapter_facts
 from himap_train.models.families import family_of
 from himap_train.models.features import hidden_states
 from himap_train.models.guard import check_pruned, check_trained_weights
-from himap_train.models.install import change_schedule, pruning_of
+from himap_train.models.install import change_schedule, pruning_of, running
 from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.run.resume_split import begin_next_epoch, continue_in_this_split
@@ -30,11 +32,28 @@ class Teacher:
 
     Attributes:
         schedule: Under which it runs.
-        weight: Of the divergence beside the cross-entropy.
+        weight: That of the divergence beside the cross-entropy.
     """
 
     schedule: PruningSchedule
     weight: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step runs.
+
+    Attributes:
+        schedule: That of the pass that is trained.
+        teacher: A pass before it without gradients, whose answers it should also give; None for none.
+        figures: What the loggers are told about it.
+        ratios: The schedule's ratios of all layers, where these get a gradient; see `running`.
+    """
+
+    schedule: PruningSchedule
+    teacher: Teacher | None = None
+    figures: Mapping[str, float] = field(default_factory=dict)
+    ratios: Tensor | None = None
 
 
 class AdapterModule(LightningModule):
@@ -45,12 +64,10 @@ class AdapterModule(LightningModule):
         schedule: What is saved with the adapter.
     """
 
-    schedule: PruningSchedule
-    _running: PruningSchedule | None = None  # None: `schedule`
-    _teacher: Teacher | None = None
-
-    def __init__(self) -> None:
+    def __init__(self, schedule: PruningSchedule) -> None:
         super().__init__()
+        self.schedule = schedule
+        self._step: Step | None = None
         self.strict_loading = False  # checkpoints hold trained weights only; on_load_checkpoint checks those
         self.llava: PeftModel | None = None
 
@@ -78,32 +95,40 @@ class AdapterModule(LightningModule):
         """Hugging Face models load in evaluation mode, in which nothing is checkpointed and dropout is off."""
         self.train()
 
-    def use_schedule(
-        self, schedule: PruningSchedule, teacher: Teacher | None = None, ratios: Tensor | None = None
-    ) -> None:
-        """Let the decoder run a schedule from now on; `schedule` stays what is saved.
-
-        Args:
-            schedule: Of every forward.
-            teacher: Of training steps: a pass before it whose distributions it should also give.
-            ratios: Of training steps: the schedule's ratios of all layers, which get a gradient; see `change_schedule`.
+    def adopt(self, schedule: PruningSchedule) -> None:
+        """Train for another schedule from now on: the one that is installed and saved.
 
         Raises:
             ValueError: A stage lies outside the decoder, or the model has lost its pruner.
         """
-        change_schedule(self.peft_model, schedule, ratios)
-        self._running, self._teacher = schedule, teacher
+        change_schedule(self.peft_model, schedule)
+        self.schedule = schedule
+
+    def use_step(self, step: Step) -> None:
+        """Let the next training steps run this, until they are told otherwise."""
+        self._step = step
+
+    @contextmanager
+    def running_step(self, step: Step | None) -> Iterator[None]:
+        """The schedule of a step inside the block; the module's own where it is None.
+
+        Raises:
+            RuntimeError: The decoder had not the module's own before.
+        """
+        pruning = pruning_of(self.peft_model)
+        if self.schedule != (pruning.schedule if pruning else PruningSchedule()):
+            raise RuntimeError(
+                f"the model has lost its pruner or runs another schedule than {self.schedule}; found {pruning}"
+            )
+        with nullcontext() if step is None else running(self.peft_model, step.schedule, step.ratios):
+            yield
 
     def teacher_states(self, batch: dict[str, Any], teacher: Teacher) -> Tensor:
-        """What the teacher's pass gives for a batch, (B, S, D); the schedule that runs stays."""
-        running = self._running or self.schedule
-        try:
-            self.use_schedule(teacher.schedule, teacher)
-            with torch.no_grad():
-                return self.states(batch)
-        finally:
-            self.use_schedule(running, teacher)
-            torch.clear_autocast_cache()  # older torch uses weights that were cast here again: without gradients
+        """What the teacher's pass gives for a batch, (B, S, D)."""
+        with running(self.peft_model, teacher.schedule), torch.no_grad():
+            states = self.states(batch)
+        torch.clear_autocast_cache()  # older torch uses weights that were cast here again: without gradients
+        return states
 
     def states(self, batch: dict[str, Any]) -> Tensor:
         """Final decoder states (B, S, D) of a batch.
@@ -112,11 +137,11 @@ class AdapterModule(LightningModule):
             RuntimeError: The schedule that runs now says that image tokens go, and they did not.
         """
         pruning = pruning_of(self.peft_model)
-        before = pruning.last if pruning else None
+        before, schedule = (pruning.last, pruning.schedule) if pruning else (None, self.schedule)
         image_tokens = batch["input_ids"] == base_model(self.peft_model).config.image_token_id
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "images", "labels")}
         hidden = hidden_states(self.peft_model, **inputs, image_features=batch.get("image_features"))
-        check_pruned(self._running or self.schedule, pruning_of(self.peft_model), before, image_tokens)
+        check_pruned(schedule, pruning_of(self.peft_model), before, image_tokens)
         return hidden
 
     def trained_names(self) -> set[str]:

@@ -80,9 +80,8 @@ class LlavaFineTuner(AdapterModule):
         loss_average: Literal["token", "batch"] = "token",
         loss_chunk: int = 1024,
     ) -> None:
-        super().__init__()
+        super().__init__(read_schedule(schedule))
         self.path = path
-        self.schedule = read_schedule(schedule)
         self._preset = is_preset(schedule)
         self.attach = partial(
             attach_lora, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets, projector=projector
@@ -162,13 +161,15 @@ class LlavaFineTuner(AdapterModule):
         """One micro-batch; see the module's docstring for what is averaged over what."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._window.begin(batch, self.trainer, self.device)
-        if self._teacher is None:
-            total, count = self.batch_loss(batch)
-            self._window.add(loss=total)
-        else:
-            cross_entropy, divergence, count = self.distilled_batch_loss(batch, self._teacher)
-            self._window.add(loss=cross_entropy, divergence=divergence)
-            total = cross_entropy + self._teacher.weight * divergence
+        teacher = self._step.teacher if self._step else None
+        with self.running_step(self._step):
+            if teacher is None:
+                total, count = self.batch_loss(batch)
+                self._window.add(loss=total)
+            else:
+                cross_entropy, divergence, count = self.distilled_batch_loss(batch, teacher)
+                self._window.add(loss=cross_entropy, divergence=divergence)
+                total = cross_entropy + teacher.weight * divergence
         if step_ended(self.trainer, batch_idx):
             for name, mean in self._window.means(self.trainer).items():  # divergence: of the last step with a teacher
                 self.log(f"train/{name}", mean, prog_bar=True, batch_size=len(batch["input_ids"]))
@@ -178,7 +179,8 @@ class LlavaFineTuner(AdapterModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add up loss and tokens; accuracies come from the `GenerationAccuracy` callback."""
-        total, count = self.batch_loss(batch)
+        with self.running_step(None):
+            total, count = self.batch_loss(batch)
         self._validation = self._validation.to(total.device) + torch.stack([total.double(), count.double()])
 
     def on_validation_epoch_end(self) -> None:

@@ -6,25 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from himap_train.checkpoints.adapter import CHECKPOINT_KEY
 from himap_train.pruning.learned.ratios import KeepRatios
 from himap_train.pruning.schedule import PruningSchedule
+from himap_train.training.adapter_module import Step
 from himap_train.training.callbacks.progress import step_ended
 from himap_train.training.run.launch import say
 from himap_train.training.schedules.learnable import Learnable
-from himap_train.training.schedules.per_step import OtherSchedules
 
 
-class LearnKeepRatios(OtherSchedules):
+class LearnKeepRatios(Callback):
     """Runs the ratios of each optimizer step, gives them the gradient of all ranks, freezes them in time.
 
     Args:
         settings: Of the config.
         tokens_of: Image and text tokens of a typical sample from those that were measured, if any.
     """
+
+    tokens: tuple[int, int] | None = None
+    """Image and text tokens of a typical sample, which the first process has counted."""
 
     def __init__(self, settings: Learnable, tokens_of: Callable[[tuple[int, int] | None], tuple[int, int]]) -> None:
         self.settings, self.tokens_of = settings, tokens_of
@@ -50,7 +53,7 @@ class LearnKeepRatios(OtherSchedules):
         steps = int(trainer.estimated_stepping_batches)
         self._last = min(max(round(self.settings.until * steps), 1), max(steps - 1, 1))
         if trainer.global_step:
-            pl_module.schedule = self._schedule_after(trainer.global_step)
+            pl_module.adopt(self._schedule_after(trainer.global_step))
         say(
             f"learned keep ratios: budget {self.settings.budget} reached at step {self._warmup(steps)}, frozen at "
             f"step {self._last} of {steps}"
@@ -69,7 +72,7 @@ class LearnKeepRatios(OtherSchedules):
             now = self.ratios.ratios()
             self._leaf = now.to(device=pl_module.device, dtype=torch.float32).requires_grad_()
             schedule = self.ratios.schedule(now)
-        pl_module.use_schedule(schedule, ratios=self._leaf)
+        pl_module.use_step(Step(schedule, ratios=self._leaf))
         self._log(pl_module, schedule)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -79,7 +82,7 @@ class LearnKeepRatios(OtherSchedules):
         gradient = torch.zeros_like(self._leaf) if self._leaf.grad is None else self._leaf.grad
         self.ratios.step(trainer.strategy.reduce(gradient, reduce_op="mean"))
         self._leaf = None
-        pl_module.schedule = self._schedule_after(trainer.global_step)
+        pl_module.adopt(self._schedule_after(trainer.global_step))
         if trainer.global_step == self._last:
             say(f"frozen keep ratios: {pl_module.schedule.to_dict()['stages']}")
 
@@ -99,8 +102,7 @@ class LearnKeepRatios(OtherSchedules):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """The schedule that was saved with the weights: a run that is at its end does not start training again."""
-        pl_module.schedule = PruningSchedule.from_dict(checkpoint[CHECKPOINT_KEY]["schedule"])
-        pl_module.use_schedule(pl_module.schedule)
+        pl_module.adopt(PruningSchedule.from_dict(checkpoint[CHECKPOINT_KEY]["schedule"]))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Comes before training starts."""

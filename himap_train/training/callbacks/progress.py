@@ -55,7 +55,7 @@ class Throughput(Callback):
                 self._kept, self._samples = [0] * len(counts.kept), 0
             self._kept = [old + new for old, new in zip(self._kept, counts.kept, strict=True)]
             self._samples += int((counts.image_rows > 0).sum())
-        elif pruning and not pruning.schedule.stages and pl_module.schedule.stages:
+        elif pruning and counts is None and pl_module.schedule.stages:
             pl_module.log("image tokens kept", 1.0, prog_bar=True)  # a dense step of a pruned run
         if self._samples and logs_now(trainer, batch_idx):
             for stage, kept in enumerate(self._kept):

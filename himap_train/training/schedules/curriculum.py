@@ -13,7 +13,7 @@ from typing import Literal
 
 from himap_train.pruning.budget import at_strength
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.training.schedules.per_step import Step
+from himap_train.training.adapter_module import Step
 from himap_train.training.schedules.requirements import require_ratios, require_share
 
 

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.training.adapter_module import Teacher
-from himap_train.training.schedules.per_step import Step
+from himap_train.training.adapter_module import Step, Teacher
 from himap_train.training.schedules.requirements import require_positive, require_ratios, require_share
 
 GRID = 64

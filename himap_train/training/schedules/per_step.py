@@ -6,30 +6,13 @@ Validation, evaluation and what is saved keep the model's own schedule.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from lightning.pytorch import Callback, Trainer
 
-from himap_train.pruning.schedule import PruningSchedule
-from himap_train.training.adapter_module import Teacher
+from himap_train.training.adapter_module import Step
 from himap_train.training.run.launch import say
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step runs.
-
-    Attributes:
-        schedule: Of the pass that is trained.
-        teacher: Of a pass before it without gradients, whose answers it should also give; None for none.
-        figures: What the loggers are told about it.
-    """
-
-    schedule: PruningSchedule
-    teacher: Teacher | None = None
-    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 class StepPlan(Protocol):
@@ -42,28 +25,16 @@ class StepPlan(Protocol):
         """What the user is told when training starts."""
 
 
-class OtherSchedules(Callback):
-    """Training steps run other schedules than the module's own, which it has back for everything else."""
-
-    tokens: tuple[int, int] | None = None
-    """Image and text tokens of a typical sample, which the first process has counted."""
-
-    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """What is measured is what is saved."""
-        pl_module.use_schedule(pl_module.schedule)
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """The evaluation after training too."""
-        pl_module.use_schedule(pl_module.schedule)
-
-
-class SchedulePerStep(OtherSchedules):
+class SchedulePerStep(Callback):
     """Gives the module the schedule of each optimizer step.
 
     Args:
         make_plan: `(schedule, config, total=optimizer steps, tokens=tokens) -> StepPlan`, called on every rank when
             training starts.
     """
+
+    tokens: tuple[int, int] | None = None
+    """Image and text tokens of a typical sample, which the first process has counted."""
 
     def __init__(self, make_plan: Callable[..., StepPlan]) -> None:
         self.make_plan = make_plan
@@ -80,5 +51,5 @@ class SchedulePerStep(OtherSchedules):
         """The same in all micro-batches of a window: the step counts when it is done."""
         assert self._plan is not None
         step = self._plan.at(trainer.global_step)
-        pl_module.use_schedule(step.schedule, step.teacher)
+        pl_module.use_step(step)
         pl_module.log_dict(dict(step.figures), prog_bar=True)
