@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -106,11 +106,10 @@ def main(
 
     shown = {"size": size, **asdict(workload), "dtype": dtype, "attention": attention, "rounds": rounds, "clock": clock}
     shown |= {"whole_model": whole_model, "gradient_checkpointing": gradient_checkpointing}
-    results = Results({"command": command_line(), "environment": environment(place), "settings": shown})
-    results.rows, results.series = run_jobs(jobs)
-    results.fits, results.predictions = fit_series(results.series), predict()
-    results.facts["load_after"] = load_average()
-    print(save(results, output))
+    facts: dict[str, Any] = {"command": command_line(), "environment": environment(place), "settings": shown}
+    rows, found = run_jobs(jobs)
+    facts["load_after"] = load_average()
+    print(save(Results(facts, rows, found, fit_series(found), predict()), output))
     print(f"saved in {output}")
 
 

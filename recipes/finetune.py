@@ -22,28 +22,20 @@ from himap_train.evaluation.command_line import USER_ERRORS
 from himap_train.evaluation.compare import Row
 from himap_train.evaluation.tables import print_table, save_table
 from himap_train.models.guard import check_trained_weights
-from himap_train.models.loading import resolve_model
 from himap_train.models.lora import trainable_report
 from himap_train.training.callbacks.checkpoints import read_checkpoint
 from himap_train.training.callbacks.interrupt import Interrupted
 from himap_train.training.run.command_line import FinetuneCLI
 from himap_train.training.run.feature_cache import fill_feature_cache
 from himap_train.training.run.folder import package_versions, record_run, record_schedule
-from himap_train.training.run.launch import AroundTraining, end_children, is_first_process, report_error, say
+from himap_train.training.run.launch import end_children, is_first_process, report_error, say
 from himap_train.training.run.measured_rows import measure, prepare_budgets, rows_after, rows_before
 from himap_train.training.zero.gather import trained_state
 
 
 def run(cli: FinetuneCLI) -> None:
-    """The story of a run: check the data, load, measure, train, save, measure again.
-
-    What comes before and after training happens in the processes that train, on the model as it is spread over them.
-    """
-    rows: list[Row] = []
-    resolve_model(cli.model.path)  # ends within seconds where the weights cannot be reached
+    """The story of a run: check the data, load, measure, train, save, measure again."""
     check_data(cli)
-    around = AroundTraining(lambda: rows.extend(before_training(cli)), lambda: after_training(cli, rows))
-    cli.trainer.callbacks.insert(0, around)  # type: ignore[attr-defined]
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
     if cli.config.rehearse and is_first_process():
         merged = export_merged(cli.output / "adapter", cli.output / "merged")
@@ -83,7 +75,6 @@ def after_training(cli: FinetuneCLI, rows: list[Row]) -> None:
 def check_data(cli: FinetuneCLI) -> None:
     """Count, look for images, measure lengths before an hour is spent; raises where too much is broken."""
     data = cli.datamodule
-    data.processor = cli.load_processor()
     data.setup("fit")
     report = data.check("train") if is_first_process() else None
     if report is not None:
@@ -101,10 +92,14 @@ def take_best(cli: FinetuneCLI) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0; 2 after an error that the user can mend; 130 after Ctrl-C, 143 after SIGTERM."""
+    """Exit status 0; 2 after an error that the user can mend; 130 after Ctrl-C, 143 after SIGTERM.
+
+    What comes before and after training happens in the processes that train, on the model as it is spread over them.
+    """
     cli: FinetuneCLI | None = None
+    rows: list[Row] = []
     try:
-        cli = FinetuneCLI(argv)
+        cli = FinetuneCLI(argv, (lambda cli: rows.extend(before_training(cli)), lambda cli: after_training(cli, rows)))
         run(cli)
     except Interrupted as stop:
         if not is_first_process():

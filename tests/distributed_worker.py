@@ -159,9 +159,9 @@ def train(
             group_by_length=grouped,
             max_length=400,
             cache_image_features=str(work / f"{name}-features") if cached else None,
+            processor=tiny_processor(),
         )
     )
-    module.processor = tiny_processor()  # type: ignore[union-attr]
     recorder, facts = Recorder(), dict[str, Any]()
     answering = name in (strategy, "one")  # what other scenarios vary makes no difference to it
 

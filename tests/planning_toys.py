@@ -44,7 +44,7 @@ def toy_model(
     model = attach_lora(base, **{"r": 4, "alpha": 8, **lora})
     if checkpointing:
         base_model(model).model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-    return install_pruning(model, schedule).train()
+    return install_pruning(model, schedule, cpu_blocks=False).train()
 
 
 def toy_batch(size: int = 32) -> dict[str, Any]:

@@ -34,9 +34,7 @@ def data(tmp_path):
 
 def module(train, **options):
     options = {"validation": None, "batch_size": 2, **options}
-    datamodule = LlavaDataModule(train, **options)
-    datamodule.processor = tiny_processor()
-    return datamodule
+    return LlavaDataModule(train, **options, processor=tiny_processor())
 
 
 class Recorder(LightningModule):
@@ -219,7 +217,7 @@ def test_data_that_is_not_there_ends_the_run_before_it_starts(tmp_path, data):
         with pytest.raises(FileNotFoundError, match="data file missing.json does not exist"):
             module(**options).setup("fit")
     module(data, validation="missing.json").source("train")
-    with pytest.raises(RuntimeError, match="needs the checkpoint's processor: set datamodule.processor"):
+    with pytest.raises(RuntimeError, match=r"needs the checkpoint's processor: LlavaDataModule\(..., processor=...\)"):
         LlavaDataModule(data).setup("fit")
     with pytest.raises(RuntimeError, match="call setup"):
         module(data).train_dataloader()

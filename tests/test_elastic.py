@@ -116,9 +116,7 @@ class Seen(Callback):
 
 
 def per_step(settings: PruningSettings, seed: int = 3) -> SchedulePerStep:
-    made = SchedulePerStep(partial(settings.plan, seed=seed))
-    made.tokens = TOKENS
-    return made
+    return SchedulePerStep(partial(settings.plan, seed=seed), lambda: TOKENS)
 
 
 def fit(path: str, folder: Path, seen: Seen, resume: bool = False, **kwargs: Any) -> Any:
@@ -132,8 +130,7 @@ def fit(path: str, folder: Path, seen: Seen, resume: bool = False, **kwargs: Any
         plugins=[AtomicCheckpointIO()],
         callbacks=[seen, per_step(settings), SaveOnInterrupt(last, "again --resume")],
     )
-    data = LlavaDataModule(batch_size=2, train_limit=16, validation_limit=4, max_length=400)
-    data.processor = tiny_processor()
+    data = LlavaDataModule(batch_size=2, train_limit=16, validation_limit=4, max_length=400, processor=tiny_processor())
     torch.manual_seed(0)
     trainer.fit(model, datamodule=data, ckpt_path=last if resume else None, weights_only=True)
     return model
@@ -188,8 +185,8 @@ def test_all_ranks_train_for_the_sample_that_the_first_has_counted() -> None:
             log_dict=lambda *_, **__: None,
         )
         trainer: Any = SimpleNamespace(strategy=SimpleNamespace(broadcast=broadcast), estimated_stepping_batches=9.0)
-        callback = SchedulePerStep(partial(PruningSettings(elastic=ELASTIC).plan, seed=3))
-        callback.tokens = TOKENS if torch.distributed.get_rank() == 0 else None
+        counted = TOKENS if torch.distributed.get_rank() == 0 else None
+        callback = SchedulePerStep(partial(PruningSettings(elastic=ELASTIC).plan, seed=3), lambda: counted)
         callback.on_train_start(trainer, module)
         for step in range(9):
             trainer.global_step = step

@@ -71,8 +71,8 @@ def fit(tiny: str, data: str, folder: Path, cache: Any, **options: Any) -> Watch
     """Two epochs; the cache is filled before, as the recipe does."""
     torch.manual_seed(0)
     model = tuner(tiny, **options.pop("model", {}))
-    module = LlavaDataModule(data, None, batch_size=2, cache_image_features=cache, **options.pop("loading", {}))
-    module.processor = tiny_processor()
+    loading = {"cache_image_features": cache, "processor": tiny_processor(), **options.pop("loading", {})}
+    module = LlavaDataModule(data, None, batch_size=2, **loading)
     watch = Watch()
     trainer = quiet_trainer(folder, kind=FineTuneTrainer, max_epochs=2, **options)
     fill = AroundTraining(lambda: fill_feature_cache(trainer, model.peft_model, module), lambda: None)
@@ -244,8 +244,7 @@ def test_what_cannot_be_cached_is_refused(tiny_path: str, data: str, tmp_path: P
     with pytest.raises(ValueError, match=r"varied anew in each epoch.*embedded:train\?scenes=4&fixed=1"):
         fit(tiny_path, "embedded:train?scenes=4", tmp_path, True)
     model = tuner(tiny_path)
-    module = LlavaDataModule(data, None, cache_image_features=True)
-    module.processor = tiny_processor()
+    module = LlavaDataModule(data, None, cache_image_features=True, processor=tiny_processor())
     module.setup("fit")
     model.configure_model()
     tower = base_model(model.peft_model).model.vision_tower

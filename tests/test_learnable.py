@@ -79,8 +79,7 @@ def fit(path: str, folder: Path, seen: Seen, resume: bool = False, **kwargs: Any
         plugins=[AtomicCheckpointIO()],
         callbacks=[learner, seen, SaveOnInterrupt(last, "again --resume")],
     )
-    data = LlavaDataModule(batch_size=2, train_limit=16, validation_limit=4, max_length=400)
-    data.processor = tiny_processor()
+    data = LlavaDataModule(batch_size=2, train_limit=16, validation_limit=4, max_length=400, processor=tiny_processor())
     torch.manual_seed(0)
     trainer.fit(model, datamodule=data, ckpt_path=last if resume else None, weights_only=True)
     return model

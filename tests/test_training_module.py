@@ -255,8 +255,7 @@ def test_bf16_mixed_keeps_what_is_trained_in_fp32(tiny_path: str, tmp_path: Path
 
 def test_validation_gives_training_mode_back_to_the_decoder_alone(tiny_path: str, tmp_path: Path) -> None:
     """`GenerationAccuracy` evaluates, pruned and dense, between two training steps."""
-    data = LlavaDataModule(batch_size=2, train_limit=8, validation_limit=4, max_length=400)
-    data.processor = tiny_processor()
+    data = LlavaDataModule(batch_size=2, train_limit=8, validation_limit=4, max_length=400, processor=tiny_processor())
     modes, accuracy = Modes(), GenerationAccuracy(EvaluationSettings(during=2, max_new_tokens=2))
     model = tuner(tiny_path)
     trainer = quiet_trainer(

@@ -53,9 +53,8 @@ class Losses(Callback):
 
 def data(workers: int = 0) -> LlavaDataModule:
     """Ten records of the embedded scenes: five batches an epoch."""
-    module = LlavaDataModule(batch_size=2, train_limit=10, validation_limit=4, num_workers=workers, max_length=400)
-    module.processor = tiny_processor()
-    return module
+    options = {"max_length": 400, "processor": tiny_processor()}
+    return LlavaDataModule(batch_size=2, train_limit=10, validation_limit=4, num_workers=workers, **options)
 
 
 def run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ MIB = 2**20
 _TIMING = ("method", "ms", "dense, ms", "ratio", "bound", "efficiency", "causal bound", "efficiency")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Results:
     """All that a run has found.
 
@@ -34,10 +34,10 @@ class Results:
     """
 
     facts: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-    series: dict[str, list[tuple[int, Row]]] = field(default_factory=dict)
-    fits: list[Fit] = field(default_factory=list)
-    predictions: list[Prediction] = field(default_factory=list)
+    rows: list[Row]
+    series: dict[str, list[tuple[int, Row]]]
+    fits: list[Fit]
+    predictions: list[Prediction]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""

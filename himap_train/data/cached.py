@@ -49,8 +49,11 @@ class CachedEncoder(Encoder):
     Arguments are those of `Encoder`.
     """
 
-    store: FeatureStore | None = None
-    """Where the features are; set when it is filled."""
+    _store: FeatureStore | None = None
+
+    def read_from(self, store: FeatureStore) -> None:
+        """Take features from here, once they are there: loaders are made before the model can compute them."""
+        self._store = store
 
     def encode(self, conversation: Conversation) -> Sample:
         """As `Encoder.encode`. A conversation without images has features of none, (0, T, W)."""
@@ -74,9 +77,9 @@ class CachedEncoder(Encoder):
         return found, [store.shape[0]] * len(found)
 
     def _filled(self) -> FeatureStore:
-        if self.store is None:
+        if self._store is None:
             raise RuntimeError("there are no cached features yet: `fill_feature_cache` must come before training")
-        return self.store
+        return self._store
 
 
 class ImageDigests(Dataset[list[Place]]):

@@ -13,6 +13,7 @@ from himap_train.data.check import check_source
 from himap_train.data.check_report import DataReport
 from himap_train.data.datasets import EncodedRecords, EncodedStream
 from himap_train.data.encode import Encoder
+from himap_train.data.feature_store import FeatureStore
 from himap_train.data.lengths import estimate_lengths
 from himap_train.data.loader import BatchLoader, Collate, stream_loader
 from himap_train.data.records import Source, StreamingSource
@@ -51,6 +52,7 @@ class LlavaDataModule(LightningDataModule):
         cache_image_features: keep what the frozen vision tower makes of the training images on disk, and train without
             running the tower: a folder, which several runs and machines may share, or true for one in the folder of the
             run. It is filled before training. Large: 1.2 MB an image for LLaVA-1.5 in bf16.
+        processor: the checkpoint's; no key of a config, `finetune.py` loads that of `model.path`.
     """
 
     def __init__(
@@ -73,13 +75,13 @@ class LlavaDataModule(LightningDataModule):
         pad_to_multiple_of: int | None = None,
         streaming: bool = False,
         cache_image_features: bool | str | None = None,
+        processor: Any = None,
     ) -> None:
         super().__init__()
         check_at_least_one(batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
         check_at_least_one(pad_to_multiple_of=pad_to_multiple_of, train_limit=train_limit)
         check_at_least_one(validation_limit=validation_limit, test_limit=test_limit)
-        self.processor: Any = None
-        """The checkpoint's processor; the recipe sets it before `setup`."""
+        self.processor = processor
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.max_length, self.image_aspect_ratio = max_length, image_aspect_ratio
         self.num_workers, self.group_by_length, self.max_skipped = num_workers, group_by_length, max_skipped
@@ -92,8 +94,9 @@ class LlavaDataModule(LightningDataModule):
         """How many records of each split are used; None for all."""
         self._sources: dict[str, Source | StreamingSource] = {}
         self._encoder: Encoder | None = None
-        self.cached_encoder: CachedEncoder | None = None
-        """Encodes training data with `cache_image_features`; gets its store when that is filled."""
+        self._cached_encoder: CachedEncoder | None = None
+        self.mean_tokens: tuple[int, int] | None = None
+        """Image tokens and other tokens of a training record on average, once they are checked."""
         self.skips: dict[str, SkipLog] = {}
         """For "train", "validation" and "test" which records were skipped so far."""
 
@@ -112,16 +115,14 @@ class LlavaDataModule(LightningDataModule):
         """Opens what the stage ("fit", "validate", "test") needs, so that bad data ends the run before it starts.
 
         Raises:
-            RuntimeError: no processor was set.
+            RuntimeError: it was made without a processor.
             FileNotFoundError, ValueError, ConnectionError: see `open_source`.
         """
         if self.processor is None:
-            raise RuntimeError(
-                "LlavaDataModule needs the checkpoint's processor: set datamodule.processor before the run"
-            )
+            raise RuntimeError("LlavaDataModule needs the checkpoint's processor: LlavaDataModule(..., processor=...)")
         options = (self.processor, self.max_length, self.image_aspect_ratio)
         self._encoder = Encoder(*options)
-        self.cached_encoder = CachedEncoder(*options) if self.cache_image_features else None
+        self._cached_encoder = CachedEncoder(*options) if self.cache_image_features else None
         for split in {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}.get(stage, ()):
             self.source(split)
 
@@ -131,7 +132,15 @@ class LlavaDataModule(LightningDataModule):
         if not isinstance(source, Source):
             return None
         options = (encoder.max_length, limit, self.limits[split], encoder.image_aspect_ratio)
-        return check_source(source, self.processor, *options, name=self.spec(split), batch_size=self.batch_size)
+        report = check_source(source, self.processor, *options, name=self.spec(split), batch_size=self.batch_size)
+        if split == "train":
+            self.mean_tokens = report.mean_tokens()
+        return report
+
+    def read_features(self, store: FeatureStore) -> None:
+        """Train on features of the vision tower, for which `cache_image_features` asks."""
+        assert self._cached_encoder is not None
+        self._cached_encoder.read_from(store)
 
     def train_dataloader(self) -> BatchLoader | WindowedLoader:
         """Right-padded batches with labels, in an order that only (seed, epoch) decides."""
@@ -146,7 +155,7 @@ class LlavaDataModule(LightningDataModule):
         lengths = images = None
         if self.group_by_length:
             lengths, images = estimate_lengths(source, encoder, self.limits["train"])
-        dataset = self._dataset("train", source, self.cached_encoder or encoder)
+        dataset = self._dataset("train", source, self._cached_encoder or encoder)
         windows = self._windows()
         order = BatchOrder(
             len(dataset),

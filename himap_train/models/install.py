@@ -31,13 +31,14 @@ def pruning_of(model: nn.Module) -> InstalledPruning | None:
     return getattr(text_decoder(model), "himap_pruning", None)
 
 
-def install_pruning(model: nn.Module, schedule: PruningSchedule) -> Any:
+def install_pruning(model: nn.Module, schedule: PruningSchedule, cpu_blocks: bool = True) -> Any:
     """Prune image tokens inside the decoder of `model` from now on, in every forward and in `generate`.
 
     Args:
         model: A stock model of a known family (see `himap_train.models.families`) or a PeftModel around one. A schedule
             that it has is replaced.
         schedule: What to remove where. Without stages the model computes bit for bit what the stock model does.
+        cpu_blocks: Whether SDPA runs in blocks on a CPU, see `cpu_attention`.
 
     Returns:
         The same object.
@@ -54,7 +55,9 @@ def install_pruning(model: nn.Module, schedule: PruningSchedule) -> Any:
     remove_pruning(model)
     stock_attention = decoder.config._attn_implementation
     decoder.config._attn_implementation = register_attention(stock_attention)
-    decoder.himap_pruning = InstalledPruning(schedule, family, family.image_token_id(base.config), stock_attention)
+    decoder.himap_pruning = InstalledPruning(
+        schedule, family, family.image_token_id(base.config), stock_attention, cpu_blocks=cpu_blocks
+    )
     # Objects, not closures: a deep copy of the model then runs on the copy's own weights, and it can be pickled.
     decoder.forward = partial(pruned_forward, decoder)
     base.model.forward = _Forward(_inner_forward, base.model)

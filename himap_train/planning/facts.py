@@ -83,7 +83,7 @@ def model_facts(config: Any, tuner: LlavaFineTuner) -> ModelFacts:
     """
     with torch.device("meta"):
         model = tuner.attach(AutoModelForImageTextToText.from_config(config))
-    return count(model, tuner.attach.keywords["dropout"])
+    return count(model, tuner.lora_dropout)
 
 
 def count(model: nn.Module, dropout: float) -> ModelFacts:

@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from himap_train.models.features import hidden_states
-from himap_train.models.install import pruning_of
 from himap_train.models.loss import supervised_loss
 from himap_train.models.stock import base_model
 
@@ -89,14 +88,11 @@ def measured_memory(
     """Memory of a second micro-batch: gradients are there already, as in all but the first of an optimizer step.
 
     Args:
-        model: A LLaVA with LoRA, in training mode.
+        model: A LLaVA with LoRA, in training mode; without CPU blocks, where it is to be compared with a plan.
         batch: `input_ids`, `attention_mask`, `labels` and `images`; they are counted too.
         loss_chunk: As in training.
         autocast: The dtype of mixed precision; None for none.
     """
-    pruning = pruning_of(model)
-    if pruning is not None:  # plans are for kernels that keep no attention weights
-        pruning.cpu_blocks = False
     _loss(model, batch, loss_chunk, autocast).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     with AllocationCounter([*model.parameters(), *model.buffers(), *gradients]) as counter:

@@ -85,12 +85,11 @@ def read_sample(
 
 def _from_data(data: LlavaDataModule, path: str, config: Any, image_tokens: int) -> tuple[Sample, str]:
     """Up to `_READ` conversations, spread over the source; those with images decide, where there are any."""
-    data.processor = load_processor(resolve_model(path), config)
     source = data.source("train")
     if not isinstance(source, Source):
         raise ValueError("it is a stream")
     size = min(data.limits["train"] or len(source), len(source))
-    tokenize, counts = ConversationTokenizer(data.processor), []
+    tokenize, counts = ConversationTokenizer(load_processor(resolve_model(path), config)), []
     for index in np.unique(np.linspace(0, size - 1, min(size, _READ)).astype(int)):
         try:
             conversation = source[int(index)]

@@ -86,6 +86,7 @@ class LlavaFineTuner(AdapterModule):
         self.attach = partial(
             attach_lora, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets, projector=projector
         )
+        self.lora_dropout = lora_dropout
         self.rates = {"lora_lr": lora_lr, "projector_lr": projector_lr, "weight_decay": weight_decay}
         self.warmup_ratio = warmup_ratio
         self.betas = betas

@@ -16,6 +16,7 @@ from himap_train.training.adapter_module import Step
 from himap_train.training.callbacks.progress import step_ended
 from himap_train.training.run.launch import say
 from himap_train.training.schedules.learnable import Learnable
+from himap_train.training.schedules.per_step import Measured
 
 
 class LearnKeepRatios(Callback):
@@ -24,13 +25,16 @@ class LearnKeepRatios(Callback):
     Args:
         settings: Of the config.
         tokens_of: Image and text tokens of a typical sample from those that were measured, if any.
+        measured: What the first process has counted when training starts.
     """
 
-    tokens: tuple[int, int] | None = None
-    """Image and text tokens of a typical sample, which the first process has counted."""
-
-    def __init__(self, settings: Learnable, tokens_of: Callable[[tuple[int, int] | None], tuple[int, int]]) -> None:
-        self.settings, self.tokens_of = settings, tokens_of
+    def __init__(
+        self,
+        settings: Learnable,
+        tokens_of: Callable[[tuple[int, int] | None], tuple[int, int]],
+        measured: Measured = lambda: None,
+    ) -> None:
+        self.settings, self.tokens_of, self.measured = settings, tokens_of, measured
         self._ratios: KeepRatios | None = None
         self._saved: dict[str, Any] | None = None
         self._leaf: Tensor | None = None
@@ -45,7 +49,7 @@ class LearnKeepRatios(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Here the number of steps is known, and every process is there."""
-        tokens = self.tokens_of(trainer.strategy.broadcast(self.tokens))
+        tokens = self.tokens_of(trainer.strategy.broadcast(self.measured()))
         self._ratios = self.settings.ratios(pl_module.peft_model.config, tokens)
         if self._saved is not None:
             self._ratios.load_state_dict(self._saved)

@@ -10,20 +10,20 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from transformers import AutoConfig, LlavaProcessor
+from transformers import LlavaProcessor
 
 from himap_train.data.module import LlavaDataModule
-from himap_train.models.loading import load_processor, resolve_model
+from himap_train.models.loading import load_config, load_processor, resolve_model
 from himap_train.training.callbacks.accuracy import EvaluationSettings, GenerationAccuracy
 from himap_train.training.callbacks.checkpoints import (
     AtomicCheckpointIO,
@@ -39,7 +39,7 @@ from himap_train.training.callbacks.progress import GradientNorm, ProgressLines,
 from himap_train.training.callbacks.step_seeds import StepSeeds
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.run.folder import claim_folder
-from himap_train.training.run.launch import FineTuneTrainer, is_first_process
+from himap_train.training.run.launch import AroundTraining, FineTuneTrainer, is_first_process
 from himap_train.training.run.library_output import quiet_libraries
 from himap_train.training.run.parser import SuggestingParser
 from himap_train.training.run.rehearsal import rehearsal_folder, rehearse
@@ -48,7 +48,7 @@ from himap_train.training.run.strategies import (
     register_strategies,
     require_known,
 )
-from himap_train.training.schedules.per_step import SchedulePerStep
+from himap_train.training.schedules.per_step import Measured, SchedulePerStep
 from himap_train.training.schedules.settings import PruningSettings
 
 TRAINER_DEFAULTS = {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "enable_model_summary": False}
@@ -61,9 +61,15 @@ class FinetuneCLI(LightningCLI):
 
     Args:
         args: The command line; None for that of this process.
+        around: What is done before and after training, in all processes; see `AroundTraining`.
     """
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        args: Sequence[str] | None = None,
+        around: tuple[Callable[[FinetuneCLI], None], Callable[[FinetuneCLI], None]] | None = None,
+    ) -> None:
+        self.around = around
         quiet_libraries()
         register_strategies()
         started = ["torchrun", "..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
@@ -91,6 +97,7 @@ class FinetuneCLI(LightningCLI):
         parser.add_argument("--save_every", type=int | None, default=None, help="optimizer steps between saves")
         parser.add_class_arguments(PruningSettings, "pruning")
         parser.add_class_arguments(EvaluationSettings, "evaluation")
+        parser.link_arguments("model.path", "data.processor", _processor_of, apply_on="instantiate")
         parser.add_argument(
             "--resume",
             type=str,
@@ -111,6 +118,7 @@ class FinetuneCLI(LightningCLI):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed would look for a GPU
         if self.config.rehearse:
             rehearse(self.config)
+        resolve_model(self.config.model.path)  # ends within seconds where the weights cannot be reached
         self.output = Path(self.config.output)
         self.checkpoints = self.output / "checkpoints"
         self.resume_from = self._checkpoint_to_resume()
@@ -134,10 +142,9 @@ class FinetuneCLI(LightningCLI):
         return {key: value for key, value in yaml.safe_load(text).items() if key not in _NOT_IN_CONFIG}
 
     def instantiate_classes(self) -> None:
-        """The model knows its trainer at once: the precision of its weights depends on it."""
+        """Model and data, neither of which loads weights yet, and the trainer."""
         super().instantiate_classes()
         self.settings: EvaluationSettings = self.config_init.evaluation
-        self.model.trainer = self.trainer
         self.pruning: PruningSettings = self.config_init.pruning
         self.pruning.check(self.model.schedule)
 
@@ -147,15 +154,11 @@ class FinetuneCLI(LightningCLI):
         settings: EvaluationSettings = self._get(self.config_init, "evaluation")
         generates = settings.during > 0 and self.config.data.validation is not None
         seed, pruning = int(self.config.seed_everything), self._get(self.config_init, "pruning")
-        self.per_step: SchedulePerStep | LearnKeepRatios | None = None
-        if pruning.learnable is not None:
-            self.per_step = LearnKeepRatios(pruning.learnable, pruning.tokens)
-        elif pruning.per_step:
-            self.per_step = SchedulePerStep(partial(pruning.plan, seed=seed))
         callbacks: list[Any] = [
+            *([AroundTraining(*(partial(do, self) for do in self.around))] if self.around else []),
             *(given.pop("callbacks", None) or []),
             StepSeeds(seed),
-            *([self.per_step] if self.per_step else []),
+            *_other_schedules(pruning, seed, lambda: self.datamodule.mean_tokens),
             GradientNorm(),
             Throughput(),
             DataCosts(),
@@ -181,11 +184,6 @@ class FinetuneCLI(LightningCLI):
         given["default_root_dir"] = str(self.output)
         return FineTuneTrainer(**{**given, **kwargs, "callbacks": callbacks})
 
-    def load_processor(self) -> LlavaProcessor:
-        """The processor alone, for the data check; the weights come later."""
-        folder = resolve_model(self.model.path)
-        return load_processor(folder, AutoConfig.from_pretrained(folder))
-
     def _how_to_resume(self) -> str:
         given = [part for part in self.command if not part.startswith("--resume=")]
         if "--resume" in given:
@@ -193,3 +191,16 @@ class FinetuneCLI(LightningCLI):
             value = at + 1 < len(given) and not given[at + 1].startswith("--")
             del given[at : at + 1 + value]
         return shlex.join([*given, "--resume"])
+
+
+def _processor_of(path: str) -> LlavaProcessor:
+    """A model's processor alone; the weights come later."""
+    folder = resolve_model(path)
+    return load_processor(folder, load_config(folder))
+
+
+def _other_schedules(pruning: PruningSettings, seed: int, measured: Measured) -> list[Callback]:
+    """What lets steps run other schedules than the model's own, where the config asks for it."""
+    if pruning.learnable is not None:
+        return [LearnKeepRatios(pruning.learnable, pruning.tokens, measured)]
+    return [SchedulePerStep(partial(pruning.plan, seed=seed), measured)] if pruning.per_step else []

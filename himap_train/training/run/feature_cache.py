@@ -49,14 +49,14 @@ def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule
     Args:
         trainer: For precision, processes and the run's folder.
         model: LLaVA or PeftModel around one.
-        data: Gets its store.
+        data: Trains on what is filled.
 
     Raises:
         ValueError: The tower is trained, the images change with the epoch, or the features do not fit on the disk.
         OSError: They could not be written, or this machine does not see what another has written.
     """
-    encoder, source = data.cached_encoder, data.source("train")
-    if encoder is None or not isinstance(source, Source):
+    source = data.source("train")
+    if not data.cache_image_features or not isinstance(source, Source):
         return
     base = base_model(model)
     check_frozen(base)
@@ -72,7 +72,7 @@ def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule
     agree(failure)
     store.refresh()
     agree(_unseen(store, written))
-    encoder.store = store
+    data.read_features(store)
 
 
 def _store(trainer: Trainer, base: Any, data: LlavaDataModule) -> FeatureStore:

@@ -85,7 +85,7 @@ def model_config(cli: FinetuneCLI) -> Any:
 
 
 def prepare_budgets(cli: FinetuneCLI, report: DataReport | None) -> None:
-    """Refuse budgets that cannot be met, and tell training how long a typical sample is. Of the first process.
+    """Refuse budgets that cannot be met.
 
     Args:
         cli: Whose data have been set up.
@@ -98,8 +98,8 @@ def prepare_budgets(cli: FinetuneCLI, report: DataReport | None) -> None:
     if settings is None and not cli.settings.budgets:
         return
     config = model_config(cli)
-    if settings is not None and cli.per_step is not None:
-        cli.per_step.tokens = tokens = cli.pruning.tokens(report.mean_tokens() if report else None)
+    if settings is not None:
+        tokens = cli.pruning.tokens(report.mean_tokens() if report else None)
         schedule = cli.model.fitted_schedule(config.text_config.num_hidden_layers)
         settings.check_possible(schedule, config, tokens)
     if cli.settings.budgets:

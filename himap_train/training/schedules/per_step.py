@@ -14,6 +14,9 @@ from lightning.pytorch import Callback, Trainer
 from himap_train.training.adapter_module import Step
 from himap_train.training.run.launch import say
 
+Measured = Callable[[], tuple[int, int] | None]
+"""Image and text tokens of a typical sample, in the process that has counted them."""
+
 
 class StepPlan(Protocol):
     """What every optimizer step runs."""
@@ -31,18 +34,16 @@ class SchedulePerStep(Callback):
     Args:
         make_plan: `(schedule, config, total=optimizer steps, tokens=tokens) -> StepPlan`, called on every rank when
             training starts.
+        measured: What the first process has counted then, and passes to the others as `tokens`.
     """
 
-    tokens: tuple[int, int] | None = None
-    """Image and text tokens of a typical sample, which the first process has counted."""
-
-    def __init__(self, make_plan: Callable[..., StepPlan]) -> None:
-        self.make_plan = make_plan
+    def __init__(self, make_plan: Callable[..., StepPlan], measured: Measured = lambda: None) -> None:
+        self.make_plan, self.measured = make_plan, measured
         self._plan: StepPlan | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Here the number of steps is known, and every process is there."""
-        tokens = trainer.strategy.broadcast(self.tokens)
+        tokens = trainer.strategy.broadcast(self.measured())
         config, steps = pl_module.peft_model.config, int(trainer.estimated_stepping_batches)
         self._plan = self.make_plan(pl_module.schedule, config, total=steps, tokens=tokens)
         say(self._plan)
