@@ -29,7 +29,7 @@ from himap_train.training.run.command_line import FinetuneCLI
 from himap_train.training.run.feature_cache import fill_feature_cache
 from himap_train.training.run.folder import package_versions, record_run, record_schedule
 from himap_train.training.run.launch import end_children, is_first_process, report_error, say
-from himap_train.training.run.measured_rows import measure, prepare_budgets, rows_after, rows_before
+from himap_train.training.run.measured_rows import model_config
 from himap_train.training.zero.gather import trained_state
 
 
@@ -53,7 +53,7 @@ def before_training(cli: FinetuneCLI) -> list[Row]:
     if not cli.settings.before:
         return []
     with tuner.peft_model.disable_adapter():
-        return measure(cli, rows_before(cli))
+        return cli.measured.measure(cli.measured.before(), cli.trainer)
 
 
 def after_training(cli: FinetuneCLI, rows: list[Row]) -> None:
@@ -66,7 +66,7 @@ def after_training(cli: FinetuneCLI, rows: list[Row]) -> None:
         record_schedule(cli.output, tuner.schedule)  # learned keep ratios are known only now
         say(f"saved {save_adapter(tuner.peft_model, cli.output / 'adapter', tuner.schedule, tuner.processor, weights)}")
     if cli.settings.after:
-        rows = rows + measure(cli, rows_after(cli))
+        rows = rows + cli.measured.measure(cli.measured.after(), cli.trainer)
     if rows and is_first_process():
         save_table(rows, cli.output, {"config": cli.resolved_config(), "versions": package_versions()})
         print_table(rows)
@@ -81,7 +81,10 @@ def check_data(cli: FinetuneCLI) -> None:
         say(report)
         report.require_usable(data.max_skipped)
     if is_first_process():
-        prepare_budgets(cli, report)
+        config = model_config(cli.model)
+        schedule = cli.model.fitted_schedule(config.text_config.num_hidden_layers)
+        cli.pruning.check_possible(schedule, config, data.mean_tokens)
+        cli.measured.check_budgets()
 
 
 def take_best(cli: FinetuneCLI) -> None:

@@ -41,6 +41,7 @@ from himap_train.training.module import LlavaFineTuner
 from himap_train.training.run.folder import claim_folder
 from himap_train.training.run.launch import AroundTraining, FineTuneTrainer, is_first_process
 from himap_train.training.run.library_output import quiet_libraries
+from himap_train.training.run.measured_rows import MeasuredRows
 from himap_train.training.run.parser import SuggestingParser
 from himap_train.training.run.rehearsal import rehearsal_folder, rehearse
 from himap_train.training.run.strategies import (
@@ -147,6 +148,7 @@ class FinetuneCLI(LightningCLI):
         self.settings: EvaluationSettings = self.config_init.evaluation
         self.pruning: PruningSettings = self.config_init.pruning
         self.pruning.check(self.model.schedule)
+        self.measured = MeasuredRows(self.model, self.datamodule, self.settings)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With the callbacks, loggers and checkpoint writer that every run has."""

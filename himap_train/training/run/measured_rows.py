@@ -2,112 +2,106 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig
+from lightning.pytorch import Trainer
 
-from himap_train.data.check_report import DataReport
+from himap_train.data.module import LlavaDataModule
 from himap_train.evaluation.budgeted import prompt_tokens, require_budget
 from himap_train.evaluation.compare import Row, compare
-from himap_train.models.loading import resolve_model
+from himap_train.models.loading import load_config, resolve_model
 from himap_train.pruning.reading import fitted_schedule
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.training.run.command_line import FinetuneCLI
+from himap_train.training.callbacks.accuracy import EvaluationSettings
+from himap_train.training.module import LlavaFineTuner
 from himap_train.training.schedules.requirements import require_ratios
 
 Schedules = dict[str, PruningSchedule | None]
 
 
-def rows_before(cli: FinetuneCLI) -> Schedules:
-    """Names and schedules of what is measured before training."""
-    name, schedule = "training-free pruned", evaluated_schedule(cli, model_config(cli))
-    return {"dense": None, name: schedule, **at_budgets(cli, name, schedule)}
+@dataclass(frozen=True)
+class MeasuredRows:
+    """What a run measures around its training.
 
-
-def rows_after(cli: FinetuneCLI) -> Schedules:
-    """Names and schedules of what is measured after training."""
-    schedule = evaluated_schedule(cli, model_config(cli))
-    if cli.model.schedule.stages:
-        name, rows = "adapted pruned", {"adapted pruned": schedule, "adapted, evaluated dense": None}
-    else:
-        name = "fine-tuned dense, then pruned"
-        rows = {"fine-tuned dense": None, name: schedule}
-    return {**rows, **at_budgets(cli, name, schedule)}
-
-
-def at_budgets(cli: FinetuneCLI, name: str, schedule: PruningSchedule) -> Schedules:
-    """A row for each of `evaluation.budgets`, for the mean prompt of the data that is measured."""
-    found = measured_source(cli)
-    if not cli.settings.budgets or found is None:
-        return {}
-    source, limit = found
-    tokens = prompt_tokens(source, cli.datamodule.processor, cli.datamodule.image_aspect_ratio, limit)
-    config = model_config(cli)
-    return {f"{name} at {budget}": schedule.at_budget(config, budget, *tokens) for budget in cli.settings.budgets}
-
-
-def measure(cli: FinetuneCLI, schedules: Schedules) -> list[Row]:
-    """A row of the table for each schedule."""
-    found = measured_source(cli)
-    if found is None:
-        return []
-    source, limit = found
-    wanted = {name: schedule for name, schedule in schedules.items() if schedule is None or schedule.stages}
-    settings = cli.settings.for_data(cli.datamodule, limit)
-    with cli.trainer.precision_plugin.forward_context():
-        return compare(cli.model.peft_model, cli.model.processor, source, wanted, **settings)
-
-
-def measured_source(cli: FinetuneCLI) -> tuple[Any, int | None] | None:
-    """The test data, or the validation data where there is none, and how many of its records are used."""
-    data = cli.datamodule
-    split = next((split for split in ("test", "validation") if data.source(split) is not None), None)
-    if split is None:
-        return None
-    limits = [limit for limit in (cli.settings.limit, data.limits[split]) if limit is not None]
-    return data.source(split), min(limits, default=None)
-
-
-def evaluated_schedule(cli: FinetuneCLI, config: Any) -> PruningSchedule:
-    """That of the pruned rows, for a model of this config."""
-    layers, given = config.text_config.num_hidden_layers, cli.settings.schedule
-    if not given:
-        own: PruningSchedule = cli.model.fitted_schedule(layers)
-        return own
-    return fitted_schedule(given, layers)
-
-
-def model_config(cli: FinetuneCLI) -> Any:
-    """The model's configuration, before and after it is loaded."""
-    if cli.model.llava is not None:
-        return cli.model.llava.config
-    return AutoConfig.from_pretrained(resolve_model(cli.model.path))
-
-
-def prepare_budgets(cli: FinetuneCLI, report: DataReport | None) -> None:
-    """Refuse budgets that cannot be met.
-
-    Args:
-        cli: Whose data have been set up.
-        report: Of the data check; None for a stream.
-
-    Raises:
-        ValueError: Naming the key, the budget and the least possible one.
+    Attributes:
+        tuner: The model, loaded only for `measure`.
+        data: The data of the run, set up.
+        settings: What is measured, and how.
     """
-    settings = cli.pruning.learnable or cli.pruning.elastic
-    if settings is None and not cli.settings.budgets:
-        return
-    config = model_config(cli)
-    if settings is not None:
-        tokens = cli.pruning.tokens(report.mean_tokens() if report else None)
-        schedule = cli.model.fitted_schedule(config.text_config.num_hidden_layers)
-        settings.check_possible(schedule, config, tokens)
-    if cli.settings.budgets:
-        schedule = evaluated_schedule(cli, config)
+
+    tuner: LlavaFineTuner
+    data: LlavaDataModule
+    settings: EvaluationSettings
+
+    def before(self) -> Schedules:
+        """Names and schedules of what is measured before training."""
+        name, schedule = "training-free pruned", self.schedule()
+        return {"dense": None, name: schedule, **self._at_budgets(name, schedule)}
+
+    def after(self) -> Schedules:
+        """Names and schedules of what is measured after training."""
+        schedule = self.schedule()
+        if self.tuner.schedule.stages:
+            name, rows = "adapted pruned", {"adapted pruned": schedule, "adapted, evaluated dense": None}
+        else:
+            name = "fine-tuned dense, then pruned"
+            rows = {"fine-tuned dense": None, name: schedule}
+        return {**rows, **self._at_budgets(name, schedule)}
+
+    def measure(self, schedules: Schedules, trainer: Trainer) -> list[Row]:
+        """A row of the table for each schedule, in the trainer's precision."""
+        found = self._source()
+        if found is None:
+            return []
+        source, limit = found
+        wanted = {name: schedule for name, schedule in schedules.items() if schedule is None or schedule.stages}
+        settings = self.settings.for_data(self.data, limit)
+        with trainer.precision_plugin.forward_context():
+            return compare(self.tuner.peft_model, self.tuner.processor, source, wanted, **settings)
+
+    def check_budgets(self) -> None:
+        """Refuse budgets that cannot be met.
+
+        Raises:
+            ValueError: Naming the key, the budget and the least possible one.
+        """
+        if not self.settings.budgets:
+            return
+        schedule = self.schedule()
         require_ratios("evaluation.budgets", schedule)
-        for budget in cli.settings.budgets:
+        for budget in self.settings.budgets:
             require_budget("evaluation.budgets", budget)
         try:
-            at_budgets(cli, "", schedule)
+            self._at_budgets("", schedule)
         except ValueError as error:
             raise ValueError(f"evaluation.budgets: {error}") from error
+
+    def schedule(self) -> PruningSchedule:
+        """The schedule of the pruned rows."""
+        layers = model_config(self.tuner).text_config.num_hidden_layers
+        given = self.settings.schedule
+        return fitted_schedule(given, layers) if given else self.tuner.fitted_schedule(layers)
+
+    def _at_budgets(self, name: str, schedule: PruningSchedule) -> Schedules:
+        """A row for each of `evaluation.budgets`, for the mean prompt of the data that is measured."""
+        found = self._source()
+        if not self.settings.budgets or found is None:
+            return {}
+        source, limit = found
+        tokens = prompt_tokens(source, self.data.processor, self.data.image_aspect_ratio, limit)
+        config = model_config(self.tuner)
+        return {f"{name} at {budget}": schedule.at_budget(config, budget, *tokens) for budget in self.settings.budgets}
+
+    def _source(self) -> tuple[Any, int | None] | None:
+        """The test data, or the validation data where there is none, and how many of its records are used."""
+        split = next((split for split in ("test", "validation") if self.data.source(split) is not None), None)
+        if split is None:
+            return None
+        limits = [limit for limit in (self.settings.limit, self.data.limits[split]) if limit is not None]
+        return self.data.source(split), min(limits, default=None)
+
+
+def model_config(tuner: LlavaFineTuner) -> Any:
+    """The model's LlavaConfig, before and after it is loaded."""
+    return load_config(resolve_model(tuner.path)) if tuner.llava is None else tuner.llava.config

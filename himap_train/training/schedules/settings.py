@@ -76,6 +76,21 @@ class PruningSettings:
             )
         return measured
 
+    def check_possible(self, schedule: PruningSchedule, config: Any, measured: tuple[int, int] | None) -> None:
+        """Refuse budgets that a model of this config cannot meet.
+
+        Args:
+            schedule: The model's own.
+            config: Configuration of the model.
+            measured: As in `tokens`.
+
+        Raises:
+            ValueError: Naming the key, the budget and the least possible one.
+        """
+        settings = self.learnable or self.elastic
+        if settings is not None:
+            settings.check_possible(schedule, config, self.tokens(measured))
+
     def plan(
         self, schedule: PruningSchedule, config: Any, seed: int, total: int, tokens: tuple[int, int] | None
     ) -> StepPlan:
