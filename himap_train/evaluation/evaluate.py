@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from himap_train.bar import progress_bar
@@ -23,6 +22,7 @@ from himap_train.evaluation.sample_metric import SampleMetric
 from himap_train.evaluation.tokens import SampleTokens, measured_tokens
 from himap_train.models.families.base import AspectRatio
 from himap_train.models.stock import base_model
+from himap_train.processes import from_all
 
 
 def evaluate(
@@ -62,7 +62,7 @@ def evaluate(
     """
     start = time.perf_counter()
     base: Any = base_model(model)
-    scorers = [scorer.to(base.device) for scorer in make_metrics(metrics)]
+    scorers = make_metrics(metrics)
     total = source_length(source, limit)
     encoder = Encoder(processor, base.config.text_config.max_position_embeddings - max_new_tokens, image_aspect_ratio)
     tokens: list[SampleTokens] = []
@@ -77,8 +77,19 @@ def evaluate(
                 tokens += found
                 predictions += _score(scorers, batch, texts)
             advance(len(read))
-    tokens, predictions, reasons = _gathered(tokens, predictions, skipped.reasons)
-    return _result(model, scorers, tokens, predictions, reasons, time.perf_counter() - start)
+    parts = from_all((tokens, predictions, skipped.reasons, scorers))
+    for number, scorer in enumerate(scorers):
+        scorer.join(scored[number] for *_, scored in parts)
+    # A prediction that several made once: the first's, as in the scores.
+    by_index = {prediction.index: prediction for _, made, *_ in reversed(parts) for prediction in made}
+    return _result(
+        model,
+        scorers,
+        [sample for samples, *_ in parts for sample in samples],
+        [by_index[index] for index in sorted(by_index)],
+        sorted({reason for _, _, reasons, _ in parts for reason in reasons}),
+        time.perf_counter() - start,
+    )
 
 
 def _result(
@@ -95,7 +106,7 @@ def _result(
         metric=scorers[0].name,
         overall=overall,
         types=types,
-        figures={name: value.item() for scorer in scorers for name, value in scorer.compute().items()},
+        figures={name: value for scorer in scorers for name, value in scorer.compute().items()},
         image_tokens=tokens.image.mean,
         text_tokens=tokens.text.mean,
         kept=tuple(kept.mean for kept in tokens.kept),
@@ -152,17 +163,3 @@ def _score(scorers: list[SampleMetric], batch: list[Question], texts: list[str])
         )
         for question, text in zip(batch, texts, strict=True)
     ]
-
-
-def _gathered(
-    tokens: list[SampleTokens], predictions: list[Prediction], skipped: list[str]
-) -> tuple[list[SampleTokens], list[Prediction], list[str]]:
-    """Those of all processes; a prediction that several made once, in the order of the source."""
-    parts = [(tokens, predictions, skipped)]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        parts = [parts[0]] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, (tokens, predictions, skipped))
-    total = [sample for part, _, _ in parts for sample in part]
-    found = {prediction.index: prediction for _, part, _ in parts for prediction in part}
-    reasons = sorted({reason for _, _, part in parts for reason in part})
-    return total, [found[index] for index in sorted(found)], reasons

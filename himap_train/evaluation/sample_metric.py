@@ -1,28 +1,20 @@
-"""The base of every metric here: it keeps one row of numbers a sample, and all figures are computed from the rows of
-all processes.
+"""The base of every metric here: it keeps one row of numbers a sample, and all figures are computed from the rows.
 
-Keeping rows instead of running sums costs some 100 bytes a sample and makes every figure exact under DDP: a sample that
-a distributed sampler repeats to fill its last batch is recognised by its key and counted once, figures that join
-samples (MME's acc+, circular choice, errors clustered by image) see all partners even when these were answered on
-different processes.
+Keeping rows instead of running sums makes every figure exact with several processes: a sample that two of them were
+given to stay in step is recognised by its key and counted once, figures that join samples (MME's acc+, circular choice,
+errors clustered by image) see all partners even when these were answered in different processes.
 """
 
 from __future__ import annotations
 
-import hashlib
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import torch
-from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
 
 from himap_train.evaluation.statistics import mean_and_standard_error
-
-GROUP_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -51,26 +43,17 @@ class Rows:
         return sorted(set(self.groups) - {""})
 
 
-class SampleMetric(Metric):
+class SampleMetric(ABC):
     """Scores each answer by `measure`; the first number that `measure` returns is the sample's score in [0, 1]."""
 
     name: ClassVar[str]
-    columns: ClassVar[int] = 1
-    full_state_update = False
-    higher_is_better = True
 
-    values: list[torch.Tensor]
-    keys: list[torch.Tensor]
-    group_names: list[torch.Tensor]
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for state in ("values", "keys", "group_names"):
-            self.add_state(state, default=[], dist_reduce_fx="cat")
+    def __init__(self) -> None:
+        self._rows: dict[str, tuple[tuple[float, ...], str, str]] = {}  # key -> numbers, cluster, group
 
     @abstractmethod
     def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
-        """`columns` numbers for one answer, given its reference answers and the facts of its record. Pure."""
+        """Numbers for one answer, as many for each, given its reference answers and the facts of its record. Pure."""
 
     def cluster_of(self, key: str, cluster: str, meta: Mapping[str, str]) -> str:
         """What a sample belongs to (by default the image, as the caller says).
@@ -98,19 +81,15 @@ class SampleMetric(Metric):
         """
         for i, (prediction, accepted, facts, key) in enumerate(zip(predictions, answers, meta, keys, strict=True)):
             cluster = self.cluster_of(key, clusters[i] if clusters is not None else key, facts)
-            row = torch.tensor([self.measure(prediction, accepted, facts)], dtype=torch.float32, device=self.device)
-            ids = torch.tensor([[_hash(key), _hash(cluster)]], dtype=torch.int64, device=self.device)
-            self.values.append(row)
-            self.keys.append(ids)
-            self.group_names.append(_encode(facts.get("type", facts.get("category", ""))).to(self.device))
+            numbers = self.measure(prediction, accepted, facts)
+            self._rows.setdefault(key, (numbers, cluster, facts.get("type", facts.get("category", ""))))
 
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Gather the rows of all processes; a process without any takes part with zero rows of the right shape."""
-        if not self.values:
-            self.values = [torch.zeros(0, self.columns, device=self.device)]
-            self.keys = [torch.zeros(0, 2, dtype=torch.int64, device=self.device)]
-            self.group_names = [torch.zeros(0, GROUP_BYTES, dtype=torch.uint8, device=self.device)]
-        super().sync(*args, **kwargs)
+    def join(self, parts: Iterable[SampleMetric]) -> None:
+        """Hold what all processes have scored, this one among them; of a key that several have, the first's row."""
+        rows: dict[str, tuple[tuple[float, ...], str, str]] = {}
+        for part in parts:
+            rows = part._rows | rows
+        self._rows = rows
 
     def rows(self) -> Rows:
         """The rows held now, each key once (its first row).
@@ -118,14 +97,12 @@ class SampleMetric(Metric):
         Raises:
             ValueError: there are none.
         """
-        if len(self.values) == 0:
+        if not self._rows:
             raise ValueError(f"{self.name}: no sample was scored; check the data source and the limit")
-        keys = dim_zero_cat(self.keys).cpu()
-        _, first = np.unique(keys[:, 0].numpy(), return_index=True)
-        index = torch.from_numpy(np.sort(first))
-        values = dim_zero_cat(self.values).cpu().double()[index]
-        names = dim_zero_cat(self.group_names).cpu()[index]
-        return Rows(values, keys[index, 1], [_decode(name) for name in names])
+        values, clusters, groups = zip(*(self._rows[key] for key in sorted(self._rows)), strict=True)
+        numbers = {cluster: number for number, cluster in enumerate(sorted(set(clusters)))}
+        ids = torch.tensor([numbers[cluster] for cluster in clusters])
+        return Rows(torch.tensor(values, dtype=torch.float64), ids, list(groups))
 
     def figures(self, rows: Rows) -> dict[str, float]:
         """The published figures of this metric, the main one first: here the mean score, overall and per type."""
@@ -134,14 +111,13 @@ class SampleMetric(Metric):
             figures[f"{self.name}/{group}"] = rows.values[rows.where(group), 0].mean().item()
         return figures
 
-    def compute(self) -> dict[str, torch.Tensor]:
-        """`figures` as tensors, over all processes."""
-        return {name: torch.tensor(value) for name, value in self.figures(self.rows()).items()}
+    def compute(self) -> dict[str, float]:
+        """`figures` of the rows held now."""
+        return self.figures(self.rows())
 
     def summary(self) -> tuple[GroupScore, dict[str, GroupScore]]:
-        """Mean score with its standard error, overall and per type, over all processes."""
-        with self.sync_context():
-            rows = self.rows()
+        """Mean score with its standard error, overall and per type."""
+        rows = self.rows()
         everything = torch.ones(len(rows.groups), dtype=torch.bool)
         return _score(rows, everything), {group: _score(rows, rows.where(group)) for group in rows.group_names()}
 
@@ -149,22 +125,3 @@ class SampleMetric(Metric):
 def _score(rows: Rows, chosen: torch.Tensor) -> GroupScore:
     scores = rows.values[chosen, 0]
     return GroupScore(*mean_and_standard_error(scores, rows.clusters[chosen]), count=len(scores))
-
-
-def _hash(text: str) -> int:
-    """63 bits that are the same in every process, which Python's own `hash` is not."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def _encode(group: str) -> torch.Tensor:
-    """(1, 64) uint8: the name itself, because the process that gathers may never have met it."""
-    data = group.encode()
-    if len(data) > GROUP_BYTES:
-        raise ValueError(
-            f"type {group!r} has {len(data)} bytes; names of question types may have {GROUP_BYTES} at most"
-        )
-    return torch.tensor([list(data.ljust(GROUP_BYTES, b"\0"))], dtype=torch.uint8)
-
-
-def _decode(name: torch.Tensor) -> str:
-    return bytes(name.tolist()).rstrip(b"\0").decode()

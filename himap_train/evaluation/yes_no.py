@@ -61,7 +61,6 @@ class POPE(SampleMetric):
     """
 
     name = "pope"
-    columns = 3
 
     def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
         """Right, said yes, is yes."""

@@ -31,8 +31,9 @@ from himap_train.models.families import family_of
 from himap_train.models.families.llava import Llava
 from himap_train.models.stock import base_model
 from himap_train.models.tower import check_frozen, facts_key, tower_facts
+from himap_train.processes import from_all
 from himap_train.storage import atomic_file
-from himap_train.training.run.launch import agree, from_all, say
+from himap_train.training.run.launch import agree, say
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
+from himap_train.processes import from_all
+
 _RANK = ("RANK", "SLURM_PROCID")
 _RANK_BY_PARTS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
 
@@ -36,15 +38,6 @@ def say(*parts: object) -> None:
     """Print, in the first process only."""
     if is_first_process():
         print(*parts, sep="\n", flush=True)
-
-
-def from_all(value: Any) -> list[Any]:
-    """What each process has; all must call it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def agree(failure: str | None) -> None:
