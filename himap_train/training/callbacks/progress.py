@@ -30,7 +30,8 @@ def _has_images(batch: Any) -> bool:
 class Throughput(Callback):
     """Logs `tokens/s` (image tokens as loaded, padding left out), `image tokens kept`, the fraction behind the last
     stage, and `train/kept_stage0` and so on: image tokens of a sample with images after each stage, mean since the last
-    time. These counts lie on the host since the forward pass.
+    time. These counts lie on the host since the forward pass. Not Lightning's `ThroughputMonitor`, which waits for the
+    GPU after every micro-batch, wants the tokens of each on the host, and shows nothing in the progress bar.
     """
 
     def __init__(self) -> None:
@@ -74,7 +75,8 @@ class Throughput(Callback):
 class GradientNorm(Callback):
     """Logs `train/grad_norm`, that of the whole gradient before clipping, once in an optimizer step.
 
-    Comes before what shows metrics. Under ZeRO no process has the whole gradient, but the strategy knows its norm.
+    Comes before what shows metrics. Under ZeRO no process has the whole gradient, but the strategy knows its norm. Not
+    Lightning's `grad_norm`, which computes and keeps a norm for every parameter and knows nothing of ZeRO.
     """
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
