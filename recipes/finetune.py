@@ -27,10 +27,11 @@ from himap_train.training.callbacks.checkpoints import read_checkpoint
 from himap_train.training.callbacks.interrupt import Interrupted
 from himap_train.training.run.command_line import FinetuneCLI
 from himap_train.training.run.feature_cache import fill_feature_cache
-from himap_train.training.run.folder import package_versions, record_run, record_schedule
+from himap_train.training.run.folder import record_run, record_schedule
 from himap_train.training.run.launch import end_children, is_first_process, report_error, say
 from himap_train.training.run.measured_rows import model_config
 from himap_train.training.zero.gather import trained_state
+from himap_train.versions import package_versions
 
 
 def run(cli: FinetuneCLI) -> None:

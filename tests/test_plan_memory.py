@@ -11,6 +11,7 @@ from planning_toys import BATCH, toy_batch, toy_config, toy_model
 from torch import nn
 
 from himap_train import PruningSchedule, PruningStage
+from himap_train.allocations import AllocationCounter
 from himap_train.models.features import hidden_states
 from himap_train.models.loss import supervised_loss
 from himap_train.models.stock import base_model
@@ -25,7 +26,7 @@ from himap_train.planning.device_memory import (
     static_memory,
 )
 from himap_train.planning.facts import count, model_facts
-from himap_train.planning.measure import AllocationCounter, measured_memory
+from himap_train.planning.measure import measured_memory
 from himap_train.planning.quantities import Batch, Numerics
 from himap_train.planning.verify import markdown_table, verify
 from himap_train.training.module import LlavaFineTuner

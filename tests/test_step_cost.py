@@ -20,12 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule, install_pruning
+from himap_train.allocations import AllocationCounter
 from himap_train.models.features import hidden_states
 from himap_train.models.install import pruning_of
 from himap_train.models.lora import attach_lora
 from himap_train.models.loss import supervised_loss
 from himap_train.models.training_cost import training_flops
-from himap_train.planning.measure import AllocationCounter
 
 IMAGE, QUESTION, ANSWER = 144, 20, 10
 ROW = f"t10 i{IMAGE} t{QUESTION} a{ANSWER}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from himap_train.training.run.folder import package_versions
+from himap_train.versions import package_versions
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from himap_train.allocations import AllocationCounter
 from himap_train.benchmark.timing import Task
 from himap_train.benchmark.workload import Batch
-from himap_train.planning.measure import AllocationCounter
 
 
 def peak_bytes(task: Task, model: nn.Module, batch: Batch) -> int:

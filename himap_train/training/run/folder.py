@@ -7,9 +7,7 @@ accuracy.png.
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ import yaml
 
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.storage import atomic_file
+from himap_train.versions import package_versions
 
 CONFIG, VERSIONS, SCHEDULE = "config.yaml", "versions.json", "pruning.yaml"
-_PACKAGES = ("himap-train", "torch", "transformers", "peft", "lightning", "tokenizers", "datasets", "numpy", "pillow")
 
 
 def claim_folder(folder: Path, resuming: bool) -> None:
@@ -51,14 +49,3 @@ def record_schedule(folder: Path, schedule: PruningSchedule) -> None:
 def _write_yaml(file: Path, content: Mapping[str, Any]) -> None:
     with atomic_file(file) as temporary:
         temporary.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide numbers."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
