@@ -15,7 +15,7 @@ from himap_train.evaluation.accuracy_against_cost import point
 
 METRICS = "metrics.json"
 CONFIGS = ("configs/quickstart.yaml", "configs/results.yaml")
-"""Of every fine-tuning in the README's tables."""
+"""Configs of every fine-tuning in the README's tables."""
 
 
 def common_options(seed: int, *configs: str) -> list[str]:

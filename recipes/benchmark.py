@@ -67,17 +67,17 @@ def main(
         series_measures: Measures of the series.
         rounds: Pairs of each.
         batch: Samples in a batch.
-        image_tokens: Of a sample.
+        image_tokens: Image tokens of a sample.
         text_before: Text tokens before the image.
         text_after: Text tokens behind it; half of them are the answer.
         whole_model: With a vision tower in proportion, which is timed too.
         gradient_checkpointing: In training.
-        dtype: Of the weights; LoRA is float32 under mixed precision.
+        dtype: Dtype of the weights; LoRA is float32 under mixed precision.
         attention: "sdpa", "eager" or "flash_attention_2".
         device: "auto", "cpu", "cuda", ...
-        threads: Of the CPU; by default torch's own choice.
+        threads: Threads of the CPU; by default torch's own choice.
         clock: On a CPU, "wall", or "cpu" for the time of this process alone (one thread, on a machine that is shared).
-        seed: Of weights and inputs.
+        seed: Seed of weights and inputs.
         output: Folder for benchmark.json, benchmark.md, methods.png and series.png.
         overwrite: Replace results that are there.
 

@@ -61,10 +61,10 @@ def main(
 
     Args:
         budgets: `flops_ratio` of the prefill.
-        seeds: Of each fine-tuning.
+        seeds: Seeds of each fine-tuning.
         steps: Optimizer steps of a fine-tuning at one budget.
-        grid_steps: Of each candidate of the grid.
-        elastic_steps: Of the one fine-tuning for all budgets.
+        grid_steps: Steps of each candidate of the grid.
+        elastic_steps: Steps of the one fine-tuning for all budgets.
         output: Folder of the runs, table and picture.
         workers: Runs at a time, one thread each.
     """
@@ -95,7 +95,7 @@ def searched_file(output: Path, budget: float) -> Path:
 
 
 def options(seed: int, steps: int, schedule: PruningSchedule | None, *others: str, test: str = TEST) -> list[str]:
-    """Of one fine-tuning."""
+    """Options of one fine-tuning."""
     given = ["--trainer.max_steps", str(steps), "--data.test", test, "--evaluation.before", "false"]
     stages = [] if schedule is None else ["--model.schedule", json.dumps(schedule.to_dict())]
     return [*common_options(seed), *others, *given, *stages]

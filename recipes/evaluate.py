@@ -66,9 +66,9 @@ def main(
         max_skipped: Unusable records that are tolerated: a number, or a fraction below 1.
         output: Folder for metrics.json, predictions.jsonl, table.md and accuracy.png.
         overwrite: Replace results that are there.
-        name: Of the row in the table; by default the checkpoint and the schedule.
+        name: Name of the row in the table; by default the checkpoint and the schedule.
         seed: For the criterion `random`.
-        dtype: Of the weights; "auto" as they are stored.
+        dtype: Dtype of the weights; "auto" as they are stored.
         device: "auto", "cpu", "cuda", "cuda:1", ...
     """
     check_budget_argument(budget, schedule)

@@ -41,9 +41,9 @@ def main(
             anew in another dtype or other shards.
         output: A folder that is not there yet or empty.
         format: "merged" is an ordinary LLaVA with the schedule in config.json; "adapter" is small and needs its base.
-        weights: Of a run folder: the "adapter" that it kept, or its "last" or "best" training checkpoint.
+        weights: Those to take from a run folder: the "adapter" that it kept, its "last" or "best" training checkpoint.
         base: The base model, where it is not at the place that the adapter recorded.
-        dtype: Of the merged weights; "as-base" is that of the base model.
+        dtype: Dtype of the merged weights; "as-base" is that of the base model.
         max_shard_size: Merged weights beyond this size go into several files.
         push_to_hub: Upload the folder to this repository (owner/name) when all is well.
         private: Make the repository private if it is new.

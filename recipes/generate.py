@@ -55,7 +55,7 @@ def main(
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
         max_new_tokens: Where the answer is cut.
         seed: For the criterion `random`.
-        dtype: Of the weights; "auto" as they are stored.
+        dtype: Dtype of the weights; "auto" as they are stored.
         device: "auto", "cpu", "cuda", "cuda:1", ...
     """
     check_budget_argument(budget, schedule)

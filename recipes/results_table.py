@@ -57,7 +57,7 @@ def main(seeds: list[int] = [0, 1, 2], output: Path = Path("runs/results"), work
 
 
 def options(kind: str, seed: int, before: bool) -> list[str]:
-    """Of one run of the ordinary command line."""
+    """Options of one run of the ordinary command line."""
     return [*common_options(seed, *RUNS[kind]), "--evaluation.before", "true" if before else "false"]
 
 

@@ -73,8 +73,8 @@ def main(
         max_skipped: Unusable records that are tolerated: a number, or a fraction below 1.
         output: Folder for schedule-0.40.yaml and its like, trials.csv, search.json and search.png.
         overwrite: Replace results that are there.
-        seed: Of the drawn samples, of tpe, and for the criterion `random`.
-        dtype: Of the weights; "auto" as they are stored.
+        seed: Seed of the drawn samples, of tpe, and for the criterion `random`.
+        dtype: Dtype of the weights; "auto" as they are stored.
         device: "auto", "cpu", "cuda", "cuda:1", ...
     """
     check_method(method)

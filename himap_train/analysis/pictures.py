@@ -56,7 +56,7 @@ def kept_patches(
     Args:
         kept: For each stage the ascending columns that stay, all token kinds.
         input_ids: (S,) the row as passed to the model.
-        image_token_id: Of the model's config.
+        image_token_id: That of the model's config.
         tokens_per_image: Image tokens of each image of the row, in order.
 
     Returns:

@@ -27,12 +27,12 @@ class Settings:
     Attributes:
         size: Shape of the model.
         whole: With a vision tower.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
         device: As torch names it.
         attention: The attention implementation.
         checkpointing: Gradient checkpointing in training.
         rounds: Pairs.
-        seed: Of weights and inputs.
+        seed: Seed of weights and inputs.
         clock: What reads the time on a CPU.
     """
 

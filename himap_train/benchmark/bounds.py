@@ -36,9 +36,9 @@ def step_flops(
     Args:
         measure: "training_step" or "prefill".
         schedule: What is removed where.
-        config: Of the model.
+        config: Configuration of the model.
         workload: Shape of the batch.
-        lora_parameters: Of each decoder layer.
+        lora_parameters: Those of each decoder layer.
         whole: Whether images go through the tower.
         checkpointing: Whether layers run again in the backward pass.
         causal: Leave out what the causal mask hides.

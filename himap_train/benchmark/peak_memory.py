@@ -17,7 +17,7 @@ from himap_train.benchmark.workload import Batch
 
 
 def peak_bytes(task: Task, model: nn.Module, batch: Batch) -> int:
-    """Of one run of a task that has run before.
+    """Bytes of one run of a task that has run before.
 
     Args:
         task: What to run.
@@ -45,7 +45,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Of the text decoder's layers and `lm_head`: what decoding a token reads beside the cache."""
+    """Bytes of the text decoder's layers and `lm_head`: what decoding a token reads beside the cache."""
     base: Any = model
     parts = (*base.model.language_model.layers.parameters(), *base.lm_head.parameters())
     return sum(part.numel() * part.element_size() for part in parts)

@@ -26,13 +26,13 @@ class Prediction:
     Attributes:
         model: Name of the size.
         schedule: Name of the preset.
-        image_tokens: Of a sample.
-        prefill_flops: Of the decoder, one sample.
+        image_tokens: Image tokens of a sample.
+        prefill_flops: FLOPs of the decoder, one sample.
         prefill_ratio: Against dense.
-        step_flops: Of a training step with tower and projector, one sample.
+        step_flops: FLOPs of a training step with tower and projector, one sample.
         step_ratio: Against dense.
-        samples_per_second: Of training on all GPUs.
-        kv_bytes: Of one sample's cache after the prefill.
+        samples_per_second: Rate of training on all GPUs.
+        kv_bytes: Bytes of one sample's cache after the prefill.
     """
 
     model: str

@@ -19,17 +19,17 @@ class Row:
         why: Why it costs what it costs.
         workload: Shape of the batch.
         layers: Depth of the decoder.
-        seconds: Of the method; of one token where tokens are decoded.
-        dense_seconds: Of dense in the same pairs.
+        seconds: Time of the method; of one token where tokens are decoded.
+        dense_seconds: Time of dense in the same pairs.
         ratio: Pair by pair.
         bound: What the ratio could be at least, by FLOPs or bytes; None where there is no such bound.
         causal_bound: The same where what the causal mask hides is no work; None but for FLOPs.
-        flops: Of dense and of the method, one sample; None where bytes are what counts.
+        flops: FLOPs of dense and of the method, one sample; None where bytes are what counts.
         peak: Most bytes alive at once beside the weights.
         dense_peak: The same of dense.
         kv: Bytes of the cache after the prefill; None in training.
         dense_kv: The same of dense.
-        tokens_per_second: Of the input, or generated ones; of the whole batch.
+        tokens_per_second: Tokens of the input, or generated ones; of the whole batch.
     """
 
     measure: str

@@ -16,7 +16,7 @@ from himap_train.pruning.names import nearest
 
 IMAGE_ID = 4
 TOKENS_PER_IMAGE = 576
-"""Of a 336-pixel image in 14-pixel patches."""
+"""Tokens of a 336-pixel image in 14-pixel patches."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Size:
         heads: Query heads.
         kv_heads: Key-value heads.
         vocabulary: Tokens of `lm_head`.
-        lora_rank: Of LoRA on all linear layers of the decoder.
+        lora_rank: Rank of LoRA on all linear layers of the decoder.
         tower_width: Hidden size of the vision tower.
         tower_layers: Its layers.
     """
@@ -115,7 +115,7 @@ def build_model(
     Args:
         size: Its shape.
         whole: With a vision tower that is worth timing.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
         device: As torch names it.
         attention: The attention implementation.
     """

@@ -25,7 +25,7 @@ from himap_train.models.loss import supervised_loss
 from himap_train.models.stock import base_model
 
 NEW_TOKENS = 64
-"""Of `generate`."""
+"""Tokens that `generate` adds."""
 DECODED = 16
 """Tokens of a timed stretch of decoding."""
 

@@ -52,7 +52,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """The spread of at least one value."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -68,7 +68,7 @@ class Pairs:
 
     @property
     def ratio(self) -> Spread:
-        """Of the pairs."""
+        """The second over the first, pair by pair."""
         return Spread.of([b / a for a, b in zip(self.first, self.second, strict=True)])
 
 

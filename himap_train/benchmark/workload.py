@@ -23,7 +23,7 @@ class Workload:
 
     Attributes:
         batch: Samples.
-        image_tokens: Of each sample.
+        image_tokens: Image tokens of each sample.
         text_before: Text tokens before the image.
         text_after: Text tokens behind it, question and answer.
     """
@@ -53,7 +53,7 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Of the whole batch."""
+        """Tokens of the whole batch."""
         return self.batch * (self.image_tokens + self.text_tokens)
 
 

@@ -40,8 +40,8 @@ def check_source(
         limit: how many records to tokenize; None for all.
         records: only the first records of the source, as `train_limit` in training.
         image_aspect_ratio: as in training.
-        name: of the source, for the report.
-        batch_size: of training, to tell how much of its batches will be padding.
+        name: name of the source, for the report.
+        batch_size: that of training, to tell how much of its batches will be padding.
 
     Returns:
         The report. It raises nothing for broken records: see `DataReport.require_usable`.

@@ -16,11 +16,11 @@ class DataReport:
     """Findings of `check_source`.
 
     Attributes:
-        name: of the source.
+        name: name of the source.
         max_length: that lengths were compared with; None for no limit.
         records: records in the source (or in its first part, if the check was limited to that).
-        scanned: of them, how many were parsed and their image files looked for.
-        examined: of these, how many were tokenized and the headers of their images read.
+        scanned: how many of them were parsed and their image files looked for.
+        examined: how many of these were tokenized and the headers of their images read.
         images: images of the scanned records.
         text_only: scanned records without image.
         multi_image: scanned records with several.

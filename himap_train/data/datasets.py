@@ -63,7 +63,7 @@ class EncodedStream(IterableDataset[Sample]):
         skips: counts what is left out.
         limit: use only the first records.
         num_replicas: number of processes.
-        rank: of this process.
+        rank: rank of this process.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ class FeatureStore:
         folder: Made when something is written. Holds features of one vision tower and one way of preprocessing.
         tokens: T, of each image.
         width: W.
-        dtype: Of the features.
+        dtype: Dtype of the features.
     """
 
     def __init__(self, folder: Path, tokens: int, width: int, dtype: torch.dtype) -> None:

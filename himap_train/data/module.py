@@ -45,7 +45,7 @@ class LlavaDataModule(LightningDataModule):
         test_limit: test on the first records only.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained; "as_processor" leaves it to the
             checkpoint's image processor, which may cut off the sides.
-        seed: of the order of the training data.
+        seed: seed of the order of the training data.
         pad_to_multiple_of: round the length of batches up to a multiple; 8 suits GPUs.
         streaming: read a Hugging Face data set for training without storing it. In the order of the data; a run that is
             interrupted within an epoch starts the epoch again. On several devices also limit the batches of an epoch.

@@ -36,10 +36,10 @@ class BatchOrder:
         shuffle: another order in every epoch; otherwise the order of the source, and always epoch 0.
         seed: another seed, other orders.
         num_replicas: number of processes.
-        rank: of this process.
+        rank: rank of this process.
         megabatch: global batches that are sorted together (at most a quarter of all): more, less padding, less chance.
         accumulate: micro-batches of an optimizer step.
-        image_tokens: of each record, where grouping must not mix records with more and fewer.
+        image_tokens: image tokens of each record, where grouping must not mix records with more and fewer.
     """
 
     def __init__(

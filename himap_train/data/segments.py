@@ -63,7 +63,7 @@ class Template:
 
         Args:
             messages: from `to_messages`.
-            name: of the sample, for messages.
+            name: name of the sample, for messages.
             open_end: the last turn is a question whose answer is to be generated: an exchange without an answer.
 
         Raises:

@@ -34,7 +34,7 @@ def open_source(
             `embedded:train?scenes=5000&turns=2` (`fixed=1`: the same in every epoch). A Hugging Face split stands after
             a colon: `owner/name:test`.
         image_folder: where image paths start; by default the folder of the data file.
-        split: of a Hugging Face data set when spec names none.
+        split: split of a Hugging Face data set when spec names none.
         streaming: read a Hugging Face data set from start to end without storing it.
 
     Raises:

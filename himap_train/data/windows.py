@@ -59,7 +59,7 @@ class WindowedLoader:
         return self.windows.count(self.loader)
 
     def __len__(self) -> int:
-        """Of the loader; TypeError where it has none."""
+        """Length of the loader; TypeError where it has none."""
         return len(self.loader)  # type: ignore[arg-type]
 
 

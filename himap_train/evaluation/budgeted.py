@@ -48,7 +48,7 @@ def run_at_budget(model: nn.Module, budget: float, image_tokens: int, text_token
     Args:
         model: With a schedule installed.
         budget: `flops_ratio` of the prefill.
-        image_tokens: Of the sample that the budget is for.
+        image_tokens: Image tokens of the sample that the budget is for.
         text_tokens: Its other tokens.
 
     Raises:
@@ -73,7 +73,7 @@ def prompt_tokens(
 
     Args:
         source: Conversations that can be iterated anew.
-        processor: Of the model.
+        processor: Processor of the model.
         image_aspect_ratio: As in `evaluate`.
         limit: Only the first so many records.
 

@@ -45,7 +45,7 @@ def evaluate_row(name: str, model: nn.Module, processor: Any, source: Source | S
     """`evaluate` under the schedule that is installed, with the cost of a sample of mean length.
 
     Args:
-        name: Of the row.
+        name: Name of the row.
         model: As in `evaluate`.
         processor: As in `evaluate`.
         source: As in `evaluate`.

@@ -36,7 +36,7 @@ class EvaluationResult:
         kept: Mean number of image tokens after each stage; empty when dense.
         kept_sd: Its standard deviation over samples, which have numbers of their own where a stage keeps by attention
             mass or images differ in size.
-        flops_ratio: Of the whole prefill, from what each sample kept; None where no sample has an image.
+        flops_ratio: Ratio of the whole prefill, from what each sample kept; None where no sample has an image.
         image_only_flops_ratio: The same of image tokens alone.
         seconds: Wall time.
         predictions: Every answer, in the order of the source.

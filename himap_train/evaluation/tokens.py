@@ -30,7 +30,7 @@ class Measured:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Measured:
-        """Of at least one value."""
+        """Mean and spread of at least one value."""
         return cls(statistics.fmean(values), statistics.pstdev(values))
 
 
@@ -42,7 +42,7 @@ class MeasuredTokens:
         image: Image tokens of a sample.
         text: Its other prompt tokens.
         kept: Image tokens after each stage; empty when dense.
-        flops_ratio: Of the whole prefill; None where no sample has an image.
+        flops_ratio: Ratio of the whole prefill; None where no sample has an image.
         image_only_flops_ratio: The paper's, image tokens alone; None where no sample has an image.
     """
 

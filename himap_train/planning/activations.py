@@ -34,7 +34,7 @@ class ActivationModel:
     """Predicts `Activations` for a batch.
 
     Args:
-        facts: Of the model.
+        facts: Facts of the model.
         numerics: Bytes of an element.
         attention: "sdpa" or "flash_attention_2" (a flash kernel, no S x S matrix), or "eager".
         checkpointing: Whether layers run again in the backward pass.

@@ -25,12 +25,12 @@ class Case:
 
     Attributes:
         name: For the table.
-        config: Of the LLaVA.
-        path: Of its weights; None for random ones.
+        config: Configuration of the LLaVA.
+        path: Where its weights are; None for random ones.
         tuner: How it is trained.
-        rows: Of the batch.
-        text_tokens: Of a row.
-        supervised: Of a row.
+        rows: Number of rows in the batch.
+        text_tokens: Text tokens of a row.
+        supervised: Supervised tokens of a row.
     """
 
     name: str

@@ -152,7 +152,7 @@ def _accumulation(effective: int, batch_size: int, devices: int) -> int:
 
 
 def _number_of_devices(devices: Any) -> int:
-    """Of one node; "auto" and -1 are taken as one, since this machine need not be the one that trains."""
+    """Devices of one node; "auto" and -1 are taken as one, since this machine need not be the one that trains."""
     if isinstance(devices, list | tuple):
         return len(devices)
     text = str(devices)

@@ -25,7 +25,7 @@ from himap_train.pruning.schedule import PruningSchedule
 
 GIB = 2**30
 RESERVE = 2 * GIB
-"""Of a GPU for the CUDA context, libraries' workspaces and fragmentation."""
+"""Bytes of a GPU for the CUDA context, libraries' workspaces and fragmentation."""
 BUCKET = 50_000_000
 """Elements in one of DeepSpeed's communication buckets, as `ZeroStrategy` has it."""
 LIVE = 1_000_000_000
@@ -116,7 +116,7 @@ def static_memory(
 
     Args:
         strategy: One of `STRATEGIES`.
-        facts: Of the model.
+        facts: Facts of the model.
         numerics: Bytes of an element.
         devices: All of the run.
         four_bit: Whether the frozen weights are quantised.

@@ -39,14 +39,14 @@ class ModelFacts:
     """A model with its adapter, in numbers.
 
     Attributes:
-        config: Of the model.
+        config: Configuration of the model.
         parts: (all, trained) parameters of each part, without the frozen original of a trained copy.
         frozen: Frozen parameters in memory, that original included.
         quantisable: Those of them in linear layers of the decoder's layers, which QLoRA stores in few bits.
         trained: Trained parameters.
         largest_linear: Weights of the decoder's largest linear layer.
         lora: LoRA of each decoder layer.
-        dropout: Of LoRA's inputs.
+        dropout: Dropout of LoRA's inputs.
         trains_projector: Whether the projector has gradients, as a copy or through LoRA.
     """
 
@@ -75,7 +75,7 @@ def model_facts(config: Any, tuner: LlavaFineTuner) -> ModelFacts:
     """Build the model without weights, attach LoRA, and count.
 
     Args:
-        config: Of the model.
+        config: Configuration of the model.
         tuner: Knows how LoRA and the projector are trained.
 
     Raises:
@@ -91,7 +91,7 @@ def count(model: nn.Module, dropout: float) -> ModelFacts:
 
     Args:
         model: With LoRA attached.
-        dropout: Of LoRA's inputs.
+        dropout: Dropout of LoRA's inputs.
     """
     base = base_model(model)
     family = family_of(base)

@@ -35,10 +35,10 @@ class Batch:
 
     Attributes:
         rows: Conversations.
-        image_tokens: Of a row.
-        text_tokens: Of a row.
+        image_tokens: Image tokens of a row.
+        text_tokens: Text tokens of a row.
         supervised: Positions of a row with something to predict.
-        images: Of a row.
+        images: Images of a row.
     """
 
     rows: int

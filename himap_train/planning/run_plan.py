@@ -19,8 +19,8 @@ class Sample:
     """Tokens of a conversation: the mean decides FLOPs, the longest decides memory.
 
     Attributes:
-        images: Of a conversation.
-        image_tokens: Of one image.
+        images: Images of a conversation.
+        image_tokens: Image tokens of one image.
         text_tokens: Mean of all other tokens.
         longest_text: Most of them.
         supervised: Mean of the positions with something to predict.
@@ -40,7 +40,7 @@ class RunSettings:
     """What the config says about the run.
 
     Attributes:
-        precision: Of the trainer.
+        precision: Precision of the trainer.
         strategy: One of `STRATEGIES`.
         devices: All of the run.
         batch_size: Conversations in a micro-batch of one device.
@@ -76,9 +76,9 @@ class Side:
     Attributes:
         name: "dense" or "pruned".
         schedule: The schedule, scaled to the decoder.
-        image_tokens: Of a sample at first and after each stage.
+        image_tokens: Image tokens of a sample at first and after each stage.
         prefill: Cost of a forward pass without LoRA, as everywhere in this project.
-        flops: Of one sample in a training step.
+        flops: FLOPs of one sample in a training step.
         activations: By whether there is checkpointing; at the longest sample.
         largest: Largest batch of one device that fits, by checkpointing and strategy.
     """
@@ -97,8 +97,8 @@ class Plan:
     """Everything that is printed.
 
     Attributes:
-        facts: Of the model.
-        run: Of the config.
+        facts: Facts of the model.
+        run: Settings of the config.
         sample: Tokens.
         memory: By strategy.
         sides: Dense, and pruned where the schedule has stages.
@@ -136,8 +136,8 @@ def make_plan(
     """Predict a run.
 
     Args:
-        facts: Of the model.
-        run: Of the config.
+        facts: Facts of the model.
+        run: Settings of the config.
         schedule: Scaled to the decoder.
         sample: Tokens.
         notes: To be printed.

@@ -22,7 +22,7 @@ from himap_train.planning.run_plan import Sample
 
 _BUILT_IN = Path(__file__).parents[1] / "assets/configs"
 TEXT_TOKENS, SUPERVISED = 115, 60
-"""Of an average conversation of LLaVA-1.5's data, where none can be read."""
+"""Numbers of an average conversation of LLaVA-1.5's data, where none can be read."""
 _READ = 400
 
 
@@ -59,12 +59,12 @@ def read_sample(
     """Tokens of a conversation, from the training data where they can be read, and where they come from.
 
     Args:
-        data: Of the config; no image is opened.
+        data: Data of the config; no image is opened.
         path: As `model.path`, for the tokenizer.
-        config: Of the model.
+        config: Configuration of the model.
         text_tokens: Given instead of what the data says.
         supervised: Given instead of what the data says.
-        images: Of a conversation, where the data says nothing.
+        images: Images of a conversation, where the data says nothing.
     """
     image_tokens = tokens_of_image(config)
     if text_tokens is None:

@@ -55,7 +55,7 @@ def verify(
 
     Args:
         cases: By default both.
-        precisions: Of Lightning's.
+        precisions: Some of Lightning's.
     """
     rows: list[Comparison] = []
     for case in cases or (embedded_case(), llava_100m_case()):

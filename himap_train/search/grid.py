@@ -17,7 +17,7 @@ def himap_grid(config: Any, budget: float, image_tokens: int, text_tokens: int) 
     Args:
         config: Hugging Face configuration of the model.
         budget: `flops_ratio` of a prefill.
-        image_tokens: Of the sample that the budget is for.
+        image_tokens: Image tokens of the sample that the budget is for.
         text_tokens: Its other tokens.
 
     Raises:

@@ -44,7 +44,7 @@ def search_budget(
         method: How candidates are chosen.
         limit: Most schedules that are run.
         flow: Its suggestion is the first candidate.
-        seed: Of the method.
+        seed: Seed of the method.
         on_trial: Called after each trial.
 
     Raises:

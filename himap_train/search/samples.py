@@ -45,8 +45,8 @@ class SearchSamples:
     Attributes:
         batches: In the order of length.
         count: Samples.
-        image_tokens: Of a sample, mean.
-        text_tokens: Of a sample, mean.
+        image_tokens: Image tokens of a sample, mean.
+        text_tokens: Text tokens of a sample, mean.
         supervised: Positions that are predicted, of all samples.
         without_image: Samples that were read and left out.
     """

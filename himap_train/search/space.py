@@ -27,7 +27,7 @@ class Point:
     """One candidate before it is brought to the budget.
 
     Attributes:
-        layers: Of the stages, in any order.
+        layers: Those of the stages, in any order.
         splits: One fewer; in [0, 1].
         criteria: One a stage, by depth.
     """
@@ -41,7 +41,7 @@ class Space:
     """Schedules of one decoder that meet one budget.
 
     Args:
-        config: Of the model, as in `schedule.cost`.
+        config: Configuration of the model, as in `schedule.cost`.
         budget: The `flops_ratio` of the sample below.
         image_tokens: Image tokens of a sample.
         text_tokens: Its other tokens.
@@ -109,7 +109,7 @@ class Space:
         return abs(self.flops_ratio(schedule) - self.budget) <= TOLERANCE * self.budget
 
     def flops_ratio(self, schedule: PruningSchedule) -> float:
-        """Of the sample that the space is for."""
+        """Ratio of the sample that the space is for."""
         return schedule.cost(self.config, **self.tokens).flops_ratio
 
     def layer_counts(self, schedule: PruningSchedule) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ FINEST_SPLIT = 1 / 64
 _PROPOSALS_PER_TRIAL = 10
 """Schedules are proposed again that have been run, which costs nothing; but not for ever."""
 _SPLIT_GRID = 1 / 16
-"""Of TPE, whose draws would never hit the ends of an interval."""
+"""Grid of TPE, whose draws would never hit the ends of an interval."""
 _OPTUNA_MISSING = (
     'method "tpe" needs optuna, which is not installed: pip install "himap-train[search]" (or: pip install '
     '"optuna>=4"), or use --method coordinate, which needs nothing'
@@ -49,7 +49,7 @@ def search(method: Method, trials: Trials, starts: Sequence[Point], seed: int = 
         method: "flow" tries the starting points alone.
         trials: With the space, the objective and the allowance.
         starts: Tried first; those that miss the budget are passed over.
-        seed: Of TPE.
+        seed: Seed of TPE.
 
     Raises:
         ModuleNotFoundError: optuna is not installed.

@@ -19,7 +19,7 @@ class Trial:
         number: From 0, in the order of the search.
         origin: What proposed it.
         schedule: At the budget.
-        flops_ratio: Of the sample of mean length.
+        flops_ratio: Ratio of the sample of mean length.
         loss: The objective.
         seconds: That it took.
     """

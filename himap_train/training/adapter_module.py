@@ -80,7 +80,7 @@ class AdapterModule(LightningModule):
 
     @property
     def vision_tower(self) -> torch.nn.Module:
-        """Of the loaded model."""
+        """The vision tower of the loaded model."""
         base = base_model(self.peft_model)
         return cast(torch.nn.Module, family_of(base).vision(base))
 

@@ -23,7 +23,7 @@ class LearnKeepRatios(Callback):
     """Runs the ratios of each optimizer step, gives them the gradient of all ranks, freezes them in time.
 
     Args:
-        settings: Of the config.
+        settings: Settings of the config.
         tokens_of: Image and text tokens of a typical sample from those that were measured, if any.
         measured: What the first process has counted when training starts.
     """

@@ -18,7 +18,7 @@ def begin_next_epoch(checkpoint: dict[str, Any], by_steps: bool) -> None:
     second time.
 
     Args:
-        checkpoint: Of Lightning.
+        checkpoint: Lightning's.
         by_steps: Whether `max_steps` ends the run.
     """
     loops = checkpoint.get("loops", {}).get("fit_loop")

@@ -58,7 +58,7 @@ class CurriculumSteps:
     """The schedules of a run, step by step.
 
     Args:
-        settings: Of the config.
+        settings: Settings of the config.
         schedule: Where it ends.
         total: Optimizer steps of the run.
     """

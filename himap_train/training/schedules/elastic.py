@@ -31,7 +31,7 @@ class SelfDistillation:
 
     Args:
         share: Share of the pruned steps that have a teacher.
-        weight: Of the divergence KL(teacher || student), beside the cross-entropy.
+        weight: Weight of the divergence KL(teacher || student), beside the cross-entropy.
         teacher: Budget of the teacher; 1 is dense.
     """
 
@@ -84,7 +84,7 @@ class Elastic:
 
         Args:
             schedule: Fitted to the decoder.
-            config: Of the model.
+            config: Configuration of the model.
             tokens: Image and text tokens of a typical sample.
 
         Raises:
@@ -102,10 +102,10 @@ class ElasticSteps:
     """The budgets of a run, step by step.
 
     Args:
-        settings: Of the config.
+        settings: Settings of the config.
         schedule: Layers, criteria and the proportions of the ratios.
-        config: Of the model.
-        seed: Of the run.
+        config: Configuration of the model.
+        seed: Seed of the run.
         tokens: Image and text tokens of the sample that budgets are for.
     """
 

@@ -13,7 +13,7 @@ from himap_train.training.schedules.learnable import Learnable
 from himap_train.training.schedules.per_step import StepPlan
 
 MODES = ("learnable", "elastic", "curriculum")
-"""Of which a run has one at most."""
+"""Modes, of which a run has one at most."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class PruningSettings:
         learnable: Keep ratios that the loss decides, under a budget; null for those of `model.schedule`.
         elastic: Another budget in every step, for one checkpoint that serves all of them; null for one schedule.
         curriculum: From dense to the schedule over the first part of training; null for the schedule from the start.
-        image_tokens: Of the sample that budgets are for; null for the training data's mean.
+        image_tokens: Image tokens of the sample that budgets are for; null for the training data's mean.
         text_tokens: Its other tokens; null for the training data's mean.
     """
 
@@ -98,8 +98,8 @@ class PruningSettings:
 
         Args:
             schedule: The model's own.
-            config: Of the model.
-            seed: Of the run.
+            config: Configuration of the model.
+            seed: Seed of the run.
             total: Optimizer steps of the run.
             tokens: Image and text tokens of a typical sample, measured; for elastic training.
         """
