@@ -18,15 +18,15 @@ from typing import Any, Literal
 import torch
 
 from himap_train.benchmark.bench import Settings
+from himap_train.benchmark.benchmark_tables import FILES, Results, save
 from himap_train.benchmark.contenders import DENSE, MEASURES, METHODS
 from himap_train.benchmark.environment import command_line, environment, load_average
 from himap_train.benchmark.measurements import fit_series, run_jobs, series_jobs, table_job
 from himap_train.benchmark.predicted import predict
 from himap_train.benchmark.sizes import find_size
-from himap_train.benchmark.tables import FILES, Results, save
 from himap_train.benchmark.timing import Clock
 from himap_train.benchmark.workload import Workload
-from himap_train.evaluation.command_line import new_output_folder, run_command
+from himap_train.command_line import new_output_folder, run_command
 
 ALL = [name for name in METHODS if name != DENSE]
 

@@ -21,9 +21,9 @@ import torch
 import yaml
 from transformers import AutoConfig
 
+from himap_train.command_line import run_command
 from himap_train.data.sources import open_source
 from himap_train.evaluation.accuracy_against_cost import Scores, point, save_trade_off
-from himap_train.evaluation.command_line import run_command
 from himap_train.evaluation.compare import compare
 from himap_train.evaluation.tables import save_table
 from himap_train.experiments import METRICS, common_options, fine_tune_all, points, rows_of
@@ -31,7 +31,7 @@ from himap_train.models.loading import EMBEDDED, load_llava, resolve_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.stage import PruningStage
 from himap_train.search.grid import himap_grid
-from himap_train.search.result import schedule_file
+from himap_train.search.search_folder import schedule_file
 
 VALIDATION, TEST = "embedded:validation?scenes=700&seed=5", "embedded:test?scenes=700&seed=11"
 SEARCHED_ON = "embedded:validation?scenes=300&seed=5"

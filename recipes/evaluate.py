@@ -19,9 +19,9 @@ from typing import Literal
 import torch
 
 from himap_train.checkpoints.scheduled import AS_SAVED, load_with_schedule
+from himap_train.command_line import new_output_folder, run_command
 from himap_train.data.sources import open_source
 from himap_train.evaluation.budgeted import check_budget_argument, prompt_tokens, run_at_budget
-from himap_train.evaluation.command_line import new_output_folder, run_command
 from himap_train.evaluation.compare import Row, evaluate_row
 from himap_train.evaluation.metrics import make_metrics
 from himap_train.evaluation.tables import FILES, print_table, save_table

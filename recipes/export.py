@@ -19,7 +19,7 @@ from himap_train.checkpoints.hub import push_to_hub as push
 from himap_train.checkpoints.hub import require_hub
 from himap_train.checkpoints.load import Weights, adapter_source
 from himap_train.checkpoints.merged import ExportDtype
-from himap_train.evaluation.command_line import run_command
+from himap_train.command_line import run_command
 
 
 def main(

@@ -18,15 +18,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from himap_train.checkpoints.agreement import check_agreement
 from himap_train.checkpoints.export import export_merged
 from himap_train.checkpoints.load import save_adapter
-from himap_train.evaluation.command_line import USER_ERRORS
+from himap_train.command_line import USER_ERRORS
 from himap_train.evaluation.compare import Row
 from himap_train.evaluation.tables import print_table, save_table
 from himap_train.models.guard import check_trained_weights
 from himap_train.models.lora import trainable_report
 from himap_train.training.callbacks.checkpoints import read_checkpoint
 from himap_train.training.callbacks.interrupt import Interrupted
-from himap_train.training.run.command_line import FinetuneCLI
 from himap_train.training.run.feature_cache import fill_feature_cache
+from himap_train.training.run.finetune_cli import FinetuneCLI
 from himap_train.training.run.folder import record_run, record_schedule
 from himap_train.training.run.launch import end_children, is_first_process, report_error, say
 from himap_train.training.run.measured_rows import model_config

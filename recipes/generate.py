@@ -18,12 +18,12 @@ from transformers import TextStreamer
 from himap_train import record_pruning
 from himap_train.analysis.pictures import captions, draw_kept, kept_patches, model_view, patch_grid
 from himap_train.checkpoints.scheduled import AS_SAVED, installed_schedule, load_with_schedule
+from himap_train.command_line import run_command
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Sample, encode_prompt
 from himap_train.data.records import Conversation, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.evaluation.budgeted import check_budget_argument, run_at_budget
-from himap_train.evaluation.command_line import run_command
 from himap_train.models.families import family_of
 from himap_train.models.families.base import AspectRatio
 from himap_train.models.stock import base_model

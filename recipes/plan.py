@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from himap_train.evaluation.command_line import USER_ERRORS
+from himap_train.command_line import USER_ERRORS
 from himap_train.evaluation.tables import json_ready
-from himap_train.planning.command_line import PlanCLI
-from himap_train.planning.tables import print_plan
+from himap_train.planning.plan_cli import PlanCLI
+from himap_train.planning.plan_tables import print_plan
 from himap_train.planning.verify import markdown_table, verify
 from himap_train.storage import atomic_file
 

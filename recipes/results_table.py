@@ -16,8 +16,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from himap_train.command_line import run_command
 from himap_train.evaluation.accuracy_against_cost import mean_and_spread
-from himap_train.evaluation.command_line import run_command
 from himap_train.evaluation.tables import markdown_lines
 from himap_train.experiments import common_options, fine_tune_all, rows_of
 

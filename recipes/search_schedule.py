@@ -17,19 +17,19 @@ from typing import Any, Literal, NoReturn
 
 from himap_train.bar import progress_bar
 from himap_train.checkpoints.scheduled import load_with_schedule
+from himap_train.command_line import new_output_folder, run_command
 from himap_train.data.sources import open_source
-from himap_train.evaluation.command_line import new_output_folder, run_command
 from himap_train.models.families.base import AspectRatio
 from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.flow import Flow, information_flow
 from himap_train.search.objective import Objective
 from himap_train.search.one_budget import budgets_of, search_budget
-from himap_train.search.result import FACTS, PICTURE, TRIALS, save_search, schedule_file
+from himap_train.search.proposals import Method, check_method
 from himap_train.search.samples import read_samples
+from himap_train.search.search_folder import FACTS, PICTURE, TRIALS, save_search, schedule_file
 from himap_train.search.show import print_flow, print_search
 from himap_train.search.space import Space
-from himap_train.search.strategies import Method, check_method
 from himap_train.search.trials import Found
 
 

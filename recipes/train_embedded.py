@@ -34,12 +34,12 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from himap_train.embedded.batches import SceneBatches, accuracy, answer_logits
 from himap_train.embedded.build import build_model, build_processor, export
+from himap_train.embedded.scene_batches import SceneBatches, accuracy, answer_logits
 from himap_train.embedded.scene_text import TYPES, WORDS
+from himap_train.embedded.scene_training import dense_scene, image_features, optimizer, patch_labels, pixels, step
 from himap_train.embedded.scenes import draw
 from himap_train.embedded.start import PatchHeads, grow, scale_features, shrink, start_attention, start_words
-from himap_train.embedded.training import dense_scene, image_features, optimizer, patch_labels, pixels, step
 
 
 @dataclass(frozen=True)

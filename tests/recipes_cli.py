@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tiny import tiny_llava, tiny_processor
 
-from himap_train.evaluation.command_line import run_command
+from himap_train.command_line import run_command
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

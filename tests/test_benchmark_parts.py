@@ -17,6 +17,7 @@ from himap_train.benchmark import timing
 from himap_train.benchmark.bounds import decode_ratio, step_flops
 from himap_train.benchmark.contenders import METHODS, find_method
 from himap_train.benchmark.growth import fit_growth
+from himap_train.benchmark.measured_method import Row
 from himap_train.benchmark.peak_memory import cache_bytes, weight_bytes
 from himap_train.benchmark.peers import (
     fastv_attention_maps,
@@ -25,7 +26,6 @@ from himap_train.benchmark.peers import (
     pyramiddrop_ranking,
 )
 from himap_train.benchmark.predicted import predict
-from himap_train.benchmark.row import Row
 from himap_train.benchmark.series import AXES, points
 from himap_train.benchmark.sizes import SIZES, build_model, find_size, model_config
 from himap_train.benchmark.tasks import inference_task

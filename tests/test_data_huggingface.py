@@ -10,7 +10,7 @@ import pytest
 from data_examples import encode, image_folder, picture, pixels
 from tiny import tiny_processor
 
-from himap_train.data.hub import load_from_hub
+from himap_train.data.hub_datasets import load_from_hub
 from himap_train.data.huggingface import HuggingFaceStream
 from himap_train.data.records import RecordError, StreamingSource, Turn
 from himap_train.data.sources import open_source

@@ -17,8 +17,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProc
 
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.embedded import model as embedded
-from himap_train.embedded.batches import branch_mask, branches
 from himap_train.embedded.build import build_model, build_tokenizer
+from himap_train.embedded.scene_batches import branch_mask, branches
 from himap_train.embedded.scene_text import TYPES, WORDS
 from himap_train.embedded.start import grow, shrink
 

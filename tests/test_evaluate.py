@@ -18,12 +18,12 @@ from tiny import IMAGE_TOKENS, tiny_llava, tiny_processor
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
 from himap_train.checkpoints.scheduled import load_with_schedule
+from himap_train.command_line import run_command
 from himap_train.data.batches import collate
 from himap_train.data.encode import encode_prompt
 from himap_train.data.records import Conversation, RecordError, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.embedded.scene_text import TYPES
-from himap_train.evaluation.command_line import run_command
 from himap_train.evaluation.compare import compare, evaluate_row
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.questions import Question, question_batches

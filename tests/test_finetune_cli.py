@@ -21,7 +21,7 @@ from training_toys import RECIPES, SCHEDULE, finetune, save_tiny
 
 from himap_train.checkpoints.load import load_checkpoint
 from himap_train.models.install import pruning_of
-from himap_train.training.run.command_line import FinetuneCLI
+from himap_train.training.run.finetune_cli import FinetuneCLI
 
 
 @pytest.fixture(scope="module")

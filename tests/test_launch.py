@@ -24,7 +24,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from processes import in_processes
 from training_toys import RECIPES, SCHEDULE, finetune, quiet_trainer, save_tiny
 
-from himap_train.training.run.command_line import FinetuneCLI
+from himap_train.training.run.finetune_cli import FinetuneCLI
 from himap_train.training.run.launch import AroundTraining, FineTuneTrainer, is_first_process, report_error
 from himap_train.training.zero import strategy as deepspeed
 

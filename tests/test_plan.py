@@ -11,9 +11,9 @@ import training_toys
 from transformers import LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule
-from himap_train.planning.command_line import PlanCLI, run_settings
 from himap_train.planning.device_memory import STRATEGIES
-from himap_train.planning.sources import find_config
+from himap_train.planning.plan_cli import PlanCLI, run_settings
+from himap_train.planning.typical_sample import find_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LLAVA_7B = ("--config", str(CONFIGS / "llava_himap.yaml"))

@@ -14,7 +14,7 @@ from training_toys import finetune, save_tiny
 
 from himap_train.checkpoints.load import load_checkpoint
 from himap_train.models.install import pruning_of
-from himap_train.training.run.command_line import FinetuneCLI
+from himap_train.training.run.finetune_cli import FinetuneCLI
 
 STAGES = [{"layer": 1, "criterion": "instruction", "keep_ratio": 0.5}]
 ELASTIC = {"budgets": [0.9, 0.95], "self_distillation": {"share": 0.5}}

@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlavaConfig
 from himap_train import PruningSchedule
 from himap_train.search.flow import Flow
 from himap_train.search.one_budget import search_budget
+from himap_train.search.proposals import check_method, search
 from himap_train.search.space import Space
-from himap_train.search.strategies import check_method, search
 from himap_train.search.trials import Trials
 
 TEXT = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=12, num_attention_heads=4)

@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlavaConfig
 
 from himap_train.search.flow import Flow, handed_over, suggest
 from himap_train.search.one_budget import preset_at_budget, starting_points
+from himap_train.search.proposals import _spread
 from himap_train.search.space import Space
-from himap_train.search.strategies import _spread
 
 TEXT = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4)
 CONFIG = LlavaConfig(text_config=TEXT)

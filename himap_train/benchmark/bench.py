@@ -10,8 +10,8 @@ import torch
 
 from himap_train.benchmark.bounds import decode_ratio, step_flops
 from himap_train.benchmark.contenders import DENSE, Method, find_method
+from himap_train.benchmark.measured_method import Row
 from himap_train.benchmark.peak_memory import cache_bytes, peak_bytes, weight_bytes
-from himap_train.benchmark.row import Row
 from himap_train.benchmark.sizes import Size, build_model
 from himap_train.benchmark.tasks import NEW_TOKENS, TrainingSteps, inference_task, prefilled_cache
 from himap_train.benchmark.timing import Clock, Spread, Task, nothing, time_pairs

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from himap_train.benchmark.contenders import find_method
-from himap_train.benchmark.row import Row
+from himap_train.benchmark.measured_method import Row
 from himap_train.pruning.cost import image_tokens_per_layer
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from himap_train.benchmark.bench import Bench, Settings
 from himap_train.benchmark.contenders import DENSE, MEASURES, find_method
 from himap_train.benchmark.growth import Fit, fit_growth
-from himap_train.benchmark.row import Row
+from himap_train.benchmark.measured_method import Row
 from himap_train.benchmark.series import points
 from himap_train.benchmark.workload import Workload
 from himap_train.pruning.names import nearest

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from himap_train.benchmark.row import Row
+from himap_train.benchmark.measured_method import Row
 
 DENSE_COLOUR, COLOUR, BOUND_COLOUR = "#4c566a", "#2a9d8f", "#d08770"
 

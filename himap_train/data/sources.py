@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from himap_train.data.hub import load_from_hub
+from himap_train.data.hub_datasets import load_from_hub
 from himap_train.data.huggingface import HuggingFaceRecords, HuggingFaceStream
 from himap_train.data.jsonl import Jsonl
 from himap_train.data.llava_json import LlavaJson

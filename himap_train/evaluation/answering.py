@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from himap_train.data.batches import pad_token_id_of
-from himap_train.evaluation.tokens import SampleTokens
+from himap_train.evaluation.token_counts import SampleTokens
 from himap_train.models.families import family_of
 from himap_train.models.features import encode_nothing, weights_are_spread
 from himap_train.models.guard import check_pruned

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from himap_train.evaluation.sample_metric import GroupScore
-from himap_train.evaluation.tokens import Measured
+from himap_train.evaluation.token_counts import Measured
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rich.table import Table
 from himap_train.evaluation.chart import draw_chart
 from himap_train.evaluation.compare import Row
 from himap_train.evaluation.sample_metric import GroupScore
-from himap_train.evaluation.tokens import Measured
+from himap_train.evaluation.token_counts import Measured
 
 FILES = ("metrics.json", "table.md", "accuracy.png")
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from himap_train.pruning.reading import fit_preset
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.flow import Flow, suggest
+from himap_train.search.proposals import Method, search
 from himap_train.search.space import Point, Space
-from himap_train.search.strategies import Method, search
 from himap_train.search.trials import Found, Trial, Trials
 
 BASELINE = "himap"

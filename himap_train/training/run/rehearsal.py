@@ -23,7 +23,7 @@ from himap_train.pruning.reading import fit_preset, read_schedule
 from himap_train.pruning.schedule import PRESET_LAYERS, PruningSchedule
 from himap_train.pruning.stage import PruningStage
 from himap_train.training.run.launch import say
-from himap_train.training.run.strategies import strategy_name
+from himap_train.training.run.strategy_names import strategy_name
 
 _MARK = "REHEARSAL"
 STEPS = 4

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from himap_train.benchmark.growth import Fit
+from himap_train.benchmark.measured_method import Row
 from himap_train.benchmark.plots import draw_series, draw_table
 from himap_train.benchmark.predicted import GPUS, SUSTAINED, Prediction
-from himap_train.benchmark.row import Row
 from himap_train.benchmark.timing import Spread
 from himap_train.evaluation.tables import json_ready, markdown_lines
 from himap_train.storage import atomic_file

@@ -16,8 +16,8 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrain
 from himap_train.embedded.build import IMAGE_TOKENS
 from himap_train.embedded.scene_dense import dense_texts
 from himap_train.embedded.scene_text import TYPES, ask
+from himap_train.embedded.scene_training import image_features, pixels
 from himap_train.embedded.scenes import Scenes
-from himap_train.embedded.training import image_features, pixels
 
 
 def branches(

@@ -44,7 +44,7 @@ from himap_train.training.run.library_output import quiet_libraries
 from himap_train.training.run.measured_rows import MeasuredRows
 from himap_train.training.run.parser import SuggestingParser
 from himap_train.training.run.rehearsal import rehearsal_folder, rehearse
-from himap_train.training.run.strategies import (
+from himap_train.training.run.strategy_names import (
     refuse_spread_quantized,
     register_strategies,
     require_known,

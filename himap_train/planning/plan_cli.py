@@ -11,18 +11,18 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from himap_train.command_line import with_underscores
 from himap_train.data.module import LlavaDataModule
-from himap_train.evaluation.command_line import with_underscores
 from himap_train.models.attention import ATTENTION_IMPLEMENTATIONS
 from himap_train.planning.device_memory import GIB, configured_strategy
 from himap_train.planning.facts import ModelFacts, model_facts
 from himap_train.planning.run_plan import Plan, RunSettings, Sample, make_plan
-from himap_train.planning.sources import find_config, read_sample
+from himap_train.planning.typical_sample import find_config, read_sample
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.module import LlavaFineTuner
-from himap_train.training.run.command_line import FinetuneCLI
+from himap_train.training.run.finetune_cli import FinetuneCLI
 from himap_train.training.run.rehearsal import rehearse
-from himap_train.training.run.strategies import refuse_spread_quantized, strategy_name
+from himap_train.training.run.strategy_names import refuse_spread_quantized, strategy_name
 from himap_train.training.schedules.settings import MODES
 
 
