@@ -13,6 +13,7 @@ from himap_train.pruning.schedule import PruningSchedule
 
 MODELS = {"llava-1.5-7b": 576, "llava-1.5-13b": 576, "llava-next-34b": 2880}
 """Image tokens of a sample by model."""
+PRESETS = ("none", "himap", "himap-generation")
 TEXT_TOKENS, ANSWER = 115, 40
 GPUS = 8
 SUSTAINED = 400e12
@@ -50,9 +51,9 @@ class Prediction:
         return asdict(self)
 
 
-def predict(presets: tuple[str, ...] = ("none", "himap", "himap-generation")) -> list[Prediction]:
-    """All models under some presets."""
-    return [_predict(model, preset, tokens) for model, tokens in MODELS.items() for preset in presets]
+def predict() -> list[Prediction]:
+    """All models under `PRESETS`."""
+    return [_predict(model, preset, tokens) for model, tokens in MODELS.items() for preset in PRESETS]
 
 
 def _predict(model: str, preset: str, image_tokens: int) -> Prediction:

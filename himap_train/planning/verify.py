@@ -48,21 +48,14 @@ class Comparison:
         return self.predicted / self.measured - 1
 
 
-def verify(
-    cases: Sequence[Case] | None = None, precisions: Sequence[str] = ("32-true", "bf16-mixed")
-) -> list[Comparison]:
-    """Run all settings of the cases; FLOPs are counted without autocast, which changes none.
-
-    Args:
-        cases: By default both.
-        precisions: Some of Lightning's.
-    """
+def verify(cases: Sequence[Case] | None = None) -> list[Comparison]:
+    """Run all settings of the cases, by default both; FLOPs are counted without autocast, which changes none."""
     rows: list[Comparison] = []
     for case in cases or (embedded_case(), llava_100m_case()):
         facts = model_facts(case.config, case.tuner)
         rows += _static(case, facts)
         schedules = {"dense": PruningSchedule(), "pruned": case.tuner.fitted_schedule(facts.layers)}
-        for precision in precisions:
+        for precision in ("32-true", "bf16-mixed"):
             for name, schedule in schedules.items():
                 for checkpointing in (False, True):
                     setting = f"{name}, {'' if checkpointing else 'no '}checkpointing, {precision}"

@@ -21,12 +21,6 @@ def logs_now(trainer: Any, batch_idx: int) -> bool:
     return step_ended(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0
 
 
-def _has_images(batch: Any) -> bool:
-    """Whether a batch holds images, as pixels or as features of the vision tower."""
-    features = batch.get("image_features")
-    return bool(batch["images"]) or (features is not None and len(features) > 0)
-
-
 class Throughput(Callback):
     """Logs `tokens/s` (image tokens as loaded, padding left out), `image tokens kept`, the fraction behind the last
     stage, and `train/kept_stage0` and so on: image tokens of a sample with images after each stage, mean since the last
@@ -50,7 +44,7 @@ class Throughput(Callback):
         self._tokens = self._tokens + batch["attention_mask"].sum()
         pruning = pruning_of(pl_module.peft_model)
         counts = pruning.last if pruning else None
-        if counts and counts.kept and counts.image_tokens and _has_images(batch):
+        if counts and counts.kept and counts.image_tokens:
             pl_module.log("image tokens kept", counts.kept[-1] / counts.image_tokens, prog_bar=True)
             if len(self._kept) != len(counts.kept):  # also where the schedule has changed since
                 self._kept, self._samples = [0] * len(counts.kept), 0
