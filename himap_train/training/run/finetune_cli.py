@@ -7,9 +7,11 @@ nearest valid one.
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from transformers import LlavaProcessor
+from transformers.utils import logging as transformers_logging
 
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.loading import load_config, load_processor, resolve_model
@@ -40,7 +42,6 @@ from himap_train.training.callbacks.step_seeds import StepSeeds
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.run.folder import claim_folder
 from himap_train.training.run.launch import AroundTraining, FineTuneTrainer, is_first_process
-from himap_train.training.run.library_output import quiet_libraries
 from himap_train.training.run.measured_rows import MeasuredRows
 from himap_train.training.run.parser import SuggestingParser
 from himap_train.training.run.rehearsal import rehearsal_folder, rehearse
@@ -71,7 +72,7 @@ class FinetuneCLI(LightningCLI):
         around: tuple[Callable[[FinetuneCLI], None], Callable[[FinetuneCLI], None]] | None = None,
     ) -> None:
         self.around = around
-        quiet_libraries()
+        _quiet_libraries()
         register_strategies()
         started = ["torchrun", "..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
         self.command = [*started, *(sys.argv if args is None else ["recipes/finetune.py", *args])]
@@ -195,7 +196,7 @@ class FinetuneCLI(LightningCLI):
         return shlex.join([*given, "--resume"])
 
 
-def _processor_of(path: str) -> LlavaProcessor:
+def _processor_of(path: str) -> Any:
     """A model's processor alone; the weights come later."""
     folder = resolve_model(path)
     return load_processor(folder, load_config(folder))
@@ -206,3 +207,17 @@ def _other_schedules(pruning: PruningSettings, seed: int, measured: Measured) ->
     if pruning.learnable is not None:
         return [LearnKeepRatios(pruning.learnable, pruning.tokens, measured)]
     return [SchedulePerStep(partial(pruning.plan, seed=seed), measured)] if pruning.per_step else []
+
+
+def _quiet_libraries() -> None:
+    """No advertisements, no bars in log files, no warnings about what is meant as it is."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # the frozen vision tower
+    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing. is deprecated")  # PEFT asks for it
+    warnings.filterwarnings("ignore", message=r".*does not have many workers")
+    warnings.filterwarnings("ignore", message=r".*LeafSpec")
+    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")  # nothing to validate on
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated")  # DeepSpeed calls it
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()

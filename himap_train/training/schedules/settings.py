@@ -77,16 +77,7 @@ class PruningSettings:
         return measured
 
     def check_possible(self, schedule: PruningSchedule, config: Any, measured: tuple[int, int] | None) -> None:
-        """Refuse budgets that a model of this config cannot meet.
-
-        Args:
-            schedule: The model's own.
-            config: Configuration of the model.
-            measured: As in `tokens`.
-
-        Raises:
-            ValueError: Naming the key, the budget and the least possible one.
-        """
+        """Raise ValueError for budgets that a model of this config cannot meet with its schedule."""
         settings = self.learnable or self.elastic
         if settings is not None:
             settings.check_possible(schedule, config, self.tokens(measured))
