@@ -105,7 +105,8 @@ class LlavaFineTuner(AdapterModule):
             return
         model, self.processor = load_llava(
             self.path,
-            dtype=self._weights_dtype(),
+            # Frozen weights in the trainer's precision; what is trained stays in fp32 (see `attach_lora`).
+            dtype=weights_dtype(str(self.trainer.precision) if self._trainer else ""),
             attn_implementation=self.attn_implementation,
             quantize=self.quantize,
         )
@@ -122,10 +123,6 @@ class LlavaFineTuner(AdapterModule):
     def fitted_schedule(self, layers: int) -> PruningSchedule:
         """The schedule for a decoder of so many layers: presets are written for 32."""
         return fit_preset(self.schedule, layers) if self._preset else self.schedule
-
-    def _weights_dtype(self) -> torch.dtype:
-        """Frozen weights in the trainer's precision; what is trained stays in fp32 (see `attach_lora`)."""
-        return weights_dtype(str(self.trainer.precision) if self._trainer else "")
 
     def on_train_start(self) -> None:
         """Give a resumed loader its place in the epoch back.

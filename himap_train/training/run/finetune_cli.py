@@ -206,7 +206,9 @@ def _other_schedules(pruning: PruningSettings, seed: int, measured: Measured) ->
     """What lets steps run other schedules than the model's own, where the config asks for it."""
     if pruning.learnable is not None:
         return [LearnKeepRatios(pruning.learnable, pruning.tokens, measured)]
-    return [SchedulePerStep(partial(pruning.plan, seed=seed), measured)] if pruning.per_step else []
+    if pruning.elastic is None and pruning.curriculum is None:
+        return []
+    return [SchedulePerStep(partial(pruning.plan, seed=seed), measured)]
 
 
 def _quiet_libraries() -> None:

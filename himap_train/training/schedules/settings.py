@@ -56,11 +56,6 @@ class PruningSettings:
         for name in given:
             getattr(self, name).check(schedule)
 
-    @property
-    def per_step(self) -> bool:
-        """Whether steps run other schedules than the model's own."""
-        return self.elastic is not None or self.curriculum is not None
-
     def tokens(self, measured: tuple[int, int] | None) -> tuple[int, int]:
         """Image and text tokens of the sample that budgets are for.
 
