@@ -82,7 +82,11 @@ def test_what_is_saved_is_what_autograd_holds() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         supervised_loss(hidden_states(model, **inputs), inputs["labels"], base_model(model).lm_head, 0)
-    held |= {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in inputs.values()}
+    flat = dict(inputs)
+    images = flat.pop("images")
+    held |= {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in (*flat.values(), *images.values())
+    }
     assert measured_memory(model, inputs, 0).saved == pytest.approx(sum(s.nbytes() for s in held.values()), rel=0.01)
 
 
