@@ -106,7 +106,7 @@ def _result(
         metric=scorers[0].name,
         overall=overall,
         types=types,
-        figures={name: value for scorer in scorers for name, value in scorer.compute().items()},
+        figures={name: value.item() for scorer in scorers for name, value in scorer.compute().items()},
         image_tokens=tokens.image.mean,
         text_tokens=tokens.text.mean,
         kept=tuple(kept.mean for kept in tokens.kept),

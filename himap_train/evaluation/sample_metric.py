@@ -7,12 +7,13 @@ errors clustered by image) see all partners even when these were answered in dif
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torchmetrics import Metric
 
 from himap_train.evaluation.statistics import mean_and_standard_error
 
@@ -43,12 +44,19 @@ class Rows:
         return sorted(set(self.groups) - {""})
 
 
-class SampleMetric(ABC):
-    """Scores each answer by `measure`; the first number that `measure` returns is the sample's score in [0, 1]."""
+class SampleMetric(Metric):
+    """Scores each answer by `measure`; the first number that `measure` returns is the sample's score in [0, 1].
+
+    Rows of several processes are joined by `join`, once, together with all else that an evaluation gathers, and not by
+    torchmetrics, which would need them as tensors.
+    """
 
     name: ClassVar[str]
+    full_state_update = False
+    higher_is_better = True
 
     def __init__(self) -> None:
+        super().__init__(sync_on_compute=False)
         self._rows: dict[str, tuple[tuple[float, ...], str, str]] = {}  # key -> numbers, cluster, group
 
     @abstractmethod
@@ -111,9 +119,14 @@ class SampleMetric(ABC):
             figures[f"{self.name}/{group}"] = rows.values[rows.where(group), 0].mean().item()
         return figures
 
-    def compute(self) -> dict[str, float]:
-        """`figures` of the rows held now."""
-        return self.figures(self.rows())
+    def compute(self) -> dict[str, torch.Tensor]:
+        """`figures` of the rows held now, as tensors."""
+        return {name: torch.tensor(value) for name, value in self.figures(self.rows()).items()}
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        super().reset()
+        self._rows = {}
 
     def summary(self) -> tuple[GroupScore, dict[str, GroupScore]]:
         """Mean score with its standard error, overall and per type."""
