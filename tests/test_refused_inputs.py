@@ -37,6 +37,12 @@ REFUSED = {
     "4d": ({"attention_mask": torch.ones(1, 1, 20, 20)}, "attention_mask as \\(batch, length\\)"),
     "long": ({"attention_mask": torch.ones(1, 25)}, "has 25 columns, cache and new tokens make 20"),
     "packed": ({"position_ids": torch.arange(20)[None] % 10, "use_cache": False}, "packed rows"),
+    "packed for flash": ({"cu_seq_lens_q": torch.tensor([0, 10, 20])}, "packed rows .cu_seq_lens_q."),
+    "typo": ({"image_tokens_mask": IDS == 4}, "image_tokens_mask means nothing to .* family llava"),
+    "of another family": ({"deepstack_visual_embeds": [torch.zeros(16, 32)]}, "deepstack_visual_embeds means nothing"),
+    "bidirectional": ({"is_causal": False}, "is_causal means nothing"),
+    "video": ({"pixel_values_videos": torch.zeros(1, 3, 32, 32)}, "family llava .* there are pixel_values_videos"),
+    "encoded video": ({"mm_encoder_outputs": {"video": IDS}}, "family llava .* there are video"),
 }
 
 
@@ -47,6 +53,18 @@ def test_inputs_are_refused(name: str) -> None:
     model(**inputs())
     with pytest.raises(ValueError, match=message):
         model(**inputs(**given))
+
+
+def test_what_heads_and_trainers_hand_down_is_not_refused() -> None:
+    model = install_pruning(tiny_llava(), SCHEDULE)
+    expected = model(**inputs()).logits
+    known = {"num_items_in_batch": 3, "ignore_index": -100, "return_dict": True, "is_causal": True}
+    assert torch.equal(model(**inputs(**known, output_attentions=False, typo=None)).logits, expected)
+
+
+def test_under_an_empty_schedule_the_stock_forward_decides() -> None:
+    model = install_pruning(tiny_llava(), PruningSchedule())
+    model(**inputs(image_tokens_mask=IDS == 4))
 
 
 def test_static_cache_is_refused() -> None:

@@ -22,7 +22,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from himap_train.models.attention import ScoreCollector
 from himap_train.models.cache import mark_stage, stage_of
 from himap_train.models.cpu_attention import CausalBlocks
-from himap_train.models.inputs import check_image_mask, check_inputs
+from himap_train.models.inputs import check_image_mask, check_inputs, check_options
 from himap_train.models.installed import InstalledPruning, PruneCounts
 from himap_train.models.tokens import Tokens, causal_mask, entered, removed
 from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
@@ -58,7 +58,7 @@ def pruned_forward(
         use_cache: As in transformers.
         image_token_mask: (B, S) bool. HiMAP: needed in a prefill with `inputs_embeds`.
         supervised_mask: (B, S) bool, `labels != -100`. HiMAP: what is predicted must not choose what is looked at.
-        **kwargs: What the family adds between layers, and options of the attention function. Others are refused.
+        **kwargs: What the family adds between layers, and what changes nothing here; see `inputs.check_options`.
 
     Returns:
         As the stock decoder: full length, dropped rows zero.
@@ -92,11 +92,12 @@ def pruned_forward(
     given = None if position_ids is None else positions.text
     added = pruning.family.layer_inputs(kwargs)
     states: list[Tensor] | None = [] if kwargs.pop("output_hidden_states", False) else None
-    check_inputs(self, attention_mask, given, past_key_values, cached + inputs_embeds.shape[1], kwargs)
+    check_options(pruning.family, kwargs)
+    check_inputs(self, attention_mask, given, past_key_values, cached + inputs_embeds.shape[1])
     mask = causal_mask(self, inputs_embeds, attention_mask, past_key_values, positions.text)
     rotary = self.rotary_emb(inputs_embeds, position_ids=positions.rotary)
     tokens = Tokens(inputs_embeds, rotary, mask, positions.text, added)
-    call = {"past_key_values": past_key_values, "use_cache": use_cache, **kwargs}
+    call = {"past_key_values": past_key_values, "use_cache": use_cache}
     if cached:
         hidden = _decode(self, tokens, positions.rotary, attention_mask, image_token_mask, states, call)
     else:

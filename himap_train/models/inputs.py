@@ -8,6 +8,42 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from himap_train.models.cache import check_cache
+from himap_train.models.families.base import Family
+
+_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+_OF_THE_HEAD = ("num_items_in_batch", "ignore_index", "shift_labels")
+"""What stock heads and trainers give to the loss; the heads hand all of it on to the decoder."""
+_NO_CHANGE: dict[str, tuple[Any, ...]] = {
+    "return_dict": (True,),
+    "output_router_logits": (False,),
+    "is_causal": (True,),
+}
+"""Options with the values under which they ask for what the loop does anyway."""
+_OTHER_MEDIA = ("video", "audio", "second_per_grid", "input_features")
+
+
+def check_media(family: Family, config: Any, given: dict[str, Any]) -> None:
+    """Refuse what is neither text nor image: it would be in no mask, and pruned as text or never.
+
+    Args:
+        family: Of the model.
+        config: Of the model.
+        given: What the inner model's forward was called with.
+
+    Raises:
+        ValueError: Names what it is.
+    """
+    named = {**given, **given.get("kwargs", {}), **(given.get("mm_encoder_outputs") or {})}
+    found = [name for name, value in named.items() if value is not None and any(m in name for m in _OTHER_MEDIA)]
+    ids, video_id = given.get("input_ids"), getattr(config, "video_token_id", None)
+    cache = given.get("past_key_values")
+    if ids is not None and video_id is not None and (cache is None or not cache.get_seq_length()):
+        found += ["video tokens in input_ids"] if bool((ids == video_id).any()) else []
+    if found:
+        raise ValueError(
+            f"pruning in family {family.name} is for images and text, but there are {', '.join(sorted(found))}; leave "
+            "them out, or run the model dense: remove_pruning(model)"
+        )
 
 
 def check_image_mask(image_token_mask: Tensor | None, inputs_embeds: Tensor) -> Tensor:
@@ -29,15 +65,38 @@ def check_image_mask(image_token_mask: Tensor | None, inputs_embeds: Tensor) -> 
     return image_token_mask.to(inputs_embeds.device)
 
 
+def check_options(family: Family, options: dict[str, Any]) -> None:
+    """Refuse every keyword that nothing reads: a swallowed one is a silently wrong model.
+
+    Args:
+        family: Of the model.
+        options: What the decoder was called with beside what the loop has read.
+
+    Raises:
+        ValueError: Names the keyword.
+    """
+    for name, value in options.items():
+        if value is None or name in _OF_THE_HEAD:
+            continue
+        if name == "output_attentions" and value:
+            raise ValueError("output_attentions is not available under pruning: the layers have different lengths")
+        if name in _PACKED:
+            raise ValueError(f"packed rows ({name}) cannot be pruned: pass one sequence per row")
+        if name != "output_attentions" and not any(value is same for same in _NO_CHANGE.get(name, ())):
+            raise ValueError(
+                f"{name} means nothing to a pruned decoder of family {family.name}, and is not ignored in silence; "
+                "leave it out, or run the model dense: remove_pruning(model)"
+            )
+
+
 def check_inputs(
     decoder: Any,
     attention_mask: Any,
     position_ids: Tensor | None,
     cache: Cache | None,
     total_length: int,
-    kwargs: dict[str, Any],
 ) -> None:
-    """Refuse what would be computed wrongly; takes the options out of `kwargs` that it has dealt with.
+    """Refuse what would be computed wrongly.
 
     Args:
         decoder: The text decoder.
@@ -45,7 +104,6 @@ def check_inputs(
         position_ids: As the caller passed it.
         cache: As the caller passed it.
         total_length: Cached and new tokens of a row, as the caller counts them.
-        kwargs: The caller's further options.
 
     Raises:
         ValueError: With the way out.
@@ -54,8 +112,6 @@ def check_inputs(
         check_cache(cache)  # first: a static cache brings a mask of its own
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
         raise ValueError("a pruned decoder builds its own masks: pass attention_mask as (batch, length), 0 at padding")
-    if kwargs.pop("output_attentions", False):
-        raise ValueError("output_attentions is not available under pruning: the layers have different lengths")
     if attention_mask is not None and attention_mask.shape[1] != total_length:
         raise ValueError(
             f"attention_mask has {attention_mask.shape[1]} columns, cache and new tokens make {total_length}; while "

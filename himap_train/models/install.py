@@ -21,6 +21,7 @@ from himap_train.models.attention import PREFIX, register_attention
 from himap_train.models.decoder import pruned_forward
 from himap_train.models.families import family_of
 from himap_train.models.families.base import Family
+from himap_train.models.inputs import check_media
 from himap_train.models.installed import InstalledPruning, PruningTrace
 from himap_train.models.stock import base_model, text_decoder
 from himap_train.pruning.schedule import PruningSchedule
@@ -190,8 +191,11 @@ def _whole_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _inner_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The inner model's forward, which passes keyword arguments that it does not know on to the decoder."""
+    given, pruning = _given(self, args, kwargs), self.language_model.himap_pruning
+    if not pruning.schedule.dense:
+        check_media(pruning.family, self.config, given)
     if "image_token_mask" not in kwargs:
-        where = _image_tokens(self, _given(self, args, kwargs))
+        where = _image_tokens(self, given)
         if where is not None:
             kwargs["image_token_mask"] = where
     return type(self).forward(self, *args, **kwargs)

@@ -88,9 +88,9 @@ def removed(
     else:
         rotary = (moved.gather(tokens.rotary[0]), moved.gather(tokens.rotary[1]))
     added = tokens.added
-    if added is not None:
-        planes = tuple(moved.states(plane) for plane in added.planes)
-        added = LayerInputs(planes, moved.gather(added.image) & valid)
+    if added is not None:  # planes of layers that have run are not moved: they keep their places in the tuple
+        planes = tuple(plane if layer < number else moved.states(plane) for layer, plane in enumerate(added.planes))
+        added = LayerInputs(planes, moved.gather(added.image) & valid) if number < len(planes) else None
     # After a removal padding lies behind each row, so a causal kernel without any mask is exact.
     mask = causal_mask(decoder, hidden, None, cache, layer=number)
     if cache is not None:

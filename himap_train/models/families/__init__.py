@@ -8,8 +8,10 @@ from torch import nn
 
 from himap_train.models.families.base import Family
 from himap_train.models.families.llava import Llava
+from himap_train.models.families.qwen2_vl import Qwen2VL
+from himap_train.models.families.qwen3_vl import Qwen3VL
 
-FAMILIES: tuple[Family, ...] = (Llava(),)
+FAMILIES: tuple[Family, ...] = (Llava(), Qwen2VL(), Qwen3VL())
 
 
 def family_of_config(config: Any) -> Family:

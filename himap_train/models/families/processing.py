@@ -7,6 +7,7 @@ not. Files of the stock processor are handed on as they are, so that what is exp
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class PartsProcessor:
         self.tokenizer, self.image_processor = tokenizer, image_processor
         self.image_token, self.settings = image_token, settings or {}
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
-        self.chat_template: str | None = tokenizer.chat_template or _template(source)
+        self.chat_template: str | None = _template(source) or tokenizer.chat_template
 
     def apply_chat_template(self, messages: Any, add_generation_prompt: bool = False) -> str:
         """The conversation as text."""
@@ -83,5 +84,9 @@ def _file(source: str, name: str) -> str | None:
 
 
 def _template(source: str) -> str | None:
+    """The processor's own: a file by itself, in older checkpoints an entry of a JSON file."""
     found = _file(source, "chat_template.jinja")
-    return None if found is None else Path(found).read_text(encoding="utf-8")
+    if found is not None:
+        return Path(found).read_text(encoding="utf-8")
+    found = _file(source, "chat_template.json")
+    return None if found is None else str(json.loads(Path(found).read_text(encoding="utf-8"))["chat_template"])

@@ -1,0 +1,123 @@
+"""Qwen2-VL and Qwen2.5-VL: images of any size, 2x2 patches a token, position numbers with three axes (M-RoPE)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from himap_train.models.families.base import AspectRatio, Family, Images, Positions
+from himap_train.models.families.processing import PartsProcessor, load_tokenizer
+
+TYPICAL = (640, 480)
+"""Width and height of most photographs of COCO, which most instruction data is about."""
+
+
+class Qwen2VL(Family):
+    """Qwen2-VL (arXiv 2409.12191) and Qwen2.5-VL (arXiv 2502.13923)."""
+
+    name: ClassVar[str] = "qwen2_vl"
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl", "qwen2_5_vl")
+    decoder_types: ClassVar[tuple[str, ...]] = ("qwen2_vl_text", "qwen2_5_vl_text")
+    vision_name: ClassVar[str] = "model.visual"
+    projector_names: ClassVar[tuple[str, ...]] = ("model.visual.merger",)
+    processor_class: ClassVar[type[Any]] = PartsProcessor
+    renumbers: ClassVar[bool] = False
+    weight_renames: ClassVar[tuple[tuple[str, str], ...]] = (
+        (r"^visual\.", "model.visual."),
+        (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
+    )
+    """From the names in files to those of the module tree."""
+
+    def empty_images(self, model: Any) -> dict[str, Tensor]:
+        """One token's worth of black patches."""
+        vision, side = model.config.vision_config, model.config.vision_config.spatial_merge_size
+        blank = torch.zeros(side**2, patch_values(vision), device=model.device, dtype=self.vision(model).dtype)
+        return {"pixel_values": blank, "image_grid_thw": torch.tensor([[1, side, side]], device=model.device)}
+
+    def forward_inputs(self, config: Any, input_ids: Tensor, images: Images) -> dict[str, Tensor]:
+        """Which tokens are of an image: M-RoPE is counted by it."""
+        return {"mm_token_type_ids": (input_ids == self.image_token_id(config)).int()} if images else {}
+
+    def positions(self, position_ids: Tensor | None, embeds: Tensor, cached: int) -> Positions:
+        """As the stock decoder reads them: (B, S) for all axes, (1 or 3, B, S), or (4, B, S) with the text's first.
+
+        Behind a cache the stock model may number all tokens; the last ones are those of `embeds`.
+        """
+        batch, length = embeds.shape[:2]
+        if position_ids is None:
+            return self._uncounted((torch.arange(length, device=embeds.device) + cached).expand(batch, -1))
+        position_ids = position_ids[..., -length:]
+        if position_ids.ndim == 2:
+            return self._uncounted(position_ids)
+        return Positions(position_ids[-3:], position_ids[0] if len(position_ids) == 4 else None)
+
+    def _uncounted(self, numbers: Tensor) -> Positions:
+        """Of tokens with one number each, (B, S)."""
+        return Positions(numbers.expand(3, -1, -1), None)
+
+    def load_processor(self, folder: str, config: Any) -> PartsProcessor:
+        """Tokenizer and image processor; the stock processor needs torchvision for videos."""
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        return PartsProcessor(self.name, folder, load_tokenizer(folder), image_processor, "<|image_pad|>")
+
+    def encode_image(self, processor: Any, image: Image.Image, aspect_ratio: AspectRatio) -> dict[str, Tensor]:
+        """`pixel_values` (patches, values of a patch) and `image_grid_thw` (1, 3)."""
+        encoded = processor.image_processor([image], return_tensors="pt")
+        return {name: encoded[name] for name in ("pixel_values", "image_grid_thw")}
+
+    def image_tokens(self, processor: Any, image: Images) -> int:
+        """As Qwen2VLProcessor: its patches by those that are merged into a token."""
+        return int(image["image_grid_thw"].prod()) // int(processor.image_processor.merge_size) ** 2
+
+    def tokens_of_size(self, processor: Any, size: tuple[int, int], aspect_ratio: AspectRatio) -> int:
+        """By the image processor's own rule for sizes."""
+        images, (width, height) = processor.image_processor, size
+        return int(images.get_number_of_image_patches(height, width)) // int(images.merge_size) ** 2
+
+    def tokens_of_config(self, config: Any) -> int:
+        """Those of a photograph of 640x480, which lies within the published limits of size."""
+        side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+        return round(TYPICAL[0] / side) * round(TYPICAL[1] / side)
+
+    def vision_flops(self, config: Any, image_tokens: int) -> float:
+        """All patches through all layers; in Qwen2.5-VL most layers attend within windows."""
+        vision = config.vision_config
+        patches = image_tokens * vision.spatial_merge_size**2
+        if vision.model_type == "qwen2_vl_vision":
+            width = vision.embed_dim
+            mlp, seen = 2 * int(width * vision.mlp_ratio), [patches] * vision.depth
+        else:
+            width, mlp = vision.hidden_size, 3 * vision.intermediate_size
+            window = min((vision.window_size // vision.patch_size) ** 2, patches)
+            seen = [patches if layer in vision.fullatt_block_indexes else window for layer in range(vision.depth)]
+        return tower_flops(patches, patch_values(vision), width, mlp, seen)
+
+    def projector_flops(self, config: Any, image_tokens: int) -> tuple[float, float]:
+        """Two linear layers over the merged patches."""
+        vision = config.vision_config
+        width = vision.embed_dim if vision.model_type == "qwen2_vl_vision" else vision.hidden_size
+        merged = width * vision.spatial_merge_size**2
+        return 2.0 * image_tokens * merged**2, 2.0 * image_tokens * merged * config.text_config.hidden_size
+
+
+def patch_values(vision: Any) -> int:
+    """Numbers in a patch; an image fills the temporal side of a patch with copies of itself."""
+    return int(vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
+
+
+def tower_flops(patches: int, values: int, width: int, mlp: int, seen: list[int]) -> float:
+    """FLOPs of a tower over one image.
+
+    Args:
+        patches: Of the image.
+        values: Numbers in a patch.
+        width: Of the tower.
+        mlp: Width of the MLP, times the products in it.
+        seen: For each layer the patches that a patch attends to.
+    """
+    linear = len(seen) * patches * (4 * width**2 + width * mlp)
+    return 2.0 * (patches * values * width + linear + sum(2 * patches * keys * width for keys in seen))
