@@ -6,6 +6,8 @@ and prefill prune alike (DESIGN.md, section 3).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NotRequired, TypedDict
 
@@ -51,7 +53,7 @@ class Encoder:
         image_aspect_ratio: "as_processor", or "pad" to make images square first as LLaVA-1.5 was trained.
 
     Raises:
-        ValueError: the processor has no chat template.
+        ValueError: the processor has no chat template, or its family cannot have images padded.
     """
 
     def __init__(
@@ -61,6 +63,11 @@ class Encoder:
         self.max_length = max_length
         self.image_aspect_ratio = image_aspect_ratio
         self.family = family_of_processor(processor)
+        if image_aspect_ratio == "pad" and not self.family.takes_padding:
+            raise ValueError(
+                f"image_aspect_ratio 'pad' does not go with family {self.family.name}, which takes images of any shape "
+                "by itself: give 'as_processor'"
+            )
         self._tokenizer = ConversationTokenizer(processor)
         self._image_id: int = processor.image_token_id
         self._image_tokens: dict[tuple[int, int], int] = {}
@@ -121,9 +128,14 @@ class Encoder:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def image_tokens(self, size: tuple[int, int]) -> int:
-        """Number of image tokens of an image of this (width, height), without decoding one."""
+        """Number of image tokens of an image of this (width, height), without decoding one.
+
+        Raises:
+            RecordError: the family has no use for an image of this shape.
+        """
         if size not in self._image_tokens:
-            self._image_tokens[size] = self.family.tokens_of_size(self.processor, size, self.image_aspect_ratio)
+            with _refused("an image of {} x {} pixels".format(*size)):
+                self._image_tokens[size] = self.family.tokens_of_size(self.processor, size, self.image_aspect_ratio)
         return self._image_tokens[size]
 
     def ends(self, exchanges: list[TokenizedExchange], counts: list[int]) -> list[int]:
@@ -161,10 +173,11 @@ class Encoder:
     def _images(self, conversation: Conversation) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
         """Each image as the model takes it, and its number of image tokens."""
         where, family = f"sample {conversation.id!r}", self.family
-        images = [
-            family.encode_image(self.processor, open_image(image, where), self.image_aspect_ratio)
-            for image in conversation.images
-        ]
+        with _refused(where):
+            images = [
+                family.encode_image(self.processor, open_image(image, where), self.image_aspect_ratio)
+                for image in conversation.images
+            ]
         return images, [family.image_tokens(self.processor, image) for image in images]
 
     def _expand(self, ids: list[int], counts: list[int]) -> list[int]:
@@ -180,6 +193,17 @@ class Encoder:
             f"sample {conversation.id!r}: {what} {length} tokens, image tokens included, and max_length is "
             f"{self.max_length}; set a larger max_length or shorten the sample"
         )
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """What an image processor refuses, Qwen-VL's an image 200 times as long as wide, as an error of the record."""
+    try:
+        yield
+    except RecordError:
+        raise
+    except ValueError as error:
+        raise RecordError(f"{what}: {error}") from error
 
 
 def encode_prompt(
