@@ -20,6 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from himap_train.models.families import family_of_config
+from himap_train.models.families.base import VisionSizes
 from himap_train.planning.facts import LayerLora, ModelFacts
 from himap_train.planning.quantities import Activations, Batch, Numerics
 from himap_train.pruning.cost import head_width, image_tokens_per_layer, kv_width, tokens_before, widths
@@ -133,16 +135,16 @@ class ActivationModel:
     def _text(self) -> Any:
         return self.facts.config.text_config
 
+    def _sizes(self, batch: Batch) -> VisionSizes:
+        """Of one image."""
+        config = self.facts.config
+        return family_of_config(config).vision_sizes(config, round(batch.image_tokens / max(batch.images, 1)))
+
     def _start(self, batch: Batch) -> int:
-        """The batch itself and what the projector keeps, autocast's copy of its second layer included."""
-        config: Any = self.facts.config
-        vision, e = config.vision_config, self.numerics.element
-        pixels = vision.num_channels * vision.image_size**2 * 4
-        features = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
-        kept = (features * vision.hidden_size + 2 * config.text_config.hidden_size) * e * self.facts.trains_projector
-        ids = 3 * 8 * batch.length
-        copy = 2 * config.text_config.hidden_size**2 * (self.numerics.mixed and self.facts.trains_projector)
-        return batch.rows * (batch.images * pixels + batch.image_tokens * kept + ids) + copy
+        """The batch itself and what the projector keeps, autocast's copies of its weights included."""
+        sizes, e, trained = self._sizes(batch), self.numerics.element, self.facts.trains_projector
+        image, ids = 4 * sizes.pixels + sizes.kept * e * trained, 3 * 8 * batch.length
+        return batch.rows * (batch.images * image + ids) + 2 * sizes.copied * (self.numerics.mixed and trained)
 
     def _shared(self, batch: Batch, after_stages: list[int]) -> int:
         """What the layers share, once for the prefill and once after each stage: the rotary embedding.
@@ -169,14 +171,10 @@ class ActivationModel:
         return batch.rows * stage.method.peak_bytes(widths(self._text), image, text, self.numerics.element)
 
     def _features(self, batch: Batch) -> int:
-        """Image features that transformers holds until the decoder returns: two of the tower, two of the projector."""
-        config: Any = self.facts.config
-        features = 2 * config.vision_config.hidden_size + 2 * config.text_config.hidden_size
-        return batch.rows * batch.image_tokens * features * self.numerics.element
+        """Image features that transformers holds until the decoder returns."""
+        return batch.rows * batch.images * self._sizes(batch).features * self.numerics.element
 
     def _vision(self, batch: Batch) -> int:
-        """All hidden states, which are kept to the tower's end, and the MLP of its last layer."""
-        vision: Any = self.facts.config.vision_config
-        tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-        states = (vision.num_hidden_layers + 3) * vision.hidden_size + 3 * vision.intermediate_size
-        return max(batch.rows * batch.images, 1) * tokens * states * self.numerics.element + self._start(batch)
+        """The tower's pass; a batch of text runs it on one blank image."""
+        tower = self._sizes(batch).tower * self.numerics.element
+        return max(batch.rows * batch.images, 1) * tower + self._start(batch)

@@ -1,6 +1,6 @@
 """Where a plan's numbers come from: the model's config.json, and the conversations of the training data.
 
-Neither needs weights. Where no hub can be reached, the two sizes of LLaVA-1.5 are known to this package.
+Neither needs weights. Where no hub can be reached, this package knows the architectures in `assets/configs`.
 """
 
 from __future__ import annotations
@@ -27,30 +27,26 @@ _READ = 400
 
 
 def find_config(path: str) -> tuple[Any, str]:
-    """The configuration of a LLaVA, and where it was found.
+    """The configuration of a model, and where it was found.
 
     Args:
         path: As `model.path`.
 
     Raises:
         FileNotFoundError: It is neither a folder nor on the hub nor one of the architectures in this package.
-        ValueError: It is no LLaVA.
+        ValueError: It is of no known family.
     """
     try:
         folder = resolve_model(path)
     except FileNotFoundError as error:
-        known = {f"llava-hf/{file.stem}": file for file in sorted(_BUILT_IN.glob("*.json"))}
+        written = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(_BUILT_IN.glob("*.json")))
+        known = {config.pop("_name_or_path"): config for config in written}
         if path not in known:
             raise FileNotFoundError(
                 f"{error}. Planning needs its config.json alone; without the hub it knows {', '.join(known)}"
             ) from error
-        return _built_in(known[path]), f"{path} cannot be reached: its published architecture"
+        return AutoConfig.for_model(**known[path]), f"{path} cannot be reached: its published architecture"
     return load_config(folder), f"config.json of {path}"
-
-
-def _built_in(file: Path) -> Any:
-    written = json.loads(file.read_text(encoding="utf-8"))
-    return AutoConfig.for_model(**written)
 
 
 def read_sample(

@@ -52,6 +52,26 @@ class LayerInputs:
     image: Tensor
 
 
+@dataclass(frozen=True)
+class VisionSizes:
+    """What tower and projector hold of one image in a training step, in numbers of their dtype; estimates for plans.
+
+    Attributes:
+        pixels: Of the encoded image, fp32.
+        tower: Alive at the peak of the tower's pass.
+        kept: Kept by a trained projector for its backward pass.
+        features: Held by transformers until the decoder returns.
+        copied: Weights of a trained projector that its backward multiplies by, of which autocast keeps copies; of the
+            model, not of an image.
+    """
+
+    pixels: int
+    tower: int
+    kept: int
+    features: int
+    copied: int
+
+
 class Family(ABC):
     """One model family.
 
@@ -168,3 +188,18 @@ class Family(ABC):
     @abstractmethod
     def projector_flops(self, config: Any, image_tokens: int) -> tuple[float, float]:
         """FLOPs of the projector's first layer, which needs no gradient of its input, and of the others, forward."""
+
+    def vision_sizes(self, config: Any, image_tokens: int) -> VisionSizes:
+        """What an image of so many image tokens takes in memory: here of one view, whose states all stay to the end."""
+        vision, width = config.vision_config, config.text_config.hidden_size
+        patches = (vision.image_size // vision.patch_size) ** 2 + 1
+        states = (vision.num_hidden_layers + 3) * vision.hidden_size + 3 * vision.intermediate_size
+        layers = getattr(config, "vision_feature_layer", -1)
+        joined = 1 if isinstance(layers, int) else len(layers)
+        return VisionSizes(
+            pixels=vision.num_channels * vision.image_size**2,
+            tower=patches * states,
+            kept=image_tokens * (joined * vision.hidden_size + 2 * width),
+            features=image_tokens * (2 * vision.hidden_size + 2 * width),
+            copied=width**2,
+        )

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from himap_train.models.families.base import AspectRatio, Family, Images, Positions
+from himap_train.models.families.base import AspectRatio, Family, Images, Positions, VisionSizes
 from himap_train.models.families.processing import PartsProcessor, load_tokenizer
 
 TYPICAL = (640, 480)
@@ -87,37 +87,49 @@ class Qwen2VL(Family):
         """All patches through all layers; in Qwen2.5-VL most layers attend within windows."""
         vision = config.vision_config
         patches = image_tokens * vision.spatial_merge_size**2
-        if vision.model_type == "qwen2_vl_vision":
-            width = vision.embed_dim
-            mlp, seen = 2 * int(width * vision.mlp_ratio), [patches] * vision.depth
-        else:
-            width, mlp = vision.hidden_size, 3 * vision.intermediate_size
+        seen = [patches] * vision.depth
+        if hasattr(vision, "window_size"):
             window = min((vision.window_size // vision.patch_size) ** 2, patches)
             seen = [patches if layer in vision.fullatt_block_indexes else window for layer in range(vision.depth)]
-        return tower_flops(patches, patch_values(vision), width, mlp, seen)
+        width, mlp = tower_widths(vision)
+        linear = vision.depth * patches * (4 * width**2 + width * mlp)
+        attention = sum(2 * patches * keys * width for keys in seen)
+        return 2.0 * (patches * patch_values(vision) * width + linear + attention)
 
     def projector_flops(self, config: Any, image_tokens: int) -> tuple[float, float]:
-        """Two linear layers over the merged patches."""
-        vision = config.vision_config
-        width = vision.embed_dim if vision.model_type == "qwen2_vl_vision" else vision.hidden_size
-        merged = width * vision.spatial_merge_size**2
-        return 2.0 * image_tokens * merged**2, 2.0 * image_tokens * merged * config.text_config.hidden_size
+        """Two linear layers over the merged patches. Both need gradients of their inputs: a norm before is trained."""
+        return 0.0, 2.0 * image_tokens * merger_weights(config)
+
+    def vision_sizes(self, config: Any, image_tokens: int) -> VisionSizes:
+        """No layer's states are kept; the peak is in attention, whose queries and keys are turned in fp32."""
+        vision, out = config.vision_config, config.text_config.hidden_size
+        (width, mlp), patches = tower_widths(vision), image_tokens * vision.spatial_merge_size**2
+        mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+        return VisionSizes(
+            pixels=patches * patch_values(vision),
+            tower=patches * (3 * width + max(mlp, 12 * width)),
+            kept=mergers * 4 * patches * width,  # both sides of the norm and of the activation
+            features=patches * width + 2 * mergers * image_tokens * out,
+            copied=merger_weights(config),
+        )
 
 
 def patch_values(vision: Any) -> int:
-    """Numbers in a patch; an image fills the temporal side of a patch with copies of itself."""
+    """Numbers in a patch, whose temporal side an image fills with copies of itself."""
     return int(vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
 
 
-def tower_flops(patches: int, values: int, width: int, mlp: int, seen: list[int]) -> float:
-    """FLOPs of a tower over one image.
+def tower_widths(vision: Any) -> tuple[int, int]:
+    """Width of the tower, and of its MLP times the products in it."""
+    if vision.model_type == "qwen2_vl_vision":
+        return vision.embed_dim, 2 * int(vision.embed_dim * vision.mlp_ratio)
+    products = 3 if vision.model_type == "qwen2_5_vl_vision" else 2
+    return vision.hidden_size, products * vision.intermediate_size
 
-    Args:
-        patches: Of the image.
-        values: Numbers in a patch.
-        width: Of the tower.
-        mlp: Width of the MLP, times the products in it.
-        seen: For each layer the patches that a patch attends to.
-    """
-    linear = len(seen) * patches * (4 * width**2 + width * mlp)
-    return 2.0 * (patches * values * width + linear + sum(2 * patches * keys * width for keys in seen))
+
+def merger_weights(config: Any) -> int:
+    """Of the merger's linear layers, those for DeepStack included."""
+    vision = config.vision_config
+    merged = tower_widths(vision)[0] * vision.spatial_merge_size**2
+    mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+    return int(mergers * merged * (merged + config.text_config.hidden_size))

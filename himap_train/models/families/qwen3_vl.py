@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from himap_train.models.families.base import LayerInputs, Positions
-from himap_train.models.families.qwen2_vl import Qwen2VL, patch_values, tower_flops
+from himap_train.models.families.qwen2_vl import Qwen2VL
 
 
 class Qwen3VL(Qwen2VL):
@@ -34,19 +34,6 @@ class Qwen3VL(Qwen2VL):
         if where is None:
             raise ValueError("deepstack_visual_embeds without visual_pos_masks: pass (B, S) bool, where they belong")
         return LayerInputs(tuple(_placed(plane, where) for plane in planes), where)
-
-    def vision_flops(self, config: Any, image_tokens: int) -> float:
-        """All patches through all layers."""
-        vision = config.vision_config
-        patches = image_tokens * vision.spatial_merge_size**2
-        seen = [patches] * vision.depth
-        return tower_flops(patches, patch_values(vision), vision.hidden_size, 2 * vision.intermediate_size, seen)
-
-    def projector_flops(self, config: Any, image_tokens: int) -> tuple[float, float]:
-        """The merger and those of DeepStack."""
-        first, others = super().projector_flops(config, image_tokens)
-        mergers = 1 + len(config.vision_config.deepstack_visual_indexes)
-        return mergers * first, mergers * others
 
 
 def _placed(plane: Tensor, where: Tensor) -> Tensor:
