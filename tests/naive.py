@@ -234,8 +234,6 @@ def naive_scores(criterion: str, weights: Tensor, image: list[int], text: list[i
     if criterion == "uniform":
         n = len(image)
         return {p: float((i + 1) * count // n > i * count // n) for i, p in enumerate(image)}
-    if criterion == "first-k":
-        return {p: -float(p) for p in image}
     if criterion == "image_debiased":
         return {p: sum(float(weights[row, p]) for row in image) / sum(row >= p for row in image) for p in image}
     rows = {"instruction": text, "last_token": text[-1:], "image": image}[criterion]

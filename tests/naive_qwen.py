@@ -116,10 +116,17 @@ def naive_row(
         absent = is_image & (index < schedule.enter)
         for stage in schedule.stages:
             if stage.layer == index:
-                alive = alive & ~dropped_tokens(stage, weights.detach(), is_image, labels, prompt, alive)
+                drop, means = dropped_tokens(stage, weights.detach(), hidden, is_image, labels, prompt, alive)
+                hidden, *planes = (averaged(states, means) for states in (hidden, *planes))
+                alive = alive & ~drop
                 history.append(alive)
         hidden, weights = naive_layer(layer, kind, hidden, positions, alive & ~absent)
         if index < len(planes):
             hidden = hidden + planes[index]
         hidden = torch.where(absent[:, None], start, hidden)
     return decoder.norm(hidden), history
+
+
+def averaged(states: Tensor, means: dict[int, list[int]]) -> Tensor:
+    """(T, D) with the mean of those tokens in the place of each that stands for several."""
+    return torch.stack([states[means.get(place, [place])].mean(0) for place in range(len(states))])

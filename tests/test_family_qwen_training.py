@@ -23,7 +23,7 @@ from himap_train.models.features import encode_nothing, hidden_states
 from himap_train.models.lora import attach_lora, trainable_report
 from himap_train.models.stock import base_model
 from himap_train.models.tower import check_frozen
-from himap_train.planning.sources import find_config
+from himap_train.planning.typical_sample import find_config
 
 STAGES = {
     "stages": [

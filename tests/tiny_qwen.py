@@ -48,7 +48,7 @@ QWEN3_TEMPLATE = (  # no system prompt of its own
 
 
 def config_of(kind: str, layers: int = 6) -> Any:
-    """Of a small model; head width 12, six frequencies, two for each axis."""
+    """Configuration of a small model; head width 12, six frequencies, two for each axis."""
     text = {
         "vocab_size": 264, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3,
@@ -129,7 +129,7 @@ class QwenCase:
     images_of: list[int]  # of each row
 
     def images(self) -> dict[str, Tensor]:
-        """By the keywords of the forward."""
+        """Images by the keywords of the forward."""
         if not self.pixels:
             return {}
         grid = [[1, rows * MERGE, columns * MERGE] for rows, columns in self.grids]

@@ -26,8 +26,8 @@ def check_media(family: Family, config: Any, given: dict[str, Any]) -> None:
     """Refuse what is neither text nor image: it would be in no mask, and pruned as text or never.
 
     Args:
-        family: Of the model.
-        config: Of the model.
+        family: Family of the model.
+        config: Configuration of the model.
         given: What the inner model's forward was called with.
 
     Raises:
@@ -69,7 +69,7 @@ def check_options(family: Family, options: dict[str, Any]) -> None:
     """Refuse every keyword that nothing reads: a swallowed one is a silently wrong model.
 
     Args:
-        family: Of the model.
+        family: Family of the model.
         options: What the decoder was called with beside what the loop has read.
 
     Raises:

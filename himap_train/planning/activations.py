@@ -136,7 +136,7 @@ class ActivationModel:
         return self.facts.config.text_config
 
     def _sizes(self, batch: Batch) -> VisionSizes:
-        """Of one image."""
+        """Sizes of one image."""
         config = self.facts.config
         return family_of_config(config).vision_sizes(config, round(batch.image_tokens / max(batch.images, 1)))
 

@@ -57,10 +57,10 @@ class VisionSizes:
     """What tower and projector hold of one image in a training step, in numbers of their dtype; estimates for plans.
 
     Attributes:
-        pixels: Of the encoded image, fp32.
-        tower: Alive at the peak of the tower's pass.
-        kept: Kept by a trained projector for its backward pass.
-        features: Held by transformers until the decoder returns.
+        pixels: Numbers in the encoded image, fp32.
+        tower: Numbers alive at the peak of the tower's pass.
+        kept: What a trained projector keeps for its backward pass.
+        features: What transformers holds until the decoder returns.
         copied: Weights of a trained projector that its backward multiplies by, of which autocast keeps copies; of the
             model, not of an image.
     """
@@ -190,7 +190,7 @@ class Family(ABC):
         """FLOPs of the projector's first layer, which needs no gradient of its input, and of the others, forward."""
 
     def vision_sizes(self, config: Any, image_tokens: int) -> VisionSizes:
-        """What an image of so many image tokens takes in memory: here of one view, whose states all stay to the end."""
+        """What an image of so many image tokens takes in memory: here one view, whose states all stay to the end."""
         vision, width = config.vision_config, config.text_config.hidden_size
         patches = (vision.image_size // vision.patch_size) ** 2 + 1
         states = (vision.num_hidden_layers + 3) * vision.hidden_size + 3 * vision.intermediate_size

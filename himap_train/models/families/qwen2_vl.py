@@ -56,7 +56,7 @@ class Qwen2VL(Family):
         return Positions(position_ids[-3:], position_ids[0] if len(position_ids) == 4 else None)
 
     def _uncounted(self, numbers: Tensor) -> Positions:
-        """Of tokens with one number each, (B, S)."""
+        """Positions of tokens with one number each, (B, S)."""
         return Positions(numbers.expand(3, -1, -1), None)
 
     def load_processor(self, folder: str, config: Any) -> PartsProcessor:
@@ -128,7 +128,7 @@ def tower_widths(vision: Any) -> tuple[int, int]:
 
 
 def merger_weights(config: Any) -> int:
-    """Of the merger's linear layers, those for DeepStack included."""
+    """Weights of the merger's linear layers, those for DeepStack included."""
     vision = config.vision_config
     merged = tower_widths(vision)[0] * vision.spatial_merge_size**2
     mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
