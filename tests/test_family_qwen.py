@@ -12,6 +12,8 @@ from torch import Tensor
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning, remove_pruning
 from himap_train.models.features import hidden_states
+from himap_train.models.install import running
+from himap_train.models.loss import supervised_loss
 
 STATES = {"atol": 1e-4, "rtol": 1e-4}
 LOGITS = {"atol": 1e-3, "rtol": 1e-3}
@@ -234,6 +236,29 @@ def test_gradients_equal_the_oracle_with_and_without_checkpointing(kind: str, na
         assert found.keys() == expected.keys()
         for parameter, value in expected.items():
             torch.testing.assert_close(found[parameter], value, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_learned_ratios_get_a_gradient_and_leave_the_loss(kind: str) -> None:
+    """What a ratio's gradient needs runs beside the tokens, past DeepStack's planes too."""
+    given = (1.0, 0.8, 0.6, 0.5, 0.3, 0.1)
+    ratios = torch.tensor(given, requires_grad=True)
+    plan = schedule(*((layer, "instruction", given[layer]) for layer in range(1, 6)))
+    model, case = install_pruning(tiny_qwen(kind), plan), make_case(RAGGED_ANSWERS)
+    with torch.no_grad():  # a token that runs beside the others is hidden by a bias, which larger logits would undo
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.weight *= 0.3
+    plain, _ = run(model, case, labels=True)
+    with running(model, plan, ratios):
+        states = hidden_states(
+            model, input_ids=case.input_ids, attention_mask=case.attention_mask, images=case.images(),
+            labels=case.labels,
+        )  # fmt: skip
+    rows = case.attention_mask.bool()
+    torch.testing.assert_close(states[rows], plain[rows], **STATES)
+    loss, _ = supervised_loss(states, case.labels, model.lm_head)
+    loss.backward()
+    assert ratios.grad is not None and ratios.grad[1:].isfinite().all() and ratios.grad[1:].abs().min() > 0
 
 
 # Decoding.
