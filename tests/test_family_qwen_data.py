@@ -65,7 +65,7 @@ def test_sizes_give_the_tokens_that_encoding_gives(processor: Any) -> None:
     for size in sizes:
         image = encoder.family.encode_image(processor, picture(*size), "as_processor")
         tokens = encoder.family.image_tokens(processor, image)
-        assert encoder.image_tokens(size) == tokens, size
+        assert encoder.family.tokens_of_size(processor, size, "as_processor") == tokens, size
         assert len(image["pixel_values"]) == 4 * tokens
         found.add(tokens)
     assert min(found) >= 4 and max(found) <= 25 and len(found) > 8
