@@ -71,6 +71,14 @@ def test_sizes_give_the_tokens_that_encoding_gives(processor: Any) -> None:
     assert min(found) >= 4 and max(found) <= 25 and len(found) > 8
 
 
+def test_tokens_lie_row_by_row_over_the_picture(processor: Any) -> None:
+    image = picture(40, 32, (0, 0, 0))
+    image.paste((255, 255, 255), (24, 8, 32, 16))  # row 1, column 3 of 4x5
+    encoded = Encoder(processor).family.encode_image(processor, image, "as_processor")
+    brightness = encoded["pixel_values"].reshape(20, -1).mean(1)
+    assert brightness.gt(0).nonzero().flatten().tolist() == [1 * 5 + 3]
+
+
 def test_an_image_that_the_processor_refuses_is_an_error_of_its_record(processor: Any) -> None:
     encoder, thin = Encoder(processor), picture(410, 2)
     with pytest.raises(RecordError, match="sample 'sample': absolute aspect ratio must be smaller than 200"):
