@@ -36,7 +36,7 @@ def check_media(family: Family, config: Any, given: dict[str, Any]) -> None:
     named = {**given, **given.get("kwargs", {}), **(given.get("mm_encoder_outputs") or {})}
     found = [name for name, value in named.items() if value is not None and any(m in name for m in _OTHER_MEDIA)]
     ids, video_id = given.get("input_ids"), getattr(config, "video_token_id", None)
-    cache = given.get("past_key_values")
+    cache = given.get("past_key_values", given.get("cache"))  # its name from transformers 5.24 on
     if ids is not None and video_id is not None and (cache is None or not cache.get_seq_length()):
         found += ["video tokens in input_ids"] if bool((ids == video_id).any()) else []
     if found:
