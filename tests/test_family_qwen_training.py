@@ -75,6 +75,8 @@ def test_lora_leaves_the_tower_and_takes_the_mergers(kind: str, projector: str, 
     assert all(any(f"{merger}." in name for merger in mergers) for name in below)
     assert all(any(f"{merger}." in name for name in below) == (projector != "freeze") for merger in mergers)
     assert all(("lora_" in name) == (projector == "lora") for name in below)
+    if projector == "train":
+        assert len(below) == len([name for name, _ in tiny_qwen(kind).named_parameters() if "merger" in name])
     linear = 7 if targets == "decoder-linear" else 3
     assert len([name for name in names if "language_model" in name]) == 6 * linear * 2
     report = trainable_report(model)
