@@ -22,6 +22,7 @@ from himap_train.models.features import hidden_states
 from himap_train.models.install import install_pruning, record_pruning
 from himap_train.models.lora import attach_lora, is_linear, trainable_report
 from himap_train.models.stock import base_model
+from himap_train.models.versions import checkpoint_activations
 
 
 class Int8Linear(nn.Linear):
@@ -86,7 +87,7 @@ def test_lora_over_quantised_layers_has_the_gradients_of_plain_ones() -> None:
     gradients = []
     for model in pair():
         adapted = install_pruning(shaken(attach_lora(model, r=4, alpha=8)), PRUNED)
-        base_model(adapted).model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(base_model(adapted).model.language_model)
         adapted.train()
         before = {name: p.clone() for name, p in adapted.named_parameters() if not p.requires_grad}
         hidden_states(adapted, **batch()).square().sum().backward()

@@ -32,3 +32,10 @@ def decoder_output(
     """
     named: dict[str, Any] = {CACHE: cache}
     return BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=states, **named)
+
+
+def checkpoint_activations(decoder: Any) -> None:
+    """Let a text decoder run its layers again in the backward pass, in training mode, without reentrant autograd."""
+    # 5.23 gave it its present name
+    enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
