@@ -41,6 +41,8 @@ from himap_train.models.loading import load_llava
 from himap_train.models.lora import attach_lora
 from himap_train.planning.typical_sample import find_config
 
+pytestmark = pytest.mark.core
+
 TEXT: dict[str, Any] = {
     "vocab_size": 264,
     "hidden_size": 32,

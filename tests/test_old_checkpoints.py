@@ -17,6 +17,8 @@ from himap_train.models.install import record_pruning
 from himap_train.pruning.methods import ByImage, ImageDebiased, Instruction, LastToken, Random, Uniform
 from himap_train.pruning.reading import read_schedule
 
+pytestmark = pytest.mark.core
+
 DATA = Path(__file__).parent / "data"
 OLD = sorted(folder.name for folder in DATA.glob("checkpoint_*"))
 
