@@ -1,10 +1,13 @@
-# Each target sets up all that it needs: a virtual environment in .venv, installed from pyproject.toml under constraints.txt.
+# Each target sets up all that it needs: a virtual environment, installed from pyproject.toml under constraints.txt.
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
+# The other end of the range of transformers, everything else as in constraints.txt.
+OLDEST := .venv-oldest
+OLDEST_TRANSFORMERS := 5.20.2
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test test-oldest clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python recipes/finetune.py --config configs/quickstart.yaml
@@ -14,6 +17,9 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+test-oldest: $(OLDEST)/.installed-dev
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "core and not slow and not gpu"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -26,5 +32,11 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@ $(VENV)/.installed
 
+$(OLDEST)/.installed-dev: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(OLDEST)
+	sed "s/^transformers==.*/transformers==$(OLDEST_TRANSFORMERS)/" constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install -q -c $(OLDEST)/constraints.txt -e ".[dev]"
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST)

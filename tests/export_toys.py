@@ -36,5 +36,4 @@ def shaken(model: PeftModel) -> PeftModel:
 def logits(model: torch.nn.Module) -> torch.Tensor:
     """Of two rows, an image in each."""
     batch = collate([sample(0), sample(1, answer=5)])
-    batch.pop("ids")
-    return model(**{**batch, "labels": None}).logits
+    return model(batch["input_ids"], attention_mask=batch["attention_mask"], **batch["images"]).logits

@@ -12,6 +12,7 @@ from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGener
 from himap_train import PruningSchedule, install_pruning
 from himap_train.models.lora import attach_lora
 from himap_train.models.stock import base_model
+from himap_train.models.versions import checkpoint_activations
 from himap_train.planning.quantities import Batch
 
 BATCH = Batch(rows=2, image_tokens=64, text_tokens=36, supervised=7)
@@ -43,7 +44,7 @@ def toy_model(
     base = LlavaForConditionalGeneration(config).to(dtype)
     model = attach_lora(base, **{"r": 4, "alpha": 8, **lora})
     if checkpointing:
-        base_model(model).model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(base_model(model).model.language_model)
     return install_pruning(model, schedule, cpu_blocks=False).train()
 
 

@@ -15,8 +15,11 @@ from tiny import tiny_llava
 from himap_train import PruningSchedule, PruningStage, install_pruning, load_llava, record_pruning
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.evaluation.evaluate import evaluate
+from himap_train.models.versions import checkpoint_activations
 from himap_train.pruning.learned.ratios import KeepRatios
 from himap_train.pruning.reading import fit_preset, read_schedule
+
+pytestmark = pytest.mark.core
 
 FIRST = (PruningStage(0, "uniform", 0.5),)
 PLANS = {
@@ -55,7 +58,7 @@ def test_gradients_equal_the_oracle(plan: PruningSchedule, checkpointing: bool) 
     naive_loss(oracle, expected.hidden, case.labels).backward()
     install_pruning(model, plan)
     if checkpointing:
-        model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model.model.language_model)
         model.train()
     model(**case.inputs(labels=True)).loss.backward()
     for (name, ours), theirs in zip(model.named_parameters(), oracle.parameters(), strict=True):

@@ -25,6 +25,8 @@ from himap_train.models.lora import attach_lora
 from himap_train.pruning.reading import read_schedule
 from himap_train.pruning.schedule import PruningSchedule
 
+pytestmark = pytest.mark.core
+
 MERGED_FILES = {
     "README.md",
     "chat_template.jinja",

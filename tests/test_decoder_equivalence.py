@@ -12,6 +12,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from himap_train import PruningSchedule, PruningStage, install_pruning
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -44,5 +45,16 @@ def test_conda_installs_the_same_project_under_the_same_constraints() -> None:
 
 def test_make_installs_under_the_same_constraints() -> None:
     installs = [line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install" in line]
-    assert len(installs) == 2
-    assert all("-c constraints.txt" in line for line in installs)
+    assert len(installs) == 3
+    assert all("-c constraints.txt" in line or "-c $(OLDEST)/constraints.txt" in line for line in installs)
+
+
+def test_core_tests_run_on_both_ends_of_the_range_of_transformers() -> None:
+    supported = next(r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "transformers").specifier
+    lowest = next(Version(one.version) for one in supported if one.operator == ">=")
+    beyond = next(Version(one.version) for one in supported if one.operator == "<")
+    oldest = re.search(r"^OLDEST_TRANSFORMERS := (\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert oldest is not None and Version(oldest[1]).release[:2] == lowest.release[:2]
+    newest = pins()["transformers"].release
+    assert (newest[0], newest[1] + 1) == beyond.release[:2]
+    assert {"make test", "make test-oldest"} <= set((ROOT / ".ci/run").read_text().splitlines())

@@ -336,7 +336,8 @@ def test_card_tells_data_schedule_cost_training_scores_and_loading(
         f"| ratio | {(2 * 131 + 4 * 123) / (6 * 131):.3f} | 1 |",
         "torch 2.13.0",
         'load_checkpoint("this-folder", schedule=None)',
-        "LlavaForConditionalGeneration.from_pretrained",
+        "AutoModelForImageTextToText.from_pretrained",
+        "A model of family `llava` (`model_type` llava).",
         "vLLM and SGLang",
         "keep_ratio: 0.5",
     ):

@@ -175,6 +175,20 @@ def test_qwen_with_tied_head_and_biases(tmp_path: Path) -> None:
         export_merged(tmp_path / "head", tmp_path / "never")
 
 
+def test_head_of_its_own_is_not_tied_whatever_the_config_says(base: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(base, tmp_path / "base"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    model = shaken(get_peft_model(load_llava(other)[0], LoraConfig(r=2, target_modules=r".*lm_head")))
+    save_adapter(model, tmp_path / "a", PRUNED)
+    assert_same(parameters(stock(export_merged(tmp_path / "a", tmp_path / "m"))), merged_by_peft(model))
+    weights = load_file(other / "model.safetensors")
+    weights["language_model.lm_head.weight"] = weights["language_model.model.embed_tokens.weight"].clone()
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lm_head, which is tied to the embeddings"):
+        export_merged(tmp_path / "a", tmp_path / "never")
+
+
 REFUSED = {"use_dora": {"use_dora": True}, "bias": {"bias": "lora_only"}, "init": {"init_lora_weights": "olora"}}
 
 

@@ -15,6 +15,8 @@ from himap_train.models.features import hidden_states
 from himap_train.models.install import running
 from himap_train.models.loss import supervised_loss
 
+pytestmark = pytest.mark.core
+
 STATES = {"atol": 1e-4, "rtol": 1e-4}
 LOGITS = {"atol": 1e-3, "rtol": 1e-3}
 

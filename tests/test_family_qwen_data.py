@@ -21,6 +21,8 @@ from himap_train.models.families import family_of, family_of_processor
 from himap_train.models.features import hidden_states
 from himap_train.models.loading import load_config, load_processor
 
+pytestmark = pytest.mark.core
+
 TWO = talk("<image>\nWhat?", "A cat.", "And <image>?", "A dog.", images=(picture(40, 30), picture(19, 50)))
 TEXT = talk("Hi", "Hello")
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"

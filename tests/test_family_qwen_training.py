@@ -25,6 +25,8 @@ from himap_train.models.stock import base_model
 from himap_train.models.tower import check_frozen
 from himap_train.planning.typical_sample import find_config
 
+pytestmark = pytest.mark.core
+
 STAGES = {
     "stages": [
         {"layer": 0, "criterion": "uniform", "keep_ratio": 0.75},

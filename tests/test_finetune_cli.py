@@ -79,6 +79,7 @@ def finished(tiny_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.core
 def test_run_folder_holds_what_repeats_the_run(finished: Path) -> None:
     names = {entry.name for entry in finished.iterdir()}
     assert names == {
@@ -122,6 +123,7 @@ def test_resolved_config_repeats_the_run_exactly(finished: Path, tmp_path: Path)
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
+@pytest.mark.core
 def test_trained_checkpoint_loads_with_its_schedule(finished: Path) -> None:
     model, _ = load_checkpoint(finished)
     assert pruning_of(model).schedule.to_dict()["stages"] == SCHEDULE["stages"]

@@ -11,6 +11,8 @@ from tiny import tiny_llava
 
 from himap_train import install_pruning, record_pruning
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
 @pytest.mark.parametrize("give_positions", [True, False], ids=["position_ids", "no-position_ids"])

@@ -16,6 +16,8 @@ from transformers import LlavaForConditionalGeneration
 from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
 from himap_train.models.features import hidden_states
 
+pytestmark = pytest.mark.core
+
 RELATIVE = 2e-4  # fp32: largest error of a gradient, relative to its largest entry
 LAYERS = 5
 CHECKPOINTING = [None, False, True]

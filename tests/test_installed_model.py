@@ -15,6 +15,8 @@ from himap_train import PruningSchedule, PruningStage, install_pruning, record_p
 from himap_train.models.features import hidden_states
 from himap_train.models.install import change_schedule, pruning_of, running
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_model_call_has_full_length_and_the_loss_of_the_oracle(side: str) -> None:

@@ -12,6 +12,8 @@ from tiny import tiny_llava
 from himap_train.models.lora import attach_lora, trainable_report
 from himap_train.models.stock import base_model
 
+pytestmark = pytest.mark.core
+
 DECODER_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 

@@ -18,6 +18,7 @@ from himap_train.data.sources import open_source
 from himap_train.models.features import hidden_states
 from himap_train.models.install import change_schedule, running
 from himap_train.models.loss import supervised_loss
+from himap_train.models.versions import checkpoint_activations
 from himap_train.pruning.learned.marginal import MARGINAL_SHARE
 
 RATIOS = (1.0, 0.8, 0.6, 0.6, 0.3, 0.1)  # of the six layers; the fourth stage removes nothing
@@ -175,7 +176,7 @@ def test_two_forwards_then_two_backwards(checkpointing: bool) -> None:
     alone = [gradient(model, schedule, RATIOS, case.inputs(labels=True))[0] for case in cases]
     if checkpointing:
         model.train()
-        model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model.model.language_model)
     leaf = torch.tensor(RATIOS, requires_grad=True)
     losses = []
     with running(model, schedule, leaf):

@@ -27,6 +27,8 @@ from himap_train.pruning.layout import TokenLayout, build_layout
 from himap_train.pruning.ranks import image_ranks, select, tokens_for_mass
 from himap_train.pruning.removal import plan_removals, settle_mass
 
+pytestmark = pytest.mark.core
+
 CRITERIA = ["instruction", "image", "image_debiased", "last_token"]
 TURNS = ("t2 i16 t4 a3 t5 i12 t3 a2", "t4 a2 t2 i16 t3 a4 t5 a2", "t1 i9 t2 a1 i7 i5 t3 a2", "t2 i16 t4 a3 t5 a2")
 

@@ -16,6 +16,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning
 from himap_train.models.features import hidden_states
 
+pytestmark = pytest.mark.core
+
 REFERENCE = Path(__file__).parent / "data" / "himap_reference.npz"
 STATES = {"atol": 1e-3, "rtol": 0.0}  # fp32: what the design asks for
 FIRST_TEXT_ID = 10

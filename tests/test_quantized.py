@@ -17,10 +17,12 @@ from transformers import LlavaForConditionalGeneration
 from himap_train.checkpoints.export import export_merged
 from himap_train.checkpoints.load import load_checkpoint, save_adapter
 from himap_train.models import loading, quantize
+from himap_train.models.families.llava import Llava
 from himap_train.models.features import hidden_states
 from himap_train.models.install import install_pruning, record_pruning
 from himap_train.models.lora import attach_lora, is_linear, trainable_report
 from himap_train.models.stock import base_model
+from himap_train.models.versions import checkpoint_activations
 
 
 class Int8Linear(nn.Linear):
@@ -85,7 +87,7 @@ def test_lora_over_quantised_layers_has_the_gradients_of_plain_ones() -> None:
     gradients = []
     for model in pair():
         adapted = install_pruning(shaken(attach_lora(model, r=4, alpha=8)), PRUNED)
-        base_model(adapted).model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(base_model(adapted).model.language_model)
         adapted.train()
         before = {name: p.clone() for name, p in adapted.named_parameters() if not p.requires_grad}
         hidden_states(adapted, **batch()).square().sum().backward()
@@ -140,10 +142,11 @@ def test_without_bitsandbytes_or_cuda_both_ways_out_are_named(tmp_path: Path, mo
     with pytest.raises(ValueError, match=r"needs a CUDA device.*run it where there is one, or .*--model.quantize null"):
         module.configure_model()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    config = quantize.quantization_config(torch.float16)
+    config = quantize.quantization_config(Llava(), torch.float16)
+    assert config.llm_int8_skip_modules == ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
     assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
     assert config.bnb_4bit_compute_dtype == torch.float16
-    assert quantize.quantization_config("auto").bnb_4bit_compute_dtype == torch.bfloat16
+    assert quantize.quantization_config(Llava(), "auto").bnb_4bit_compute_dtype == torch.bfloat16
 
 
 def test_qlora_with_bitsandbytes_from_training_to_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,8 @@ from himap_train.models import loading
 from himap_train.models.install import pruning_of
 from himap_train.pruning.keep import keep_from_ratio
 
+pytestmark = pytest.mark.core
+
 SCHEDULE = PruningSchedule((PruningStage(2, "instruction", 0.5),))
 IDS = torch.tensor([[1, *[4] * 16, 7, 8, 9]])
 

@@ -23,6 +23,8 @@ from himap_train import PruningSchedule, PruningStage, install_pruning, record_p
 from himap_train.models.features import hidden_states
 from himap_train.models.install import pruning_of
 
+pytestmark = pytest.mark.core
+
 HIMAP = PruningSchedule(
     stages=(
         PruningStage(layer=2, criterion="instruction", keep_ratio=0.5),

@@ -17,6 +17,7 @@ from himap_train.benchmark.tasks import NEW_TOKENS, TrainingSteps, inference_tas
 from himap_train.benchmark.timing import Clock, Spread, Task, nothing, time_pairs
 from himap_train.benchmark.workload import Batch, Workload, make_batch
 from himap_train.models.lora import attach_lora
+from himap_train.models.versions import checkpoint_activations
 from himap_train.pruning.schedule import PruningSchedule
 
 
@@ -107,7 +108,7 @@ class Bench:
         rank, model = self.settings.size.lora_rank, self.model
         trained = attach_lora(model, r=rank, alpha=2 * rank, projector="train" if self.settings.whole else "freeze")
         if self.settings.checkpointing:
-            model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model.model.language_model)
         return trained.train()
 
     def _peak(self, measure: str, method: Method, task: Task) -> int:

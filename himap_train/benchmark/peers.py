@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, repea
 
 from himap_train.models.attention import ScoreCollector
 from himap_train.models.stock import base_model
+from himap_train.models.versions import CACHE, decoder_output
 from himap_train.pruning.layout import TokenLayout, build_layout
 from himap_train.pruning.ranks import select
 from himap_train.pruning.removal import plan_removals
@@ -81,12 +82,12 @@ def _forward(
     mask: Any = create_causal_mask(self.config, inputs_embeds, None, None, None)
     prompt_end = length if supervised_mask is None else int(supervised_mask[0].long().argmax())
     state = _State(inputs_embeds, rotary, mask, columns, image_token_mask, prompt_end)
-    call = {"past_key_values": cache, "use_cache": use_cache, "supervised_mask": supervised_mask}
-    return BaseModelOutputWithPast(last_hidden_state=layers(self, state, schedule, call), past_key_values=cache)
+    call = {CACHE: cache, "use_cache": use_cache, "supervised_mask": supervised_mask}
+    return decoder_output(layers(self, state, schedule, call), cache)
 
 
 def _run(layer: Any, state: _State, call: dict[str, Any], **extra: Any) -> Tensor:
-    cache = {name: call[name] for name in ("past_key_values", "use_cache")}
+    cache = {name: call[name] for name in (CACHE, "use_cache")}
     return layer(state.hidden, attention_mask=state.mask, position_embeddings=state.rotary, **cache, **extra)
 
 

@@ -23,6 +23,7 @@ from himap_train.benchmark.workload import Batch
 from himap_train.models.features import hidden_states
 from himap_train.models.loss import supervised_loss
 from himap_train.models.stock import base_model
+from himap_train.models.versions import CACHE
 
 NEW_TOKENS = 64
 """Tokens that `generate` adds."""
@@ -49,7 +50,7 @@ def inference_task(measure: str, model: nn.Module, method: Method, batch: Batch)
 
     def prepare() -> None:
         if measure == "decode":
-            state["cache"] = _prefill(base, batch, method.peer).past_key_values
+            state["cache"] = _prefill(base, batch, method.peer)[CACHE]
 
     def run() -> None:
         if measure == "decode":
@@ -66,7 +67,7 @@ def inference_task(measure: str, model: nn.Module, method: Method, batch: Batch)
 def prefilled_cache(model: nn.Module, method: Method, batch: Batch) -> Any:
     """The KV cache after a prefill."""
     with method.active(model):
-        return _prefill(base_model(model), batch, method.peer).past_key_values
+        return _prefill(base_model(model), batch, method.peer)[CACHE]
 
 
 def _prefill(model: Any, batch: Batch, peer: bool) -> Any:
@@ -77,7 +78,7 @@ def _prefill(model: Any, batch: Batch, peer: bool) -> Any:
 def _decode(model: Any, cache: Any, batch: Batch) -> None:
     token = batch.input_ids[:, -1:]
     for _ in range(DECODED):
-        token = model(input_ids=token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+        token = model(input_ids=token, use_cache=True, **{CACHE: cache}).logits.argmax(-1)
 
 
 def _generate(model: Any, batch: Batch) -> Any:

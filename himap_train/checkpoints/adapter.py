@@ -19,7 +19,6 @@ from peft import PeftModel, __version__, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlavaProcessor
 
 from himap_train.checkpoints.same_base import base_facts, plain
 from himap_train.embedded.model import embedded_model_path
@@ -54,8 +53,13 @@ class Adapter:
         """Path or hub id of the model that it was trained on."""
         return str(self.peft["base_model_name_or_path"])
 
-    def write(self, folder: Path, card: str, processor: LlavaProcessor | None = None) -> None:
+    def write(self, folder: Path, card: str, processor: Any = None) -> None:
         """Write a PEFT folder; what was there before stays until all is written.
+
+        Args:
+            folder: Made, or replaced.
+            card: Its README.md.
+            processor: Of the base model, as `load_processor` gives it; written too where it is given.
 
         Raises:
             ValueError: A tensor is empty (sharded parameters that nobody gathered).

@@ -11,6 +11,9 @@ from pathlib import Path
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
+from himap_train.models.families import family_of
+from himap_train.models.stock import base_model
+
 
 def check_adapter(model: PeftModel, folder: Path) -> None:
     """Every key of the file is in the model and the other way round, and the adapter does something.
@@ -32,6 +35,7 @@ def check_adapter(model: PeftModel, folder: Path) -> None:
             f"{file}: {len(missing)} keys are missing {missing[:2]}, {len(unknown)} are unknown {unknown[:2]}, "
             f"{len(empty)} are empty {empty[:2]}; the adapter would not act. Was it made with other versions?"
         )
-    projector_trained = any("multi_modal_projector" in name and "lora_" not in name for name in names)
+    projectors = family_of(base_model(model)).projector_names
+    projector_trained = any(f".{part}." in name and "lora_" not in name for name in names for part in projectors)
     if not projector_trained and not any(tensor.any() for name, tensor in expected.items() if "lora_B" in name):
         warnings.warn(f"{folder}: every lora_B is zero, the adapter changes nothing (was it trained?)", stacklevel=3)

@@ -10,10 +10,12 @@ import yaml
 
 from himap_train import __version__
 from himap_train.checkpoints.run_facts import RunFacts
+from himap_train.models.families import family_of_config
+from himap_train.models.families.processing import PartsProcessor
 from himap_train.pruning.schedule import PruningSchedule
 
 TEXT_TOKENS = 115
-"""Of the sample that costs are given for: a short question with LLaVA-1.5's system prompt."""
+"""Text of the sample that costs are given for: a short question with LLaVA-1.5's system prompt."""
 _SETTINGS = (
     ("model", ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "projector", "lora_lr", "projector_lr")),
     ("model", ("weight_decay", "warmup_ratio", "loss_average", "quantize")),
@@ -30,13 +32,13 @@ model, processor = load_checkpoint("this-folder", schedule=None)  # dense
 ```"""
 _LOAD_MERGED = """Without himap-train, dense:
 ```python
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = LlavaForConditionalGeneration.from_pretrained("this-folder")
+model = AutoModelForImageTextToText.from_pretrained("this-folder")
 processor = AutoProcessor.from_pretrained("this-folder")
 ```
-Stock transformers, vLLM and SGLang load this folder as an ordinary LLaVA and run it **dense**: they have no place for
-pruning inside the decoder. The schedule is in `config.json` under `himap`."""
+Stock transformers, vLLM and SGLang load this folder as an ordinary model of its kind and run it **dense**: they have no
+place for pruning inside the decoder. The schedule is in `config.json` under `himap`."""
 
 
 def adapter_card(base: str, schedule: PruningSchedule, config: Any, run: RunFacts) -> str:
@@ -50,21 +52,30 @@ def adapter_card(base: str, schedule: PruningSchedule, config: Any, run: RunFact
     """
     title = f"LoRA adapter for {_short(base)}, {_how(schedule)}"
     note = "`PeftModel.from_pretrained` loads this folder too; the model then runs dense."
-    return _card(_front("peft", base), title, [_LOAD_PRUNED, note], schedule, config, run)
+    return _card(_front("peft", base, config), title, [_kind(config), _LOAD_PRUNED, note], schedule, config, run)
 
 
 def merged_card(base: str, schedule: PruningSchedule, config: Any, run: RunFacts) -> str:
     """The card of a merged model; arguments as for `adapter_card`."""
     title = f"{_short(base)}, {_how(schedule)}"
-    return _card(_front("transformers", base), title, [_LOAD_PRUNED, _LOAD_MERGED], schedule, config, run)
+    return _card(
+        _front("transformers", base, config), title, [_kind(config), _LOAD_PRUNED, _LOAD_MERGED], schedule, config, run
+    )
 
 
-def _front(library: str, base: str) -> dict[str, Any]:
+def _front(library: str, base: str, config: Any) -> dict[str, Any]:
     """What the hub reads. It refuses a card whose `base_model` is a folder on somebody's disk."""
     on_hub = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).is_dir()
     named = {"base_model": base} if on_hub else {}
-    tags = ["llava", "himap", "token-pruning"]
+    tags = [family_of_config(config).name, "himap", "token-pruning"]
     return {"library_name": library, **named, "pipeline_tag": "image-text-to-text", "tags": tags}
+
+
+def _kind(config: Any) -> str:
+    """Which family the model is of, and what else its stock processor needs."""
+    family = family_of_config(config)
+    needs = "; `AutoProcessor` needs torchvision for it" if family.processor_class is PartsProcessor else ""
+    return f"A model of family `{family.name}` (`model_type` {config.model_type}){needs}."
 
 
 def _short(base: str) -> str:
@@ -104,8 +115,7 @@ def _schedule(schedule: PruningSchedule) -> str:
 
 def _cost(schedule: PruningSchedule, config: Any) -> str:
     """What a prefill costs, pruned beside dense."""
-    vision = config.vision_config
-    tokens = (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+    tokens = family_of_config(config).tokens_of_config(config)
     cost = schedule.cost(config, image_tokens=tokens, text_tokens=TEXT_TOKENS)
     layers = cost.image_tokens_per_layer
     starts = [layer for layer, count in enumerate(layers) if layer == 0 or count != layers[layer - 1]]
@@ -121,7 +131,7 @@ def _cost(schedule: PruningSchedule, config: Any) -> str:
         ("ratio", f"{cost.kv_bytes_ratio:.3f}", "1"),
     ]
     pruned = "pruned, at most" if cost.upper_bound else "pruned"
-    return f"One image and {TEXT_TOKENS} text tokens:\n\n" + _table(("", pruned, "dense"), rows)
+    return f"One image of {tokens} tokens and {TEXT_TOKENS} text tokens:\n\n" + _table(("", pruned, "dense"), rows)
 
 
 def _elastic(config: Mapping[str, Any]) -> str:

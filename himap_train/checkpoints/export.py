@@ -5,15 +5,13 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from himap_train.checkpoints.adapter import CONFIG_FILE, Adapter, read_adapter
 from himap_train.checkpoints.card import adapter_card, merged_card
 from himap_train.checkpoints.load import adapter_source
 from himap_train.checkpoints.merged import ExportDtype, write_merged
 from himap_train.checkpoints.run_facts import run_facts
 from himap_train.checkpoints.same_base import require_same_base
-from himap_train.models.loading import load_processor, local_folder
+from himap_train.models.loading import load_config, load_processor, local_folder
 
 
 def _empty(folder: Path) -> Path:
@@ -45,7 +43,7 @@ def export_adapter(path: Path | str, folder: Path | str, *, base: str | None = N
         raise FileNotFoundError(f"{path} has no adapter (no {CONFIG_FILE}); a whole model is exported as merged")
     adapter = read_adapter(source)
     place = _base_folder(source, adapter, base)
-    config = AutoConfig.from_pretrained(place)
+    config = load_config(place)
     require_same_base(adapter.base_facts, config, str(place), adapter.base)
     card = adapter_card(adapter.base, adapter.schedule, config, run_facts(source))
     adapter.write(target, card, load_processor(place, config))

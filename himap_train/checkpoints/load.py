@@ -1,8 +1,8 @@
 """Adapters and merged models on disk, each with its pruning schedule beside it.
 
 Two forms. An *adapter* is a PEFT folder (the projector in `modules_to_save` when it was trained) with `pruning.yaml`
-and the processor. A *merged* model is a stock Hugging Face LLaVA folder whose `config.json` carries the schedule under
-`himap`; stock transformers load it as an ordinary LLaVA and run it dense.
+and the processor. A *merged* model is a stock Hugging Face folder whose `config.json` carries the schedule under
+`himap`; stock transformers load it as an ordinary model of its family and run it dense.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 import torch
 from peft import PeftModel
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import PreTrainedModel
 
 from himap_train.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of, read_adapter
 from himap_train.checkpoints.adapter_check import check_adapter
@@ -23,7 +23,7 @@ from himap_train.checkpoints.card import adapter_card
 from himap_train.checkpoints.run_facts import run_facts
 from himap_train.checkpoints.same_base import require_same_base
 from himap_train.models.install import install_pruning
-from himap_train.models.loading import load_llava
+from himap_train.models.loading import load_config, load_llava, resolve_model
 from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 
@@ -43,7 +43,7 @@ def save_adapter(
     model: PeftModel,
     folder: Path | str,
     schedule: PruningSchedule,
-    processor: LlavaProcessor | None = None,
+    processor: Any = None,
     weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a PEFT folder with the schedule and the processor in it; what was there before stays until all is written.
@@ -73,8 +73,8 @@ def load_checkpoint(
     base: str | None = None,
     dtype: torch.dtype | str = "auto",
     attn_implementation: str | None = None,
-) -> tuple[LlavaForConditionalGeneration | PeftModel, LlavaProcessor]:
-    """Load what `finetune` or `export` wrote, or any stock LLaVA, with its pruner installed.
+) -> tuple[PreTrainedModel | PeftModel, Any]:
+    """Load what `finetune` or `export` wrote, or any stock model of a known family, with its pruner installed.
 
     Args:
         path: Adapter folder, run folder (its `adapter/`), training checkpoint, merged folder, hub id, or "embedded".
@@ -88,7 +88,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: No such checkpoint, a file of it is gone, or the adapter's base model cannot be found.
-        ValueError: Keys of the adapter are missing, renamed or empty, or it was trained on another base.
+        ValueError: Keys of the adapter are missing, renamed or empty, or it was trained on another base; where that is
+            of another family both are named.
     """
     how: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     source = adapter_source(path)
@@ -100,13 +101,14 @@ def load_checkpoint(
     adapter = read_adapter(source)
     base = base or adapter.base
     try:
+        # before weights are read: another family has other modules, and minutes may be lost
+        require_same_base(adapter.base_facts, load_config(resolve_model(base)), base, adapter.base)
         model, processor = load_llava(base, **how)
     except OSError as error:
         raise FileNotFoundError(
             f"the adapter {source} was trained on {base!r}, which cannot be loaded here: {error}. "
             "Pass base=<local folder>"
         ) from error
-    require_same_base(adapter.base_facts, model.config, base, adapter.base)
     if source.is_file():
         with tempfile.TemporaryDirectory() as folder:
             adapter.write(Path(folder) / "adapter", card="")
@@ -117,7 +119,7 @@ def load_checkpoint(
     return peft_model.eval(), processor
 
 
-def _with_adapter(model: LlavaForConditionalGeneration, folder: Path) -> PeftModel:
+def _with_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     peft_model = PeftModel.from_pretrained(model, str(folder))
     check_adapter(peft_model, folder)
     return peft_model

@@ -1,8 +1,9 @@
 """W + scale * B A for one tensor of the base model at a time.
 
-Names. Hugging Face files call the same weight `language_model.model.layers.0...` (the layout that is published) or
-`model.language_model.layers.0...` (the layout of the module tree). Adapters follow the module tree of the transformers
-that trained them. Both sides are brought to the module tree's present names before they are compared.
+Names. Hugging Face files call the same weight by the name that was published (`language_model.model.layers.0...` of a
+LLaVA, `model.layers.0...` of a Qwen2-VL) or by that of the module tree (`model.language_model.layers.0...`). Adapters
+follow the module tree of the transformers that trained them. Both sides are brought to the module tree's present names,
+by the family's `weight_renames`, before they are compared.
 """
 
 from __future__ import annotations
@@ -18,12 +19,8 @@ from torch import Tensor
 
 from himap_train.checkpoints.adapter import Adapter
 from himap_train.checkpoints.weight_files import TensorInfo
+from himap_train.models.families.base import Family
 
-_RENAMED = (
-    (r"^language_model\.lm_head\.", "lm_head."),
-    (r"^language_model\.model\.", "model.language_model."),
-    (r"^(language_model|vision_tower|multi_modal_projector)\.", r"model.\1."),
-)
 # Entries of a PEFT config that are understood here or change nothing about the merged weights.
 _UNDERSTOOD = {
     "r",
@@ -47,9 +44,9 @@ _UNDERSTOOD = {
 }
 
 
-def parameter_name(name: str) -> str:
-    """Name of a weight in the module tree of `LlavaForConditionalGeneration`, from either layout of files."""
-    for pattern, replacement in _RENAMED:
+def parameter_name(name: str, family: Family) -> str:
+    """Name of a weight of decoder or projector in the module tree of a family's model, from any layout of files."""
+    for pattern, replacement in family.weight_renames:
         name, changed = re.subn(pattern, replacement, name)
         if changed:
             return name
@@ -83,6 +80,7 @@ class Merger:
 
     Args:
         adapter: What is merged.
+        family: Of the base.
         tied_head: The base's `lm_head` is its embeddings.
         base: Where the base is, for messages.
 
@@ -90,13 +88,13 @@ class Merger:
         ValueError: The adapter is no plain LoRA, is incomplete, or changes an `lm_head` that is tied.
     """
 
-    def __init__(self, adapter: Adapter, tied_head: bool, base: str) -> None:
+    def __init__(self, adapter: Adapter, family: Family, tied_head: bool, base: str) -> None:
         require_mergeable(adapter.peft)
-        self.adapter, self.base = adapter, base
+        self.adapter, self.family, self.base = adapter, family, base
         self.low_rank: dict[str, dict[str, Tensor]] = {}
         self.whole: dict[str, Tensor] = {}
         for key, tensor in adapter.weights.items():
-            name = parameter_name(key.removeprefix("base_model.model."))
+            name = self._name(key.removeprefix("base_model.model."))
             module, _, end = name.rpartition(".lora_")
             if end in ("A.weight", "B.weight"):
                 self.low_rank.setdefault(f"{module}.weight", {})[end[0]] = tensor
@@ -120,7 +118,7 @@ class Merger:
         Raises:
             ValueError: Lists what does not fit.
         """
-        shapes = {parameter_name(info.name): info.shape for info in infos}
+        shapes = {self._name(info.name): info.shape for info in infos}
         wanted = {name: tuple(tensor.shape) for name, tensor in self.whole.items()}
         wanted |= {name: (pair["B"].shape[0], pair["A"].shape[1]) for name, pair in self.low_rank.items()}
         wrong = [name for name in sorted(wanted) if shapes.get(name) != wanted[name]]
@@ -131,7 +129,7 @@ class Merger:
 
     def value(self, info: TensorInfo) -> Tensor:
         """The merged value of one tensor, in the dtype of the base's file or fp32 where it was computed."""
-        name = parameter_name(info.name)
+        name = self._name(info.name)
         if name in self.unused:
             self.unused = self.unused - {name}
             if name in self.whole:
@@ -149,6 +147,9 @@ class Merger:
         """
         if self.unused:
             raise ValueError(f"{len(self.unused)} weights of the adapter are left over, first {min(self.unused)}")
+
+    def _name(self, name: str) -> str:
+        return parameter_name(name, self.family)
 
     def _update(self, name: str) -> Tensor:
         """Scale * B A in fp32."""

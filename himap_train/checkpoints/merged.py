@@ -10,18 +10,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, LlavaConfig
+from transformers import GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from himap_train.checkpoints.adapter import Adapter
-from himap_train.checkpoints.merge import Merger
+from himap_train.checkpoints.merge import Merger, parameter_name
 from himap_train.checkpoints.same_base import require_same_base
 from himap_train.checkpoints.weight_files import TensorInfo, parse_size, plan_shards, read_infos, write_shards
-from himap_train.models.loading import load_processor, local_folder
+from himap_train.models.families import family_of_config
+from himap_train.models.loading import load_config, load_processor, local_folder
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.storage import atomic_folder, disk_full_message
 
 ExportDtype = Literal["as-base", "float32", "bfloat16", "float16"]
-CardWriter = Callable[[PruningSchedule, LlavaConfig], str]
+CardWriter = Callable[[PruningSchedule, Any], str]
 
 
 def write_merged(
@@ -54,7 +56,7 @@ def write_merged(
     merger = None
     if adapter is not None:
         require_same_base(adapter.base_facts, config, base, adapter.base)
-        merger = Merger(adapter, _tied(config), base)
+        merger = Merger(adapter, family_of_config(config), _tied(config, infos), base)
         merger.check_shapes(infos)
         config.himap = adapter.schedule.to_dict()
     shards = plan_shards([replace(info, dtype=_target(info, dtype)) for info in infos], max_bytes)
@@ -77,10 +79,8 @@ def write_merged(
         raise OSError(disk_full_message(error, folder)) from error
 
 
-def _config(source: Path) -> LlavaConfig:
-    config = AutoConfig.from_pretrained(source)
-    if not isinstance(config, LlavaConfig):
-        raise ValueError(f"{source} holds a {config.model_type!r} model; expected 'llava'")
+def _config(source: Path) -> Any:
+    config = load_config(source)
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"the weights in {source} are quantised, and LoRA cannot be added to those without loss. Give the original "
@@ -89,8 +89,16 @@ def _config(source: Path) -> LlavaConfig:
     return config
 
 
-def _tied(config: Any) -> bool:
-    return bool(getattr(config, "tie_word_embeddings", False) or config.text_config.tie_word_embeddings)
+def _tied(config: Any, infos: list[TensorInfo]) -> bool:
+    """Whether transformers makes `lm_head` of the embeddings: not where the files hold a head that differs from them,
+    whatever the config says (some leave the entry out, and their class has True in its place).
+    """
+    if not any(getattr(part, "tie_word_embeddings", False) for part in (config, config.text_config)):
+        return False
+    family = family_of_config(config)
+    held = {parameter_name(info.name, family): info for info in infos}
+    head, embeddings = held.get("lm_head.weight"), held.get("model.language_model.embed_tokens.weight")
+    return head is None or embeddings is None or torch.equal(head.read(), embeddings.read())
 
 
 def _target(info: TensorInfo, dtype: ExportDtype) -> torch.dtype:
@@ -115,7 +123,8 @@ def _require_room(folder: Path, wanted: int) -> None:
 
 def _write_rest(folder: Path, source: Path, config: Any, dtype: ExportDtype) -> None:
     """Config, generation config and processor."""
-    config.architectures = ["LlavaForConditionalGeneration"]
+    stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    config.architectures = [stock.__name__]
     if dtype != "as-base":
         for part in (config, config.text_config, config.vision_config):
             part.dtype = getattr(torch, dtype)

@@ -1,7 +1,8 @@
 """Whether a model is the one that an adapter was trained on, as far as its config tells.
 
 LoRA fits every matrix of the right shape: merged into another base of the same size it gives a model that talks
-nonsense. Configs tell most bases apart (shapes, vocabulary, rotary base, norm epsilon, activation, vision tower).
+nonsense. Configs tell most bases apart (family, shapes, vocabulary, rotary base, norm epsilon, activation, vision tower
+and how its features become image tokens).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
+
+from himap_train.models.families import FAMILIES
 
 _TEXT = (
     "model_type",
@@ -24,6 +27,7 @@ _TEXT = (
     "rms_norm_eps",
     "rope_parameters",
     "tie_word_embeddings",
+    "attention_bias",
 )
 _VISION = (
     "model_type",
@@ -34,6 +38,22 @@ _VISION = (
     "image_size",
     "patch_size",
     "hidden_act",
+    # InternVL
+    "attention_bias",
+    "use_qk_norm",
+    "norm_type",
+    # Qwen-VL
+    "depth",
+    "embed_dim",
+    "num_heads",
+    "mlp_ratio",
+    "out_hidden_size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+    "window_size",
+    "fullatt_block_indexes",
+    "num_position_embeddings",
+    "deepstack_visual_indexes",
 )
 _WHOLE = (
     "model_type",
@@ -43,15 +63,25 @@ _WHOLE = (
     "multimodal_projector_bias",
     "vision_feature_layer",
     "vision_feature_select_strategy",
+    # VipLLaVA
+    "projector_layernorm_eps",
+    # LLaVA-NeXT, LLaVA-OneVision
+    "image_grid_pinpoints",
+    "vision_aspect_ratio",
+    # InternVL
+    "downsample_ratio",
+    # Qwen-VL
+    "vision_start_token_id",
+    "vision_end_token_id",
 )
 
 
 def base_facts(config: Any) -> dict[str, Any]:
-    """What decides a LLaVA's shapes and arithmetic, as plain values under dotted keys."""
+    """What decides a model's shapes and arithmetic, as plain values under dotted keys: those that its config has."""
     parts = (("", config, _WHOLE), ("text_config.", config.text_config, _TEXT))
     facts: dict[str, Any] = {}
     for prefix, part, keys in (*parts, ("vision_config.", config.vision_config, _VISION)):
-        facts |= {prefix + key: plain(getattr(part, key, None)) for key in keys}
+        facts |= {prefix + key: plain(getattr(part, key)) for key in keys if hasattr(part, key)}
     return facts
 
 
@@ -76,10 +106,16 @@ def require_same_base(trained_on: Mapping[str, Any] | None, config: Any, base: s
         trained_name: What the adapter calls its base.
 
     Raises:
-        ValueError: Lists what differs.
+        ValueError: It is of another family, which is named, or something differs, which is listed.
     """
     if trained_on is None:
         return
+    then, now = _family(trained_on.get("model_type")), _family(config.model_type)
+    if then != now:
+        raise ValueError(
+            f"{base} is of family {now}, and the adapter was trained on {trained_name}, a model of family {then}. "
+            f"Give a copy of {trained_name} as the base model"
+        )
     here = base_facts(config)
     differing = [key for key, value in trained_on.items() if key in here and here[key] != value]
     if differing:
@@ -88,3 +124,8 @@ def require_same_base(trained_on: Mapping[str, Any] | None, config: Any, base: s
             "\n".join([f"{base} is not the model that the adapter was trained on ({trained_name}):", *lines])
             + f"\nGive a copy of {trained_name} as the base model"
         )
+
+
+def _family(model_type: Any) -> str:
+    """The family of a model type, or the type itself where none has it."""
+    return next((family.name for family in FAMILIES if model_type in family.model_types), str(model_type))

@@ -91,7 +91,7 @@ def _promised(folder: Path) -> dict[str, str]:
     pickled = sorted(folder.glob("*.bin"))
     way_out = (
         f"its weights are pickled ({pickled[0].name}), which are not read here. Convert them once, with a "
-        "transformers that reads them: LlavaForConditionalGeneration.from_pretrained(A).save_pretrained(B)"
+        "transformers that reads them: AutoModelForImageTextToText.from_pretrained(A).save_pretrained(B)"
         if pickled
         else "fetch the whole model: hf download owner/name --local-dir FOLDER"
     )

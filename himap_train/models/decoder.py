@@ -25,6 +25,7 @@ from himap_train.models.cpu_attention import CausalBlocks
 from himap_train.models.inputs import check_image_mask, check_inputs, check_options
 from himap_train.models.installed import InstalledPruning, PruneCounts
 from himap_train.models.tokens import Tokens, causal_mask, entered, removed
+from himap_train.models.versions import CACHE, decoder_output
 from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
 from himap_train.pruning.learned.marginal import marginal_tokens
 from himap_train.pruning.methods.base import Seen, with_scores
@@ -44,6 +45,7 @@ def pruned_forward(
     use_cache: bool | None = None,
     image_token_mask: Tensor | None = None,
     supervised_mask: Tensor | None = None,
+    cache: Cache | None = None,
     **kwargs: Any,
 ) -> BaseModelOutputWithPast:
     """Forward of a text decoder under the schedule installed on it.
@@ -53,11 +55,12 @@ def pruned_forward(
         input_ids: (B, S), or `inputs_embeds`.
         attention_mask: (B, S + cached), 0 at padding on either side.
         position_ids: (B, S) or (1, S); of a family with M-RoPE (3 or 4, B, S).
-        past_key_values: Empty for a prefill; filled by our prefill when decoding.
+        past_key_values: What transformers called `cache` before 5.24.
         inputs_embeds: (B, S, D).
         use_cache: As in transformers.
         image_token_mask: (B, S) bool. HiMAP: needed in a prefill with `inputs_embeds`.
         supervised_mask: (B, S) bool, `labels != -100`. HiMAP: what is predicted must not choose what is looked at.
+        cache: Empty for a prefill; filled by our prefill when decoding.
         **kwargs: What the family adds between layers, and what changes nothing here; see `inputs.check_options`.
 
     Returns:
@@ -67,15 +70,16 @@ def pruned_forward(
         ValueError: On inputs that cannot be pruned correctly.
     """
     pruning: InstalledPruning = self.himap_pruning
+    cache = past_key_values if cache is None else cache
     if pruning.schedule.dense:
         return type(self).forward(
             self,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            **{CACHE: cache},
             **kwargs,
         )
     if (input_ids is None) == (inputs_embeds is None):
@@ -85,30 +89,26 @@ def pruned_forward(
         inputs_embeds = self.embed_tokens(token_ids)
         if image_token_mask is None:
             image_token_mask = token_ids == pruning.image_token_id
-    if use_cache and past_key_values is None:
-        past_key_values = DynamicCache(config=self.config)
-    cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+    if use_cache and cache is None:
+        cache = DynamicCache(config=self.config)
+    cached = 0 if cache is None else cache.get_seq_length()
     positions = pruning.family.positions(position_ids, inputs_embeds, cached)
     given = None if position_ids is None else positions.text
     added = pruning.family.layer_inputs(kwargs)
     states: list[Tensor] | None = [] if kwargs.pop("output_hidden_states", False) else None
     check_options(pruning.family, kwargs)
-    check_inputs(self, attention_mask, given, past_key_values, cached + inputs_embeds.shape[1])
-    mask = causal_mask(self, inputs_embeds, attention_mask, past_key_values, positions.text)
+    check_inputs(self, attention_mask, given, cache, cached + inputs_embeds.shape[1])
+    mask = causal_mask(self, inputs_embeds, attention_mask, cache, positions.text)
     rotary = self.rotary_emb(inputs_embeds, position_ids=positions.rotary)
     tokens = Tokens(inputs_embeds, rotary, mask, positions.text, added)
-    call = {"past_key_values": past_key_values, "use_cache": use_cache}
+    call = {CACHE: cache, "use_cache": use_cache}
     if cached:
         hidden = _decode(self, tokens, positions.rotary, attention_mask, image_token_mask, states, call)
     else:
         where = check_image_mask(image_token_mask, inputs_embeds)
         layout, counts = build_layout(where, attention_mask, supervised_mask)
         hidden = _prefill(self, tokens, layout, counts, states, call)
-    return BaseModelOutputWithPast(
-        last_hidden_state=hidden,
-        past_key_values=past_key_values,
-        hidden_states=None if states is None else (*states, hidden),
-    )
+    return decoder_output(hidden, cache, None if states is None else (*states, hidden))
 
 
 def _prefill(
@@ -121,7 +121,7 @@ def _prefill(
 ) -> Tensor:
     """HiMAP: all layers with the removals between them; (B, S, D), dropped rows zero."""
     pruning: InstalledPruning = decoder.himap_pruning
-    schedule, cache = pruning.schedule, call["past_key_values"]
+    schedule, cache = pruning.schedule, call[CACHE]
     removals = plan_removals(schedule.stages, counts)
     length = tokens.hidden.shape[1]
     seen, layouts = PruneCounts(counts.image.sum(1)), []
@@ -222,9 +222,9 @@ def _decode(
     if new > 1 and image_token_mask is not None and bool(image_token_mask.any()):
         raise ValueError(
             "there are image tokens behind a filled KV cache; tokens are chosen once, in the prefill: "
-            "pass the whole conversation without past_key_values"
+            f"pass the whole conversation without {CACHE}"
         )
-    cache = cast(Cache, call["past_key_values"])
+    cache = cast(Cache, call[CACHE])
     new_slots = None if attention_mask is None else attention_mask[:, -new:].bool()
     for number, layer in enumerate(decoder.layers):
         if stage := stage_of(cache, number):

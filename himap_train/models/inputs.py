@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache
 
 from himap_train.models.cache import check_cache
 from himap_train.models.families.base import Family
+from himap_train.models.versions import given_cache
 
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 _OF_THE_HEAD = ("num_items_in_batch", "ignore_index", "shift_labels")
@@ -36,7 +37,7 @@ def check_media(family: Family, config: Any, given: dict[str, Any]) -> None:
     named = {**given, **given.get("kwargs", {}), **(given.get("mm_encoder_outputs") or {})}
     found = [name for name, value in named.items() if value is not None and any(m in name for m in _OTHER_MEDIA)]
     ids, video_id = given.get("input_ids"), getattr(config, "video_token_id", None)
-    cache = given.get("past_key_values", given.get("cache"))  # its name from transformers 5.24 on
+    cache = given_cache(named)
     if ids is not None and video_id is not None and (cache is None or not cache.get_seq_length()):
         found += ["video tokens in input_ids"] if bool((ids == video_id).any()) else []
     if found:

@@ -41,9 +41,9 @@ def load_llava(
         FileNotFoundError: If the weights cannot be reached; the message names the ways out.
         ValueError: If the checkpoint is of no known family or lacks weights, or it cannot be quantised here.
     """
-    quantization = None if quantize is None else quantization_config(dtype)
     folder = resolve_model(path)
     config = load_config(folder)
+    quantization = None if quantize is None else quantization_config(family_of_config(config), dtype)
     model, wrong = stock_model(
         folder, dtype=dtype, attn_implementation=attn_implementation, quantization_config=quantization
     )

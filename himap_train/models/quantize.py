@@ -15,15 +15,16 @@ from typing import Literal
 import torch
 from transformers import BitsAndBytesConfig
 
+from himap_train.models.families.base import Family
+
 Quantize = Literal["4bit"]
 
-NOT_QUANTIZED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]  # matched from the start of a name
 
-
-def quantization_config(dtype: str | torch.dtype) -> BitsAndBytesConfig:
+def quantization_config(family: Family, dtype: str | torch.dtype) -> BitsAndBytesConfig:
     """How transformers quantises while it loads.
 
     Args:
+        family: Of the model.
         dtype: What the layers compute in; "auto" is bfloat16.
 
     Raises:
@@ -37,15 +38,16 @@ def quantization_config(dtype: str | torch.dtype) -> BitsAndBytesConfig:
             f"quantize=4bit needs a CUDA device, which is not here (bitsandbytes is, {version('bitsandbytes')}): "
             f"run it where there is one, {without}"
         )
-    return nf4_config(dtype)
+    return nf4_config(family, dtype)
 
 
-def nf4_config(dtype: str | torch.dtype) -> BitsAndBytesConfig:
+def nf4_config(family: Family, dtype: str | torch.dtype) -> BitsAndBytesConfig:
     """The settings alone, wherever they are used."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
-        llm_int8_skip_modules=NOT_QUANTIZED,
+        # matched from the start of a module's name
+        llm_int8_skip_modules=[family.vision_name, *family.projector_names, "lm_head"],
     )

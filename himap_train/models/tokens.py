@@ -124,4 +124,5 @@ def causal_mask(
 ) -> Tensor | None:
     """In the form that the attention implementation takes; None where a causal kernel needs none."""
     with as_stored(cache, layer):
-        return create_causal_mask(decoder.config, hidden, attention_mask, cache, positions, layer_idx=layer)  # type: ignore[return-value]
+        mask: Any = create_causal_mask(decoder.config, hidden, attention_mask, cache, positions, layer_idx=layer)
+    return mask

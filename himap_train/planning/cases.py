@@ -14,6 +14,7 @@ from himap_train.models.install import install_pruning
 from himap_train.models.loading import EMBEDDED, load_config, load_llava, resolve_model
 from himap_train.models.stock import text_decoder
 from himap_train.models.training_cost import tokens_of_image
+from himap_train.models.versions import checkpoint_activations
 from himap_train.planning.quantities import Batch
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.module import LlavaFineTuner, weights_dtype
@@ -78,7 +79,7 @@ def build_model(case: Case, schedule: PruningSchedule, checkpointing: bool, prec
     model = case.tuner.attach(base)
     if checkpointing:
         decoder: Any = text_decoder(model)
-        decoder.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(decoder)
     # Plans are for kernels that keep no attention weights.
     return install_pruning(model, schedule, cpu_blocks=False).train()
 

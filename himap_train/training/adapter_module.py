@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from himap_train.checkpoints.adapter import CHECKPOINT_KEY, adapter_facts
+from himap_train.checkpoints.same_base import require_same_base
 from himap_train.models.families import family_of
 from himap_train.models.features import hidden_states
 from himap_train.models.guard import check_pruned, check_trained_weights
@@ -156,6 +157,11 @@ class AdapterModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Not strict about what is absent by design, but strict about what was trained."""
+        facts = checkpoint.get(CHECKPOINT_KEY)  # None: of an early version
+        if facts is not None:
+            config = base_model(self.peft_model).config
+            name = str(self.peft_model.peft_config["default"].base_model_name_or_path)
+            require_same_base(facts["base"], config, name, facts["peft"]["base_model_name_or_path"])
         check_trained_weights(set(checkpoint["state_dict"]), self.trained_names())
         if self._trainer:
             continue_in_this_split(checkpoint, getattr(self.trainer, "datamodule", None))

@@ -21,6 +21,7 @@ from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
 from himap_train.models.loss import calls_needed, distilled_loss, supervised_loss
 from himap_train.models.quantize import Quantize
 from himap_train.models.stock import base_model
+from himap_train.models.versions import checkpoint_activations
 from himap_train.pruning.reading import fit_preset, is_preset, read_schedule
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.adapter_module import AdapterModule, Teacher
@@ -115,7 +116,7 @@ class LlavaFineTuner(AdapterModule):
             self.llava = self.attach(model)
         decoder = base_model(self.llava).model.language_model
         if self.gradient_checkpointing:
-            decoder.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(decoder)
         self.schedule = self.fitted_schedule(decoder.config.num_hidden_layers)
         install_pruning(self.llava, self.schedule)
         self.train()

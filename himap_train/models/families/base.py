@@ -81,6 +81,8 @@ class Family(ABC):
         decoder_types: `model_type` of the text configs that run in the layer loop.
         vision_name: Path of the vision tower below the model.
         projector_names: Paths of what stands between tower and decoder, and is trained and saved as the projector.
+        weight_renames: How names in published files, and in adapters of earlier releases of transformers, become those
+            of the module tree: (pattern, replacement); the first that is found decides.
         processor_class: What `load_processor` gives.
         renumbers: Whether positions can be counted anew after a removal: not where they are 3-D.
         caches_features: Whether what the tower gives can be kept on disk: one fixed shape an image, then the projector.
@@ -92,6 +94,12 @@ class Family(ABC):
     decoder_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
     vision_name: ClassVar[str] = "model.vision_tower"
     projector_names: ClassVar[tuple[str, ...]] = ("model.multi_modal_projector",)
+    weight_renames: ClassVar[tuple[tuple[str, str], ...]] = (
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^language_model\.model\.", "model.language_model."),
+        (r"^(language_model|vision_tower|multi_modal_projector)\.", r"model.\1."),
+        (r"^image_newline$", "model.image_newline"),
+    )
     processor_class: ClassVar[type[Any]]
     renumbers: ClassVar[bool] = True
     caches_features: ClassVar[bool] = False

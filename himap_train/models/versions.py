@@ -1,0 +1,41 @@
+"""What differs between the releases of transformers that work here, 5.20 to 5.24: said once, by what a release has."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
+"""The keyword of the key-value cache, and its name in outputs; 5.24 renamed it in all decoders."""
+
+
+def given_cache(given: Mapping[str, Any]) -> Cache | None:
+    """The cache among keyword arguments, by either name."""
+    return given.get("past_key_values") if given.get("cache") is None else given["cache"]
+
+
+def decoder_output(
+    hidden: Tensor, cache: Cache | None, states: tuple[Tensor, ...] | None = None
+) -> BaseModelOutputWithPast:
+    """What a text decoder returns.
+
+    Args:
+        hidden: (B, S, D), normed.
+        cache: Filled, or None.
+        states: (B, S, D) before each layer and at the end, where they are asked for.
+    """
+    named: dict[str, Any] = {CACHE: cache}
+    return BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=states, **named)
+
+
+def checkpoint_activations(decoder: Any) -> None:
+    """Let a text decoder run its layers again in the backward pass, in training mode, without reentrant autograd."""
+    # 5.23 gave it its present name
+    enable = getattr(decoder, "activation_checkpointing_enable", None) or decoder.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
