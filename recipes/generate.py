@@ -16,11 +16,12 @@ from PIL import Image
 from transformers import TextStreamer
 
 from himap_train import record_pruning
-from himap_train.analysis.pictures import captions, draw_kept, kept_patches, model_view, patch_grid
+from himap_train.analysis.pictures import captions, draw_kept, kept_tokens
 from himap_train.checkpoints.scheduled import AS_SAVED, installed_schedule, load_with_schedule
 from himap_train.command_line import run_command
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Sample, encode_prompt
+from himap_train.data.images import open_image
 from himap_train.data.records import Conversation, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.evaluation.budgeted import check_budget_argument, run_at_budget
@@ -76,7 +77,7 @@ def main(
     with record_pruning(model) as trace:
         stream(model, processor, sample, max_new_tokens)
     if show_kept is not None:
-        draw(model, processor, sample, trace.kept).save(show_kept)
+        draw(model, processor, sample, conversation, trace.kept).save(show_kept)
         print(f"kept patches drawn in {show_kept}", file=sys.stderr)
 
 
@@ -116,13 +117,20 @@ def stream(model: Any, processor: Any, sample: Sample, max_new_tokens: int) -> N
         )
 
 
-def draw(model: Any, processor: Any, sample: Sample, kept: list[list[torch.Tensor]]) -> Image.Image:
+def draw(
+    model: Any, processor: Any, sample: Sample, conversation: Conversation, kept: list[list[torch.Tensor]]
+) -> Image.Image:
     """The picture of what each stage kept of the sample's only image."""
-    image_id = base_model(model).config.image_token_id
-    count = int((sample["input_ids"] == image_id).sum())
-    (stages,) = kept_patches([stage[0] for stage in kept], sample["input_ids"], image_id, [count])
-    view = model_view(sample["images"][0]["pixel_values"][0], processor.image_processor)
-    return draw_kept(view, stages, patch_grid(count, view.size), captions(installed_schedule(model), stages, count))
+    family, image, image_id = family_of(base_model(model)), sample["images"][0], processor.image_token_id
+    picture = open_image(conversation.images[0], conversation.id)
+    count = family.image_tokens(processor, image)
+    (stages,) = kept_tokens([stage[0] for stage in kept], sample["input_ids"], image_id, [count])
+    return draw_kept(
+        family.drawn_over(processor, image, picture),
+        stages,
+        family.token_blocks(processor, image, picture),
+        captions(installed_schedule(model), stages, count),
+    )
 
 
 if __name__ == "__main__":

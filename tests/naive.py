@@ -114,11 +114,10 @@ def naive_layer(
         left, right = h.chunk(2, dim=-1)
         return h * cos + torch.cat([-right, left], dim=-1) * sin
 
-    q, k, v = (
-        rotate(heads(attention.q_proj(normed))),
-        rotate(heads(attention.k_proj(normed))),
-        heads(attention.v_proj(normed)),
-    )
+    q, k, v = (heads(projection(normed)) for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
+    if hasattr(attention, "q_norm"):  # Qwen3: of each head
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = rotate(q), rotate(k)
     k, v = (h.repeat_interleave(len(q) // len(h), dim=0) for h in (k, v))
     visible = torch.ones(len(x), len(x), dtype=torch.bool).tril() & alive[None, :]
     visible |= torch.eye(len(x), dtype=torch.bool)  # a dropped row is ignored later, but must not be NaN

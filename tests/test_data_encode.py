@@ -203,13 +203,13 @@ def test_a_first_question_that_does_not_fit_is_refused():
 
 def test_image_tokens_without_decoding_are_those_of_the_sample():
     processor = tiny_processor()
-    assert Encoder(processor).image_tokens((640, 480)) == IMAGE_TOKENS
+    assert Encoder(processor).image_tokens((640, 480)) == [IMAGE_TOKENS]
     processor.image_processor.do_center_crop = False  # now each image has a size of its own
     encoder = Encoder(processor)
     for size in ((64, 32), (32, 96), (40, 40)):
         sample = encoder.encode(talk("<image>\nQ", "A", images=(picture(*size),)))
-        assert encoder.image_tokens(size) == (sample["input_ids"] == 4).sum()
-    assert encoder.image_tokens((64, 32)) == 2 * IMAGE_TOKENS
+        assert encoder.image_tokens(size) == [(sample["input_ids"] == 4).sum()]
+    assert encoder.image_tokens((64, 32)) == [2 * IMAGE_TOKENS]
 
 
 BAD = [

@@ -16,10 +16,10 @@ from himap_train.analysis.pictures import (
     PANEL,
     captions,
     draw_kept,
-    kept_patches,
-    model_view,
-    patch_grid,
+    kept_tokens,
 )
+from himap_train.models.families.blocks import TokenBlock
+from himap_train.models.families.pixels import model_view, patch_grid
 
 IMAGE_ID = 4
 
@@ -34,7 +34,7 @@ def panels(picture: Image.Image, count: int) -> list[np.ndarray]:
 
 def test_kept_patches_stay_clear_and_dropped_ones_go_grey():
     image = Image.new("RGB", (28, 28), (200, 40, 40))
-    picture = draw_kept(image, [[0, 6], [6]], (2, 4), ["stage 1", "stage 2"])
+    picture = draw_kept(image, [[0, 6], [6]], [TokenBlock(2, 4)], ["stage 1", "stage 2"])
     whole, first, second = panels(picture, 3)
     assert (whole == (200, 40, 40)).all()
     height, width = PANEL // 2, PANEL // 4
@@ -49,8 +49,37 @@ def test_kept_patches_stay_clear_and_dropped_ones_go_grey():
                 assert block.max() < 60  # and dark
 
 
+def test_blocks_of_a_view_lie_beside_each_other_and_views_below_each_other():
+    """Two tiles with a newline a row, and an overview behind a class token: each token clears its own part."""
+    image = Image.new("RGB", (40, 20), (200, 40, 40))
+    tiles = [TokenBlock(2, 2, (x, 0.0, x + 0.5, 1.0), row_end=1, view="tiles") for x in (0.0, 0.5)]
+    blocks = [TokenBlock(1, 2, before=1, view="overview"), *tiles]
+    assert [block.tokens for block in blocks] == [3, 6, 6] and [block.placeless for block in blocks] == [1, 2, 2]
+    # The class token; the right half; upper left of the first tile; a newline; lower right of the second tile.
+    pixels = np.asarray(draw_kept(image, [[0, 2, 3, 5, 13]], blocks, ["stage 1"])).astype(int)
+    height, width = PANEL // 2 + MARGIN + CAPTION, PANEL + MARGIN
+    assert pixels.shape == (MARGIN + 2 * height, MARGIN + 2 * width, 3)
+    rows = [pixels[MARGIN + row * height :][: PANEL // 2, MARGIN + width :][:, :PANEL] for row in (0, 1)]
+    clear = [(row == (200, 40, 40)).all(-1) for row in rows]
+    expected = np.zeros((2, PANEL // 2, PANEL), dtype=bool)
+    expected[0, :, PANEL // 2 :] = True
+    expected[1, : PANEL // 4, : PANEL // 4] = expected[1, PANEL // 4 :, 3 * PANEL // 4 :] = True
+    assert (clear == expected).all()
+
+
+def test_a_grid_over_padding_is_cut_at_the_picture():
+    """A picture twice as wide as high in the middle of a square: of four rows the outer ones show only padding."""
+    square = TokenBlock(4, 4, (0.0, -0.5, 1.0, 1.5))
+    picture = draw_kept(Image.new("RGB", (64, 32), (200, 40, 40)), [[0, 1, 2, 3, 4, 11]], [square], ["one"])
+    panel = np.asarray(picture)[MARGIN : MARGIN + PANEL // 2, PANEL + 2 * MARGIN :][:, :PANEL]
+    clear = (panel == (200, 40, 40)).all(-1)
+    expected = np.zeros((PANEL // 2, PANEL), dtype=bool)
+    expected[: PANEL // 4, : PANEL // 4] = expected[PANEL // 4 :, 3 * PANEL // 4 :] = True
+    assert (clear == expected).all()
+
+
 def test_a_caption_is_written_below_each_panel():
-    picture = draw_kept(Image.new("RGB", (8, 8)), [[0]], (1, 1), ["stage 1: layer 2, 1 of 1"])
+    picture = draw_kept(Image.new("RGB", (8, 8)), [[0]], [TokenBlock(1, 1)], ["stage 1: layer 2, 1 of 1"])
     below = np.asarray(picture)[PANEL + MARGIN + 1 :]
     for left in (MARGIN, 2 * MARGIN + PANEL):
         assert (below[:, left : left + 60] < 128).any()
@@ -58,10 +87,10 @@ def test_a_caption_is_written_below_each_panel():
 
 def test_wrong_arguments_are_refused():
     image = Image.new("RGB", (8, 8))
-    with pytest.raises(ValueError, match="patch 4 lies outside the 2x2"):
-        draw_kept(image, [[4]], (2, 2), ["one"])
+    with pytest.raises(ValueError, match="token 4 lies outside the 4 tokens"):
+        draw_kept(image, [[4]], [TokenBlock(2, 2)], ["one"])
     with pytest.raises(ValueError, match="2 stages but 1 captions"):
-        draw_kept(image, [[0], [0]], (2, 2), ["one"])
+        draw_kept(image, [[0], [0]], [TokenBlock(2, 2)], ["one"])
 
 
 def test_patch_grid():
@@ -71,13 +100,13 @@ def test_patch_grid():
         patch_grid(577, (336, 336))
 
 
-def test_columns_become_patches_of_each_image():
+def test_columns_become_tokens_of_each_image():
     # text, four patches, text, four patches, text; columns 1-4 and 6-9 are image tokens
     input_ids = torch.tensor([7, 4, 4, 4, 4, 7, 4, 4, 4, 4, 7])
     kept = [torch.tensor([0, 1, 3, 5, 6, 9, 10]), torch.tensor([0, 3, 5, 10])]
-    assert kept_patches(kept, input_ids, IMAGE_ID, [4, 4]) == [[[0, 2], [2]], [[0, 3], []]]
+    assert kept_tokens(kept, input_ids, IMAGE_ID, [4, 4]) == [[[0, 2], [2]], [[0, 3], []]]
     with pytest.raises(ValueError, match="8 image tokens, expected .4."):
-        kept_patches(kept, input_ids, IMAGE_ID, [4])
+        kept_tokens(kept, input_ids, IMAGE_ID, [4])
 
 
 def test_captions_name_layer_and_counts():

@@ -1,57 +1,28 @@
-"""Pictures of what pruning keeps: the image as the model sees it, then one panel a stage with the dropped patches dark.
+"""Pictures of what pruning keeps: the image, then one panel a stage with the dropped patches dark.
 
-Shapes: h x w patches of an image, numbered row by row from the top left, as image tokens stand in the sequence.
+Where the tokens of an image lie is its family's affair (`Family.token_blocks`): one grid over the picture, or an
+overview and tiles, each drawn in a row of its own. Tokens that show no part of it (newlines, a class token) are counted
+in the captions only.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from himap_train.models.families.blocks import TokenBlock
 from himap_train.pruning.schedule import PruningSchedule
 
 PANEL, MARGIN, CAPTION = 336, 12, 30
 _DROPPED_BRIGHTNESS = 0.28
 
 
-def model_view(pixel_values: torch.Tensor, image_processor: Any) -> Image.Image:
-    """The picture that the vision tower is given, after resizing and cropping.
-
-    Args:
-        pixel_values: (3, H, W), normalised.
-        image_processor: The one that made them; its mean and deviation are undone.
-    """
-    mean, deviation = (torch.tensor(getattr(image_processor, name)) for name in ("image_mean", "image_std"))
-    pixels = pixel_values.detach().float().cpu()
-    if getattr(image_processor, "do_normalize", True):
-        pixels = pixels * deviation[:, None, None] + mean[:, None, None]
-    pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy(), "RGB")
-
-
-def patch_grid(image_tokens: int, size: tuple[int, int]) -> tuple[int, int]:
-    """(h, w) of the patches of an image of `size` (width, height) pixels, given how many there are.
-
-    Raises:
-        ValueError: No grid of square patches has that many.
-    """
-    width, height = size
-    rows = round(math.sqrt(image_tokens * height / width))
-    if rows < 1 or image_tokens % rows or rows * width != image_tokens // rows * height:
-        raise ValueError(
-            f"{image_tokens} image tokens do not form a grid of square patches over {width}x{height} pixels"
-        )
-    return rows, image_tokens // rows
-
-
-def kept_patches(
+def kept_tokens(
     kept: Sequence[torch.Tensor], input_ids: torch.Tensor, image_token_id: int, tokens_per_image: Sequence[int]
 ) -> list[list[list[int]]]:
-    """From columns of a row, as `record_pruning` gives them, to patches of its images.
+    """From columns of a row, as `record_pruning` gives them, to tokens of its images.
 
     Args:
         kept: For each stage the ascending columns that stay, all token kinds.
@@ -60,64 +31,96 @@ def kept_patches(
         tokens_per_image: Image tokens of each image of the row, in order.
 
     Returns:
-        For each image and each stage the numbers of the patches that stay.
+        For each image and each stage the numbers of the image's tokens that stay.
     """
     columns = torch.nonzero(input_ids == image_token_id).flatten().tolist()
     if len(columns) != sum(tokens_per_image):
         raise ValueError(f"the row has {len(columns)} image tokens, expected {list(tokens_per_image)}")
     images, start = [], 0
     for count in tokens_per_image:
-        place = {column: patch for patch, column in enumerate(columns[start : start + count])}
+        place = {column: token for token, column in enumerate(columns[start : start + count])}
         images.append([[place[column] for column in stage.tolist() if column in place] for stage in kept])
         start += count
     return images
 
 
-def captions(schedule: PruningSchedule, kept: Sequence[Sequence[int]], patches: int) -> list[str]:
+def captions(schedule: PruningSchedule, kept: Sequence[Sequence[int]], tokens: int) -> list[str]:
     """One line a stage, such as "stage 1: layer 2, 288 of 576"."""
     return [
-        f"stage {number}: layer {stage.layer}, {len(stays)} of {patches}"
+        f"stage {number}: layer {stage.layer}, {len(stays)} of {tokens}"
         for number, (stage, stays) in enumerate(zip(schedule.stages, kept, strict=True), start=1)
     ]
 
 
 def draw_kept(
-    image: Image.Image, kept: Sequence[Sequence[int]], grid: tuple[int, int], texts: Sequence[str]
+    image: Image.Image, kept: Sequence[Sequence[int]], blocks: Sequence[TokenBlock], texts: Sequence[str]
 ) -> Image.Image:
-    """A row of panels: the image, then one a stage, with dropped patches grey and dark and the kept ones clear.
+    """Rows of panels, one row for each view: the image, then one panel a stage, with what is dropped grey and dark.
 
     Args:
-        image: As the model sees it (`model_view`).
-        kept: For each stage the numbers of the patches that stay.
-        grid: (h, w) patches.
+        image: What the blocks lie over.
+        kept: For each stage the numbers of the image tokens that stay.
+        blocks: Where the tokens lie, in their order.
         texts: A caption for each stage.
 
     Raises:
-        ValueError: A patch lies outside the grid, or captions and stages differ in number.
+        ValueError: There is no such token, or captions and stages differ in number.
     """
     if len(texts) != len(kept):
         raise ValueError(f"{len(kept)} stages but {len(texts)} captions")
+    tokens = sum(block.tokens for block in blocks)
+    wrong = [token for stays in kept for token in stays if not 0 <= token < tokens]
+    if wrong:
+        raise ValueError(f"token {wrong[0]} lies outside the {tokens} tokens of the image")
     scale = PANEL / max(image.size)
     large = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    panels = [large, *(_shade(large, stays, grid) for stays in kept)]
-    width = len(panels) * (large.width + MARGIN) + MARGIN
-    canvas = Image.new("RGB", (width, large.height + 2 * MARGIN + CAPTION), "white")
+    views = list(dict.fromkeys(block.view for block in blocks if block.rows * block.columns))
+    height, width = large.height + MARGIN + CAPTION, large.width + MARGIN
+    canvas = Image.new("RGB", (MARGIN + (len(kept) + 1) * width, MARGIN + len(views) * height), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
-    for number, (panel, text) in enumerate(
-        zip(panels, [f"the model's view, {grid[0]}x{grid[1]} patches", *texts], strict=True)
-    ):
-        left = MARGIN + number * (large.width + MARGIN)
-        canvas.paste(panel, (left, MARGIN))
-        draw.text((left, large.height + MARGIN + 8), text, fill="black", font=font)
+    for row, view in enumerate(views):
+        panels = [large, *(_shade(large, stays, blocks, view) for stays in kept)]
+        counts = [_of_view(stays, blocks, view) for stays in kept]
+        shown = [_caption(view, blocks), *(text + count for text, count in zip(texts, counts, strict=True))]
+        for number, (panel, text) in enumerate(zip(panels, shown, strict=True)):
+            left, top = MARGIN + number * width, MARGIN + row * height
+            canvas.paste(panel, (left, top))
+            draw.text((left, top + large.height + 8), text, fill="black", font=font)
     return canvas
 
 
-def _shade(image: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Image.Image:
-    rows, columns = grid
-    mask = Image.new("L", (columns, rows), 0)
-    for patch in kept:
-        if not 0 <= patch < rows * columns:
-            raise ValueError(f"patch {patch} lies outside the {rows}x{columns} patches of the image")
-        mask.putpixel((patch % columns, patch // columns), 255)
+def _caption(view: str, blocks: Sequence[TokenBlock]) -> str:
+    """Such as "tiles: 36x48 patches" or "tiles: 12 of 16x16 patches"."""
+    grids = [f"{block.rows}x{block.columns}" for block in blocks if block.view == view and block.rows]
+    return f"{view}: {f'{len(grids)} of ' if len(grids) > 1 else ''}{grids[0]} patches"
+
+
+def _of_view(kept: Sequence[int], blocks: Sequence[TokenBlock], view: str) -> str:
+    """How many of the kept tokens are of this view, where there are others."""
+    if len({block.view for block in blocks}) == 1:
+        return ""
+    start, count = 0, 0
+    for block in blocks:
+        if block.view == view:
+            count += sum(start <= token < start + block.tokens for token in kept)
+        start += block.tokens
+    return f" ({count} here)"
+
+
+def _shade(image: Image.Image, kept: Sequence[int], blocks: Sequence[TokenBlock], view: str) -> Image.Image:
+    """The image, dark where no kept token of a view lies."""
+    stays, mask, start = set(kept), Image.new("L", image.size, 0), 0
+    for block in blocks:
+        if block.view == view and block.rows * block.columns:
+            grid = Image.new("L", (block.columns, block.rows), 0)
+            for token in range(block.tokens):
+                patch = block.patch(token)
+                if patch is not None and start + token in stays:
+                    grid.putpixel((patch % block.columns, patch // block.columns), 255)
+            left, top, right, bottom = (
+                round(edge * side) for edge, side in zip(block.box, (*image.size, *image.size), strict=True)
+            )
+            mask.paste(grid.resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top))
+        start += block.tokens
     grey = image.convert("L").point(lambda value: value * _DROPPED_BRIGHTNESS).convert("RGB")
-    return Image.composite(image, grey, mask.resize(image.size, Image.Resampling.NEAREST))
+    return Image.composite(image, grey, mask)

@@ -91,7 +91,7 @@ def _examine(
 ) -> None:
     """Length and image tokens of one record, and whether it fits; RecordError if it cannot be used."""
     where = f"sample {conversation.id!r}"
-    counts = [encoder.image_tokens(image_size(image, where)) for image in conversation.images]
+    counts = encoder.image_tokens(*(image_size(image, where) for image in conversation.images))
     for count in counts:
         report.image_tokens[count] = report.image_tokens.get(count, 0) + 1
     ends = encoder.ends(exchanges, counts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NotRequired, TypedDict
 
@@ -70,7 +71,7 @@ class Encoder:
             )
         self._tokenizer = ConversationTokenizer(processor)
         self._image_id: int = processor.image_token_id
-        self._image_tokens: dict[tuple[int, int], int] = {}
+        self._image_tokens: dict[tuple[tuple[int, int], ...], list[int]] = {}
 
     def encode(self, conversation: Conversation) -> Sample:
         """The whole conversation, every answer and its end token supervised.
@@ -94,6 +95,9 @@ class Encoder:
             ids += prompt + exchange.answer
             labels += [IGNORED] * len(prompt) + exchange.answer
             shown += used
+        if shown < len(images) and self.family.counts_images:
+            sample = self.encode(_first(conversation, kept, shown))
+            return {**sample, "dropped_exchanges": len(exchanges) - kept + sample["dropped_exchanges"]}
         return {
             "id": conversation.id,
             "meta": conversation.meta,
@@ -127,16 +131,16 @@ class Encoder:
         """Token ids of bare text, without template."""
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def image_tokens(self, size: tuple[int, int]) -> int:
-        """Number of image tokens of an image of this (width, height), without decoding one.
+    def image_tokens(self, *sizes: tuple[int, int]) -> list[int]:
+        """Number of image tokens of each image of a conversation by its (width, height), without decoding one.
 
         Raises:
-            RecordError: the family has no use for an image of this shape.
+            RecordError: the family has no use for an image of such a shape.
         """
-        if size not in self._image_tokens:
-            with _refused("an image of {} x {} pixels".format(*size)):
-                self._image_tokens[size] = self.family.tokens_of_size(self.processor, size, self.image_aspect_ratio)
-        return self._image_tokens[size]
+        if sizes not in self._image_tokens:
+            with _refused("images of {} pixels".format(", ".join(f"{width} x {height}" for width, height in sizes))):
+                self._image_tokens[sizes] = self.family.tokens_of_sizes(self.processor, sizes, self.image_aspect_ratio)
+        return self._image_tokens[sizes]
 
     def ends(self, exchanges: list[TokenizedExchange], counts: list[int]) -> list[int]:
         """Length of the sample up to the end of each exchange.
@@ -173,11 +177,9 @@ class Encoder:
     def _images(self, conversation: Conversation) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
         """Each image as the model takes it, and its number of image tokens."""
         where, family = f"sample {conversation.id!r}", self.family
+        opened = (open_image(image, where) for image in conversation.images)
         with _refused(where):
-            images = [
-                family.encode_image(self.processor, open_image(image, where), self.image_aspect_ratio)
-                for image in conversation.images
-            ]
+            images = family.encode_conversation(self.processor, opened, self.image_aspect_ratio)
         return images, [family.image_tokens(self.processor, image) for image in images]
 
     def _expand(self, ids: list[int], counts: list[int]) -> list[int]:
@@ -204,6 +206,14 @@ def _refused(what: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise RecordError(f"{what}: {error}") from error
+
+
+def _first(conversation: Conversation, exchanges: int, images: int) -> Conversation:
+    """The first exchanges of a conversation, with the images that they show."""
+    system = conversation.turns[0].role == "system"
+    return replace(
+        conversation, turns=conversation.turns[: system + 2 * exchanges], images=conversation.images[:images]
+    )
 
 
 def encode_prompt(

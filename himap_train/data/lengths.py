@@ -53,8 +53,8 @@ def _probe(source: Source, encoder: Encoder, size: int) -> tuple[float, int]:
             texts = [turn.text.replace(IMAGE_PLACEHOLDER, "") for turn in conversation.turns]
             characters += sum(map(len, texts))
             tokens += sum(len(encoder.text_ids(text)) for text in texts)
-            for image in conversation.images:
-                image_tokens = max(image_tokens, encoder.image_tokens(image_size(image, conversation.id)))
+            sizes = (image_size(image, conversation.id) for image in conversation.images)
+            image_tokens = max(image_tokens, *encoder.image_tokens(*sizes), 0)
         except RecordError:
             continue
     return max(characters, 1) / max(tokens, 1), image_tokens

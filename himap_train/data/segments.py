@@ -77,22 +77,24 @@ class Template:
             prompt = _after(before, done, end, name)
             if index == len(messages):
                 return [*found, Exchange(prompt)]
-            answer, end = self._answer(messages[: index + 1], before, name)
+            answer, end, done = self._answer(messages[: index + 1], before, name)
             found.append(Exchange(prompt, answer, end or str(self._processor.tokenizer.eos_token)))
-            done = before + answer
         return found
 
-    def _answer(self, messages: Sequence[Message], before: str, name: str) -> tuple[str, str]:
-        """(text of the last answer with what leads to it, the template's own end token or "")."""
+    def _answer(self, messages: Sequence[Message], before: str, name: str) -> tuple[str, str, str]:
+        """Text of the last answer with what leads to it, the template's own end token or "", and all that the template
+        has rendered up to the answer's end.
+        """
         probe = {"role": "assistant", "content": [{"type": "text", "text": _PROBE}]}
-        around = _rest(self._render([*messages[:-1], probe], name), before, name)
+        around = _behind(self._render([*messages[:-1], probe], name), before, name)
         lead, found, tail = around.partition(_PROBE)
-        text = _rest(self._render(messages, name), before + lead, name)
+        rendered = self._render(messages, name)
+        text = _rest(_behind(rendered, before, name), lead, name)
         if not found or not text.endswith(tail):
             raise RecordError(f"sample {name!r}: the chat template does not show the answer as it is")
         end = next((token for token in self._ends if tail.lstrip(" ").startswith(token)), "")
         spaces = tail[: len(tail) - len(tail.lstrip(" "))] if end else ""
-        return lead + text[: len(text) - len(tail)], spaces + end
+        return lead + text[: len(text) - len(tail)], spaces + end, rendered[: len(rendered) - len(tail)]
 
     def _render(self, messages: Sequence[Message], name: str, add_generation_prompt: bool = False) -> str:
         chat = list(messages) if self._takes_parts else [self._as_string(message) for message in messages]
@@ -123,6 +125,15 @@ def _rest(text: str, start: str, name: str) -> str:
             "answers cannot be found in it; give the checkpoint a template that renders turns one after the other"
         )
     return text[len(start) :]
+
+
+def _behind(text: str, prompt: str, name: str) -> str:
+    """What follows a prompt. Where a template sets an answer apart by other white space than it ends a prompt with
+    (LLaVA-OneVision's: a space and a line break, but a line break alone), that of the prompt counts.
+    """
+    if text.startswith(prompt):
+        return text[len(prompt) :]
+    return _rest(text, prompt.rstrip(), name).lstrip()
 
 
 def _after(text: str, done: str, end: str, name: str) -> str:

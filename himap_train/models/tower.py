@@ -35,7 +35,7 @@ def tower_facts(base: Any, image_processor: Any, aspect_ratio: str, precision: s
         "tower": tower_digest(base),
         "tower_config": vision.to_dict(),
         "feature_layer": base.config.vision_feature_layer,
-        "select_strategy": base.config.vision_feature_select_strategy,
+        "select_strategy": getattr(base.config, "vision_feature_select_strategy", "default"),  # VipLLaVA has none
         "image_processor": {"class": type(image_processor).__name__, **image_processor.to_dict()},
         "image_aspect_ratio": aspect_ratio,
         "precision": precision,

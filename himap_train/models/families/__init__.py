@@ -7,11 +7,14 @@ from typing import Any
 from torch import nn
 
 from himap_train.models.families.base import Family
+from himap_train.models.families.internvl import InternVL
 from himap_train.models.families.llava import Llava
+from himap_train.models.families.llava_next import LlavaNext
+from himap_train.models.families.llava_onevision import LlavaOnevision
 from himap_train.models.families.qwen2_vl import Qwen2VL
 from himap_train.models.families.qwen3_vl import Qwen3VL
 
-FAMILIES: tuple[Family, ...] = (Llava(), Qwen2VL(), Qwen3VL())
+FAMILIES: tuple[Family, ...] = (Llava(), LlavaNext(), LlavaOnevision(), InternVL(), Qwen2VL(), Qwen3VL())
 
 
 def family_of_config(config: Any) -> Family:

@@ -10,13 +10,15 @@ Shapes: B rows, S columns, D decoder width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+
+from himap_train.models.families.blocks import TokenBlock
 
 AspectRatio = Literal["as_processor", "pad"]
 """What happens to an image that is not square: as the processor's own settings say, or padded to a square first."""
@@ -87,6 +89,7 @@ class Family(ABC):
         renumbers: Whether positions can be counted anew after a removal: not where they are 3-D.
         caches_features: Whether what the tower gives can be kept on disk: one fixed shape an image, then the projector.
         takes_padding: Whether `image_aspect_ratio: pad` means anything to its processor.
+        counts_images: Whether an image is cut otherwise where its conversation has several.
     """
 
     name: ClassVar[str]
@@ -104,6 +107,7 @@ class Family(ABC):
     renumbers: ClassVar[bool] = True
     caches_features: ClassVar[bool] = False
     takes_padding: ClassVar[bool] = False
+    counts_images: ClassVar[bool] = False
 
     # The model.
 
@@ -171,6 +175,12 @@ class Family(ABC):
     def encode_image(self, processor: Any, image: Image.Image, aspect_ratio: AspectRatio) -> dict[str, Tensor]:
         """One image (RGB) as the model takes it."""
 
+    def encode_conversation(
+        self, processor: Any, images: Iterable[Image.Image], aspect_ratio: AspectRatio
+    ) -> list[dict[str, Tensor]]:
+        """All images (RGB) of one conversation, each as the model takes it."""
+        return [self.encode_image(processor, image, aspect_ratio) for image in images]
+
     @abstractmethod
     def image_tokens(self, processor: Any, image: Images) -> int:
         """Image tokens of one encoded image."""
@@ -179,9 +189,27 @@ class Family(ABC):
     def tokens_of_size(self, processor: Any, size: tuple[int, int], aspect_ratio: AspectRatio) -> int:
         """Image tokens of an image of this (width, height), without decoding one."""
 
+    def tokens_of_sizes(self, processor: Any, sizes: Sequence[tuple[int, int]], aspect_ratio: AspectRatio) -> list[int]:
+        """Image tokens of each image of one conversation by its (width, height), without decoding one."""
+        return [self.tokens_of_size(processor, size, aspect_ratio) for size in sizes]
+
     def placeholder(self, processor: Any, tokens: int) -> list[int]:
         """Token ids in the place of the one that the chat template writes for an image of so many image tokens."""
         return [processor.image_token_id] * tokens
+
+    # Pictures of what is kept.
+
+    def token_blocks(self, processor: Any, image: Images, picture: Image.Image) -> list[TokenBlock]:
+        """Where the tokens of an encoded image lie over the picture of `drawn_over`, in their order.
+
+        Raises:
+            ValueError: The family does not tell, or the tokens form no grid.
+        """
+        raise ValueError(f"where the image tokens of family {self.name} lie is not known: nothing can be drawn")
+
+    def drawn_over(self, processor: Any, image: Images, picture: Image.Image) -> Image.Image:
+        """What the blocks lie over: the picture, or what the model sees of it."""
+        return picture
 
     # Sizes.
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import LlavaProcessor
 
 from himap_train.models.families.base import AspectRatio, Family, Images
-from himap_train.models.families.pixels import fixed_pixels, is_cropped, patches_of, tower_flops
+from himap_train.models.families.blocks import TokenBlock
+from himap_train.models.families.pixels import fixed_pixels, is_cropped, model_view, patch_grid, patches_of, tower_flops
 
 
 class Llava(Family):
@@ -45,16 +46,7 @@ class Llava(Family):
     def load_processor(self, folder: str, config: Any) -> LlavaProcessor:
         """The stock one; facts about image tokens that old checkpoints leave out come from the model's config."""
         processor = LlavaProcessor.from_pretrained(folder)
-        vision: Any = config.vision_config
-        defaults: dict[str, Any] = {
-            "patch_size": vision.patch_size,
-            "vision_feature_select_strategy": select_strategy(config),
-            # The class token, which SigLIP has not.
-            "num_additional_image_tokens": int(vision.model_type == "clip_vision_model"),
-        }
-        for name, value in defaults.items():
-            if not getattr(processor, name, None):
-                setattr(processor, name, value)
+        set_missing(processor, config)
         return processor
 
     def encode_image(self, processor: Any, image: Image.Image, aspect_ratio: AspectRatio) -> dict[str, Tensor]:
@@ -72,9 +64,20 @@ class Llava(Family):
             size = (8, 8)
         return self.image_tokens(processor, self.encode_image(processor, Image.new("RGB", size), aspect_ratio))
 
+    def token_blocks(self, processor: Any, image: Images, picture: Image.Image) -> list[TokenBlock]:
+        """Square patches over what the model sees, behind a class token where it has one."""
+        tokens, pixels = self.image_tokens(processor, image), image["pixel_values"]
+        full = processor.vision_feature_select_strategy == "full"
+        before = processor.num_additional_image_tokens if full else 0
+        return [TokenBlock(*patch_grid(tokens - before, (pixels.shape[-1], pixels.shape[-2])), before=before)]
+
+    def drawn_over(self, processor: Any, image: Images, picture: Image.Image) -> Image.Image:
+        """The picture after resizing and cropping."""
+        return model_view(image["pixel_values"][0], processor.image_processor)
+
     def tokens_of_config(self, config: Any) -> int:
-        """Patches, and the class token where the config keeps it."""
-        return patches_of(config.vision_config) + (select_strategy(config) == "full" and has_class_token(config))
+        """Patches and the class token, without the first of them where the config leaves it out."""
+        return overview_tokens(config)
 
     def vision_flops(self, config: Any, image_tokens: int) -> float:
         """All layers over all patches."""
@@ -82,9 +85,7 @@ class Llava(Family):
 
     def projector_flops(self, config: Any, image_tokens: int) -> tuple[float, float]:
         """Two linear layers over the patches of one image."""
-        layers, width = config.vision_feature_layer, config.text_config.hidden_size
-        features = 1 if isinstance(layers, int) else len(layers)
-        return 2.0 * image_tokens * features * config.vision_config.hidden_size * width, 2.0 * image_tokens * width**2
+        return mlp_flops(config, image_tokens)
 
 
 def select_strategy(config: Any) -> str:
@@ -95,3 +96,27 @@ def select_strategy(config: Any) -> str:
 def has_class_token(config: Any) -> bool:
     """Whether the tower has a class token."""
     return config.vision_config.model_type == "clip_vision_model"
+
+
+def overview_tokens(config: Any) -> int:
+    """Features of an image of the tower's size."""
+    return patches_of(config.vision_config) + has_class_token(config) - (select_strategy(config) == "default")
+
+
+def mlp_flops(config: Any, features: int) -> tuple[float, float]:
+    """FLOPs of the projector's two linear layers over so many features."""
+    layers, width = config.vision_feature_layer, config.text_config.hidden_size
+    joined = 1 if isinstance(layers, int) else len(layers)
+    return 2.0 * features * joined * config.vision_config.hidden_size * width, 2.0 * features * width**2
+
+
+def set_missing(processor: Any, config: Any) -> None:
+    """Give a stock processor the facts about image tokens that its files leave out."""
+    defaults: dict[str, Any] = {
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": select_strategy(config),
+        "num_additional_image_tokens": int(has_class_token(config)),
+    }
+    for name, value in defaults.items():
+        if not getattr(processor, name, None):
+            setattr(processor, name, value)

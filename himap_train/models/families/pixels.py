@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -40,6 +42,36 @@ def is_cropped(image_processor: Any) -> bool:
     return bool(getattr(image_processor, "do_center_crop", False))
 
 
+def model_view(pixel_values: Tensor, image_processor: Any) -> Image.Image:
+    """The picture that the vision tower is given, after resizing and cropping.
+
+    Args:
+        pixel_values: (3, H, W), normalised.
+        image_processor: The one that made them; its mean and deviation are undone.
+    """
+    mean, deviation = (torch.tensor(getattr(image_processor, name)) for name in ("image_mean", "image_std"))
+    pixels = pixel_values.detach().float().cpu()
+    if getattr(image_processor, "do_normalize", True):
+        pixels = pixels * deviation[:, None, None] + mean[:, None, None]
+    pixels = (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy(), "RGB")
+
+
+def patch_grid(image_tokens: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of the patches of an image of `size` (width, height) pixels, given how many there are.
+
+    Raises:
+        ValueError: No grid of square patches has that many.
+    """
+    width, height = size
+    rows = round(math.sqrt(image_tokens * height / width))
+    if rows < 1 or image_tokens % rows or rows * width != image_tokens // rows * height:
+        raise ValueError(
+            f"{image_tokens} image tokens do not form a grid of square patches over {width}x{height} pixels"
+        )
+    return rows, image_tokens // rows
+
+
 def patches_of(vision: Any) -> int:
     """Patches of a square image of the tower's size."""
     return int(vision.image_size // vision.patch_size) ** 2
@@ -49,4 +81,10 @@ def tower_flops(vision: Any, patches: int, class_token: bool = True) -> float:
     """FLOPs of a CLIP-like tower over one image: patch embedding and all layers."""
     width, mlp, tokens = vision.hidden_size, vision.intermediate_size, patches + class_token
     layer = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * mlp
-    return 2.0 * (patches * width * vision.num_channels * vision.patch_size**2 + vision.num_hidden_layers * layer)
+    return 2.0 * (patches * width * vision.num_channels * patch_area(vision) + vision.num_hidden_layers * layer)
+
+
+def patch_area(vision: Any) -> int:
+    """Pixels of a patch; some configs give its height and width."""
+    size = vision.patch_size
+    return int(size**2 if isinstance(size, int) else size[0] * size[1])

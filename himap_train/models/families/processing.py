@@ -70,6 +70,8 @@ class PartsProcessor:
             found = _file(self.source, name)
             if found is not None:
                 shutil.copyfile(found, Path(folder) / name)
+        if self.chat_template:  # over the tokenizer's own, which everyone would read first
+            (Path(folder) / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
 
 def load_tokenizer(source: str) -> Any:
@@ -84,9 +86,13 @@ def _file(source: str, name: str) -> str | None:
 
 
 def _template(source: str) -> str | None:
-    """The processor's own: a file by itself, in older checkpoints an entry of a JSON file."""
+    """The stock processor's chat template, None where it has none."""
     found = _file(source, "chat_template.jinja")
     if found is not None:
         return Path(found).read_text(encoding="utf-8")
-    found = _file(source, "chat_template.json")
-    return None if found is None else str(json.loads(Path(found).read_text(encoding="utf-8"))["chat_template"])
+    for name in ("chat_template.json", "processor_config.json"):
+        found = _file(source, name)
+        template = json.loads(Path(found).read_text(encoding="utf-8")).get("chat_template") if found else None
+        if isinstance(template, str):
+            return template
+    return None
