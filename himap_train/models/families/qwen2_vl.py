@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from himap_train.models.families.base import AspectRatio, Family, Images, Positions, VisionSizes
+from himap_train.models.families.blocks import TokenBlock
 from himap_train.models.families.processing import PartsProcessor, load_tokenizer
 
 TYPICAL = (640, 480)
@@ -77,6 +78,11 @@ class Qwen2VL(Family):
         """By the image processor's own rule for sizes."""
         images, (width, height) = processor.image_processor, size
         return int(images.get_number_of_image_patches(height, width)) // int(images.merge_size) ** 2
+
+    def token_blocks(self, processor: Any, image: Images, picture: Image.Image) -> list[TokenBlock]:
+        """One grid over the whole picture."""
+        _, rows, columns = (image["image_grid_thw"][0] // processor.image_processor.merge_size).tolist()
+        return [TokenBlock(rows, columns)]
 
     def tokens_of_config(self, config: Any) -> int:
         """Those of a photograph of 640x480, which lies within the published limits of size."""
