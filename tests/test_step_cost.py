@@ -29,8 +29,6 @@ from himap_train.planning.measure import AllocationCounter
 IMAGE, QUESTION, ANSWER = 144, 20, 10
 ROW = f"t10 i{IMAGE} t{QUESTION} a{ANSWER}"
 HIMAP_OF_SIX = plan((2, "instruction", 0.5), (4, "image", 0.25))
-CALLS_ONCE = 110  # operator calls of a pruned prefill beside those of its layers: layout, counts, scattering back
-CALLS_A_STAGE = 130  # scoring, selecting, gathering; views and host arithmetic are counted too
 
 
 class Calls(TorchDispatchMode):
@@ -85,15 +83,6 @@ def test_flops_of_a_pruned_training_step_stay_within_the_bound() -> None:
         attention_backward=2,
     )
     assert 0.98 * bound.total < counter.get_total_flops() <= bound.total
-
-
-def test_operator_calls_of_a_stage_and_of_the_rest() -> None:
-    model, row = tiny_llava(), ["t3 i16 t4"]
-    layers = sum(prefill_calls(PruningSchedule(), row, model).values())
-    one = sum(prefill_calls(plan((2, "instruction", 0.5)), row, model).values())
-    two = sum(prefill_calls(HIMAP_OF_SIX, row, model).values())
-    assert 0 < two - one <= CALLS_A_STAGE
-    assert 0 < 2 * one - two - layers <= CALLS_ONCE
 
 
 def test_operator_calls_do_not_grow_with_rows_or_tokens() -> None:
