@@ -25,7 +25,7 @@ from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.flow import Flow, information_flow
 from himap_train.search.objective import Objective
 from himap_train.search.one_budget import budgets_of, search_budget
-from himap_train.search.proposals import Method, check_method
+from himap_train.search.proposals import Method
 from himap_train.search.samples import read_samples
 from himap_train.search.search_folder import FACTS, PICTURE, TRIALS, save_search, schedule_file
 from himap_train.search.show import print_flow, print_search
@@ -61,7 +61,7 @@ def main(
         data: embedded:validation, a LLaVA file (.json, .jsonl), a Hugging Face data set (folder, .parquet, owner/name).
         budget: Share of the dense prefill's FLOPs, text included, that a schedule may cost (`flops_ratio`).
         budgets: Several of them.
-        method: coordinate (descents from many places), tpe (optuna), or flow (the information flow alone, one pass).
+        method: coordinate (descents from many places), or flow (the information flow alone, one pass).
         trials: Most schedules that are run at each budget.
         stages: Most removals of a schedule.
         criteria: One a stage, by depth; by default instruction at the first and image at the others.
@@ -73,11 +73,10 @@ def main(
         max_skipped: Unusable records that are tolerated: a number, or a fraction below 1.
         output: Folder for schedule-0.40.yaml and its like, trials.csv, search.json and search.png.
         overwrite: Replace results that are there.
-        seed: Seed of the drawn samples, of tpe, and for the criterion `random`.
+        seed: Seed of the drawn samples, and for the criterion `random`.
         dtype: Dtype of the weights; "auto" as they are stored.
         device: "auto", "cpu", "cuda", "cuda:1", ...
     """
-    check_method(method)
     wanted = budgets_of(budget, budgets)
     new_output_folder(output, (*map(schedule_file, wanted), TRIALS, FACTS, PICTURE), overwrite)
     start = time.perf_counter()
@@ -105,7 +104,7 @@ def main(
     found: list[Found] = []
     for space in spaces:
         try:
-            found.append(searched(space, objective, method, trials, flow, seed))
+            found.append(searched(space, objective, method, trials, flow))
         except KeyboardInterrupt:  # before the first trial of this budget
             if not found:
                 raise
@@ -133,10 +132,10 @@ def stop(output: Path) -> NoReturn:
     sys.exit(130)
 
 
-def searched(space: Space, objective: Objective, method: Method, trials: int, flow: Flow, seed: int) -> Found:
+def searched(space: Space, objective: Objective, method: Method, trials: int, flow: Flow) -> Found:
     """`search_budget` with a progress bar."""
     with progress_bar(f"budget {space.budget:g}", 1 if method == "flow" else trials) as advance:
-        return search_budget(space, objective, method, trials, flow, seed, lambda trial: advance(1))
+        return search_budget(space, objective, method, trials, flow, lambda trial: advance(1))
 
 
 if __name__ == "__main__":

@@ -8,13 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
+HAS_DEEPSPEED = find_spec("deepspeed") is not None
+NEEDS_DEEPSPEED = pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")
 
 
 def free_port() -> int:
@@ -44,6 +49,14 @@ def finish(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], s
     finally:
         for process in processes:
             kill_group(process)
+
+
+def wait_for(text: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 120) -> None:
+    """Return when a text stands in a running process's log; the test fails where it ends or takes longer."""
+    limit = time.monotonic() + seconds
+    while text not in log.read_text():
+        assert process.poll() is None and time.monotonic() < limit, f"no {text!r} in\n{tails([log])}"
+        time.sleep(0.01)
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:

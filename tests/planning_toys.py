@@ -1,12 +1,15 @@
-"""Small LLaVAs with LoRA and batches of equal rows, to compare plans with."""
+"""Plans, and small LLaVAs with LoRA and batches of equal rows to compare them with."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from tiny import TEXT_CONFIGS
 from torch import nn
+from training_toys import run_main
 from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule, install_pruning
@@ -61,3 +64,9 @@ def toy_batch(size: int = 32) -> dict[str, Any]:
         "labels": labels,
         "images": {"pixel_values": pixels},
     }
+
+
+def planned(tmp_path: Path, *options: str) -> dict[str, Any]:
+    file = tmp_path / "plan.json"
+    assert run_main("plan", *options, "--json", str(file)) == 0
+    return json.loads(file.read_text())

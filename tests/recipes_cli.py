@@ -6,8 +6,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from tiny import tiny_llava, tiny_processor
-
 from himap_train.command_line import run_command
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -19,10 +17,3 @@ def run_recipe(name: str, *argv: object) -> int:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # jsonargparse looks type hints up there
     spec.loader.exec_module(module)
     return run_command(module.main, [str(argument) for argument in argv])
-
-
-def save_tiny(folder: Path) -> Path:
-    """A stock checkpoint of the tiny LLaVA."""
-    tiny_llava().save_pretrained(folder)
-    tiny_processor().save_pretrained(folder)
-    return folder

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cost import llava_7b
+from cost_toys import LLAVA_7B
 from torch import Tensor
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
@@ -164,7 +164,7 @@ def test_a_fit_finds_fixed_time_and_rate() -> None:
 
 
 def test_bounds_are_those_of_the_cost_model() -> None:
-    schedule, config = PruningSchedule.from_preset("himap"), llava_7b()
+    schedule, config = PruningSchedule.from_preset("himap"), LLAVA_7B
     cost = schedule.cost(config)
     flops = [
         step_flops("prefill", kind, config, Workload(), lora_parameters=[0] * 32)
@@ -180,7 +180,7 @@ def test_bounds_are_those_of_the_cost_model() -> None:
 @pytest.mark.parametrize("measure", ["prefill", "training_step"])
 def test_a_causal_bound_leaves_out_what_is_hidden(measure: str) -> None:
     """Pair by pair of query and key, for one layer after the other."""
-    config, workload = llava_7b(), Workload(image_tokens=20, text_before=3, text_after=6)
+    config, workload = LLAVA_7B, Workload(image_tokens=20, text_before=3, text_after=6)
     text = config.text_config
     schedule = PruningSchedule((PruningStage(2, "uniform", 0.5), PruningStage(20, "uniform", 0.1)))
     full, causal = (

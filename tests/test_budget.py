@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from transformers import LlamaConfig, LlavaConfig
+from cost_toys import LLAVA_7B
 
 from himap_train import PruningSchedule, PruningStage
 from himap_train.pruning.budget import at_strength
 
-LLAVA_7B = LlavaConfig(text_config=LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32))
 HIMAP = PruningSchedule.from_preset("himap")
 
 

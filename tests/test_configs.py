@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from distributed import finish, start, tails
+from distributed import NEEDS_DEEPSPEED, finish, start, tails
 from training_toys import RECIPES, finetune
 
 from himap_train.checkpoints.load import load_checkpoint
@@ -65,6 +65,7 @@ def test_config_rehearses(config: Path, tmp_path: Path, monkeypatch: pytest.Monk
         assert len(names) >= 2
 
 
+@NEEDS_DEEPSPEED
 @pytest.mark.parametrize(
     "overlay",
     [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else []) for path in OVERLAYS],

@@ -5,43 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import make_case
+from cost_toys import HIMAP, LLAVA_7B, decoder, plan
 from tiny import tiny_llava
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
-from himap_train import PruningSchedule, PruningStage, install_pruning
+from himap_train import PruningSchedule, install_pruning
 from himap_train.models.features import hidden_states
 
 WITHIN = 0.05  # what the design asks for
 IMAGE_TOKENS, TEXT_TOKENS = 144, 40
-
-
-def decoder(kv_heads: int = 8, layers: int = 12) -> LlavaForConditionalGeneration:
-    """Wide enough that matrix products are what costs, as in a real one."""
-    vision = CLIPVisionConfig(
-        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=8
-    )
-    text = LlamaConfig(
-        vocab_size=512, hidden_size=256, intermediate_size=688, num_hidden_layers=layers, num_attention_heads=8,
-        num_key_value_heads=kv_heads,
-    )  # fmt: skip
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=4)
-    config._attn_implementation = "sdpa"
-    return LlavaForConditionalGeneration(config).eval()
-
-
-def llava_7b() -> LlavaConfig:
-    return LlavaConfig(text_config=LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32))
-
-
-def plan(*stages: tuple[int, str, float]) -> PruningSchedule:
-    return PruningSchedule(
-        stages=tuple(PruningStage(layer=at, criterion=how, keep_ratio=keep) for at, how, keep in stages)
-    )
-
-
-HIMAP = plan((2, "instruction", 0.5), (5, "image", 0.125))
 
 
 SCHEDULES = {
@@ -92,14 +66,14 @@ def test_kv_bytes_are_those_of_the_real_cache(name: str) -> None:
     ("preset", "percent"), [("none", 100.0), ("himap", 24.6), ("fastv", 52.4), ("himap-generation", 32.7)]
 )
 def test_published_image_only_ratios_of_llava_7b(preset: str, percent: float) -> None:
-    cost = PruningSchedule.from_preset(preset).cost(llava_7b(), image_tokens=576, text_tokens=115)
+    cost = PruningSchedule.from_preset(preset).cost(LLAVA_7B, image_tokens=576, text_tokens=115)
     assert round(100 * cost.image_only_flops_ratio, 1) == percent
 
 
 def test_himap_on_llava_7b_with_its_text() -> None:
     """The notes on the method work this out by hand: about 37 % and 44 % of the prefill, 115 text tokens included."""
     ratios = {
-        name: PruningSchedule.from_preset(name).cost(llava_7b(), image_tokens=576, text_tokens=115).flops_ratio
+        name: PruningSchedule.from_preset(name).cost(LLAVA_7B, image_tokens=576, text_tokens=115).flops_ratio
         for name in ("himap", "himap-generation")
     }
     assert ratios["himap"] == pytest.approx(0.37, abs=0.005)
@@ -107,9 +81,9 @@ def test_himap_on_llava_7b_with_its_text() -> None:
 
 
 def test_himap_tokens_per_layer() -> None:
-    cost = PruningSchedule.from_preset("himap").cost(llava_7b(), image_tokens=576, text_tokens=115)
+    cost = PruningSchedule.from_preset("himap").cost(LLAVA_7B, image_tokens=576, text_tokens=115)
     assert list(cost.image_tokens_per_layer) == [576] * 2 + [288] * 6 + [72] * 24
-    dense = PruningSchedule().cost(llava_7b(), image_tokens=576, text_tokens=115)
+    dense = PruningSchedule().cost(LLAVA_7B, image_tokens=576, text_tokens=115)
     assert (dense.flops_ratio, dense.image_only_flops_ratio, dense.kv_bytes_ratio) == (1.0, 1.0, 1.0)
 
 

@@ -10,8 +10,7 @@ from data_examples import image_folder, llava_record, picture
 from PIL import Image
 
 from himap_train.data.images import image_size, open_image, resolve_image_path
-from himap_train.data.jsonl import Jsonl
-from himap_train.data.llava_json import LlavaJson
+from himap_train.data.llava_file import LlavaFile
 from himap_train.data.records import RecordError, Source, Turn
 from himap_train.data.sources import open_source
 from himap_train.models.families.pixels import fixed_pixels, pad_to_square
@@ -71,7 +70,7 @@ def test_source_survives_being_sent_to_a_worker(source):
 
 def test_jsonl_is_read_by_place_not_from_start(tmp_path, folder):
     many = [llava_record(str(i), None, f"Q{i} " + "x" * (i % 7), f"A{i}") for i in range(100)]
-    source = Jsonl(write_jsonl(tmp_path, many), folder)
+    source = LlavaFile(write_jsonl(tmp_path, many), folder)
     assert [source[i].id for i in (99, 3, 50, 0)] == ["99", "3", "50", "0"]
     assert source._offsets.itemsize * len(source) == 800
 
@@ -127,7 +126,7 @@ def test_bad_records_name_file_record_and_key(tmp_path, folder, record, message,
 def test_broken_line_of_jsonl(tmp_path, folder):
     path = write_jsonl(tmp_path, RECORDS)
     path.write_bytes(path.read_bytes() + b'{"id": \xff\n' + b'{"id": "cut"')
-    source = Jsonl(path, folder)
+    source = LlavaFile(path, folder)
     for index in (4, 5):
         with pytest.raises(RecordError, match=f"data.jsonl, record {index}: not JSON"):
             source[index]
@@ -156,13 +155,13 @@ def test_files_that_are_not_the_format(tmp_path, content, message):
     path = tmp_path / "data.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        LlavaJson(path)
+        LlavaFile(path)
 
 
 def test_empty_jsonl(tmp_path):
     (tmp_path / "data.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match="data.jsonl holds no records"):
-        Jsonl(tmp_path / "data.jsonl")
+        LlavaFile(tmp_path / "data.jsonl")
 
 
 @pytest.mark.parametrize(

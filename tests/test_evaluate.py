@@ -11,10 +11,12 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from evaluation_toys import QUIET, Source, conversation, image
 from PIL import Image
 from processes import in_processes
-from recipes_cli import RECIPES, run_recipe, save_tiny
+from recipes_cli import RECIPES, run_recipe
 from tiny import IMAGE_TOKENS, tiny_llava, tiny_processor
+from training_toys import save_tiny
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
 from himap_train.checkpoints.scheduled import load_with_schedule
@@ -33,21 +35,6 @@ from himap_train.models.stock import base_model
 from himap_train.pruning.reading import fit_preset, is_preset
 
 SCHEDULE = PruningSchedule((PruningStage(2, "instruction", 0.5), PruningStage(4, "image", 0.125)))
-QUIET = {"progress": False, "max_new_tokens": 4}
-
-
-def image(number: int) -> Image.Image:
-    pixels = torch.randint(0, 256, (32, 40, 3), generator=torch.Generator().manual_seed(number), dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy())
-
-
-def conversation(number: int, question: str, answer: str = "yes", images: int = 1, **meta: str) -> Conversation:
-    turns = (Turn("user", "<image>" * images + question), Turn("assistant", answer))
-    return Conversation(str(number), tuple(image(number + i) for i in range(images)), turns, meta)
-
-
-class Source(list):
-    """A map-style source."""
 
 
 class Stream:

@@ -8,14 +8,13 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from distributed import finish, free_port, kill_group, start, start_two, tails
+from distributed import NEEDS_DEEPSPEED, finish, free_port, kill_group, start, start_two, tails, wait_for
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -50,9 +49,7 @@ def test_sigterm_to_one_process_saves_and_the_run_goes_on_in_one(tmp_path: Path)
     config, log = written(tmp_path, 4000), tmp_path / "log"
     process = start([sys.executable, FINETUNE, "--config", config, "--trainer.devices", "2"], log)
     try:
-        limit = time.monotonic() + 120
-        while "step 3 of" not in log.read_text() and time.monotonic() < limit and process.poll() is None:
-            time.sleep(0.1)
+        wait_for("step 3 of", process, log)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         second = next(int(pid) for pid in children if b"finetune" in Path(f"/proc/{pid}/cmdline").read_bytes())
         os.kill(second, signal.SIGTERM)
@@ -70,6 +67,7 @@ def test_sigterm_to_one_process_saves_and_the_run_goes_on_in_one(tmp_path: Path)
 
 
 @pytest.mark.slow
+@NEEDS_DEEPSPEED
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_torchrun(tmp_path: Path, stage: str) -> None:
     config, log = written(tmp_path, 3), tmp_path / "log"
@@ -84,6 +82,7 @@ def test_torchrun(tmp_path: Path, stage: str) -> None:
 
 
 @pytest.mark.slow
+@NEEDS_DEEPSPEED
 def test_rehearsal_under_zero_3(tmp_path: Path) -> None:
     """To its end: the processes answer two questions each at the end, in different numbers of tokens."""
     log, overlay = tmp_path / "log", ROOT / "configs" / "deepspeed" / "zero3.yaml"
@@ -233,7 +232,11 @@ def test_slurm_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ("options", "message"),
     [
         (["--trainer.strategy", "deepspeed_stage2"], "did you mean 'deepspeed_stage_2'?"),
-        (["--trainer.strategy", "deepspeed_stage_2", "--trainer.precision", "16-mixed"], "expected 32-true or bf16"),
+        pytest.param(
+            ["--trainer.strategy", "deepspeed_stage_2", "--trainer.precision", "16-mixed"],
+            "expected 32-true or bf16",
+            marks=NEEDS_DEEPSPEED,
+        ),
         (
             ["--trainer.strategy", "deepspeed_stage_3", "--model.quantize", "4bit", "--rehearse"],
             "model.quantize=4bit does not go with ZeRO-3 .*--trainer.strategy deepspeed_stage_2 or ddp",

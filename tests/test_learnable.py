@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback
-from test_pruning_cli import config, error_of, logged
+from pruning_runs import config, error_of, logged
 from tiny import tiny_llava, tiny_processor
 from training_toys import finetune, quiet_trainer, save_tiny, tuner
 from transformers import LlamaConfig

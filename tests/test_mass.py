@@ -10,13 +10,21 @@ import torch
 from cases import RAGGED, RAGGED_ANSWERS, make_case
 from checks import STATES, assert_equals_naive, assert_same_kept, run
 from decoding import LOGITS, STEPS, decode, naive_decode, random_tokens
+from device_waits import tainted
+from gradient_checks import (
+    CHECKPOINTING,
+    NAMES,
+    assert_same_gradients,
+    batches,
+    gradients,
+    naive_gradients,
+    trainable,
+    with_leaves,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive import naive_generate
-from test_gradients import CHECKPOINTING, NAMES, assert_same_gradients, batches, gradients, naive_gradients, trainable
-from test_gradients import with_leaves as leaves
-from test_properties import QUICK, check, dialogues, models, prompts, seeds, sides
-from test_step_cost import tainted
+from random_cases import QUICK, check, dialogues, models, prompts, seeds, sides
 from tiny import tiny_llava
 from torch import Tensor
 
@@ -148,7 +156,7 @@ def test_gradients_equal_the_oracle(name: str, reentrant: bool | None) -> None:
     cases = batches(model)
     expected = naive_gradients(plan, cases)
     install_pruning(model, plan)
-    losses = [model(**leaves(case).inputs(labels=True)).loss for case in cases]
+    losses = [model(**with_leaves(case).inputs(labels=True)).loss for case in cases]
     for loss in losses:
         loss.backward()
     assert_same_gradients(gradients(model, cases), expected)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from cost_toys import LLAVA_7B
+from evaluation_toys import QUIET, Source, conversation
 from export_toys import trained
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
-from test_budget import LLAVA_7B
-from test_evaluate import QUIET, Source, conversation
-from test_plan import planned
+from planning_toys import planned
 from tiny import tiny_llava, tiny_processor
 from training_toys import ToyData, quiet_trainer, save_tiny, tuner
 

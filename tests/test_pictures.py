@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from recipes_cli import run_recipe, save_tiny
+from recipes_cli import run_recipe
 from tiny import IMAGE_SIZE, IMAGE_TOKENS, tiny_processor
+from training_toys import save_tiny
 
 from himap_train import PruningSchedule, PruningStage
 from himap_train.analysis.pictures import (

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import training_toys
+from planning_toys import planned
+from training_toys import run_main
 from transformers import LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule
@@ -31,12 +32,6 @@ def no_hub_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _unreachable(*args: Any, **kwargs: Any) -> None:
     raise ConnectionError("no network in tests")
-
-
-def planned(tmp_path: Path, *options: str) -> dict[str, Any]:
-    file = tmp_path / "plan.json"
-    assert training_toys.run_main("plan", *options, "--json", str(file)) == 0
-    return json.loads(file.read_text())
 
 
 def test_llava_7b_without_hub_or_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,13 +134,13 @@ def test_other_schedules_during_training_are_noted(tmp_path: Path) -> None:
 def test_errors_name_the_key_and_what_is_valid(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert training_toys.run_main("plan", *LLAVA_7B, *options) == 2
+    assert run_main("plan", *LLAVA_7B, *options) == 2
     assert message in capsys.readouterr().err
 
 
 def test_unknown_key_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        training_toys.run_main("plan", *LLAVA_7B, "--data.batchsize", "4")
+        run_main("plan", *LLAVA_7B, "--data.batchsize", "4")
     assert "Did you mean 'data.batch_size'?" in capsys.readouterr().err
 
 
@@ -207,7 +202,7 @@ def test_built_in_architectures_are_read_where_the_hub_is_not_reached() -> None:
 @pytest.mark.slow
 def test_verify_prints_errors_of_both_models(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.undo()  # here weights are loaded
-    assert training_toys.run_main("plan", "--verify") == 0
+    assert run_main("plan", "--verify") == 0
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:]]
     assert {row[1].strip() for row in rows} == {"embedded", "100M"}
     assert all(abs(float(row[6].strip(" %"))) < 10 for row in rows)

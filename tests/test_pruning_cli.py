@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pruning_runs import STAGES, config, error_of, logged
 from recipes_cli import run_recipe
 from training_toys import finetune, save_tiny
 
@@ -16,44 +17,12 @@ from himap_train.checkpoints.load import load_checkpoint
 from himap_train.models.install import pruning_of
 from himap_train.training.run.finetune_cli import FinetuneCLI
 
-STAGES = [{"layer": 1, "criterion": "instruction", "keep_ratio": 0.5}]
 ELASTIC = {"budgets": [0.9, 0.95], "self_distillation": {"share": 0.5}}
 
 
 @pytest.fixture(scope="module")
 def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-def config(path: str, folder: Path, pruning: dict[str, Any], **groups: Any) -> str:
-    """A run of seconds on the embedded scenes, whose questions are long for the tiny model: text costs most."""
-    model = {"path": path, "schedule": {"stages": STAGES}, "lora_r": 4, "lora_alpha": 8}
-    content = {
-        "output": str(folder / "run"),
-        "model": {**model, "gradient_checkpointing": False, **groups.pop("model", {})},
-        "data": {"batch_size": 2, "train_limit": 12, "validation_limit": 4, "max_length": 400},
-        "trainer": {"accelerator": "cpu", "max_steps": 6, "limit_val_batches": 1, "log_every_n_steps": 1},
-        "evaluation": {"limit": 4, "during": 0, "max_new_tokens": 2, "before": False, **groups.pop("evaluation", {})},
-        "pruning": pruning,
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    return str(folder / "config.yaml")
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """Run something that must fail with status 2; the message."""
-    try:
-        status = finetune(*options)
-    except SystemExit as stop:  # jsonargparse ends the process itself
-        status = int(stop.code or 0)
-    assert status == 2
-    return capsys.readouterr().err
-
-
-def logged(run: Path, name: str) -> list[float]:
-    header, *lines = ((run / "logs" / "version_0" / "metrics.csv").read_text()).splitlines()
-    place = header.split(",").index(name)
-    return [float(line.split(",")[place]) for line in lines if line.split(",")[place]]
 
 
 @pytest.fixture(scope="module")

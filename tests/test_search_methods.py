@@ -1,10 +1,8 @@
-"""The methods find what is planted, keep to their allowance, try nothing twice and do the same again for a seed."""
+"""The methods find what is planted, keep to their allowance, try nothing twice and do the same again."""
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
-import sys
 
 import pytest
 from transformers import LlamaConfig, LlavaConfig
@@ -12,16 +10,13 @@ from transformers import LlamaConfig, LlavaConfig
 from himap_train import PruningSchedule
 from himap_train.search.flow import Flow
 from himap_train.search.one_budget import search_budget
-from himap_train.search.proposals import check_method, search
+from himap_train.search.proposals import search
 from himap_train.search.space import Space
 from himap_train.search.trials import Trials
 
 TEXT = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=12, num_attention_heads=4)
 SPACE = Space(LlavaConfig(text_config=TEXT), 0.45, image_tokens=144, text_tokens=15)
 FLOW = Flow((1.0,) * 12, (1.0,) * 12)
-HAS_OPTUNA = importlib.util.find_spec("optuna") is not None
-NEEDS_OPTUNA = pytest.mark.skipif(not HAS_OPTUNA, reason="optuna is not installed")
-OBJECTIVE_METHODS = ["coordinate", pytest.param("tpe", marks=NEEDS_OPTUNA)]
 
 
 def planted(layers: tuple[int, ...], splits: tuple[float, ...], space: Space = SPACE):
@@ -37,13 +32,12 @@ def planted(layers: tuple[int, ...], splits: tuple[float, ...], space: Space = S
     return loss, target
 
 
-@pytest.mark.parametrize("method", OBJECTIVE_METHODS)
 @pytest.mark.parametrize("optimum", [((2, 7), (0.25,)), ((1, 4), (0.0,)), ((3, 3), (0.5,))])
-def test_a_planted_optimum_is_found(method: str, optimum: tuple) -> None:
+def test_a_planted_optimum_is_found(optimum: tuple) -> None:
     loss, target = planted(*optimum)
     trials = Trials(SPACE, loss, limit=50)
-    search(method, trials, starts=[])
-    assert trials.best.loss <= {"coordinate": 0.0, "tpe": 0.25}[method], f"{trials.best} for {target}"
+    search("coordinate", trials, starts=[])
+    assert trials.best.loss == 0.0, f"{trials.best} for {target}"
     assert statistics.median(trial.loss for trial in trials.done) > 1.0
 
 
@@ -60,30 +54,18 @@ def test_free_criteria_are_searched() -> None:
     assert [stage.criterion for stage in trials.best.schedule.stages] == ["image", "instruction"]
 
 
-@pytest.mark.parametrize("method", OBJECTIVE_METHODS)
-def test_the_same_seed_gives_the_same_trials_and_none_twice(method: str) -> None:
+def test_the_trials_are_always_the_same_and_none_twice() -> None:
     loss, _ = planted((2, 7), (0.25,))
     runs = []
     for _ in range(2):
         calls: list[PruningSchedule] = []
         trials = Trials(SPACE, lambda schedule: calls.append(schedule) or loss(schedule), limit=25)  # noqa: B023
-        search(method, trials, [SPACE.point((1, 3), (0.5,))], seed=3)
+        search("coordinate", trials, [SPACE.point((1, 3), (0.5,))])
         assert [trial.schedule for trial in trials.done] == calls
         assert len(set(calls)) == len(calls) == 25
         assert all(SPACE.meets_budget(schedule) for schedule in calls)
         runs.append(calls)
     assert runs[0] == runs[1]
-
-
-@NEEDS_OPTUNA
-def test_tpe_depends_on_its_seed() -> None:
-    loss, _ = planted((2, 7), (0.25,))
-    found = []
-    for seed in (0, 1):
-        trials = Trials(SPACE, loss, limit=8)
-        search("tpe", trials, [], seed=seed)
-        found.append([trial.schedule for trial in trials.done])
-    assert found[0] != found[1]
 
 
 def test_flow_tries_its_suggestion_alone() -> None:
@@ -95,19 +77,17 @@ def test_flow_tries_its_suggestion_alone() -> None:
     assert its_loss == loss(schedule)
 
 
-@pytest.mark.parametrize("method", OBJECTIVE_METHODS)
-def test_a_search_is_never_worse_than_the_preset(method: str) -> None:
+def test_a_search_is_never_worse_than_the_preset() -> None:
     preset = search_budget(SPACE, lambda schedule: 0.0, "flow", 1, FLOW).baseline[0]
     counts = SPACE.layer_counts(preset)
 
     def loss(schedule: PruningSchedule) -> float:
         return sum(abs(a - b) > 1 for a, b in zip(SPACE.layer_counts(schedule), counts, strict=True))
 
-    assert search_budget(SPACE, loss, method, 3, FLOW).trials.best.loss == 0
+    assert search_budget(SPACE, loss, "coordinate", 3, FLOW).trials.best.loss == 0
 
 
-@pytest.mark.parametrize("method", OBJECTIVE_METHODS)
-def test_ctrl_c_keeps_the_trials_that_are_done(method: str) -> None:
+def test_ctrl_c_keeps_the_trials_that_are_done() -> None:
     calls = []
 
     def loss(schedule: PruningSchedule) -> float:
@@ -117,7 +97,7 @@ def test_ctrl_c_keeps_the_trials_that_are_done(method: str) -> None:
         return float(len(calls))
 
     trials = Trials(SPACE, loss, limit=20)
-    search(method, trials, [])
+    search("coordinate", trials, [])
     assert trials.interrupted
     assert [trial.loss for trial in trials.done] == [1.0, 2.0, 3.0]
 
@@ -134,12 +114,3 @@ def test_a_budget_between_whole_tokens_is_refused() -> None:
     coarse = Space(LlavaConfig(text_config=TEXT), 0.6, image_tokens=3, text_tokens=1, stages=1)
     with pytest.raises(ValueError, match="only 3 image tokens"):
         search("coordinate", Trials(coarse, lambda schedule: 0.0, limit=5), [])
-
-
-def test_without_optuna_tpe_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    check_method("coordinate")
-    with pytest.raises(ValueError, match=r"pip install \"himap-train\[search\]\".*--method coordinate"):
-        check_method("tpe")
-    with pytest.raises(ValueError, match="did you mean 'tpe'"):
-        check_method("tpp")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -103,10 +102,3 @@ def test_results_that_are_there_stay(tmp_path: Path, capsys) -> None:
     assert search(tmp_path, "--budget", 0.4) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert (tmp_path / "schedule-0.40.yaml").read_text() == "mine"
-
-
-def test_tpe_without_optuna_fails_before_anything_is_made(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    assert search(tmp_path / "new", "--budget", 0.4, "--method", "tpe") == 2
-    assert "himap-train[search]" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from cost_toys import LLAVA_7B
 from transformers import LlamaConfig, LlavaConfig
 
 from himap_train.search.flow import Flow, handed_over, suggest
@@ -14,7 +15,6 @@ from himap_train.search.space import Space
 
 TEXT = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4)
 CONFIG = LlavaConfig(text_config=TEXT)
-LLAVA_7B = LlavaConfig(text_config=LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32))
 
 
 def space(budget: float = 0.4, **options: object) -> Space:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from cases import make_case
-from test_cost import HIMAP, decoder, plan
+from cost_toys import HIMAP, decoder, plan
+from device_waits import tainted
 from tiny import tiny_llava
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,9 +29,6 @@ from himap_train.models.training_cost import training_flops
 IMAGE, QUESTION, ANSWER = 144, 20, 10
 ROW = f"t10 i{IMAGE} t{QUESTION} a{ANSWER}"
 HIMAP_OF_SIX = plan((2, "instruction", 0.5), (4, "image", 0.25))
-CALLS_ONCE = 110  # operator calls of a pruned prefill beside those of its layers: layout, counts, scattering back
-CALLS_A_STAGE = 130  # scoring, selecting, gathering; views and host arithmetic are counted too
-WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "item", "index.Tensor")
 
 
 class Calls(TorchDispatchMode):
@@ -89,15 +85,6 @@ def test_flops_of_a_pruned_training_step_stay_within_the_bound() -> None:
     assert 0.98 * bound.total < counter.get_total_flops() <= bound.total
 
 
-def test_operator_calls_of_a_stage_and_of_the_rest() -> None:
-    model, row = tiny_llava(), ["t3 i16 t4"]
-    layers = sum(prefill_calls(PruningSchedule(), row, model).values())
-    one = sum(prefill_calls(plan((2, "instruction", 0.5)), row, model).values())
-    two = sum(prefill_calls(HIMAP_OF_SIX, row, model).values())
-    assert 0 < two - one <= CALLS_A_STAGE
-    assert 0 < 2 * one - two - layers <= CALLS_ONCE
-
-
 def test_operator_calls_do_not_grow_with_rows_or_tokens() -> None:
     model = tiny_llava()
     schedule = HIMAP_OF_SIX
@@ -120,57 +107,6 @@ def test_peak_memory_falls_as_the_tokens_do(row: str) -> None:
     tokens = [2 * (image + text) + 3 * (image // 2 + text) + 7 * (image // 8 + text), 12 * (image + text)]
     fixed = 12 * 8 * 256 * 26 * 4 / peaks[0]  # gradients of LoRA, which pruning leaves alone
     assert peaks[1] / peaks[0] < (1 - fixed) * tokens[0] / tokens[1] + fixed + 0.05
-
-
-class Tainted(TorchDispatchMode):
-    """Follows what stems from the batch and the weights, as if it lay on a GPU, and counts operators that wait for it.
-
-    Host tensors are those that come out of `Tensor.cpu`, which the test replaces, and what is made from them alone.
-    """
-
-    def __init__(self, device_tensors: list[Tensor]) -> None:
-        super().__init__()
-        self._alive = list(device_tensors)
-        self._on_device = {tensor.untyped_storage().data_ptr() for tensor in device_tensors}
-        self.waits: Counter[str] = Counter()
-        self.transfers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
-        on_device = any(tensor.untyped_storage().data_ptr() in self._on_device for tensor in given)
-        name = str(func).removeprefix("aten.")
-        if on_device and name.startswith(WAITS):
-            self.waits[name] += 1
-        out = func(*args, **(kwargs or {}))
-        if on_device:
-            for value in tree_iter(out):
-                if isinstance(value, Tensor):
-                    self._alive.append(value)  # no address is used twice
-                    self._on_device.add(value.untyped_storage().data_ptr())
-        return out
-
-    def to_host(self, tensor: Tensor) -> Tensor:
-        """In place of `Tensor.cpu`."""
-        self.transfers += 1
-        host = torch.tensor(tensor.tolist(), dtype=tensor.dtype) if tensor.numel() else tensor
-        self._alive.append(host)
-        self._on_device.discard(host.untyped_storage().data_ptr())
-        return host
-
-
-@contextmanager
-def tainted(model: Any, tensors: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> Iterator[Tainted]:
-    mode = Tainted([*model.parameters(), *model.buffers(), *tensors])
-
-    def cpu(tensor: Tensor) -> Tensor:
-        waits = mode.waits.copy()
-        host = mode.to_host(tensor)
-        mode.waits = waits  # reading it out is the transfer that is counted already
-        return host
-
-    with monkeypatch.context() as patch, mode:
-        patch.setattr(Tensor, "cpu", cpu)
-        yield mode
 
 
 @pytest.mark.parametrize("labels", [False, True], ids=["prompt", "training"])

@@ -3,6 +3,9 @@
 A shard is a safetensors file of some hundred images, so that a data set makes thousands of files, not a million, and
 each is on the disk for sure (one fsync) before it gets its name. Names of its tensors are the digests of the images; a
 checksum of each stands in the metadata. Reading maps the file and copies one image's features.
+
+safetensors carries shapes, dtypes (bfloat16 too, which numpy's memmap lacks) and mapping; what stands here is what it
+and `datasets` leave open: checksums, and finding an image in files that others go on adding to.
 """
 
 from __future__ import annotations
@@ -55,10 +58,6 @@ class FeatureStore:
         """Images that make up a shard."""
         return max(1, min(_SHARD_IMAGES, _SHARD_BYTES // self.image_bytes))
 
-    def __len__(self) -> int:
-        """Images that are known to be there."""
-        return len(self._halves)
-
     def __contains__(self, digest: str) -> bool:
         return self._shard_of(digest) is not None
 
@@ -69,8 +68,7 @@ class FeatureStore:
             Those whose header cannot be read or that are too short; their images are not among those that are there.
         """
         damaged: list[Path] = []
-        known = set(self._shards)
-        for path in sorted(set(self.folder.glob(f"*{_SUFFIX}")) - known):
+        for path in sorted(set(self.folder.glob(f"*{_SUFFIX}")) - set(self._shards)):
             try:
                 with safe_open(path, "pt") as shard:
                     self._add(list(shard.keys()), path)
@@ -143,4 +141,4 @@ def _half(digest: str) -> int:
 
 
 def _checksum(values: torch.Tensor) -> str:
-    return f"{zlib.crc32(values.contiguous().reshape(-1).view(torch.uint8).numpy().data):08x}"
+    return f"{zlib.crc32(values.view(torch.uint8).numpy().data):08x}"

@@ -49,10 +49,12 @@ def parse_llava_record(record: Any, index: int, file: str, image_folder: Path) -
 
 def meta_of(record: Mapping[str, Any], known: Iterable[str]) -> dict[str, str]:
     """What a record has beside its `known` keys, as text; lists (such as several accepted `answers`) as JSON."""
-    others = {key: value for key, value in record.items() if key not in known}
-    plain = {key: str(value) for key, value in others.items() if isinstance(value, str | int | float | bool)}
-    lists = {key: json.dumps(value) for key, value in others.items() if _is_list_of_plain(value)}
-    return plain | lists
+    meta: dict[str, str] = {}
+    for key, value in record.items():
+        items = value if isinstance(value, list) else [value]
+        if key not in known and all(isinstance(item, str | int | float) for item in items):
+            meta[key] = json.dumps(value) if items is value else str(value)
+    return meta
 
 
 def length_hint(record: Any) -> tuple[int, int]:
@@ -91,10 +93,6 @@ def _image_names(record: Mapping[str, Any], where: str) -> list[str]:
         if not isinstance(name, str):
             raise RecordError(f"{where}: `{key}` is {_kind(value)}; expected a path or a list of paths")
     return names
-
-
-def _is_list_of_plain(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str | int | float | bool) for item in value)
 
 
 def _kind(value: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from himap_train.data.batches import Batch, PaddingSide, collate
+from himap_train.data.batches import Batch, collate
 from himap_train.data.datasets import REPEATED, SUBSTITUTE, EncodedRecords, EncodedStream
 from himap_train.data.encode import IGNORED, Sample
 from himap_train.data.sampling import BatchOrder
@@ -29,14 +29,13 @@ class Collate:
     """
 
     pad_token_id: int
-    padding_side: PaddingSide = "right"
     pad_to_multiple_of: int | None = None
     keep_substitutes: bool = True
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Pads what counts. Where nothing does, one sample stays without supervision: every process needs a batch."""
         own = [sample for sample in samples if self._counts(sample)] or [_unsupervised(samples[0])]
-        return collate(own, self.pad_token_id, self.padding_side, self.pad_to_multiple_of)
+        return collate(own, self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
 
     def _counts(self, sample: Sample) -> bool:
         return REPEATED not in sample["meta"] and (self.keep_substitutes or SUBSTITUTE not in sample["meta"])

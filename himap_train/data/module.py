@@ -218,7 +218,7 @@ class LlavaDataModule(LightningDataModule):
 
     def _collate(self, keep_substitutes: bool = True) -> Collate:
         pad = pad_token_id_of(self.processor.tokenizer)
-        return Collate(pad, "right", self.pad_to_multiple_of, keep_substitutes)
+        return Collate(pad, self.pad_to_multiple_of, keep_substitutes)
 
     def _ready_encoder(self) -> Encoder:
         if self._encoder is None:

@@ -9,8 +9,7 @@ from urllib.parse import parse_qsl
 
 from himap_train.data.hub_datasets import load_from_hub
 from himap_train.data.huggingface import HuggingFaceRecords, HuggingFaceStream
-from himap_train.data.jsonl import Jsonl
-from himap_train.data.llava_json import LlavaJson
+from himap_train.data.llava_file import LlavaFile
 from himap_train.data.records import Source, StreamingSource
 from himap_train.data.scene_questions import SceneQuestions
 
@@ -46,10 +45,8 @@ def open_source(
     if text.startswith("embedded:"):
         return _scenes(text)
     path, split = _path_and_split(text, split)
-    if path.suffix == ".json":
-        return LlavaJson(path, image_folder)
-    if path.suffix == ".jsonl":
-        return Jsonl(path, image_folder)
+    if path.suffix in (".json", ".jsonl"):
+        return LlavaFile(path, image_folder)
     root = Path(image_folder) if image_folder else None
     if path.is_dir() or path.suffix == ".parquet":
         dataset = _local(path, split, streaming)

@@ -33,7 +33,6 @@ def search_budget(
     method: Method,
     limit: int,
     flow: Flow,
-    seed: int = 0,
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> Found:
     """The best schedules of a space.
@@ -44,7 +43,6 @@ def search_budget(
         method: How candidates are chosen.
         limit: Most schedules that are run.
         flow: Its suggestion is the first candidate.
-        seed: Seed of the method.
         on_trial: Called after each trial.
 
     Raises:
@@ -55,7 +53,7 @@ def search_budget(
     preset = preset_at_budget(space)
     trials = Trials(space, objective, limit, on_trial)
     baseline = None if preset is None else (preset, objective(preset))
-    search(method, trials, starting_points(space, flow, with_preset=method != "flow"), seed)
+    search(method, trials, starting_points(space, flow, with_preset=method != "flow"))
     return Found(trials, baseline)
 
 

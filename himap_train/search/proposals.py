@@ -1,7 +1,6 @@
-"""How the next candidate is chosen: from the information flow alone, by coordinate search, or by optuna's TPE.
+"""How the next candidate is chosen: from the information flow alone, or by coordinate search.
 
-All methods first try the same starting points (a published preset at the budget, the flow's suggestion) and differ in
-what they do with the rest of their allowance.
+Both first try the same starting points (a published preset at the budget, the flow's suggestion).
 """
 
 from __future__ import annotations
@@ -10,58 +9,33 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from himap_train.pruning.names import nearest
 from himap_train.search.space import Point, Space
 from himap_train.search.trials import Trials
 
-Method = Literal["tpe", "coordinate", "flow"]
+Method = Literal["coordinate", "flow"]
 FINEST_SPLIT = 1 / 64
 """Where the coordinate search stops."""
 _PROPOSALS_PER_TRIAL = 10
 """Schedules are proposed again that have been run, which costs nothing; but not for ever."""
-_SPLIT_GRID = 1 / 16
-"""Grid of TPE, whose draws would never hit the ends of an interval."""
-_OPTUNA_MISSING = (
-    'method "tpe" needs optuna, which is not installed: pip install "himap-train[search]" (or: pip install '
-    '"optuna>=4"), or use --method coordinate, which needs nothing'
-)
 
 
-def check_method(method: str) -> None:
-    """Refuse a method that cannot run here, before anything is loaded.
-
-    Raises:
-        ValueError: There is no such method.
-        ValueError: It needs optuna, which is not installed.
-    """
-    if method not in get_args(Method):
-        raise ValueError(f"method {method!r} is unknown{nearest(method, get_args(Method))}")
-    if method == "tpe":
-        _optuna()
-
-
-def search(method: Method, trials: Trials, starts: Sequence[Point], seed: int = 0) -> None:
+def search(method: Method, trials: Trials, starts: Sequence[Point]) -> None:
     """Fill `trials`. A pressed Ctrl-C ends the search and sets `trials.interrupted`.
 
     Args:
         method: "flow" tries the starting points alone.
         trials: With the space, the objective and the allowance.
         starts: Tried first; those that miss the budget are passed over.
-        seed: Seed of TPE.
 
     Raises:
-        ModuleNotFoundError: optuna is not installed.
         ValueError: No candidate meets the budget.
     """
     with trials.until_interrupted():
-        for point in starts:
-            trials.try_point(point, "start")
-        if method == "tpe":
-            _tpe(trials, starts, seed)
-        elif method == "coordinate":
-            _coordinate(trials, starts)
+        losses = {point: loss for point in starts if (loss := trials.try_point(point, "start")) is not None}
+        if method == "coordinate":
+            _coordinate(trials, losses)
         if not trials.done:
             raise ValueError(
                 f"no candidate's flops_ratio is within 1 % of the budget {trials.space.budget}: the sample has only "
@@ -70,10 +44,9 @@ def search(method: Method, trials: Trials, starts: Sequence[Point], seed: int = 
             )
 
 
-def _coordinate(trials: Trials, starts: Sequence[Point]) -> None:
-    """Descents from the best of the starts and of points spread over the space, then from further ones."""
+def _coordinate(trials: Trials, losses: dict[Point, float]) -> None:
+    """Descents from the best of some points with their losses and of others spread over the space, then from more."""
     spread = islice(_spread(trials.space), _PROPOSALS_PER_TRIAL * trials.limit)
-    losses = {point: loss for point in starts if (loss := trials.try_point(point, "start")) is not None}
     for point in islice(spread, max(trials.limit // 8, 2)):
         if (loss := trials.try_point(point, "spread")) is not None:
             losses[point] = loss
@@ -137,55 +110,3 @@ def _moves(point: Point, space: Space, layer_step: int, split_step: float) -> It
 
 def _with(values: tuple[Any, ...], number: int, value: Any) -> tuple[Any, ...]:
     return (*values[:number], value, *values[number + 1 :])
-
-
-def _tpe(trials: Trials, starts: Sequence[Point], seed: int) -> None:
-    """Bergstra et al. 2011, on layers, splits and criteria together."""
-    optuna, space = _optuna(), trials.space
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    startup = max(2, min(10, trials.limit // 4))
-    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=startup)
-    study = optuna.create_study(sampler=sampler)
-    for point in starts:
-        if space.schedule(point) is not None:
-            study.enqueue_trial(_parameters(point, space))
-    for _ in range(_PROPOSALS_PER_TRIAL * trials.limit):
-        if trials.full:
-            return
-        asked = study.ask()
-        loss = trials.try_point(_suggested(asked, space), "tpe")
-        if loss is None:
-            study.tell(asked, state=optuna.trial.TrialState.PRUNED)
-        else:
-            study.tell(asked, loss)
-
-
-def _suggested(asked: Any, space: Space) -> Point:
-    """The first layer within the budget, the others anywhere: `Space` sorts them and joins equal ones."""
-    layers = [
-        asked.suggest_int(f"layer_{number}", 1, space.num_layers - 1 if number else space.deepest_first)
-        for number in range(space.stages)
-    ]
-    splits = [asked.suggest_float(f"split_{number}", 0.0, 1.0, step=_SPLIT_GRID) for number in range(1, space.stages)]
-    criteria = None
-    if space.free_criteria:
-        criteria = [asked.suggest_categorical(f"criterion_{n}", space.criteria) for n in range(space.stages)]
-    return space.point(layers, splits, criteria)
-
-
-def _parameters(point: Point, space: Space) -> dict[str, Any]:
-    """The inverse of `_suggested`."""
-    named: dict[str, Any] = {f"layer_{number}": layer for number, layer in enumerate(sorted(point.layers))}
-    on_grid = [round(split / _SPLIT_GRID) * _SPLIT_GRID for split in point.splits]
-    named |= {f"split_{number}": split for number, split in enumerate(on_grid, start=1)}
-    if space.free_criteria:
-        named |= {f"criterion_{number}": criterion for number, criterion in enumerate(point.criteria)}
-    return named
-
-
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ModuleNotFoundError as error:
-        raise ValueError(_OPTUNA_MISSING) from error
-    return optuna

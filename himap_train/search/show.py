@@ -17,7 +17,7 @@ from himap_train.search.flow import HANDED_OVER, Flow, handed_over
 from himap_train.search.trials import Found
 
 
-def print_search(found: Found, dense_loss: float, rows: int = 5) -> None:
+def print_search(found: Found, dense_loss: float) -> None:
     """The best few schedules of a budget, with dense and the preset to compare, on standard output."""
     table = Table(title=f"budget {found.budget:g}: {len(found.trials.done)} schedules tried")
     for name in ("", "loss", "flops_ratio", "schedule"):
@@ -27,7 +27,7 @@ def print_search(found: Found, dense_loss: float, rows: int = 5) -> None:
     if found.baseline:
         schedule, loss = found.baseline
         table.add_row("preset himap at the budget", f"{loss:.4f}", f"{ratio(schedule):.3f}", describe(schedule))
-    for trial in sorted(found.trials.done, key=lambda trial: trial.loss)[:rows]:
+    for trial in sorted(found.trials.done, key=lambda trial: trial.loss)[:5]:
         name = f"trial {trial.number} ({trial.origin})"
         table.add_row(name, f"{trial.loss:.4f}", f"{trial.flops_ratio:.3f}", describe(trial.schedule))
     Console().print(table)

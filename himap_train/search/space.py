@@ -75,7 +75,7 @@ class Space:
             )
         self.stages, self.free_criteria = stages, free_criteria
         self._known: dict[PruningSchedule, PruningSchedule | None] = {}  # methods propose the same again and again
-        self.criteria = tuple(criteria or _as_himap(stages))
+        self.criteria = tuple(criteria or ("instruction", *["image"] * (stages - 1)))
         _check_criteria(self.criteria, stages, free_criteria)
         check_budget(budget, self._least(1), first_layer=1)
         if budget == 1.0:
@@ -139,10 +139,6 @@ def _shape(point: Point) -> PruningSchedule:
         ratio *= point.splits[number - 1] if number else 1.0
         by_layer[layer] = PruningStage(layer, point.criteria[number], ratio)
     return PruningSchedule(tuple(by_layer.values()))
-
-
-def _as_himap(stages: int) -> tuple[str, ...]:
-    return ("instruction", *["image"] * (stages - 1))
 
 
 def _check_criteria(criteria: tuple[str, ...], stages: int, free: bool) -> None:

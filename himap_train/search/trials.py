@@ -63,14 +63,10 @@ class Trials:
     def try_point(self, point: Point, origin: str) -> float | None:
         """The loss of a point, run or remembered; None where it does not meet the budget or nothing may be run."""
         schedule = self.space.schedule(point)
-        return None if schedule is None else self.try_schedule(schedule, origin)
-
-    def try_schedule(self, schedule: PruningSchedule, origin: str) -> float | None:
-        """The loss of a schedule that meets the budget; as in `try_point`."""
         known = next((trial for trial in self.done if trial.schedule == schedule), None)
         if known is not None:
             return known.loss
-        if self.full or not self.space.meets_budget(schedule):
+        if schedule is None or self.full:
             return None
         start = time.perf_counter()
         loss = self.objective(schedule)
