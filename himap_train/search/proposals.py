@@ -83,8 +83,9 @@ def _spread(space: Space) -> Iterator[Point]:
         root = (1 + root) ** (1 / (size + 1))
     for count in itertools.count(1):
         at = [(0.5 + count * root**-power) % 1 for power in range(1, size + 1)]
-        layers = [1 + int(at[0] * space.deepest_first)]
-        layers += [1 + int(place * (space.num_layers - 1)) for place in at[1 : space.stages]]
+        first, places = space.earliest, space.num_layers - space.earliest
+        layers = [first + int(at[0] * (space.deepest_first + 1 - first))]
+        layers += [first + int(place * places) for place in at[1 : space.stages]]
         splits, choices = at[space.stages : 2 * space.stages - 1], at[2 * space.stages - 1 :]
         criteria = [space.criteria[int(place * len(space.criteria))] for place in choices]
         yield space.point(sorted(layers), splits, criteria if space.free_criteria else None)
@@ -94,7 +95,7 @@ def _moves(point: Point, space: Space, layer_step: int, split_step: float) -> It
     """Every coordinate one step up and down, and every other criterion where these are free."""
     for number, layer in enumerate(point.layers):
         for moved in (layer - layer_step, layer + layer_step):
-            if 1 <= moved < space.num_layers:
+            if space.earliest <= moved < space.num_layers:
                 yield replace(point, layers=tuple(sorted(_with(point.layers, number, moved))))
     for number, split in enumerate(point.splits):
         for wanted in (split - split_step, split + split_step):

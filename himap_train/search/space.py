@@ -47,7 +47,8 @@ class Space:
         text_tokens: Its other tokens.
         stages: Most removals.
         criteria: One a stage, by depth; with `free_criteria` any of them at each stage. None: `instruction` at the
-            first, `image` at the others, as HiMAP has it.
+            first, `image` at the others, as HiMAP has it. Where one of them reads nothing of the layer before, stages
+            before the decoder (layer 0) are searched too.
         free_criteria: Search the criteria too.
 
     Raises:
@@ -77,10 +78,13 @@ class Space:
         self._known: dict[PruningSchedule, PruningSchedule | None] = {}  # methods propose the same again and again
         self.criteria = tuple(criteria or ("instruction", *["image"] * (stages - 1)))
         _check_criteria(self.criteria, stages, free_criteria)
-        check_budget(budget, self._least(1), first_layer=1)
+        self.earliest = 1 if all(_reads_before(criterion) for criterion in self.criteria) else 0
+        check_budget(budget, self._least(self.earliest), first_layer=self.earliest)
         if budget == 1.0:
             raise ValueError("the budget 1.0 is dense: there is nothing to search; give less")
-        self.deepest_first = max(layer for layer in range(1, self.num_layers) if self._least(layer) <= budget)
+        self.deepest_first = max(
+            layer for layer in range(self.earliest, self.num_layers) if self._least(layer) <= budget
+        )
 
     def point(self, layers: Sequence[int], splits: Sequence[float], criteria: Sequence[str] | None = None) -> Point:
         """A point; where criteria are free and none are given, every stage has the first of them."""
@@ -91,8 +95,12 @@ class Space:
         """The schedule at the budget, ratios to four digits, stages that remove nothing left out.
 
         Returns:
-            None where the first layer is too deep for the budget, or whole tokens miss it by more than `TOLERANCE`.
+            None where the first layer is too deep for the budget, has nothing before it that its criterion could read,
+            or whole tokens miss the budget by more than `TOLERANCE`.
         """
+        before_decoder = sum(layer == 0 for layer in point.layers)
+        if any(_reads_before(criterion) for criterion in point.criteria[:before_decoder]):
+            return None
         shape = _shape(point)
         if shape not in self._known:
             self._known[shape] = self._at_budget(shape)
@@ -130,6 +138,11 @@ class Space:
                 stages.append(stage.keeping(round(left / self.tokens["image_tokens"], 4)))
             before = left
         return replace(schedule, stages=tuple(stages))
+
+
+def _reads_before(criterion: str) -> bool:
+    """Whether it needs a layer before the stage."""
+    return PruningStage(1, criterion, 0.5).reads_before
 
 
 def _shape(point: Point) -> PruningSchedule:
