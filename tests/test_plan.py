@@ -122,7 +122,7 @@ def test_other_schedules_during_training_are_noted(tmp_path: Path) -> None:
         (["--trainer.devices", "0"], "trainer.devices is '0'; expected a number"),
         (["--model.attn_implementation", "paged"], "valid: sdpa, eager, flash_attention_2"),
         (["--model.lora_targets", '["qproj"]'], "match nothing; the decoder has the linear layers down_proj"),
-        (["--model.path", "nobody/nothing"], "without the hub it knows llava-hf/llava-1.5-13b-hf"),
+        (["--model.path", "nobody/nothing"], "llava-hf/llava-1.5-13b-hf"),
         (["--gpu-memory", "0"], "expected the GiB of one GPU"),
         (["--text-tokens", "-1"], "--text_tokens is -1; expected 0 or more"),
         (
