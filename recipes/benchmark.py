@@ -21,8 +21,7 @@ from himap_train.benchmark.bench import Settings
 from himap_train.benchmark.benchmark_tables import FILES, Results, save
 from himap_train.benchmark.contenders import DENSE, MEASURES, METHODS
 from himap_train.benchmark.environment import command_line, environment, load_average
-from himap_train.benchmark.measurements import fit_series, run_jobs, series_jobs, table_job
-from himap_train.benchmark.predicted import predict
+from himap_train.benchmark.measurements import run_jobs, series_jobs, table_job
 from himap_train.benchmark.sizes import find_size
 from himap_train.benchmark.timing import Clock
 from himap_train.benchmark.workload import Workload
@@ -109,7 +108,7 @@ def main(
     facts: dict[str, Any] = {"command": command_line(), "environment": environment(place), "settings": shown}
     rows, found = run_jobs(jobs)
     facts["load_after"] = load_average()
-    print(save(Results(facts, rows, found, fit_series(found), predict()), output))
+    print(save(Results(facts, rows, found), output))
     print(f"saved in {output}")
 
 

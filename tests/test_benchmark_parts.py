@@ -1,8 +1,7 @@
-"""What the benchmark is made of: pairs, peers that compute what they stand for, fits, bounds and shapes."""
+"""What the benchmark is made of: pairs, peers that compute what they stand for, bounds and shapes."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,6 @@ from himap_train.benchmark import contenders as methods_module
 from himap_train.benchmark import timing
 from himap_train.benchmark.bounds import decode_ratio, step_flops
 from himap_train.benchmark.contenders import METHODS, find_method
-from himap_train.benchmark.growth import fit_growth
-from himap_train.benchmark.measured_method import Row
 from himap_train.benchmark.peak_memory import cache_bytes, weight_bytes
 from himap_train.benchmark.peers import (
     fastv_attention_maps,
@@ -25,7 +22,6 @@ from himap_train.benchmark.peers import (
     peer_decoder,
     pyramiddrop_ranking,
 )
-from himap_train.benchmark.predicted import predict
 from himap_train.benchmark.series import AXES, points
 from himap_train.benchmark.sizes import SIZES, build_model, find_size, model_config
 from himap_train.benchmark.tasks import inference_task
@@ -147,22 +143,6 @@ def test_every_method_says_why_it_costs_what_it_costs() -> None:
         find_method("himpa", 12)
 
 
-def row(value: int, seconds: float, dense_seconds: float, flops: tuple[float, float], method: str = "himap") -> Row:
-    one, dense = Spread.of([seconds]), Spread.of([dense_seconds])
-    work = Workload(image_tokens=value)
-    return Row("prefill", method, "", work, 12, one, dense, Spread.of([1.0]), None, None, flops, 1, 1, None, None, 1.0)
-
-
-def test_a_fit_finds_fixed_time_and_rate() -> None:
-    values, rate, fixed = [144, 288, 576], 1e11, 0.003
-    flops = [(1e9 * value, 4e8 * value + 1e8) for value in values]
-    rows = [row(v, fixed + f[1] / rate, fixed + f[0] / rate, f) for v, f in zip(values, flops, strict=True)]
-    (fit,) = fit_growth("image_tokens", values, rows)
-    assert (fit.fixed, fit.slope) == (pytest.approx(fixed), pytest.approx(rate))
-    assert fit.r2 == pytest.approx(1) and fit.worst < 1e-9 and 0.9 < fit.dense_exponent < 1
-    assert fit_growth("image_tokens", values[:2], rows[:2]) == []
-
-
 def test_bounds_are_those_of_the_cost_model() -> None:
     schedule, config = PruningSchedule.from_preset("himap"), LLAVA_7B
     cost = schedule.cost(config)
@@ -233,13 +213,3 @@ def test_series_change_one_thing() -> None:
 def test_impossible_shapes_are_refused(change: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="cannot be run"):
         Workload(**change)
-
-
-def test_predictions_are_the_cost_models() -> None:
-    found = {(one.model, one.schedule): one for one in predict()}
-    assert found["llava-1.5-7b", "himap"].prefill_ratio == pytest.approx(0.37, abs=0.005)
-    assert found["llava-1.5-7b", "none"].step_ratio == 1.0
-    # 6.5e9 weights in the layers, 691 tokens, 2 FLOPs a weight in each of 3 passes; attention comes on top.
-    assert found["llava-1.5-7b", "none"].step_flops == pytest.approx(6 * 6.5e9 * 691, rel=0.2)
-    assert found["llava-next-34b", "none"].kv_bytes == 2 * 2 * 60 * 8 * 128 * (2880 + 115)
-    assert all(math.isfinite(one.samples_per_second) for one in found.values())

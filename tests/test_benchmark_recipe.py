@@ -40,10 +40,9 @@ def test_every_method_in_training_and_prefill(tmp_path: Path, capsys: pytest.Cap
     assert step["tokens_per_second"] == pytest.approx(2 * 60 / step["seconds"]["median"])
 
     assert found["environment"]["versions"]["torch"] and found["settings"]["image_tokens"] == 48
-    assert {one["model"] for one in found["predicted"]} == {"llava-1.5-7b", "llava-1.5-13b", "llava-next-34b"}
     text = (tmp_path / "out" / "benchmark.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
-    assert "## training step" in text and "Predicted, not measured" in text and "attention maps" in text
+    assert "## training step" in text and "attention maps" in text
     with Image.open(tmp_path / "out" / "methods.png") as picture:
         assert min(picture.size) > 300
     assert not (tmp_path / "out" / "series.png").exists()
@@ -58,16 +57,12 @@ def test_decoding_a_token_and_generating(tmp_path: Path) -> None:
     assert generate["tokens_per_second"] == pytest.approx(64 / generate["seconds"]["median"])
 
 
-def test_series_are_fitted_and_drawn(tmp_path: Path) -> None:
+def test_series_are_drawn(tmp_path: Path) -> None:
     options = ("--methods", "[]", "--series", "[image_tokens]", "--series_values", "[16,48,96]")
     found = run(tmp_path, *options, "--series_methods", "[himap,vtw]", "--gradient_checkpointing", "true")
     points = found["series"]["image_tokens"]
     assert [point["value"] for point in points] == [16] * 4 + [48] * 4 + [96] * 4 and not found["rows"]
     assert all(point["workload"]["image_tokens"] == point["value"] for point in points)
-    fits = [(fit["measure"], fit["quantity"]) for fit in found["growth"]]
-    assert (
-        sorted(fits) == [("prefill", "time")] * 2 + [("training_step", "memory")] * 2 + [("training_step", "time")] * 2
-    )
     assert (tmp_path / "series.png").stat().st_size > 10_000
 
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from himap_train.benchmark.growth import Fit
 from himap_train.benchmark.measured_method import Row
 from himap_train.benchmark.plots import draw_series, draw_table
-from himap_train.benchmark.predicted import GPUS, SUSTAINED, Prediction
 from himap_train.benchmark.timing import Spread
 from himap_train.evaluation.tables import json_ready, markdown_lines
 from himap_train.storage import atomic_file
@@ -29,15 +27,11 @@ class Results:
         facts: Command, environment and settings, as JSON types.
         rows: Methods at one shape.
         series: Rows along each axis, with the axis' value.
-        fits: Lines through them.
-        predictions: What the cost model says of large models.
     """
 
     facts: dict[str, Any]
     rows: list[Row]
     series: dict[str, list[tuple[int, Row]]]
-    fits: list[Fit]
-    predictions: list[Prediction]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types."""
@@ -47,8 +41,6 @@ class Results:
             "series": {
                 axis: [{"value": value, **row.to_dict()} for value, row in rows] for axis, rows in self.series.items()
             },
-            "growth": [fit.to_dict() for fit in self.fits],
-            "predicted": [prediction.to_dict() for prediction in self.predictions],
         }
 
 
@@ -74,13 +66,6 @@ def markdown(results: Results) -> str:
         parts.append(f"## {measure.replace('_', ' ')}\n\n{markdown_lines(*_method_cells(rows))}")
     for axis, points in results.series.items():
         parts.append(f"## Along {axis.replace('_', ' ')}\n\n{markdown_lines(*_series_cells(axis, points))}")
-    if results.fits:
-        parts.append(f"## Growth, measured against the cost model\n\n{markdown_lines(*_fit_cells(results.fits))}")
-    if results.predictions:
-        parts.append(
-            f"## Predicted, not measured\n\nFrom FLOPs alone, {GPUS} GPUs at an assumed {SUSTAINED / 1e12:.0f} TFLOP/s "
-            f"each; LoRA with gradient checkpointing.\n\n{markdown_lines(*_prediction_cells(results.predictions))}"
-        )
     return "\n".join(parts)
 
 
@@ -132,48 +117,6 @@ def _series_cells(axis: str, found: Sequence[tuple[int, Row]]) -> tuple[list[str
         for value, row in found
     ]
     return header, lines
-
-
-def _fit_cells(fits: Sequence[Fit]) -> tuple[list[str], list[list[str]]]:
-    header = [
-        "series",
-        "measure",
-        "quantity",
-        "fixed",
-        "slope",
-        "R²",
-        "largest deviation",
-        "dense grows",
-        "pruned grows",
-    ]
-    lines = []
-    for fit in fits:
-        in_time = fit.quantity == "time"
-        fixed = f"{1000 * fit.fixed:.1f} ms" if in_time else f"{fit.fixed / MIB:.1f} MiB"
-        slope = f"{fit.slope / 1e9:.1f} GFLOP/s" if in_time else f"{fit.slope / 1024:.1f} KiB a token and layer"
-        grows = [f"value^{power:.2f}" for power in (fit.dense_exponent, fit.exponent)]
-        numbers = [f"{fit.r2:.4f}", f"{100 * fit.worst:.1f} %"]
-        lines.append([fit.axis, fit.measure, fit.quantity, fixed, slope, *numbers, *grows])
-    return header, lines
-
-
-def _prediction_cells(predictions: Sequence[Prediction]) -> tuple[list[str], list[list[str]]]:
-    header = ["model", "schedule", "image tokens", "prefill, TFLOP", "ratio", "step, TFLOP", "ratio"]
-    lines = [
-        [
-            one.model,
-            one.schedule,
-            str(one.image_tokens),
-            f"{one.prefill_flops / 1e12:.2f}",
-            f"{one.prefill_ratio:.3f}",
-            f"{one.step_flops / 1e12:.1f}",
-            f"{one.step_ratio:.3f}",
-            f"{one.samples_per_second:.0f}",
-            f"{one.kv_bytes / MIB:.0f}",
-        ]
-        for one in predictions
-    ]
-    return [*header, "samples/s", "KV a sample, MiB"], lines
 
 
 def spread(values: Spread, factor: float, digits: int) -> str:

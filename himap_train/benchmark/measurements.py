@@ -12,7 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from himap_train.benchmark.bench import Bench, Settings
 from himap_train.benchmark.contenders import DENSE, MEASURES, find_method
-from himap_train.benchmark.growth import Fit, fit_growth
 from himap_train.benchmark.measured_method import Row
 from himap_train.benchmark.series import points
 from himap_train.benchmark.workload import Workload
@@ -107,13 +106,3 @@ def run_jobs(jobs: Sequence[Job]) -> tuple[list[Row], dict[str, list[tuple[int, 
 
 def _advance(bar: Progress, task: Any) -> Callable[[], None]:
     return lambda: bar.advance(task)
-
-
-def fit_series(series: dict[str, list[tuple[int, Row]]]) -> list[Fit]:
-    """A line through every measure and method of every axis."""
-    fits = []
-    for axis, found in series.items():
-        for key in dict.fromkeys((row.measure, row.method) for _, row in found):
-            some = [(value, row) for value, row in found if (row.measure, row.method) == key]
-            fits += fit_growth(axis, [value for value, _ in some], [row for _, row in some])
-    return fits
