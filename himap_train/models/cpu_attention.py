@@ -58,7 +58,7 @@ class _WholeAndFirst(torch.autograd.Function):
 
 def _whole_and_first(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """(B, H, L, D) and, of these, (B, H, length, D)."""
-    if torch.compiler.is_compiling() or not tokens.requires_grad or not length:
+    if not tokens.requires_grad or not length:
         return tokens, tokens[:, :, :length]
     first: tuple[Tensor, Tensor] = _WholeAndFirst.apply(tokens, length)
     return first
@@ -99,8 +99,6 @@ class CausalBlocks:
 
     def _mask(self, query: Tensor, keys: int) -> Tensor:
         """Minus infinity at keys behind each query row, (rows, keys), where the last row is that of the last key."""
-        if torch.compiler.is_compiling():  # would be made for the mask that is there already
-            return _last_rows_mask(query.shape[2], keys, query)
         shared = self._shared
         if shared is None or shared.shape[1] < keys or shared.dtype != query.dtype:
             self._shared = shared = _last_rows_mask(BLOCK[query.dtype], max(keys, BLOCK[query.dtype]), query)
