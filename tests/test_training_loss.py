@@ -22,9 +22,10 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_loss_and_gradients_equal_hugging_face(chunk: int) -> None:
     batch = collate([sample(0, answer=5), sample(1, answer=2), sample(2, answer=3, image=False)])
     batch.pop("ids")
+    images = batch.pop("images")
     stock, ours = tiny_llava(), tiny_llava()
-    expected = stock(**batch).loss
-    total, count = supervised_loss(hidden_states(ours, **batch), batch["labels"], ours.lm_head, chunk)
+    expected = stock(**batch, **images).loss
+    total, count = supervised_loss(hidden_states(ours, **batch, images=images), batch["labels"], ours.lm_head, chunk)
     assert int(count) == 10
     torch.testing.assert_close(total / count, expected, **FP32)
     expected.backward()
