@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from himap_train.models.families import family_of
+from himap_train.models.versions import feature_layers
 
 
 def check_frozen(base: Any) -> None:
@@ -34,7 +35,7 @@ def tower_facts(base: Any, image_processor: Any, aspect_ratio: str, precision: s
     return {
         "tower": tower_digest(base),
         "tower_config": vision.to_dict(),
-        "feature_layer": base.config.vision_feature_layer,
+        "feature_layer": feature_layers(base.config),
         "select_strategy": getattr(base.config, "vision_feature_select_strategy", "default"),  # VipLLaVA has none
         "image_processor": {"class": type(image_processor).__name__, **image_processor.to_dict()},
         "image_aspect_ratio": aspect_ratio,

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.utils import output_capturing
 
 CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
 """The keyword of the key-value cache, and its name in outputs; 5.24 renamed it in all decoders."""
@@ -18,6 +19,19 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).param
 def given_cache(given: Mapping[str, Any]) -> Cache | None:
     """The cache among keyword arguments, by either name."""
     return given.get("past_key_values") if given.get("cache") is None else given["cache"]
+
+
+def feature_layers(config: Any) -> int | list[int] | tuple[int, ...]:
+    """Layers of the vision tower that the projector takes; -1 where a config does not say."""
+    # VipLLaVA's had a plural of its own before 5.23
+    named = [getattr(config, name, None) for name in ("vision_feature_layer", "vision_feature_layers")]
+    return next((layers for layers in named if layers is not None), -1)
+
+
+def asked_states(layers: int | list[int] | tuple[int, ...]) -> bool | int | list[int] | tuple[int, ...]:
+    """What `output_hidden_states` of a tower takes to give at least these layers."""
+    # towers that keep only what is asked for counted no layer from the end before there was this function
+    return layers if hasattr(output_capturing, "select_hidden_states") else True
 
 
 def decoder_output(

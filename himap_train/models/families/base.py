@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from himap_train.models.families.blocks import TokenBlock
+from himap_train.models.versions import feature_layers
 
 AspectRatio = Literal["as_processor", "pad"]
 """What happens to an image that is not square: as the processor's own settings say, or padded to a square first."""
@@ -230,7 +231,7 @@ class Family(ABC):
         vision, width = config.vision_config, config.text_config.hidden_size
         patches = (vision.image_size // vision.patch_size) ** 2 + 1
         states = (vision.num_hidden_layers + 3) * vision.hidden_size + 3 * vision.intermediate_size
-        layers = getattr(config, "vision_feature_layer", -1)
+        layers = feature_layers(config)
         joined = 1 if isinstance(layers, int) else len(layers)
         return VisionSizes(
             pixels=vision.num_channels * vision.image_size**2,

@@ -12,6 +12,7 @@ from transformers import LlavaProcessor
 from himap_train.models.families.base import AspectRatio, Family, Images
 from himap_train.models.families.blocks import TokenBlock
 from himap_train.models.families.pixels import fixed_pixels, is_cropped, model_view, patch_grid, patches_of, tower_flops
+from himap_train.models.versions import asked_states, feature_layers
 
 
 class Llava(Family):
@@ -27,8 +28,9 @@ class Llava(Family):
         """What the projector takes, (images, T, W), in the dtype in which it computes."""
         # Copied from transformers 5.23 LlavaModel.get_image_features (VipLlavaModel's is the same with more layers),
         # whose decorator turns the config's layers into `output_hidden_states`; changes marked "HiMAP:".
-        layers, strategy = model.config.vision_feature_layer, select_strategy(model.config)
-        outputs = self.vision(model)(images["pixel_values"], return_dict=True, output_hidden_states=layers)
+        layers, strategy = feature_layers(model.config), select_strategy(model.config)
+        asked = asked_states(layers)
+        outputs = self.vision(model)(images["pixel_values"], return_dict=True, output_hidden_states=asked)
         chosen = [outputs.hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
         if strategy == "default":
             chosen = [states[:, 1:] for states in chosen]
@@ -105,7 +107,7 @@ def overview_tokens(config: Any) -> int:
 
 def mlp_flops(config: Any, features: int) -> tuple[float, float]:
     """FLOPs of the projector's two linear layers over so many features."""
-    layers, width = config.vision_feature_layer, config.text_config.hidden_size
+    layers, width = feature_layers(config), config.text_config.hidden_size
     joined = 1 if isinstance(layers, int) else len(layers)
     return 2.0 * features * joined * config.vision_config.hidden_size * width, 2.0 * features * width**2
 
