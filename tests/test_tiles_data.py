@@ -23,6 +23,8 @@ from himap_train.data.records import Conversation
 from himap_train.models.features import hidden_states
 from himap_train.models.loading import load_llava
 
+pytestmark = pytest.mark.core
+
 SIZES = ((16, 16), (7, 5), (40, 25), (25, 40), (64, 64), (200, 31), (31, 200), (65, 63), (9, 90), (1, 500), (500, 1))
 
 

@@ -21,6 +21,8 @@ from himap_train.data.records import Conversation
 from himap_train.models.features import hidden_states
 from himap_train.models.loading import load_llava
 
+pytestmark = pytest.mark.core
+
 STATES = {"atol": 2e-4, "rtol": 2e-4}  # fp32
 LOGITS = {"atol": 2e-3, "rtol": 1e-3}
 EXACT = {"atol": 1e-9, "rtol": 1e-7}  # fp64

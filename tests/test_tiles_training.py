@@ -29,6 +29,8 @@ from himap_train.models.training_cost import tokens_of_image
 from himap_train.planning.typical_sample import find_config
 from himap_train.pruning.reading import read_schedule
 
+pytestmark = pytest.mark.core
+
 SCHEDULE = {"stages": [{"layer": 1, "criterion": "instruction", "keep_ratio": 0.5}]}
 
 
