@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def hidden_states(
     base = base_model(model)
     family = family_of(base)
     images = images or {}
-    encoded = unused = None
+    encoded = None
     if mm_encoder_outputs is not None:
         encoded = mm_encoder_outputs["image"]
     elif image_features is not None and len(image_features) > 0:
@@ -57,7 +57,8 @@ def hidden_states(
     elif image_features is None and images:
         encoded = family.encode_images(base, images)
     elif torch.is_grad_enabled() or weights_are_spread(base):
-        unused = encode_nothing(base) if image_features is None else _projected(base, _one_row(image_features))
+        encoded = encode_nothing(base) if image_features is None else _projected(base, _one_row(image_features))
+        encoded = _without_rows(encoded)
     inputs: dict[str, Any] = family.forward_inputs(base.config, input_ids, images) | family.position_inputs(images)
     if encoded is not None:
         inputs["mm_encoder_outputs"] = {"image": encoded}
@@ -66,7 +67,7 @@ def hidden_states(
     hidden: Tensor = base.model(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs
     ).last_hidden_state
-    return hidden if unused is None else hidden + 0 * _sum(unused).to(hidden.dtype)
+    return hidden
 
 
 def encode_nothing(base: Any) -> Any:
@@ -87,18 +88,16 @@ def _one_row(image_features: Tensor) -> Tensor:
     return image_features.new_zeros(1, 1, image_features.shape[-1])
 
 
-def _sum(encoded: Any) -> Tensor:
-    """Sum of all image features."""
-    return torch.stack([part.sum() for part in _tensors((encoded.pooler_output, _planes(encoded)))]).sum()
+def _without_rows(encoded: Any) -> Any:
+    """The features of no image, from those of one: merged as any are, so that the backward pass is in the same order
+    too, and gives what made them gradients of zero.
+    """
+    none = copy(encoded)
+    none.pooler_output = _no_rows(encoded.pooler_output)
+    if getattr(encoded, "deepstack_features", None) is not None:
+        none.deepstack_features = _no_rows(encoded.deepstack_features)
+    return none
 
 
-def _planes(encoded: Any) -> Any:
-    return getattr(encoded, "deepstack_features", None) or ()
-
-
-def _tensors(nested: Any) -> Iterator[Tensor]:
-    if isinstance(nested, Tensor):
-        yield nested
-    else:
-        for part in nested:
-            yield from _tensors(part)
+def _no_rows(nested: Any) -> Any:
+    return nested[:0] if isinstance(nested, Tensor) else [_no_rows(part) for part in nested]
