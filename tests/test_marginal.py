@@ -104,7 +104,7 @@ def naive_row(
         if number in stages:
             if number not in chosen:
                 stage, before = stages[number], alive
-                stay = alive & ~dropped_tokens(stage, weights, is_image, labels, len(x), alive)
+                stay = alive & ~dropped_tokens(stage, weights, x, is_image, labels, len(x), alive)[0]
                 sides = [
                     marginal(stage, weights, before, [p for p in tokens if stay[p]], tokens, labels)
                     for tokens in turns(is_image, labels)
