@@ -24,7 +24,7 @@ from himap_train.models.cache import mark_stage, stage_of
 from himap_train.models.cpu_attention import CausalBlocks
 from himap_train.models.inputs import check_image_mask, check_inputs, check_options
 from himap_train.models.installed import InstalledPruning, PruneCounts
-from himap_train.models.tokens import Tokens, causal_mask, entered, removed
+from himap_train.models.tokens import Prefill, Tokens, causal_mask, entered, removed
 from himap_train.models.versions import CACHE, decoder_output
 from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
 from himap_train.pruning.learned.marginal import marginal_tokens
@@ -126,14 +126,14 @@ def _prefill(
     length = tokens.hidden.shape[1]
     seen, layouts = PruneCounts(counts.image.sum(1)), []
     start = _first_positions(tokens.positions, layout) if schedule.positions == "renumber" else None
+    prefill = Prefill(decoder, cache, layout.valid.sum(1), start)
     collector: ScoreCollector | None = None
     ratios = pruning.ratios if torch.is_grad_enabled() else None
     call["causal_blocks"] = CausalBlocks() if pruning.cpu_blocks else None
     whole = tokens, layout
     if schedule.enter:
         text = TokenMap.of(layout.valid & ~layout.image, counts.text)
-        without = replace(counts, current=torch.zeros_like(counts.current))
-        tokens, layout = removed(decoder, 0, tokens, layout, text, cache, without)
+        tokens, layout = removed(prefill, 0, tokens, layout, text)
     for number, layer in enumerate(decoder.layers):
         if number == schedule.enter > 0:
             tokens, layout = entered(*whole, tokens, layout), whole[1]
@@ -153,7 +153,7 @@ def _prefill(
                     tokens = replace(tokens, marginal=marginal)
                 if removal.removes or tokens.marginal:
                     moved = _token_map(removal, shown, ranks, tokens)
-                    tokens, layout = removed(decoder, number, tokens, layout, moved, cache, removal.after, start)
+                    tokens, layout = removed(prefill, number, tokens, layout, moved)
             seen.kept_rows.append(removal.after.current.sum(1))
             layouts.append(layout)
         if states is not None:

@@ -12,7 +12,7 @@ from transformers.masking_utils import create_causal_mask
 
 from himap_train.models.cache import as_stored, mark_stage
 from himap_train.models.families.base import LayerInputs
-from himap_train.pruning.layout import TokenCounts, TokenLayout
+from himap_train.pruning.layout import TokenLayout
 from himap_train.pruning.learned.marginal import Marginal
 from himap_train.pruning.token_map import TokenMap, scatter_back
 
@@ -55,35 +55,35 @@ class Tokens:
         return replace(self, hidden=hidden)
 
 
-def removed(
-    decoder: Any,
-    number: int,
-    tokens: Tokens,
-    layout: TokenLayout,
-    moved: TokenMap,
-    cache: Cache | None,
-    after: TokenCounts,
-    start: Tensor | None = None,
-) -> tuple[Tokens, TokenLayout]:
-    """The tokens after a removal before layer `number`; rows come out packed to the left.
+@dataclass(frozen=True)
+class Prefill:
+    """What all removals of one prefill have in common.
 
-    Args:
+    Attributes:
         decoder: The text decoder.
-        number: Of the layer.
-        tokens: Before.
-        layout: Before.
-        moved: Which tokens stay.
-        cache: Empty from this layer on.
-        after: Counts after the removal.
+        cache: What decoding will go on from; None where nothing is cached.
+        lengths: (B,) long, tokens of each row at the start.
         start: (B, 1), where positions are counted anew from; None where every token keeps its own.
     """
+
+    decoder: Any
+    cache: Cache | None
+    lengths: Tensor
+    start: Tensor | None = None
+
+
+def removed(
+    prefill: Prefill, number: int, tokens: Tokens, layout: TokenLayout, moved: TokenMap
+) -> tuple[Tokens, TokenLayout]:
+    """The tokens after a removal before layer `number`; rows come out packed to the left."""
+    decoder, cache = prefill.decoder, prefill.cache
     hidden, marginal, valid = moved.states(tokens.hidden), tokens.marginal, moved.valid
     if marginal is not None:
         marginal = marginal.gather(moved)
         valid = valid & ~marginal.shadow  # as padding: nothing keeps it, ranks by it or reads it at the end
     layout = layout.gather(replace(moved, valid=valid))
-    if start is not None:
-        positions = start + torch.arange(hidden.shape[1], device=hidden.device)
+    if prefill.start is not None:
+        positions = prefill.start + torch.arange(hidden.shape[1], device=hidden.device)
         rotary = decoder.rotary_emb(hidden, position_ids=positions)
     else:
         rotary = (moved.gather(tokens.rotary[0]), moved.gather(tokens.rotary[1]))
@@ -96,8 +96,8 @@ def removed(
     if cache is not None:
         hidden_slots = tokens.hidden.shape[1] - hidden.shape[1] if number == 0 else 0
         slots = None if moved.full else valid
-        dropped = (after.image - after.current).sum(1).to(hidden.device, non_blocking=True)
-        mark_stage(cache, number, slots, dropped, start is not None, hidden_slots)
+        dropped = prefill.lengths - valid.sum(1)
+        mark_stage(cache, number, slots, dropped, prefill.start is not None, hidden_slots)
     return Tokens(hidden, rotary, mask, None, added, marginal), layout
 
 
