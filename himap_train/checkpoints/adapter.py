@@ -59,7 +59,7 @@ class Adapter:
         Args:
             folder: Made, or replaced.
             card: Its README.md.
-            processor: Of the base model, as `load_processor` gives it; written too where it is given.
+            processor: Processor of the base model, as `load_processor` gives it; written too where it is given.
 
         Raises:
             ValueError: A tensor is empty (sharded parameters that nobody gathered).

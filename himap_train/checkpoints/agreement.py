@@ -38,7 +38,7 @@ EXCHANGED = 0.25
 
 @dataclass(frozen=True)
 class Outputs:
-    """Of one model on the example: dtype of its weights, logits (1, S, V) dense and pruned, columns kept by stage, and
+    """Results of one model on the example: dtype of its weights, logits (1, S, V) dense and pruned, columns kept by stage, and
     whether their number follows the scores.
     """
 

@@ -47,7 +47,7 @@ def adapter_card(base: str, schedule: PruningSchedule, config: Any, run: RunFact
     Args:
         base: The model that it belongs to.
         schedule: As it was trained.
-        config: Of the base model.
+        config: Configuration of the base model.
         run: What is known about the run.
     """
     title = f"LoRA adapter for {_short(base)}, {_how(schedule)}"

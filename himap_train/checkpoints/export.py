@@ -66,7 +66,7 @@ def export_merged(
         path: As for `load_checkpoint`.
         folder: Not there yet, or empty.
         base: The base model of an adapter, where it is not at the place that the adapter recorded.
-        dtype: Of the weights; "as-base" is that of the base model.
+        dtype: Dtype of the weights; "as-base" is that of the base model.
         max_shard_size: Such as "5GB".
 
     Raises:

@@ -28,7 +28,7 @@ from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 
 Weights = Literal["adapter", "last", "best"]
-"""Of a run: the adapter that it kept, or one of its training checkpoints."""
+"""Weights of a run: the adapter that it kept, or one of its training checkpoints."""
 
 
 class _Saved(Enum):
@@ -80,7 +80,7 @@ def load_checkpoint(
         path: Adapter folder, run folder (its `adapter/`), training checkpoint, merged folder, hub id, or "embedded".
         schedule: Overrides the saved one; None is dense.
         base: The base model of an adapter, where it is not at the place that the adapter recorded.
-        dtype: Of the base weights. attn_implementation: as in `load_llava`.
+        dtype: Dtype of the base weights. attn_implementation: as in `load_llava`.
         attn_implementation: "sdpa", "eager", "flash_attention_2" or None.
 
     Returns:
@@ -130,7 +130,7 @@ def adapter_source(path: Path | str, weights: Weights = "adapter") -> Path | Non
 
     Args:
         path: A run folder, an adapter folder, a training checkpoint, or a whole model.
-        weights: Of a run folder: its `adapter`, or the `last` or `best` training checkpoint.
+        weights: What is taken of a run folder: its `adapter`, or the `last` or `best` training checkpoint.
 
     Raises:
         FileNotFoundError: A run without these weights.

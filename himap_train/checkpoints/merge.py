@@ -80,7 +80,7 @@ class Merger:
 
     Args:
         adapter: What is merged.
-        family: Of the base.
+        family: Family of the base.
         tied_head: The base's `lm_head` is its embeddings.
         base: Where the base is, for messages.
 

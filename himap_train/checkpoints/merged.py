@@ -41,7 +41,7 @@ def write_merged(
         base: The base model, or, without an adapter, the model to write anew.
         adapter: What is merged into it.
         write_card: The README.md for a schedule and a config.
-        dtype: Of the weights; "as-base" leaves each as it is in the base. Sums are formed in fp32 before.
+        dtype: Dtype of the weights; "as-base" leaves each as it is in the base. Sums are formed in fp32 before.
         max_shard_size: Weights beyond it go into several files.
 
     Raises:

@@ -13,11 +13,11 @@ import yaml
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Of one run.
+    """Facts of one run.
 
     Attributes:
         config: Resolved config.
-        versions: Of packages, as the run recorded them.
+        versions: Package versions, as the run recorded them.
         rows: Rows of its table, if it measured the weights that are exported.
     """
 

@@ -117,7 +117,7 @@ def _attend_marginally(
     values have a column that only shadows fill, which tells how much attention they would take.
 
     Args:
-        attend: Of query, key and value.
+        attend: Attention of query, key and value.
         query: (B, H, L, D).
         key: (B, K, L, D).
         value: (B, K, L, D).

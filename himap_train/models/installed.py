@@ -51,13 +51,13 @@ class InstalledPruning:
 
     Attributes:
         schedule: What to remove where.
-        family: Of the model.
+        family: Family of the model.
         image_token_id: The token in whose places image features stand.
         stock_attention: The attention implementation that the decoder had.
         ratios: Keep ratio of each layer while these are learned, (layers,) fp32 with a gradient; the schedule then has
             a stage at each layer from the first on. None otherwise.
         cpu_blocks: Whether SDPA runs in blocks on a CPU, see `cpu_attention`.
-        last: Of the last prefill or training forward.
+        last: Counts of the last prefill or training forward.
         traces: Those of `record_pruning`.
     """
 

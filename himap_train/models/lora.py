@@ -149,7 +149,7 @@ def parameter_group(name: str, family: Family) -> str:
 
 
 def _elements(parameter: nn.Parameter) -> int:
-    """Of the whole parameter: bitsandbytes holds two weights in a byte, ZeRO-3 only a share of them."""
+    """Numbers in the whole parameter: bitsandbytes holds two weights in a byte, ZeRO-3 only a share of them."""
     packed = getattr(parameter, "quant_state", None)
     return int(getattr(parameter, "ds_numel", parameter.numel()) if packed is None else packed.shape.numel())
 

@@ -24,7 +24,7 @@ def quantization_config(family: Family, dtype: str | torch.dtype) -> BitsAndByte
     """How transformers quantises while it loads.
 
     Args:
-        family: Of the model.
+        family: Family of the model.
         dtype: What the layers compute in; "auto" is bfloat16.
 
     Raises:

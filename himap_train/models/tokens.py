@@ -108,7 +108,7 @@ def entered(whole: Tokens, whole_layout: TokenLayout, tokens: Tokens, layout: To
         whole: Before the first layer.
         whole_layout: Before the first layer.
         tokens: The text that has run so far.
-        layout: Of the text.
+        layout: Layout of the text.
     """
     text = scatter_back(tokens.hidden, layout.columns, layout.valid, whole.hidden.shape[1])
     return replace(whole, hidden=torch.where(whole_layout.image.unsqueeze(2), whole.hidden, text))

@@ -82,7 +82,7 @@ def training_flops(
         config: Hugging Face configuration of the model.
         image_tokens: Image tokens of the sample.
         text_tokens: All other tokens.
-        lora_parameters: Of each decoder layer.
+        lora_parameters: Parameters of LoRA in each decoder layer.
         supervised: Positions whose logits are computed.
         images: That go through the vision tower.
         trains_projector: Whether its weights get gradients.

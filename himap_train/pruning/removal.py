@@ -55,7 +55,7 @@ def settle_mass(removals: dict[int, Removal], layer: int, scores: Tensor, layout
 
     Args:
         removals: The plan so far.
-        layer: Of the stage. Where it does not keep by attention mass the plan is handed back as it is.
+        layer: Layer of the stage. Where it does not keep by attention mass the plan is handed back as it is.
         scores: (B, L), as `image_ranks` takes them.
         layout: The current layout.
     """

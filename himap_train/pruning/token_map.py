@@ -43,7 +43,7 @@ class TokenMap:
 
     @classmethod
     def of(cls, keep: Tensor, lengths: Tensor, pool: Pool | None = None) -> TokenMap:
-        """Of the tokens to `keep` (B, L) bool, of which each row has `lengths` (B,) long, on the host."""
+        """The map that keeps the tokens `keep` (B, L) bool, of which each row has `lengths` (B,) long, on the host."""
         longest = int(lengths.max())
         here = lengths.to(keep.device, non_blocking=True).unsqueeze(1)
         valid = torch.arange(longest, device=keep.device) < here

@@ -18,7 +18,7 @@ from himap_train.models.families.pixels import tower_flops
 from himap_train.models.families.processing import PartsProcessor, load_tokenizer
 
 TYPICAL_TILES = 13
-"""Of a photo of 4 to 3: four by three tiles and a thumbnail."""
+"""Tiles of a photo of 4 to 3: four by three tiles and a thumbnail."""
 
 
 class InternVL(Family):

@@ -22,7 +22,7 @@ FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Of a stock processor, beside those of its tokenizer."""
+"""Files of a stock processor, beside those of its tokenizer."""
 
 
 class PartsProcessor:
@@ -38,7 +38,7 @@ class PartsProcessor:
 
     Attributes:
         chat_template: The checkpoint's, None where it has none.
-        image_token_id: Of the image token.
+        image_token_id: Id of the image token.
     """
 
     def __init__(

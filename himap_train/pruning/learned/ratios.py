@@ -34,7 +34,7 @@ class KeepRatios:
     """The keep ratio of every layer of one decoder.
 
     Args:
-        config: Of a LLaVA or a Llama-like text decoder.
+        config: Configuration of a LLaVA or a Llama-like text decoder.
         budget: `flops_ratio` of the whole prefill, text included, that the ratios end at.
         first_layer: First layer at whose input tokens may leave.
         switch_layer: From this layer on the deep criterion ranks.

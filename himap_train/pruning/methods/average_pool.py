@@ -53,7 +53,7 @@ class AveragePool(Method):
         return Pool(keeper, share)
 
     def _runs(self, seen: Seen, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each pooled token the number of its run, -1 where nothing is left of it, and the run's bounds. (B, L)."""
+        """The number of each pooled token's run, -1 where nothing is left of it, and the run's bounds. (B, L)."""
         layout, counts, device = seen.layout, seen.counts, seen.layout.columns.device
         runs = of_group((kept - counts.protected).clamp(min=0).to(device), layout)
         left = of_group((counts.current - counts.protected).to(device), layout).clamp(min=1)

@@ -52,7 +52,7 @@ class Seen:
     Attributes:
         layout: Which token is what.
         counts: How many there are, before the stage.
-        rows: Of a method that reads attention: the rows that it asked for.
+        rows: The rows that a method which reads attention asked for.
         attention: Their attention, averaged over heads, a block of rows at a time: which of the R rows, and
             (B, rows, columns up to the last that any of them sees) fp32. To be read once, in `score`.
         keys: (B, K, L, D) of the layer before, rotary embedding applied.
@@ -152,7 +152,7 @@ class Method:
         """FLOPs of choosing, of one sample.
 
         Args:
-            widths: Of the decoder.
+            widths: Widths of the decoder.
             image_tokens: Image tokens before the stage.
             text_tokens: Other tokens.
             kept: Image tokens that stay.
