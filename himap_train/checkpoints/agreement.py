@@ -38,8 +38,8 @@ EXCHANGED = 0.25
 
 @dataclass(frozen=True)
 class Outputs:
-    """Results of one model on the example: dtype of its weights, logits (1, S, V) dense and pruned, columns kept by stage, and
-    whether their number follows the scores.
+    """Results of one model on the example: dtype of its weights, logits (1, S, V) dense and pruned, columns kept by
+    stage, and whether their number follows the scores.
     """
 
     dtype: str

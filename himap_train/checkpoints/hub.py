@@ -35,7 +35,7 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
     Args:
         folder: What is uploaded.
         repository: owner/name.
-        private: Whether a repository that is made now is private; else it is as its owner has set for new ones, mostly public.
+        private: Whether a repository that is made now is private; else as its owner has set for new ones.
 
     Returns:
         The address of the commit.

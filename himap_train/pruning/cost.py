@@ -91,7 +91,7 @@ def schedule_cost(
         config: Hugging Face configuration of a LLaVA or of a Llama-like text decoder.
         image_tokens: Image tokens of the sample.
         text_tokens: All other tokens; the ranking rows of `instruction` are taken to be all of them (an upper bound).
-        bytes_per_value: Size of a number in the cache; None takes the config's dtype, or 2 (bf16, fp16) where it names none.
+        bytes_per_value: Size of a number in the cache; None takes the config's dtype, or 2 where it names none.
         kept: Image tokens that each stage was seen to leave of this sample, for its measured cost.
         causal: Leave the masked half of attention out of the FLOPs (not of the paper's).
 
