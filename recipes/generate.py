@@ -27,6 +27,7 @@ from himap_train.data.scene_questions import SceneQuestions
 from himap_train.evaluation.budgeted import check_budget_argument, run_at_budget
 from himap_train.models.families import family_of
 from himap_train.models.families.base import AspectRatio
+from himap_train.models.features import prompt_inputs
 from himap_train.models.stock import base_model
 from himap_train.pruning.reading import ScheduleArgument
 
@@ -102,14 +103,10 @@ def ask(image: Path | None, question: str | None) -> Conversation:
 def stream(model: Any, processor: Any, sample: Sample, max_new_tokens: int) -> None:
     """Print the answer word by word."""
     batch = collate([sample], pad_token_id_of(processor.tokenizer), padding_side="left")
-    base = base_model(model)
-    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    inputs |= batch["images"] | family_of(base).forward_inputs(base.config, batch["input_ids"], batch["images"])
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode():
         model.generate(
-            **inputs,
+            **prompt_inputs(base_model(model), batch),
             do_sample=False,
             max_new_tokens=max_new_tokens,
             streamer=streamer,

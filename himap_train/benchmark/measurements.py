@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+from himap_train.bar import progress_bar
 from himap_train.benchmark.bench import Bench, Settings
 from himap_train.benchmark.contenders import DENSE, MEASURES, find_method
 from himap_train.benchmark.measured_method import Row
@@ -85,15 +83,11 @@ def run_jobs(jobs: Sequence[Job]) -> tuple[list[Row], dict[str, list[tuple[int, 
     rows: list[Row] = []
     series: dict[str, list[tuple[int, Row]]] = {}
     shown = sys.stderr.isatty()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    total = sum(len(job.rows) * job.settings.rounds for job in jobs)
-    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=True) as bar:
-        task = bar.add_task("pairs", total=total)
+    with progress_bar("pairs", sum(len(job.rows) * job.settings.rounds for job in jobs), shown) as advance:
         for job in jobs:
             bench = Bench(job.settings, job.workload)
             for measure, method in job.rows:
-                bar.update(task, description=f"{measure}, {method}")
-                row = bench.row(measure, method, each=_advance(bar, task))
+                row = bench.row(measure, method, each=partial(advance, 1))
                 if job.axis is None:
                     rows.append(row)
                 else:
@@ -102,7 +96,3 @@ def run_jobs(jobs: Sequence[Job]) -> tuple[list[Row], dict[str, list[tuple[int, 
                     place = f"{job.axis} {job.value}, " if job.axis else ""
                     print(f"{place}{measure}, {method}: {row.ratio.median:.3f} of dense", file=sys.stderr, flush=True)
     return rows, series
-
-
-def _advance(bar: Progress, task: Any) -> Callable[[], None]:
-    return lambda: bar.advance(task)

@@ -24,7 +24,7 @@ from torch import Tensor
 from himap_train.checkpoints.load import adapter_source, load_checkpoint
 from himap_train.data.encode import encode_prompt
 from himap_train.data.records import Conversation, Turn
-from himap_train.models.families import family_of
+from himap_train.models.features import prompt_inputs
 from himap_train.models.install import pruning_of, record_pruning, remove_pruning
 from himap_train.models.loading import stock_model
 from himap_train.models.stock import base_model
@@ -161,8 +161,8 @@ def _example(model: Any, processor: Any) -> dict[str, Tensor]:
     question = Turn("user", "<image>\nWhat is in the picture?")
     sample = encode_prompt(Conversation("example", (Image.fromarray(noise.numpy()),), (question,)), processor)
     ids = sample["input_ids"][None]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **sample["images"][0]}
-    return inputs | family_of(model).forward_inputs(model.config, ids, sample["images"][0])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "images": sample["images"][0]}
+    return prompt_inputs(model, batch)
 
 
 def _nearly_the_same(first: Outputs, second: Outputs) -> bool:

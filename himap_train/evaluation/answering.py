@@ -11,8 +11,7 @@ from torch import nn
 
 from himap_train.data.batches import pad_token_id_of
 from himap_train.evaluation.token_counts import SampleTokens
-from himap_train.models.families import family_of
-from himap_train.models.features import encode_nothing, weights_are_spread
+from himap_train.models.features import encode_nothing, prompt_inputs, weights_are_spread
 from himap_train.models.guard import check_pruned
 from himap_train.models.install import pruning_of
 from himap_train.models.stock import base_model
@@ -47,13 +46,11 @@ def answer_batch(
         RuntimeError: A schedule is installed but the images of this batch were not pruned.
     """
     base, generator = base_model(model), cast(Any, model)
-    texts = {name: batch[name].to(base.device) for name in ("input_ids", "attention_mask")}
-    images = {name: values.to(base.device) for name, values in batch["images"].items()}
-    inputs = texts | images | family_of(base).forward_inputs(base.config, texts["input_ids"], images)
+    inputs = prompt_inputs(base, batch)
     pruning = pruning_of(model)
     before = pruning.last if pruning else None
     spread = weights_are_spread(base)
-    if not images and spread:
+    if not batch["images"] and spread:
         encode_nothing(base)  # other processes may have images in this batch, and `generate` encodes them first
     output = generator.generate(
         **inputs,

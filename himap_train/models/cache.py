@@ -88,18 +88,9 @@ class StageCacheLayer(DynamicLayer):
 def check_cache(cache: Cache) -> None:
     """Refuse caches that cannot hold layers of different lengths.
 
-    Of a `StaticCache` the lengths alone are no obstacle: `StaticCache.__init__` gives every `StaticLayer` the same
-    `max_cache_len`, but a layer allocates at its first update and could be replaced by a shorter one before. What is in
-    the way (transformers 5.23) is all that generation builds on "one length, one mask":
-
-    - `GenerationMixin.prepare_inputs_for_generation` turns the padding mask into one 4-D mask for all layers as soon as
-      `Cache.is_compileable`, with as many columns as the first layer has slots (`StaticLayer.get_mask_sizes`). Which
-      slots of a shorter layer are padding is not in it, and the 2-D mask that would tell does not arrive here.
-    - What a static cache is for is the compiled forward of a token (`_valid_auto_compile_criteria`). The slots that a
-      stage remembers grow with each token, and `StaticLayer.get_seq_length` is a tensor on the device, on which neither
-      code of one shape nor the choice between prefill and decoding can depend.
-    - Where layers say that they are not compileable, the 2-D mask arrives and nothing is compiled: then every token
-      attends, under a mask, to all slots, the empty ones too, which a dynamic cache does not have.
+    A `StaticCache` could be given layers of different lengths; in the way is that generation makes one 4-D mask for all
+    layers from the first one's slots (`prepare_inputs_for_generation`, as soon as `Cache.is_compileable`), so which
+    slots of a shorter layer are padding never arrives here, and that its compiled step knows one shape.
 
     Raises:
         ValueError: With the way out.

@@ -181,13 +181,13 @@ def _shown(removal: Removal, tokens: Tokens, layout: TokenLayout, collector: Sco
     if collector is not None:
         return replace(collector.seen(), states=states)
     shown = Seen(layout, removal.before, states=states)
-    return shown if removal.stage.keep.removes_all else with_scores(removal.stage.method, shown)
+    return shown if removal.stage.removes_all else with_scores(removal.stage.method, shown)
 
 
 @torch.no_grad()
 def _ranks(removal: Removal, shown: Seen) -> Tensor:
     """HiMAP: ranks of the image tokens, (B, L) long; where all leave, those that must stay come first."""
-    if removal.stage.keep.removes_all:
+    if removal.stage.removes_all:
         return image_ranks(shown.layout.image.float(), shown.layout, shown.groups)
     return removal.stage.method.choose(shown, removal.after.current)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
@@ -11,7 +12,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from himap_train.models.families import family_of
 from himap_train.models.families.base import Images
-from himap_train.models.families.llava import Llava
 from himap_train.models.stock import base_model
 
 
@@ -57,8 +57,8 @@ def hidden_states(
     elif image_features is None and images:
         encoded = family.encode_images(base, images)
     elif torch.is_grad_enabled() or weights_are_spread(base):
-        encoded = encode_nothing(base) if image_features is None else _projected(base, _one_row(image_features))
-        encoded = _without_rows(encoded)
+        blank = None if image_features is None else image_features.new_zeros(1, 1, image_features.shape[-1])
+        encoded = _without_rows(encode_nothing(base) if blank is None else _projected(base, blank))
     inputs: dict[str, Any] = family.forward_inputs(base.config, input_ids, images) | family.position_inputs(images)
     if encoded is not None:
         inputs["mm_encoder_outputs"] = {"image": encoded}
@@ -70,6 +70,13 @@ def hidden_states(
     return hidden
 
 
+def prompt_inputs(base: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A batch of prompts (`input_ids`, `attention_mask`, `images`) as `forward` and `generate` take it."""
+    given = {name: batch[name] for name in ("input_ids", "attention_mask")} | batch["images"]
+    given |= family_of(base).forward_inputs(base.config, batch["input_ids"], batch["images"])
+    return {name: values.to(base.device) for name, values in given.items()}
+
+
 def encode_nothing(base: Any) -> Any:
     """Features of an empty image: what a batch of text runs where other processes run images."""
     family = family_of(base)
@@ -77,15 +84,8 @@ def encode_nothing(base: Any) -> Any:
 
 
 def _projected(base: Any, image_features: Tensor) -> BaseModelOutputWithPooling:
-    family = family_of(base)
-    assert isinstance(family, Llava)
-    projected: Any = list(family.project(base, image_features))
+    projected: Any = list(family_of(base).project(base, image_features))
     return BaseModelOutputWithPooling(pooler_output=projected)
-
-
-def _one_row(image_features: Tensor) -> Tensor:
-    """(0, T, W) -> (1, 1, W) of zeros."""
-    return image_features.new_zeros(1, 1, image_features.shape[-1])
 
 
 def _without_rows(encoded: Any) -> Any:

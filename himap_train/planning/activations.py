@@ -165,7 +165,7 @@ class ActivationModel:
 
     def _choosing(self, schedule: PruningSchedule, stage: PruningStage, batch: Batch, layers: tuple[int, ...]) -> int:
         """What the stage's method says of itself."""
-        if stage.keep.removes_all:
+        if stage.removes_all:
             return 0
         image, text = tokens_before(schedule, stage, layers, batch.image_tokens), batch.text_tokens
         return batch.rows * stage.method.peak_bytes(widths(self._text), image, text, self.numerics.element)

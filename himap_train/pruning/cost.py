@@ -149,7 +149,7 @@ def choosing_flops(
     total = 0.0
     for stage in schedule.stages:
         before = tokens_before(schedule, stage, layers, image_tokens)
-        if not stage.keep.removes_all:
+        if not stage.removes_all:
             total += stage.method.flops(widths(text), before, text_tokens, layers[stage.layer])
     return total
 

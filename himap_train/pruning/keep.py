@@ -41,11 +41,6 @@ class Ratio:
 
     most = least
 
-    @property
-    def removes_all(self) -> bool:
-        """Whether no image token stays."""
-        return self.ratio == 0.0
-
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a stage."""
         return {"keep_ratio": self.ratio}
@@ -74,11 +69,6 @@ class Count:
         return torch.full_like(image, self.count)
 
     most = least
-
-    @property
-    def removes_all(self) -> bool:
-        """Whether no image token stays."""
-        return self.count == 0
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a stage."""
@@ -128,11 +118,6 @@ class Mass:
     def most(self, image: Tensor) -> Tensor:
         """The most that stay of `image` tokens; long, of the same shape."""
         return keep_from_ratio(self.at_most, image)
-
-    @property
-    def removes_all(self) -> bool:
-        """Whether no image token stays: never."""
-        return False
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in a stage; bounds that bind nothing are left out."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from himap_train.pruning.budget import at_budget
 from himap_train.pruning.cost import Cost, schedule_cost
-from himap_train.pruning.keep import Count, Mass, Ratio
+from himap_train.pruning.keep import Mass
 from himap_train.pruning.names import check_keys, field_names, nearest
 from himap_train.pruning.presets import PRESETS
 from himap_train.pruning.stage import PruningStage
@@ -171,8 +171,8 @@ class PruningSchedule:
 def _check_falling(before: PruningStage, after: PruningStage) -> None:
     """Refuse a stage that is to keep more than the one before it leaves."""
     for first, second, unit in (
-        (_count(before), _count(after), "tokens"),
-        (_largest_share(before), _wanted_share(after), "of the original tokens"),
+        (before.keep_count, after.keep_count, "tokens"),
+        (_most(before), _wanted(after), "of the original tokens"),
     ):
         if first is not None and second is not None and second > first:
             raise ValueError(
@@ -181,18 +181,11 @@ def _check_falling(before: PruningStage, after: PruningStage) -> None:
             )
 
 
-def _count(stage: PruningStage) -> int | None:
-    return stage.keep.count if isinstance(stage.keep, Count) else None
+def _most(stage: PruningStage) -> float | None:
+    """The largest fraction of the original tokens that may stay; None where a count is given."""
+    return stage.keep.at_most if isinstance(stage.keep, Mass) else stage.keep_ratio
 
 
-def _largest_share(stage: PruningStage) -> float | None:
-    if isinstance(stage.keep, Ratio):
-        return stage.keep.ratio
-    return stage.keep.at_most if isinstance(stage.keep, Mass) else None
-
-
-def _wanted_share(stage: PruningStage) -> float | None:
+def _wanted(stage: PruningStage) -> float | None:
     """The fraction that must not exceed what the stage before leaves; an `at_most` of 1 binds nothing."""
-    if isinstance(stage.keep, Mass) and stage.keep.at_most == 1:
-        return stage.keep.at_least
-    return _largest_share(stage)
+    return stage.keep.at_least if isinstance(stage.keep, Mass) and stage.keep.at_most == 1 else _most(stage)

@@ -110,9 +110,14 @@ class PruningStage:
         return self.keep.count if isinstance(self.keep, Count) else None
 
     @property
+    def removes_all(self) -> bool:
+        """Whether no image token stays, so that nothing is chosen."""
+        return self.keep in (Ratio(0.0), Count(0))
+
+    @property
     def reads_before(self) -> bool:
         """Whether choosing needs the attention or keys of the layer before: not where every image token leaves."""
-        return self.method.reads in (Reads.ATTENTION, Reads.KEYS) and not self.keep.removes_all
+        return self.method.reads in (Reads.ATTENTION, Reads.KEYS) and not self.removes_all
 
     def to_dict(self) -> dict[str, Any]:
         """Plain YAML and JSON types."""

@@ -128,6 +128,14 @@ class Family(ABC):
         """Image features as `mm_encoder_outputs["image"]` of the stock forward takes them."""
         return model.get_image_features(**images, return_dict=True)
 
+    def tower_features(self, model: Any, images: Images) -> Tensor:
+        """What the projector takes, (images, T, W), where features are cached."""
+        raise TypeError(f"family {self.name} has no features of one shape that could be cached")
+
+    def project(self, model: Any, features: Tensor) -> Tensor:
+        """Image features (images, T, D) from those that were cached, (images, T, W)."""
+        raise TypeError(f"family {self.name} has no features of one shape that could be cached")
+
     def empty_images(self, model: Any) -> dict[str, Tensor]:
         """The smallest image there is: what a batch of text runs where other processes run images."""
         vision: Any = model.config.vision_config

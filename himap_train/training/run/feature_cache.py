@@ -28,7 +28,6 @@ from himap_train.data.feature_store import FeatureStore
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import Source
 from himap_train.models.families import family_of
-from himap_train.models.families.llava import Llava
 from himap_train.models.stock import base_model
 from himap_train.models.tower import check_frozen, facts_key, tower_facts
 from himap_train.processes import from_all
@@ -61,7 +60,7 @@ def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule
         return
     base = base_model(model)
     check_frozen(base)
-    family = _family(base)
+    family = family_of(base)
     check_same_images(source, data.spec("train"))
     say("caching image features: looking through the images")
     places = _images(trainer, source, data)
@@ -78,7 +77,7 @@ def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule
 
 def _store(trainer: Trainer, base: Any, data: LlavaDataModule) -> FeatureStore:
     """The store of this tower, with what it holds; the first process clears damaged shards away."""
-    family = _family(base)
+    family = family_of(base)
     blank = family.tower_features(base, family.empty_images(base))[0]
     facts = tower_facts(base, data.processor.image_processor, data.image_aspect_ratio, str(trainer.precision))
     facts["dtype"] = str(blank.dtype)
@@ -153,7 +152,7 @@ def _compute(
     batches, ready = iter(_loader(images, data)), dict[str, torch.Tensor]()
     written: list[str] = []
     failure: str | None = None
-    family = _family(base)
+    family = family_of(base)
     blank = family.empty_images(base)
     with progress_bar("caching image features", len(own), trainer.is_global_zero) as advance:
         for call in range(calls):
@@ -197,10 +196,3 @@ def _loader(dataset: Any, data: LlavaDataModule) -> DataLoader[Any]:
 
 def _gb(count: int) -> str:
     return f"{count / _GB:.1f} GB" if count >= _GB else f"{count / 1e6:.1f} MB"
-
-
-def _family(base: Any) -> Llava:
-    """The family, which caches features: `check_frozen` has seen to it."""
-    family = family_of(base)
-    assert isinstance(family, Llava)
-    return family
