@@ -11,7 +11,7 @@ from torch import nn
 
 from himap_train.data.batches import pad_token_id_of
 from himap_train.evaluation.token_counts import SampleTokens
-from himap_train.models.features import encode_nothing, prompt_inputs, weights_are_spread
+from himap_train.models.features import encode_nothing, own_weights_whole, prompt_inputs, weights_are_spread
 from himap_train.models.guard import check_pruned
 from himap_train.models.install import pruning_of
 from himap_train.models.stock import base_model
@@ -50,17 +50,18 @@ def answer_batch(
     pruning = pruning_of(model)
     before = pruning.last if pruning else None
     spread = weights_are_spread(base)
-    if not batch["images"] and spread:
-        encode_nothing(base)  # other processes may have images in this batch, and `generate` encodes them first
-    output = generator.generate(
-        **inputs,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        pad_token_id=pad_token_id_of(processor.tokenizer),
-        synced_gpus=spread or None,  # until the longest answer of all processes; None: transformers' own choice
-    )
+    with own_weights_whole(base):
+        if not batch["images"] and spread:
+            encode_nothing(base)  # other processes may have images in this batch, and `generate` encodes them first
+        output = generator.generate(
+            **inputs,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            use_cache=True,
+            pad_token_id=pad_token_id_of(processor.tokenizer),
+            synced_gpus=spread or None,  # until the longest answer of all processes; None: transformers' own choice
+        )
     image_tokens = inputs["input_ids"] == base.config.image_token_id
     check_pruned(pruning.schedule if pruning else PruningSchedule(), pruning_of(model), before, image_tokens)
     new = output[:, inputs["input_ids"].shape[1] :]

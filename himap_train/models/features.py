@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -18,6 +19,23 @@ from himap_train.models.stock import base_model
 def weights_are_spread(base: nn.Module) -> bool:
     """Whether ZeRO-3 keeps the weights: then all processes must call the same modules in the same order, or hang."""
     return hasattr(next(base.parameters()), "ds_id")
+
+
+@contextmanager
+def own_weights_whole(base: Any) -> Iterator[None]:
+    """Inside, what the inner model holds itself (LLaVA-NeXT's `image_newline`) is whole under ZeRO-3 too.
+
+    DeepSpeed gathers a weight for the forward of its module, and images are encoded outside that of the model: `generate`
+    does so once for all beams. All processes must come here together.
+    """
+    spread = [weight for weight in base.model.parameters(recurse=False) if hasattr(weight, "ds_id")]
+    if not spread:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(spread):
+        yield
 
 
 def hidden_states(
@@ -55,10 +73,15 @@ def hidden_states(
     elif image_features is not None and len(image_features) > 0:
         encoded = _projected(base, image_features)
     elif image_features is None and images:
-        encoded = family.encode_images(base, images)
+        with own_weights_whole(base):
+            encoded = family.encode_images(base, images)
     elif torch.is_grad_enabled() or weights_are_spread(base):
-        blank = None if image_features is None else image_features.new_zeros(1, 1, image_features.shape[-1])
-        encoded = _without_rows(encode_nothing(base) if blank is None else _projected(base, blank))
+        if image_features is None:
+            with own_weights_whole(base):
+                encoded = _without_rows(encode_nothing(base))
+        else:
+            blank = image_features.new_zeros(1, 1, image_features.shape[-1])
+            encoded = _without_rows(_projected(base, blank))
     inputs: dict[str, Any] = family.forward_inputs(base.config, input_ids, images) | family.position_inputs(images)
     if encoded is not None:
         inputs["mm_encoder_outputs"] = {"image": encoded}
