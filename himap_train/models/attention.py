@@ -8,10 +8,11 @@ the stock mask function, because a name without one means no mask at all.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -69,13 +70,21 @@ class ScoreCollector:
         if self._seen is None:
             raise RuntimeError(
                 f"layer {self.stage.layer - 1} did not report its attention to the stage at layer {self.stage.layer}; "
-                "its attention implementation was changed after install_pruning: call install_pruning again"
+                "its attention function was replaced: call install_pruning again"
             )
         return self._seen
 
 
 def _flash_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
 ) -> AttentionResult:
     """FlashAttention 2 by its own name: the stock wrapper takes the name from the config, where ours stands."""
     out = _flash_attention_forward(
@@ -85,9 +94,9 @@ def _flash_attention(
         attention_mask,
         query_length=query.shape[2],
         is_causal=True,
-        dropout=kwargs.get("dropout", 0.0),
-        softmax_scale=kwargs.get("scaling"),
-        sliding_window=kwargs.get("sliding_window"),
+        dropout=dropout,
+        softmax_scale=scaling,
+        sliding_window=sliding_window,
         target_dtype=get_target_dtype(query, module),
         attn_implementation="flash_attention_2",
     )
@@ -141,6 +150,7 @@ def _columns(first: Tensor, heads: int) -> Tensor:
     return torch.nn.functional.pad(first.unsqueeze(2), (0, 7)).unsqueeze(1).expand(-1, heads, -1, -1)
 
 
+@cache
 def register_attention(name: str) -> str:
     """Make the collecting twin of a stock attention function known to transformers, and return its name.
 
@@ -153,6 +163,7 @@ def register_attention(name: str) -> str:
             f"one of {', '.join(ATTENTION_IMPLEMENTATIONS)}"
         )
     forward, mask = _STOCK[name]
+    by_place = [parameter.name for parameter in inspect.signature(forward).parameters.values()][5:]
 
     def collecting_attention(
         module: nn.Module,
@@ -160,18 +171,21 @@ def register_attention(name: str) -> str:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
+        *more: Any,
         score_collector: ScoreCollector | None = None,
         causal_blocks: CausalBlocks | None = None,
         marginal: Marginal | None = None,
         **kwargs: Any,
     ) -> AttentionResult:
+        kwargs |= dict(zip(by_place, more, strict=False))  # as the stock function names them, `dropout` first in sdpa's
+        scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
         if score_collector is not None:
-            score_collector.collect(query, key, kwargs["scaling"])
+            score_collector.collect(query, key, scaling)
         if marginal is not None:
             same = partial(collecting_attention, module, attention_mask=attention_mask, causal_blocks=causal_blocks)
-            return _attend_marginally(partial(same, **kwargs), query, key, value, marginal, kwargs["scaling"])
+            return _attend_marginally(partial(same, **kwargs), query, key, value, marginal, scaling)
         if causal_blocks and name == "sdpa" and runs_in_blocks(query, key, attention_mask, kwargs.get("dropout", 0.0)):
-            return causal_blocks.attend(query, key, value, kwargs["scaling"]), None
+            return causal_blocks.attend(query, key, value, scaling), None
         return forward(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(PREFIX + name, collecting_attention)

@@ -19,16 +19,17 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 
-from himap_train.models.attention import ScoreCollector
-from himap_train.models.cache import mark_stage, stage_of
+from himap_train.models.attention import ScoreCollector, register_attention
+from himap_train.models.cache import stage_of, stored, unread_images
 from himap_train.models.cpu_attention import CausalBlocks
 from himap_train.models.inputs import check_image_mask, check_inputs, check_options
 from himap_train.models.installed import InstalledPruning, PruneCounts
+from himap_train.models.prompt import check_continued, drafted, known_prompt, warn_of_labels
 from himap_train.models.tokens import Prefill, Tokens, causal_mask, entered, removed
-from himap_train.models.versions import CACHE, decoder_output
+from himap_train.models.versions import CACHE, chosen_states, decoder_output
 from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
 from himap_train.pruning.learned.marginal import marginal_tokens
-from himap_train.pruning.methods.base import Seen, with_scores
+from himap_train.pruning.methods.base import Reads, Seen, with_scores
 from himap_train.pruning.ranks import image_ranks, select
 from himap_train.pruning.removal import Removal, plan_removals, settle_mass
 from himap_train.pruning.token_map import TokenMap, scatter_back
@@ -59,7 +60,8 @@ def pruned_forward(
         inputs_embeds: (B, S, D).
         use_cache: As in transformers.
         image_token_mask: (B, S) bool. HiMAP: needed in a prefill with `inputs_embeds`.
-        supervised_mask: (B, S) bool, `labels != -100`. HiMAP: what is predicted must not choose what is looked at.
+        supervised_mask: (B, S) bool, `labels != -100`. HiMAP: what is predicted must not choose what is looked at; see
+            `prompt` for who else says it.
         cache: Empty for a prefill; filled by our prefill when decoding.
         **kwargs: What the family adds between layers, and what changes nothing here; see `inputs.check_options`.
 
@@ -70,6 +72,7 @@ def pruned_forward(
         ValueError: On inputs that cannot be pruned correctly.
     """
     pruning: InstalledPruning = self.himap_pruning
+    register_attention(pruning.config._attn_implementation)  # which may have been changed
     cache = past_key_values if cache is None else cache
     if pruning.schedule.dense:
         return type(self).forward(
@@ -95,7 +98,8 @@ def pruned_forward(
     positions = pruning.family.positions(position_ids, inputs_embeds, cached)
     given = None if position_ids is None else positions.text
     added = pruning.family.layer_inputs(kwargs)
-    states: list[Tensor] | None = [] if kwargs.pop("output_hidden_states", False) else None
+    asked = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
+    states: list[Tensor] | None = None if asked is None or asked is False else []
     check_options(pruning.family, kwargs)
     check_inputs(self, attention_mask, given, cache, cached + inputs_embeds.shape[1])
     mask = causal_mask(self, inputs_embeds, attention_mask, cache, positions.text)
@@ -106,9 +110,12 @@ def pruned_forward(
         hidden = _decode(self, tokens, positions.rotary, attention_mask, image_token_mask, states, call)
     else:
         where = check_image_mask(image_token_mask, inputs_embeds)
-        layout, counts = build_layout(where, attention_mask, supervised_mask)
+        answers = known_prompt(supervised_mask, self, inputs_embeds, where)
+        layout, counts = build_layout(where, attention_mask, answers)
+        if answers is not None:
+            warn_of_labels(counts)
         hidden = _prefill(self, tokens, layout, counts, states, call)
-    return decoder_output(hidden, cache, None if states is None else (*states, hidden))
+    return decoder_output(hidden, cache, None if states is None else chosen_states((*states, hidden), asked))
 
 
 def _prefill(
@@ -124,9 +131,10 @@ def _prefill(
     schedule, cache = pruning.schedule, call[CACHE]
     removals = plan_removals(schedule.stages, counts)
     length = tokens.hidden.shape[1]
-    seen, layouts = PruneCounts(counts.image.sum(1)), []
+    seen, layouts = PruneCounts(counts.image), []
     start = _first_positions(tokens.positions, layout) if schedule.positions == "renumber" else None
-    prefill = Prefill(decoder, cache, layout.valid.sum(1), start)
+    reads = any(stage.method.reads is not Reads.NOTHING for stage in schedule.stages)
+    prefill = Prefill(decoder, cache, layout.valid.sum(1), start, unread=reads and counts.unread > 0)
     collector: ScoreCollector | None = None
     ratios = pruning.ratios if torch.is_grad_enabled() else None
     call["causal_blocks"] = CausalBlocks() if pruning.cpu_blocks else None
@@ -134,12 +142,9 @@ def _prefill(
     if schedule.enter:
         text = TokenMap.of(layout.valid & ~layout.image, counts.text)
         tokens, layout = removed(prefill, 0, tokens, layout, text)
-    for number, layer in enumerate(decoder.layers):
+    for number, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
         if number == schedule.enter > 0:
-            tokens, layout = entered(*whole, tokens, layout), whole[1]
-            if cache is not None:
-                slots = None if bool(layout.valid.all()) else layout.valid
-                mark_stage(cache, number, slots, torch.zeros_like(counts.text).to(layout.valid.device), renumber=False)
+            tokens, layout = entered(prefill, number, *whole, tokens, layout), whole[1]
         if removal := removals.get(number):
             if removal.removes or ratios is not None:
                 shown = _shown(removal, tokens, layout, collector)
@@ -219,21 +224,24 @@ def _decode(
 ) -> Tensor:
     """HiMAP: new tokens behind a cache whose layers hold what each stage kept; nothing is removed any more."""
     batch, new = tokens.hidden.shape[:2]
-    if new > 1 and image_token_mask is not None and bool(image_token_mask.any()):
+    cache = cast(Cache, call[CACHE])
+    cached = cache.get_seq_length()
+    # A placeholder that was drafted (prompt lookup finds it in the prompt) stands for no image.
+    if new > 1 and image_token_mask is not None and not drafted(cached) and bool(image_token_mask.any()):
         raise ValueError(
             "there are image tokens behind a filled KV cache; tokens are chosen once, in the prefill: "
             f"pass the whole conversation without {CACHE}"
         )
-    cache = cast(Cache, call[CACHE])
+    check_continued(cached, new, unread_images(cache))
     new_slots = None if attention_mask is None else attention_mask[:, -new:].bool()
-    for number, layer in enumerate(decoder.layers):
-        if stage := stage_of(cache, number):
-            slots = stage.append(new_slots, new, batch)
+    for number, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
+        if facts := stage_of(cache, number):
+            slots = facts.append(new_slots, new, batch, stored(cache, number))
             tokens = replace(
                 tokens, mask=causal_mask(decoder, tokens.hidden, slots, cache, layer=number), positions=None
             )
-            if stage.renumber:
-                shifted = positions - stage.dropped.unsqueeze(1)
+            if facts.renumber:
+                shifted = positions - facts.dropped.unsqueeze(1)
                 tokens = replace(tokens, rotary=decoder.rotary_emb(tokens.hidden, position_ids=shifted))
         if states is not None:
             states.append(tokens.hidden)

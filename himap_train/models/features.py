@@ -25,8 +25,8 @@ def weights_are_spread(base: nn.Module) -> bool:
 def own_weights_whole(base: Any) -> Iterator[None]:
     """Inside, what the inner model holds itself (LLaVA-NeXT's `image_newline`) is whole under ZeRO-3 too.
 
-    DeepSpeed gathers a weight for the forward of its module, and images are encoded outside that of the model: `generate`
-    does so once for all beams. All processes must come here together.
+    DeepSpeed gathers a weight for the forward of its module, and images are encoded outside that of the model:
+    `generate` does so once for all beams. All processes must come here together.
     """
     spread = [weight for weight in base.model.parameters(recurse=False) if hasattr(weight, "ds_id")]
     if not spread:

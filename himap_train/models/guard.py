@@ -13,6 +13,31 @@ from torch import Tensor
 from himap_train.pruning.schedule import PruningSchedule
 
 
+def check_ran(pruning: Any, before: Any) -> None:
+    """Raise unless a pruned prefill or training forward has run, and left no more tokens than the schedule says.
+
+    Args:
+        pruning: What is installed, not under a dense schedule.
+        before: `.last` of it before the forward.
+
+    Raises:
+        RuntimeError: Naming what was found.
+    """
+    last = pruning.last
+    if last is None or last is before:
+        raise RuntimeError(
+            "a prefill ran, but nothing was pruned: the decoder's forward was replaced; call install_pruning again"
+        )
+    turns = (last.images > 0).sum(1)  # in each the image token that a text is predicted from stays
+    for stage, kept in zip(pruning.schedule.stages, last.kept_rows, strict=False):
+        most = stage.keep.most(last.images).sum(1) + turns
+        if bool((kept > most).any()):
+            raise RuntimeError(
+                f"the stage at layer {stage.layer} left {kept.tolist()} image tokens of {last.image_rows.tolist()}, at "
+                f"most {most.tolist()} are scheduled"
+            )
+
+
 def check_pruned(schedule: PruningSchedule, pruning: Any, before: Any, image_tokens: Tensor) -> None:
     """Raise unless the forward that just ended pruned as `schedule` says.
 
@@ -32,8 +57,7 @@ def check_pruned(schedule: PruningSchedule, pruning: Any, before: Any, image_tok
         raise RuntimeError(f"the model has lost its pruner or runs another schedule than {schedule}; found {pruning}")
     if not schedule.stages:
         return
-    if pruning.last is None or pruning.last is before:
-        raise RuntimeError(f"a batch with {found} image tokens ran, but nothing was pruned: the forward was replaced")
+    check_ran(pruning, before)
     if pruning.last.image_tokens != found or len(pruning.last.kept) != len(schedule.stages):
         raise RuntimeError(
             f"the batch has {found} image tokens and the schedule {len(schedule.stages)} stages, but the pruner saw "

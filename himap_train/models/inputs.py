@@ -12,7 +12,7 @@ from himap_train.models.families.base import Family
 from himap_train.models.versions import given_cache
 
 _PACKED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-_OF_THE_HEAD = ("num_items_in_batch", "ignore_index", "shift_labels")
+_OF_THE_HEAD = ("num_items_in_batch", "ignore_index", "shift_labels", "logits_to_keep")
 """What stock heads and trainers give to the loss; the heads hand all of it on to the decoder."""
 _NO_CHANGE: dict[str, tuple[Any, ...]] = {
     "return_dict": (True,),
@@ -20,6 +20,7 @@ _NO_CHANGE: dict[str, tuple[Any, ...]] = {
     "is_causal": (True,),
 }
 """Options with the values under which they ask for what the loop does anyway."""
+_NO_MAPS = "output_attentions is not available under pruning: the layers have different lengths"
 _OTHER_MEDIA = ("video", "audio", "second_per_grid", "input_features")
 
 
@@ -80,7 +81,7 @@ def check_options(family: Family, options: dict[str, Any]) -> None:
         if value is None or name in _OF_THE_HEAD:
             continue
         if name == "output_attentions" and value:
-            raise ValueError("output_attentions is not available under pruning: the layers have different lengths")
+            raise ValueError(_NO_MAPS)
         if name in _PACKED:
             raise ValueError(f"packed rows ({name}) cannot be pruned: pass one sequence per row")
         if name != "output_attentions" and not any(value is same for same in _NO_CHANGE.get(name, ())):
@@ -109,6 +110,8 @@ def check_inputs(
     Raises:
         ValueError: With the way out.
     """
+    if decoder.config.output_attentions:
+        raise ValueError(f"{_NO_MAPS}; the decoder's config asks for it")
     if cache is not None:
         check_cache(cache)  # first: a static cache brings a mask of its own
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):

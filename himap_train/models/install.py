@@ -1,28 +1,29 @@
 """A stock model in and out of pruning: install a schedule, record what is kept, remove it again.
 
-`install_pruning` puts three functions on the instance and leaves classes, weights and state dict alone: the forward of
+`install_pruning` puts four functions on the instance and leaves classes, weights and state dict alone: the forward of
 the whole model, which knows the answers from the labels; that of the inner model (`model.model`), which fused losses
-and other trainers call directly and which knows where the images are; and the decoder's (see `decoder`). No hook is
-used, because Lightning's DeepSpeed strategy takes every hook off every module before each validation.
+and other trainers call directly and which knows where the images are; the decoder's (see `decoder`); and `generate`,
+which knows where the prompt ends. No hook is used, because Lightning's DeepSpeed strategy takes every hook off every
+module before each validation. Others replace forwards too (TRL, accelerate): ours calls the one that it found, and
+where it was itself wrapped it stays in place and does nothing once pruning is removed.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from himap_train.models.attention import PREFIX, register_attention
+from himap_train.models.attention import register_attention
 from himap_train.models.decoder import pruned_forward
 from himap_train.models.families import family_of
 from himap_train.models.families.base import Family
-from himap_train.models.inputs import check_media
 from himap_train.models.installed import InstalledPruning, PruningTrace
+from himap_train.models.own_config import give_back_config, give_own_config
+from himap_train.models.own_methods import OwnMethod, generate, inner_forward, whole_forward
 from himap_train.models.stock import base_model, text_decoder
 from himap_train.pruning.schedule import PruningSchedule
 
@@ -54,15 +55,16 @@ def install_pruning(model: nn.Module, schedule: PruningSchedule, cpu_blocks: boo
     check_decoder(family, decoder)
     check_schedule(family, decoder, schedule)
     remove_pruning(model)
-    stock_attention = decoder.config._attn_implementation
-    decoder.config._attn_implementation = register_attention(stock_attention)
+    register_attention(decoder.config._attn_implementation)
     decoder.himap_pruning = InstalledPruning(
-        schedule, family, family.image_token_id(base.config), stock_attention, cpu_blocks=cpu_blocks
+        schedule, family, family.image_token_id(base.config), decoder.config, cpu_blocks=cpu_blocks
     )
+    give_own_config(decoder)
     # Objects, not closures: a deep copy of the model then runs on the copy's own weights, and it can be pickled.
     decoder.forward = partial(pruned_forward, decoder)
-    base.model.forward = _Forward(_inner_forward, base.model)
-    base.forward = _Forward(_whole_forward, base)
+    base.model.forward = OwnMethod(inner_forward, base.model, "forward", base)
+    base.forward = OwnMethod(whole_forward, base, "forward", base)
+    base.generate = OwnMethod(generate, base, "generate", base)
     return model
 
 
@@ -71,9 +73,12 @@ def remove_pruning(model: nn.Module) -> Any:
     base, decoder = base_model(model), text_decoder(model)
     pruning = pruning_of(model)
     if pruning is not None:
-        if decoder.config._attn_implementation == PREFIX + pruning.stock_attention:  # else it was changed since
-            decoder.config._attn_implementation = pruning.stock_attention
-        del decoder.himap_pruning, decoder.forward, base.model.forward, base.forward
+        give_back_config(decoder, pruning.config)
+        del decoder.himap_pruning, decoder.forward
+        for module, name in ((base.model, "forward"), (base, "forward"), (base, "generate")):
+            ours = module.__dict__.get(name)
+            if isinstance(ours, OwnMethod):  # else somebody has put theirs around it since, which is not ours to take
+                ours.take_off()
     return model
 
 
@@ -156,58 +161,3 @@ def record_pruning(model: nn.Module) -> Iterator[PruningTrace]:
     finally:
         # By identity: two traces that have recorded nothing yet are equal.
         pruning.traces[:] = [other for other in pruning.traces if other is not trace]
-
-
-class _Forward:
-    """A forward in the place of a model's own, with the signature of that one: `generate` looks at it."""
-
-    def __init__(self, forward: Callable[..., Any], module: nn.Module) -> None:
-        self.forward, self.module = forward, module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(self.module, *args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        stock = _signature(type(self.module).forward)
-        return stock.replace(parameters=list(stock.parameters.values())[1:])
-
-
-def _given(self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """What a call of the stock forward was given, by name."""
-    return _signature(type(self).forward).bind_partial(self, *args, **kwargs).arguments
-
-
-_signature = cache(inspect.signature)
-
-
-def _whole_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The stock forward, which passes keyword arguments that it does not know on to the inner model."""
-    labels = _given(self, args, kwargs).get("labels")
-    if labels is not None and "supervised_mask" not in kwargs:
-        kwargs["supervised_mask"] = labels != -100
-    return type(self).forward(self, *args, **kwargs)
-
-
-def _inner_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """The inner model's forward, which passes keyword arguments that it does not know on to the decoder."""
-    given, pruning = _given(self, args, kwargs), self.language_model.himap_pruning
-    if not pruning.schedule.dense:
-        check_media(pruning.family, self.config, given)
-    if "image_token_mask" not in kwargs:
-        where = _image_tokens(self, given)
-        if where is not None:
-            kwargs["image_token_mask"] = where
-    return type(self).forward(self, *args, **kwargs)
-
-
-def _image_tokens(inner: Any, given: dict[str, Any]) -> Tensor | None:
-    """Where the images are, (B, S) bool; None where the caller merged them into the embeddings already."""
-    image_id = inner.config.image_token_id
-    if given.get("input_ids") is not None:
-        return cast(Tensor, given["input_ids"] == image_id)
-    embeds = given.get("inputs_embeds")
-    if embeds is None or (given.get("pixel_values") is None and given.get("mm_encoder_outputs") is None):
-        return None
-    placeholder = inner.get_input_embeddings()(torch.tensor(image_id, device=embeds.device))
-    return cast(Tensor, (embeds == placeholder).all(-1))

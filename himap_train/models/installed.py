@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -15,12 +16,17 @@ class PruneCounts:
     """Image tokens of one forward pass, on the host.
 
     Attributes:
-        image_rows: (B,) long, image tokens of each row.
+        images: (B, G) long, image tokens of each row and turn.
         kept_rows: For each stage (B,) long, those left after it.
     """
 
-    image_rows: Tensor
+    images: Tensor
     kept_rows: list[Tensor] = field(default_factory=list)
+
+    @property
+    def image_rows(self) -> Tensor:
+        """(B,) long, image tokens of each row."""
+        return self.images.sum(1)
 
     @property
     def image_tokens(self) -> int:
@@ -53,7 +59,7 @@ class InstalledPruning:
         schedule: What to remove where.
         family: Family of the model.
         image_token_id: The token in whose places image features stand.
-        stock_attention: The attention implementation that the decoder had.
+        config: The decoder's stock config; it has a view of it, see `own_config`.
         ratios: Keep ratio of each layer while these are learned, (layers,) fp32 with a gradient; the schedule then has
             a stage at each layer from the first on. None otherwise.
         cpu_blocks: Whether SDPA runs in blocks on a CPU, see `cpu_attention`.
@@ -64,7 +70,7 @@ class InstalledPruning:
     schedule: PruningSchedule
     family: Family
     image_token_id: int
-    stock_attention: str
+    config: Any
     ratios: Tensor | None = None
     cpu_blocks: bool = True
     last: PruneCounts | None = None

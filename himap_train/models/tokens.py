@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
-from himap_train.models.cache import as_stored, mark_stage
+from himap_train.models.cache import StageFacts, as_stored, mark_stage
 from himap_train.models.families.base import LayerInputs
 from himap_train.pruning.layout import TokenLayout
 from himap_train.pruning.learned.marginal import Marginal
@@ -64,12 +64,14 @@ class Prefill:
         cache: What decoding will go on from; None where nothing is cached.
         lengths: (B,) long, tokens of each row at the start.
         start: (B, 1), where positions are counted anew from; None where every token keeps its own.
+        unread: Whether some image is ranked by no text.
     """
 
     decoder: Any
     cache: Cache | None
     lengths: Tensor
     start: Tensor | None = None
+    unread: bool = False
 
 
 def removed(
@@ -97,19 +99,28 @@ def removed(
         hidden_slots = tokens.hidden.shape[1] - hidden.shape[1] if number == 0 else 0
         slots = None if moved.full else valid
         dropped = prefill.lengths - valid.sum(1)
-        mark_stage(cache, number, slots, dropped, prefill.start is not None, hidden_slots)
+        facts = StageFacts(slots, dropped, prefill.start is not None, hidden_slots, prefill.unread)
+        mark_stage(cache, number, facts)
     return Tokens(hidden, rotary, mask, None, added, marginal), layout
 
 
-def entered(whole: Tokens, whole_layout: TokenLayout, tokens: Tokens, layout: TokenLayout) -> Tokens:
+def entered(
+    prefill: Prefill, number: int, whole: Tokens, whole_layout: TokenLayout, tokens: Tokens, layout: TokenLayout
+) -> Tokens:
     """All tokens where image tokens come in late: text as it is now, images as the projector made them.
 
     Args:
+        prefill: Of all removals.
+        number: The layer before which they come in.
         whole: Before the first layer.
         whole_layout: Before the first layer.
         tokens: The text that has run so far.
         layout: Layout of the text.
     """
+    if prefill.cache is not None:
+        slots = None if bool(whole_layout.valid.all()) else whole_layout.valid
+        none = torch.zeros_like(prefill.lengths)
+        mark_stage(prefill.cache, number, StageFacts(slots, none, unread=prefill.unread))
     text = scatter_back(tokens.hidden, layout.columns, layout.valid, whole.hidden.shape[1])
     return replace(whole, hidden=torch.where(whole_layout.image.unsqueeze(2), whole.hidden, text))
 

@@ -34,8 +34,17 @@ def asked_states(layers: int | list[int] | tuple[int, ...]) -> bool | int | list
     return layers if hasattr(output_capturing, "select_hidden_states") else True
 
 
+def chosen_states(states: tuple[Tensor, ...], asked: bool | int | list[int] | tuple[int, ...]) -> tuple[Any, ...]:
+    """The states that `output_hidden_states` asks for, None in other places; before 5.23 it asks for all or none."""
+    if isinstance(asked, bool) or not hasattr(output_capturing, "select_hidden_states"):
+        return states
+    indices = [asked] if isinstance(asked, int) else asked
+    wanted = {index % len(states) for index in indices if -len(states) <= index < len(states)}
+    return tuple(state if number in wanted else None for number, state in enumerate(states))
+
+
 def decoder_output(
-    hidden: Tensor, cache: Cache | None, states: tuple[Tensor, ...] | None = None
+    hidden: Tensor, cache: Cache | None, states: tuple[Any, ...] | None = None
 ) -> BaseModelOutputWithPast:
     """What a text decoder returns.
 

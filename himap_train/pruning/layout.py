@@ -80,6 +80,8 @@ class TokenCounts:
         current: (B, G) those that are left.
         protected: (B, G) those that must stay.
         ranking: (B,) ranking rows.
+        unread: Rows with an image that no text ranks, see `build_layout`.
+        supervised_images: Image tokens of the batch that were called supervised.
     """
 
     text: Tensor
@@ -87,6 +89,8 @@ class TokenCounts:
     current: Tensor
     protected: Tensor
     ranking: Tensor
+    unread: int = 0
+    supervised_images: int = 0
 
     @property
     def lengths(self) -> Tensor:
@@ -102,8 +106,8 @@ def build_layout(
     Args:
         image_token_mask: (B, S) bool, where the image tokens are.
         attention_mask: (B, S), 0 at padding; None where nothing is padding.
-        supervised_mask: (B, S) bool, positions whose token is predicted in training (`labels != -100`); None at
-            inference.
+        supervised_mask: (B, S) bool, positions whose token is predicted in training (`labels != -100`), which image
+            tokens never are; None where all is prompt.
 
     Returns:
         The layout, and the counts read from it with a single transfer to the host.
@@ -117,14 +121,14 @@ def build_layout(
         supervised = torch.zeros_like(image)
         protected = columns == (columns * valid).amax(1, keepdim=True)
     else:
-        supervised = supervised_mask & valid
+        supervised = supervised_mask & valid & ~image
         protected = torch.nn.functional.pad(supervised[:, 1:], (0, 1))
     starts = supervised & ~torch.nn.functional.pad(supervised[:, :-1], (1, 0))
     group = starts.cumsum(1)
     prompt = valid & ~supervised
     ranking = _ranking_rows(image, prompt, group)
     layout = TokenLayout(torch.stack([columns, group]), torch.stack([valid, image, ranking, protected & image]))
-    return layout, _count(layout)
+    return layout, _count(layout, None if supervised_mask is None else supervised_mask & image)
 
 
 def _ranking_rows(image: Tensor, prompt: Tensor, group: Tensor) -> Tensor:
@@ -145,9 +149,10 @@ def _running_in_group(mask: Tensor, group: Tensor) -> Tensor:
     return total - before.cummax(1).values
 
 
-def _count(layout: TokenLayout) -> TokenCounts:
+def _count(layout: TokenLayout, supervised_images: Tensor | None) -> TokenCounts:
     # The one transfer: everything below runs on the host.
-    facts = torch.cat([layout.flags.short(), layout.numbers[1:].short()]).cpu()
+    odd = [] if supervised_images is None else [supervised_images.short().unsqueeze(0)]
+    facts = torch.cat([layout.flags.short(), layout.numbers[1:].short(), *odd]).cpu()
     valid, image, ranking, protected = facts[:4].bool()
     slot = torch.where(image, facts[4].long() + 1, 0)  # 0: no image token
     groups = max(int(slot.max()), 1) if slot.numel() else 1
@@ -162,4 +167,6 @@ def _count(layout: TokenLayout) -> TokenCounts:
         current=count,
         protected=per_group(protected),
         ranking=ranking.sum(1),
+        unread=int((ranking & image).any(1).sum()),
+        supervised_images=int(facts[5:].sum()),
     )

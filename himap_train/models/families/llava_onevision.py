@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from himap_train.models.families.anyres import TYPICAL, Anyres, of_crops, pinpoints_of, size_of, tile_of
-from himap_train.models.families.base import AspectRatio, Family, Images, LayerInputs, VisionSizes
+from himap_train.models.families.base import AspectRatio, Family, Images, VisionSizes
 from himap_train.models.families.blocks import TokenBlock
 from himap_train.models.families.llava import has_class_token, mlp_flops, overview_tokens
 from himap_train.models.families.pixels import patches_of, tower_flops
@@ -39,11 +39,6 @@ class LlavaOnevision(Family):
             "pixel_values": images["pixel_values"].to(model.device, vision.dtype),
             "image_sizes": images["image_sizes"].to(model.device),
         }
-
-    def layer_inputs(self, options: dict[str, Any]) -> LayerInputs | None:
-        """Nothing; an option of the head's, which the stock forward hands on to the decoder, is taken out."""
-        options.pop("logits_to_keep", None)
-        return None
 
     def load_processor(self, folder: str, config: Any) -> PartsProcessor:
         """From its parts; how many tokens an image has is the model's own affair."""

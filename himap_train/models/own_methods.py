@@ -1,0 +1,130 @@
+"""The methods that pruning puts on a model: its forward, that of the inner model, and `generate`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from himap_train.models.guard import check_ran
+from himap_train.models.inputs import check_media
+from himap_train.models.installed import InstalledPruning
+from himap_train.models.prompt import forward_of_whole, generation, running_whole, supervised_by
+from himap_train.models.stock import text_decoder
+from himap_train.models.versions import given_cache
+
+
+class OwnMethod:
+    """A method of ours in the place of an instance's own, with the signature of the stock one: `generate` looks at it.
+
+    Attributes:
+        ours: What runs instead: it is given this object, then the call's arguments.
+        module: Whose method it is.
+        name: Of the method.
+        whole: The whole model.
+        found: What stood on the instance before; None where that was the class's own.
+    """
+
+    def __init__(self, ours: Callable[..., Any], module: Any, name: str, whole: Any) -> None:
+        self.ours, self.module, self.name, self.whole = ours, module, name, whole
+        self.found = module.__dict__.get(name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Ours while pruning is installed; what was there before where somebody still holds this after its removal."""
+        return self.ours(self, *args, **kwargs) if self.pruning is not None else self.before(*args, **kwargs)
+
+    def before(self, *args: Any, **kwargs: Any) -> Any:
+        """The method as it was before."""
+        if self.found is not None:
+            return self.found(*args, **kwargs)
+        return self.stock(self.module, *args, **kwargs)
+
+    def take_off(self) -> None:
+        """Put back what was there before."""
+        if self.found is None:
+            delattr(self.module, self.name)
+        else:
+            setattr(self.module, self.name, self.found)
+
+    @property
+    def stock(self) -> Callable[..., Any]:
+        """The class's own method."""
+        return cast(Callable[..., Any], getattr(type(self.module), self.name))
+
+    @property
+    def pruning(self) -> InstalledPruning | None:
+        """What is installed."""
+        return getattr(text_decoder(self.whole), "himap_pruning", None)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        stock = _signature(self.stock)
+        return stock.replace(parameters=list(stock.parameters.values())[1:])
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What a call was given, by name."""
+        bound = _signature(self.stock).bind_partial(self.module, *args, **kwargs).arguments
+        return bound | bound.pop("kwargs", {}) | bound.pop("model_kwargs", {})
+
+
+_signature = cache(inspect.signature)
+
+
+def whole_forward(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
+    """The forward of the whole model: what its labels supervise is told to the decoder."""
+    with forward_of_whole(supervised_by(method.given(args, kwargs))):
+        return method.before(*args, **kwargs)
+
+
+def inner_forward(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
+    """The inner model's forward, which passes keyword arguments that it does not know on to the decoder."""
+    inner, given, pruning = method.module, method.given(args, kwargs), method.pruning
+    assert pruning is not None
+    if pruning.schedule.dense:
+        return method.before(*args, **kwargs)
+    check_media(pruning.family, inner.config, given)
+    if given.get("image_token_mask") is None:
+        kwargs["image_token_mask"] = _image_tokens(inner, given)
+    if given.get("supervised_mask") is None and running_whole() is None:
+        _check_whole_forward(method.whole)
+    before, kv = pruning.last, given_cache(given)
+    prefill = kv is None or not kv.get_seq_length()
+    output = method.before(*args, **kwargs)
+    if prefill:
+        check_ran(pruning, before)
+    return output
+
+
+def _check_whole_forward(whole: Any) -> None:
+    """Raise ValueError where the whole model's forward was replaced by one that keeps the labels for itself."""
+    if not isinstance(whole.__dict__.get("forward"), OwnMethod):
+        raise ValueError(
+            "the model's forward was replaced after install_pruning, by one that calls the inner model without saying "
+            "what is prompt and what is answer: call install_pruning(model, schedule) again, behind what replaced it "
+            "(a trainer's constructor), or pass supervised_mask"
+        )
+
+
+def generate(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
+    """`generate`, which tells the decoder how long the prompt is."""
+    given = method.given(args, kwargs)
+    prompts = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    prompt = next((values for values in prompts if values is not None), None)
+    with generation(None if prompt is None else prompt.shape[1]):
+        return method.before(*args, **kwargs)
+
+
+def _image_tokens(inner: Any, given: dict[str, Any]) -> Tensor | None:
+    """Where the images are, (B, S) bool; None where the caller merged them into the embeddings already."""
+    image_id = inner.config.image_token_id
+    if given.get("input_ids") is not None:
+        return cast(Tensor, given["input_ids"] == image_id)
+    embeds = given.get("inputs_embeds")
+    if embeds is None or (given.get("pixel_values") is None and given.get("mm_encoder_outputs") is None):
+        return None
+    placeholder = inner.get_input_embeddings()(torch.tensor(image_id, device=embeds.device))
+    return cast(Tensor, (embeds == placeholder).all(-1))
