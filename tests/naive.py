@@ -230,7 +230,7 @@ def naive_scores(criterion: str, weights: Tensor, image: list[int], text: list[i
     """Image token -> importance."""
     if criterion == "first-k":
         return {p: -p for p in image}
-    if criterion == "uniform":
+    if criterion == "stride":
         n = len(image)
         return {p: float((i + 1) * count // n > i * count // n) for i, p in enumerate(image)}
     if criterion == "image_debiased":

@@ -35,7 +35,7 @@ def schedules(draw: st.DrawFn, counts: bool = True) -> PruningSchedule:
     by_count = counts and draw(st.booleans())
     sizes = st.integers(0, 14) if by_count else st.sampled_from(RATIOS)
     keep = sorted(draw(st.lists(sizes, min_size=len(layers), max_size=len(layers))), reverse=True)
-    how = st.sampled_from(["instruction", "image", "image_debiased", "last_token", "uniform"])
+    how = st.sampled_from(["instruction", "image", "image_debiased", "last_token", "stride"])
     stages = tuple(
         PruningStage(layer=layer, criterion=draw(how), **{"keep_count" if by_count else "keep_ratio": size})
         for layer, size in zip(layers, keep, strict=True)

@@ -21,18 +21,18 @@ from himap_train.pruning.reading import fit_preset, read_schedule
 
 pytestmark = pytest.mark.core
 
-FIRST = (PruningStage(0, "uniform", 0.5),)
+FIRST = (PruningStage(0, "stride", 0.5),)
 PLANS = {
-    "uniform": PruningSchedule(FIRST),
+    "stride": PruningSchedule(FIRST),
     "first-k": PruningSchedule((PruningStage(0, "first-k", 0.3),)),
     "divprune": PruningSchedule((PruningStage(0, "divprune", 0.3),)),
     "average-pool": PruningSchedule((PruningStage(0, "average-pool", 0.25),)),
-    "nothing left": PruningSchedule((PruningStage(0, "uniform", 0.0),)),
+    "nothing left": PruningSchedule((PruningStage(0, "stride", 0.0),)),
     "then himap": PruningSchedule((*FIRST, PruningStage(1, "instruction", 0.3), PruningStage(3, "image", 0.1))),
     "renumber": PruningSchedule((*FIRST, PruningStage(2, "last_token", 0.2)), positions="renumber"),
     "enter": PruningSchedule(enter=2),
     "enter, filter, exit": PruningSchedule(
-        (PruningStage(3, "last_token", 0.5), PruningStage(4, "image", 0.2), PruningStage(5, "uniform", 0.0)), enter=2
+        (PruningStage(3, "last_token", 0.5), PruningStage(4, "image", 0.2), PruningStage(5, "stride", 0.0)), enter=2
     ),
     "enter filtered": PruningSchedule((PruningStage(2, "divprune", 0.5), PruningStage(3, "instruction", 0.2)), enter=2),
 }
@@ -105,7 +105,7 @@ def lengths(cache: Any) -> list[int]:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("uniform", [15] * 6),
+        ("stride", [15] * 6),
         ("nothing left", [7] * 6),
         ("then himap", [15, 12, 12, 9, 9, 9]),
         ("enter", [7, 7, 23, 23, 23, 23]),
@@ -127,7 +127,7 @@ def test_cache_lengths_in_every_layer_and_positions_of_the_whole_prompt(name: st
 
 def test_removed_tokens_are_in_no_layer() -> None:
     """Every layer runs on 8 image tokens of 16, and the kept columns are those of the batch."""
-    model = install_pruning(tiny_llava(), PLANS["uniform"])
+    model = install_pruning(tiny_llava(), PLANS["stride"])
     seen: list[int] = []
     for layer in model.model.language_model.layers:
         layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
@@ -144,7 +144,7 @@ def test_removed_tokens_are_in_no_layer() -> None:
         ({"enter": 9}, "image tokens enter at layer 9, but the decoder has layers 0 to 5"),
         ({"enter": -1}, "enter is -1; expected a layer"),
         (
-            {"enter": 3, "stages": [{"layer": 2, "criterion": "uniform", "keep_ratio": 0.5}]},
+            {"enter": 3, "stages": [{"layer": 2, "criterion": "stride", "keep_ratio": 0.5}]},
             "behind the stage at layer 2",
         ),
         ({"enter": 3, "stages": [{"layer": 3, "criterion": "image", "keep_ratio": 0.5}]}, "no image tokens yet"),
@@ -160,8 +160,8 @@ def test_impossible_entries_are_refused(given: dict[str, Any], message: str) -> 
 def test_written_scaled_and_priced() -> None:
     plan = PLANS["enter, filter, exit"]
     assert PruningSchedule.from_dict(plan.to_dict()) == plan and plan.to_dict()["enter"] == 2
-    assert "enter" not in PLANS["uniform"].to_dict()
-    published = PruningSchedule((PruningStage(10, "last_token", 0.37), PruningStage(24, "uniform", 0.0)), enter=8)
+    assert "enter" not in PLANS["stride"].to_dict()
+    published = PruningSchedule((PruningStage(10, "last_token", 0.37), PruningStage(24, "stride", 0.0)), enter=8)
     scaled = published.scaled_to(8)
     assert (scaled.enter, [stage.layer for stage in scaled.stages]) == (2, [3, 6])
     assert PruningSchedule(FIRST).scaled_to(4) == PruningSchedule(FIRST)
@@ -189,6 +189,6 @@ def test_learned_ratios_say_that_they_need_a_layer_before() -> None:
 def test_an_even_choice_before_the_decoder_gives_the_figures_that_were_measured(tokens: int, expected: float) -> None:
     """`embedded:test?scenes=700&seed=11`, training-free, positions kept; standard error 1.2."""
     model, processor = load_llava("embedded")
-    install_pruning(model, PruningSchedule((PruningStage(0, "uniform", keep_count=tokens),)))
+    install_pruning(model, PruningSchedule((PruningStage(0, "stride", keep_count=tokens),)))
     result = evaluate(model, processor, SceneQuestions("test", scenes=700, seed=11), batch_size=64, progress=False)
     assert abs(100 * result.score - expected) < 1.5

@@ -162,7 +162,7 @@ def test_a_causal_bound_leaves_out_what_is_hidden(measure: str) -> None:
     """Pair by pair of query and key, for one layer after the other."""
     config, workload = LLAVA_7B, Workload(image_tokens=20, text_before=3, text_after=6)
     text = config.text_config
-    schedule = PruningSchedule((PruningStage(2, "uniform", 0.5), PruningStage(20, "uniform", 0.1)))
+    schedule = PruningSchedule((PruningStage(2, "stride", 0.5), PruningStage(20, "stride", 0.1)))
     full, causal = (
         step_flops(measure, schedule, config, workload, lora_parameters=[0] * 32, causal=causal)
         for causal in (False, True)

@@ -23,7 +23,7 @@ SCHEDULES = {
     "himap": HIMAP,
     "early": plan((1, "last_token", 0.125)),
     "image-debiased": plan((2, "image_debiased", 0.75), (4, "image_debiased", 0.25)),
-    "withdraw": plan((6, "uniform", 0.0)),
+    "withdraw": plan((6, "stride", 0.0)),
 }
 
 

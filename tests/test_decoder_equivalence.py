@@ -41,7 +41,7 @@ def test_ragged_batch_equals_the_oracle(text: str, attn: str, labels: bool, side
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
-@pytest.mark.parametrize("criterion", ["instruction", "image", "image_debiased", "last_token", "uniform"])
+@pytest.mark.parametrize("criterion", ["instruction", "image", "image_debiased", "last_token", "stride"])
 def test_every_criterion_equals_the_oracle(criterion: str, positions: str) -> None:
     model = tiny_llava()
     for labels, side in ((False, "left"), (True, "right")):
@@ -80,12 +80,12 @@ def test_random_keeps_its_count_and_the_states_follow(positions: str) -> None:
         ),
         ((3, "image", {"keep_ratio": 0.01}),),
         ((5, "instruction", {"keep_count": 10}),),
-        ((2, "uniform", {"keep_ratio": 0.0}),),
+        ((2, "stride", {"keep_ratio": 0.0}),),
         ((1, "image_debiased", {"keep_count": 14}), (4, "instruction", {"keep_count": 5})),
         (
             (2, "instruction", {"keep_ratio": 1.0}),
             (3, "image", {"keep_ratio": 0.5}),
-            (5, "uniform", {"keep_ratio": 0.0}),
+            (5, "stride", {"keep_ratio": 0.0}),
         ),
     ],
     ids=["three-in-a-row", "at-least-one", "count-above-some-rows", "all-leave", "counts", "ratio-1-then-0"],
@@ -97,7 +97,7 @@ def test_schedules_equal_the_oracle(stages: tuple[tuple[int, str, dict[str, floa
     assert_equals_naive(model, plan, make_case(model, RAGGED_ANSWERS, "right", seed=2), labels=True)
 
 
-@pytest.mark.parametrize("criterion", ["instruction", "image", "uniform"])
+@pytest.mark.parametrize("criterion", ["instruction", "image", "stride"])
 @pytest.mark.parametrize("labels", [False, True], ids=["prompt", "labels"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_of_a_batch_equal_the_row_alone(side: str, labels: bool, criterion: str) -> None:

@@ -129,7 +129,7 @@ def test_the_installed_schedule_is_what_runs(model, processor, source):
 def test_compare_gives_the_schedule_back_also_after_an_error(model, processor, source):
     install_pruning(model, SCHEDULE)
     with pytest.raises(ValueError, match="layer 6"):
-        late = PruningSchedule((PruningStage(6, "uniform", 0.5),))
+        late = PruningSchedule((PruningStage(6, "stride", 0.5),))
         compare(model, processor, source, {"dense": None, "bad": late}, limit=1, **QUIET)
     assert pruning_of(model).schedule == SCHEDULE
 

@@ -20,7 +20,7 @@ from himap_train.checkpoints.load import load_checkpoint
 ROOT = Path(__file__).parents[1]
 SCHEDULE = {
     "stages": [
-        {"layer": 0, "criterion": "uniform", "keep_ratio": 0.75},
+        {"layer": 0, "criterion": "stride", "keep_ratio": 0.75},
         {"layer": 1, "criterion": "instruction", "keep_ratio": 0.5},
     ]
 }

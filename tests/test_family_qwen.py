@@ -29,12 +29,12 @@ TWO = schedule((2, "instruction", 0.5), (4, "image", 0.125))
 SCHEDULES = {
     "himap": TWO,
     "every-layer-of-deepstack": schedule((1, "instruction", 0.75), (2, "image", 0.5), (3, "last_token", 0.25)),
-    "before-the-decoder": schedule((0, "uniform", 0.5), (2, "instruction", 0.25)),
+    "before-the-decoder": schedule((0, "stride", 0.5), (2, "instruction", 0.25)),
     "first-k": schedule((0, "first-k", 0.6), (1, "image", 0.3), (5, "instruction", 0.0)),
     "pooled": schedule((0, "average-pool", 0.75), (1, "average-pool", 0.25), (3, "instruction", 0.125)),
-    "nothing-left": schedule((0, "uniform", 0.0)),
+    "nothing-left": schedule((0, "stride", 0.0)),
     "enter-1": schedule((3, "instruction", 0.5), enter=1),
-    "enter-2": schedule((2, "uniform", 0.75), (4, "image_debiased", 0.25), enter=2),
+    "enter-2": schedule((2, "stride", 0.75), (4, "image_debiased", 0.25), enter=2),
     "enter-3": schedule(enter=3),
 }
 
@@ -72,7 +72,7 @@ def install_empty(model: Any) -> None:
 
 
 def keep_all(model: Any) -> None:
-    install_pruning(model, schedule((0, "uniform", 1.0), (1, "instruction", 1.0), (2, "image", 1.0), (4, "image", 1.0)))
+    install_pruning(model, schedule((0, "stride", 1.0), (1, "instruction", 1.0), (2, "image", 1.0), (4, "image", 1.0)))
 
 
 def install_and_remove(model: Any) -> None:

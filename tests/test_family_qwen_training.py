@@ -29,7 +29,7 @@ pytestmark = pytest.mark.core
 
 STAGES = {
     "stages": [
-        {"layer": 0, "criterion": "uniform", "keep_ratio": 0.75},
+        {"layer": 0, "criterion": "stride", "keep_ratio": 0.75},
         {"layer": 2, "criterion": "instruction", "keep_ratio": 0.5},
     ]
 }

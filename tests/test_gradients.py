@@ -63,7 +63,7 @@ def generate(model: LlavaForConditionalGeneration) -> None:
 
 
 def install_other(model: LlavaForConditionalGeneration) -> None:
-    install_pruning(model, himap("last_token", "uniform", "renumber"))
+    install_pruning(model, himap("last_token", "stride", "renumber"))
 
 
 @pytest.mark.parametrize("between", [nothing, evaluate, generate, install_other, remove_pruning])
@@ -81,7 +81,7 @@ def test_two_forwards_before_two_backwards(reentrant: bool | None, between: Call
 
 
 @pytest.mark.parametrize("reentrant", CHECKPOINTING, ids=NAMES)
-@pytest.mark.parametrize("criterion", ["instruction", "image", "image_debiased", "last_token", "uniform"])
+@pytest.mark.parametrize("criterion", ["instruction", "image", "image_debiased", "last_token", "stride"])
 def test_every_criterion_trains(criterion: str, reentrant: bool | None) -> None:
     model, plan = trainable(reentrant), himap(criterion, criterion)
     case = batches(model)[1]

@@ -106,7 +106,7 @@ def test_counts_of_the_last_forward() -> None:
 
 def test_changed_schedule_runs_from_the_next_forward_on() -> None:
     """On what is installed: a trace that records goes on."""
-    model = install_pruning(tiny_llava(), two_stages("last_token", "uniform"))
+    model = install_pruning(tiny_llava(), two_stages("last_token", "stride"))
     case, installed = make_case(model, RAGGED), pruning_of(model)
     run(model, case)
     change_schedule(model, two_stages())
@@ -120,7 +120,7 @@ def test_changed_schedule_runs_from_the_next_forward_on() -> None:
 
 def test_another_schedule_runs_inside_a_block_only() -> None:
     """Also where it ends in an error; its counts stay."""
-    own = two_stages("last_token", "uniform")
+    own = two_stages("last_token", "stride")
     model = install_pruning(tiny_llava(), own)
     case, installed, ratios = make_case(model, RAGGED), pruning_of(model), torch.ones(6)
     run(model, case)
@@ -139,7 +139,7 @@ def test_another_schedule_runs_inside_a_block_only() -> None:
 
 
 def test_installing_again_replaces_the_schedule() -> None:
-    model = install_pruning(tiny_llava(), two_stages("last_token", "uniform"))
+    model = install_pruning(tiny_llava(), two_stages("last_token", "stride"))
     case = make_case(model, RAGGED)
     run(model, case)
     assert_equals_naive(model, two_stages(), case)

@@ -56,7 +56,7 @@ SCHEDULES = {
     "then ratio": by_mass((2, "instruction", (0.8, 0.1, 0.9)), (4, "image", 0.125)),
     "then mass": by_mass((2, "instruction", (0.9,)), (3, "last_token", (0.6, 0.1))),
     "after ratio": by_mass((1, "image", 0.6), (4, "instruction", (0.5, 0.0, 0.3))),
-    "then uniform": by_mass((2, "last_token", (0.9,)), (4, "uniform", 0.25)),
+    "then stride": by_mass((2, "last_token", (0.9,)), (4, "stride", 0.25)),
     "then count": by_mass((1, "image_debiased", (0.6,)), (2, "image", 3)),
     "renumbered": by_mass((2, "instruction", (0.8,)), (4, "image", (0.5,)), positions="renumber"),
 }
@@ -176,7 +176,7 @@ def test_counts_of_each_row_and_a_batch_without_images() -> None:
 
 
 @pytest.mark.parametrize("labels", [False, True], ids=["prompt", "training"])
-@pytest.mark.parametrize("name", ["alone", "then ratio", "then mass", "then uniform"])
+@pytest.mark.parametrize("name", ["alone", "then ratio", "then mass", "then stride"])
 def test_one_more_transfer_for_each_mass_stage_and_no_other_wait(
     name: str, labels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,7 +235,7 @@ def mass_schedules(draw: st.DrawFn) -> PruningSchedule:
     sizes = st.sampled_from([(0.3,), (0.55,), (0.9, 0.2), (0.97,)])
     stages = [(layer, draw(st.sampled_from(CRITERIA)), draw(sizes)) for layer in layers]
     if draw(st.booleans()):
-        stages[-1] = (layers[-1], draw(st.sampled_from(["image", "uniform"])), 0.3)
+        stages[-1] = (layers[-1], draw(st.sampled_from(["image", "stride"])), 0.3)
     return by_mass(*stages, positions=draw(st.sampled_from(["keep", "renumber"])))
 
 

@@ -38,7 +38,7 @@ FIELDS = {
     "stages": [
         {"layer": 2, "criterion": "instruction", "keep": {"mass": 0.9, "at_least": 0.1, "at_most": 0.8}},
         {"layer": 8, "criterion": "image", "keep": {"mass": 0.5}},
-        {"layer": 12, "criterion": "uniform", "keep_ratio": 0.0},
+        {"layer": 12, "criterion": "stride", "keep_ratio": 0.0},
     ],
     "positions": "keep",
 }
@@ -46,7 +46,7 @@ MASS = PruningSchedule(
     (
         PruningStage(2, "instruction", keep=AttentionMass(0.9, at_least=0.1, at_most=0.8)),
         PruningStage(8, "image", keep=AttentionMass(0.5)),
-        PruningStage(12, "uniform", 0.0),
+        PruningStage(12, "stride", 0.0),
     )
 )
 TINY = PruningSchedule((PruningStage(2, "instruction", keep=AttentionMass(0.7)), PruningStage(4, "image", 0.125)))
@@ -84,7 +84,7 @@ def stage(layer: int = 2, criterion: str = "instruction", **size: Any) -> dict[s
         ([stage(keep={"mass": 0.9}, keep_ratio=0.5)], "keep_ratio=0.5.*exactly one"),
         ([stage(keep={"mass": 0.9}, keep_count=5)], "keep_count=5.*exactly one"),
         ([stage(criterion="random", keep={"mass": 0.9})], "'random' at layer 2 reads no attention"),
-        ([stage(criterion="uniform", keep={"mass": 0.9})], "'uniform' at layer 2 reads no attention"),
+        ([stage(criterion="stride", keep={"mass": 0.9})], "'stride' at layer 2 reads no attention"),
         ([stage(keep={"mass": 0.9, "at_most": 0.5}), stage(3, keep={"mass": 0.9, "at_most": 0.6})], "0.6.*0.5"),
         ([stage(keep={"mass": 0.9, "at_most": 0.5}), stage(3, keep_ratio=0.6)], "0.6.*0.5"),
         ([stage(keep_ratio=0.5), stage(3, keep={"mass": 0.9, "at_most": 0.6})], "0.6.*0.5"),

@@ -42,7 +42,7 @@ def test_new_methods_equal_the_oracle(name: str, labels: bool, side: str) -> Non
 
 
 @pytest.mark.parametrize("positions", ["keep", "renumber"])
-@pytest.mark.parametrize("name", [*NEW, "uniform"])
+@pytest.mark.parametrize("name", [*NEW, "stride"])
 def test_behind_another_stage_and_by_count(name: str, positions: str) -> None:
     model = tiny_llava()
     case = make_case(model, RAGGED, "left", seed=4)

@@ -18,7 +18,7 @@ from himap_train.models.install import pruning_of
 pytestmark = pytest.mark.core
 
 SCHEDULE = PruningSchedule((PruningStage(2, "instruction", 0.5), PruningStage(4, "image", 0.125)))
-LOOKS_AT_NOTHING = PruningSchedule((PruningStage(2, "uniform", 0.5),))
+LOOKS_AT_NOTHING = PruningSchedule((PruningStage(2, "stride", 0.5),))
 SEEDS = range(6)
 ANSWERED = "t1 i16 t9 a3"
 
@@ -129,7 +129,7 @@ def same_in_all(schedule: PruningSchedule, **options: Any) -> None:
         assert torch.equal(model.generate(**call, max_new_tokens=12, do_sample=False, **given), greedy)
 
 
-@pytest.mark.parametrize("schedule", [SCHEDULE, LOOKS_AT_NOTHING], ids=["himap", "uniform"])
+@pytest.mark.parametrize("schedule", [SCHEDULE, LOOKS_AT_NOTHING], ids=["himap", "stride"])
 def test_drafted_tokens_choose_nothing(schedule: PruningSchedule) -> None:
     same_in_all(schedule, assistant_model=pruned)
     same_in_all(schedule, assistant_model=lambda seed, _: tiny_llava(seed=seed + 1))

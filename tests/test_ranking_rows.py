@@ -11,7 +11,7 @@ from tiny import tiny_llava
 from himap_train import install_pruning
 
 
-@pytest.mark.parametrize("criterion", ["instruction", "last_token", "image", "image_debiased", "uniform"])
+@pytest.mark.parametrize("criterion", ["instruction", "last_token", "image", "image_debiased", "stride"])
 @pytest.mark.parametrize("prompt", ["t3 i16 t5", "t2 i9 t3 i16 t2", "t4 i16"])
 def test_teacher_forcing_keeps_what_the_prefill_keeps(prompt: str, criterion: str) -> None:
     model = tiny_llava()
@@ -28,7 +28,7 @@ def test_teacher_forcing_keeps_what_the_prefill_keeps(prompt: str, criterion: st
         assert all(len(stage[0]) - len(row[0]) == answers.numel() for stage, row in zip(kept, expected, strict=True))
 
 
-@pytest.mark.parametrize("criterion", ["instruction", "image", "image_debiased", "last_token", "uniform"])
+@pytest.mark.parametrize("criterion", ["instruction", "image", "image_debiased", "last_token", "stride"])
 def test_every_turn_ranks_its_own_images(criterion: str) -> None:
     model = tiny_llava()
     rows = ("t2 i16 t4 a3 t5 i12 t3 a2", "t4 a2 t2 i16 t3 a4 t5 a2", "t1 i9 t2 a1 i7 i5 t3 a2", "t2 i16 t4 a3 t5 a2")
@@ -48,7 +48,7 @@ def test_an_image_token_that_predicts_an_answer_stays() -> None:
     model = tiny_llava()
     for spec, labels in (("t3 i16", False), ("t3 i16 a4", True), ("i16 a4", True)):
         case = make_case(model, [spec])
-        for criterion in ("instruction", "image", "uniform", "random"):
+        for criterion in ("instruction", "image", "stride", "random"):
             plan = two_stages(criterion, criterion)
             _, kept = run(install_pruning(model, plan), case, labels)
             last_image = int((case.input_ids[0] == 4).nonzero().max())

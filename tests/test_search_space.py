@@ -105,14 +105,14 @@ def test_the_search_starts_from_the_preset_at_the_budget() -> None:
 
 
 def test_layers_before_the_decoder_are_candidates_for_criteria_that_read_nothing_there() -> None:
-    searched = space(0.25, criteria=("instruction", "uniform", "divprune"), free_criteria=True)
+    searched = space(0.25, criteria=("instruction", "stride", "divprune"), free_criteria=True)
     assert searched.earliest == 0 and space().earliest == 1
-    first = searched.schedule(searched.point((0, 4), (0.5,), ("uniform", "instruction")))
-    assert first is not None and [(s.layer, s.criterion) for s in first.stages] == [(0, "uniform"), (4, "instruction")]
+    first = searched.schedule(searched.point((0, 4), (0.5,), ("stride", "instruction")))
+    assert first is not None and [(s.layer, s.criterion) for s in first.stages] == [(0, "stride"), (4, "instruction")]
     assert first.cost(CONFIG, 144, 15).flops_ratio == pytest.approx(0.25, rel=0.01)
-    assert searched.schedule(searched.point((0, 4), (0.5,), ("instruction", "uniform"))) is None
+    assert searched.schedule(searched.point((0, 4), (0.5,), ("instruction", "stride"))) is None
     assert searched.schedule(searched.point((0, 0), (0.5,), ("divprune", "instruction"))) is None
     found = [searched.schedule(point) for point in itertools.islice(_spread(searched), 60)]
     assert {schedule.stages[0].layer for schedule in found if schedule is not None} == {0, 1}
     with pytest.raises(ValueError, match="first of them 0"):
-        space(0.01, criteria=("uniform", "uniform"))
+        space(0.01, criteria=("stride", "stride"))

@@ -38,14 +38,14 @@ def schedule(*stages: tuple[int, str, float], enter: int = 0) -> PruningSchedule
 HIMAP = schedule((2, "instruction", 0.5), (4, "image", 0.125))
 PLANS = {
     "himap": HIMAP,
-    "before": schedule((0, "uniform", 0.4), (3, "instruction", 0.2)),
+    "before": schedule((0, "stride", 0.4), (3, "instruction", 0.2)),
     "first": schedule((0, "first-k", 0.3)),
     "pyramid": schedule((1, "last_token", 0.7), (2, "instruction", 0.4), (3, "image", 0.1)),
     "late": schedule((4, "instruction", 0.5), enter=2),
-    "pooled": schedule((0, "uniform", 0.5), (2, "average-pool", 0.2)),
-    "none": schedule((2, "uniform", 0.0)),
+    "pooled": schedule((0, "stride", 0.5), (2, "average-pool", 0.2)),
+    "none": schedule((2, "stride", 0.0)),
 }
-WHOLE = [schedule((at, "uniform", 1.0)) for at in (0, 1)] + [schedule((2, "instruction", 1.0), (4, "image", 1.0))]
+WHOLE = [schedule((at, "stride", 1.0)) for at in (0, 1)] + [schedule((2, "instruction", 1.0), (4, "image", 1.0))]
 
 
 @pytest.fixture(scope="module")

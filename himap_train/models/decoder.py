@@ -1,15 +1,14 @@
 """The decoder's layer loop with tokens dropped between layers: the one place where that happens.
 
-Copied from transformers 5.23 `LlamaModel.forward` (other families' decoders differ in masks, positions and what is
-added between layers, see `families`); what is HiMAP's is marked. Training, evaluation, `generate()` and export all run
-`pruned_forward`; it never reads `self.training`.
-
-After the first removal every row is packed to the left, so its padding lies behind it and a causal kernel without any
-mask is exact. A token keeps its original position number, which lives in its rotary embedding.
+Copied from transformers 5.23 `LlamaModel.forward` (see `families` for what others do); what is HiMAP's is marked.
+Training, evaluation, `generate()` and export all run `pruned_forward`; it never reads `self.training`. After the first
+removal every row is packed to the left, so its padding lies behind it and a causal kernel without any mask is exact. A
+token keeps its original position number, which lives in its rotary embedding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -25,11 +24,12 @@ from himap_train.models.cpu_attention import CausalBlocks
 from himap_train.models.inputs import check_image_mask, check_inputs, check_options
 from himap_train.models.installed import InstalledPruning, PruneCounts
 from himap_train.models.prompt import check_continued, drafted, known_prompt, warn_of_labels
-from himap_train.models.tokens import Prefill, Tokens, causal_mask, entered, removed
+from himap_train.models.tokens import Prefill, Tokens, causal_mask, entered, first_positions, removed
 from himap_train.models.versions import CACHE, chosen_states, decoder_output
 from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
 from himap_train.pruning.learned.marginal import marginal_tokens
 from himap_train.pruning.methods.base import Reads, Seen, with_scores
+from himap_train.pruning.places import Places, TokenGrid
 from himap_train.pruning.ranks import image_ranks, select
 from himap_train.pruning.removal import Removal, plan_removals, settle_mass
 from himap_train.pruning.token_map import TokenMap, scatter_back
@@ -46,6 +46,7 @@ def pruned_forward(
     use_cache: bool | None = None,
     image_token_mask: Tensor | None = None,
     supervised_mask: Tensor | None = None,
+    image_grids: Sequence[TokenGrid] | None = None,
     cache: Cache | None = None,
     **kwargs: Any,
 ) -> BaseModelOutputWithPast:
@@ -62,6 +63,7 @@ def pruned_forward(
         image_token_mask: (B, S) bool. HiMAP: needed in a prefill with `inputs_embeds`.
         supervised_mask: (B, S) bool, `labels != -100`. HiMAP: what is predicted must not choose what is looked at; see
             `prompt` for who else says it.
+        image_grids: HiMAP: those of all images, see `Places.of`.
         cache: Empty for a prefill; filled by our prefill when decoding.
         **kwargs: What the family adds between layers, and what changes nothing here; see `inputs.check_options`.
 
@@ -112,6 +114,8 @@ def pruned_forward(
         where = check_image_mask(image_token_mask, inputs_embeds)
         answers = known_prompt(supervised_mask, self, inputs_embeds, where)
         layout, counts = build_layout(where, attention_mask, answers)
+        if pruning.schedule.uses_places:
+            layout = replace(layout, places=Places.of(layout.image, image_grids))
         if answers is not None:
             warn_of_labels(counts)
         hidden = _prefill(self, tokens, layout, counts, states, call)
@@ -132,7 +136,7 @@ def _prefill(
     removals = plan_removals(schedule.stages, counts)
     length = tokens.hidden.shape[1]
     seen, layouts = PruneCounts(counts.image), []
-    start = _first_positions(tokens.positions, layout) if schedule.positions == "renumber" else None
+    start = first_positions(tokens.positions, layout) if schedule.positions == "renumber" else None
     reads = any(stage.method.reads is not Reads.NOTHING for stage in schedule.stages)
     prefill = Prefill(decoder, cache, layout.valid.sum(1), start, unread=reads and counts.unread > 0)
     collector: ScoreCollector | None = None
@@ -205,12 +209,6 @@ def _token_map(removal: Removal, shown: Seen, ranks: Tensor, tokens: Tokens) -> 
         return removal.stage.method.token_map(shown, ranks, after)
     keep = select(ranks, shown.layout, after.current) | marginal.shadow
     return TokenMap.of(keep, after.lengths + marginal.shadows)
-
-
-def _first_positions(positions: Any, layout: TokenLayout) -> Tensor:
-    """Position number of each row's first real token: (B, 1)."""
-    first = layout.valid.long().argmax(1, keepdim=True)
-    return positions.expand(first.shape[0], -1).gather(1, first)
 
 
 def _decode(

@@ -89,10 +89,13 @@ def inner_forward(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
     check_media(pruning.family, inner.config, given)
     if given.get("image_token_mask") is None:
         kwargs["image_token_mask"] = _image_tokens(inner, given)
+    if pruning.schedule.uses_places:
+        kwargs["image_grids"] = pruning.family.image_grids(inner.config, given)
     if given.get("supervised_mask") is None and running_whole() is None:
         _check_whole_forward(method.whole)
     before, kv = pruning.last, given_cache(given)
-    prefill = kv is None or not kv.get_seq_length()
+    images = any(given.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
+    prefill = images and (kv is None or not kv.get_seq_length())
     output = method.before(*args, **kwargs)
     if prefill:
         check_ran(pruning, before)

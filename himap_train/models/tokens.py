@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,6 +72,12 @@ class Prefill:
     lengths: Tensor
     start: Tensor | None = None
     unread: bool = False
+
+
+def first_positions(positions: Any, layout: TokenLayout) -> Tensor:
+    """Position number of each row's first real token: (B, 1)."""
+    first = layout.valid.long().argmax(1, keepdim=True)
+    return cast(Tensor, positions.expand(first.shape[0], -1).gather(1, first))
 
 
 def removed(

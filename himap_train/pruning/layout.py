@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from himap_train.pruning.places import Places
 from himap_train.pruning.token_map import TokenMap
 
 
@@ -28,10 +29,12 @@ class TokenLayout:
     Attributes:
         numbers: (2, B, L) long, see `columns` and `group`.
         flags: (4, B, L) bool, see `valid`, `image`, `ranking` and `protected`.
+        places: Where image tokens lie in their pictures; None where no method asks.
     """
 
     numbers: Tensor
     flags: Tensor
+    places: Places | None = None
 
     @property
     def columns(self) -> Tensor:
@@ -67,7 +70,7 @@ class TokenLayout:
         """The tokens after a removal."""
         index = moved.index
         numbers, flags = (part.gather(2, index.expand(len(part), -1, -1)) for part in (self.numbers, self.flags))
-        return TokenLayout(numbers, flags & moved.valid)
+        return TokenLayout(numbers, flags & moved.valid, None if self.places is None else self.places.gather(index))
 
 
 @dataclass(frozen=True)

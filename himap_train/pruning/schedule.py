@@ -85,6 +85,11 @@ class PruningSchedule:
         return not self.stages and not self.enter
 
     @property
+    def uses_places(self) -> bool:
+        """Whether a stage's method looks at where tokens lie in their pictures."""
+        return any(stage.method.uses_places and not stage.removes_all for stage in self.stages)
+
+    @property
     def by_mass(self) -> bool:
         """Whether a stage keeps by attention mass, so that the number of tokens and the cost follow each sample."""
         return any(isinstance(stage.keep, Mass) for stage in self.stages)

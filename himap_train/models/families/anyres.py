@@ -17,6 +17,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from himap_train.models.families.base import Images, VisionSizes
 from himap_train.models.families.blocks import TokenBlock
+from himap_train.pruning.places import TokenGrid
 
 TYPICAL = (640, 480)
 """Width and height of the picture for which plans are made."""
@@ -79,7 +80,20 @@ class Anyres:
         x = (left * patch - (wide - scale * width) / 2) / (scale * width)
         y = (above * patch - (tall - scale * height) / 2) / (scale * height)
         box = (x, y, x + columns * patch / (scale * width), y + rows * patch / (scale * height))
-        return TokenBlock(*self.grid(size), box, row_end=1, view="tiles")
+        return TokenBlock(*self.grid(size), box=box, row_end=1, view="tiles")
+
+    def grids(self, sizes: Tensor | None, overview: int) -> list[TokenGrid] | None:
+        """Overview and canvas of each picture, two grids a picture.
+
+        Args:
+            sizes: (pictures, 2), height and width; None where they are not known.
+            overview: Tokens of an overview, a class token among them.
+        """
+        if sizes is None:
+            return None
+        first = TokenGrid(self.side, self.side, before=max(overview - self.side**2, 0))
+        canvases = (self.grid((width, height)) for height, width in sizes.tolist())
+        return [grid for canvas in canvases for grid in (first, TokenGrid(*canvas, row_end=1))]
 
     def crops_for(self, tokens: int) -> int:
         """Tiles, the overview among them, of an image that gives so many tokens with it: those of a typical picture if

@@ -1,9 +1,7 @@
 """What this project must know of a model family: a stock Hugging Face vision-language model, its processor, its sizes.
 
-One family is one file: a subclass of `Family`. Everything else (the layer loop, data, training, evaluation, planning,
-export) asks the family and names no model class. The base class is what families of LLaVA's build have in common: a
-vision tower, a projector, and a text decoder with one position number a token.
-
+One family is one file, a subclass of `Family`; all else asks the family and names no model class. The base class is
+what families of LLaVA's build have in common: a tower, a projector, a text decoder with one position number a token.
 Shapes: B rows, S columns, D decoder width.
 """
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 
 from himap_train.models.families.blocks import TokenBlock
 from himap_train.models.versions import feature_layers
+from himap_train.pruning.places import TokenGrid
 
 AspectRatio = Literal["as_processor", "pad"]
 """What happens to an image that is not square: as the processor's own settings say, or padded to a square first."""
@@ -154,19 +153,17 @@ class Family(ABC):
     # The layer loop.
 
     def positions(self, position_ids: Tensor | None, embeds: Tensor, cached: int) -> Positions:
-        """As the stock decoder reads them.
-
-        Args:
-            position_ids: As the caller gave them.
-            embeds: (B, S, D).
-            cached: Tokens before these.
-        """
+        """As the stock decoder reads them, of embeddings (B, S, D) behind `cached` tokens."""
         if position_ids is None:
             position_ids = torch.arange(embeds.shape[1], device=embeds.device).unsqueeze(0) + cached
         return Positions(position_ids, position_ids)
 
     def layer_inputs(self, options: dict[str, Any]) -> LayerInputs | None:
         """Takes what is added between layers out of the decoder's further `options`; None where nothing is."""
+        return None
+
+    def image_grids(self, config: Any, given: Mapping[str, Any]) -> list[TokenGrid] | None:
+        """Those of a batch's images, from what the inner forward is given; one if all are alike, None if unknown."""
         return None
 
     # Data.

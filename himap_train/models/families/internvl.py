@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +18,7 @@ from himap_train.models.families.base import AspectRatio, Family, Images, Vision
 from himap_train.models.families.blocks import TokenBlock
 from himap_train.models.families.pixels import tower_flops
 from himap_train.models.families.processing import PartsProcessor, load_tokenizer
+from himap_train.pruning.places import TokenGrid
 
 TYPICAL_TILES = 13
 """Tiles of a photo of 4 to 3: four by three tiles and a thumbnail."""
@@ -34,6 +37,11 @@ class InternVL(Family):
         height, width = vision.config.image_size
         blank = torch.zeros(1, vision.config.num_channels, height, width, device=model.device, dtype=vision.dtype)
         return {"pixel_values": blank}
+
+    def image_grids(self, config: Any, given: Mapping[str, Any]) -> list[TokenGrid] | None:
+        """One a tile."""
+        side = math.isqrt(_tile_tokens(config))
+        return [TokenGrid(side, side)]
 
     def load_processor(self, folder: str, config: Any) -> PartsProcessor:
         """From its parts; the marks around an image are named by the tokenizer."""
@@ -82,7 +90,7 @@ class InternVL(Family):
             TokenBlock(
                 side,
                 side,
-                (column / columns, row / rows, (column + 1) / columns, (row + 1) / rows),
+                box=(column / columns, row / rows, (column + 1) / columns, (row + 1) / rows),
                 view="tiles" if several else "picture",
             )
             for row in range(rows)

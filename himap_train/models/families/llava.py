@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from himap_train.models.families.base import AspectRatio, Family, Images
 from himap_train.models.families.blocks import TokenBlock
 from himap_train.models.families.pixels import fixed_pixels, is_cropped, model_view, patch_grid, patches_of, tower_flops
 from himap_train.models.versions import asked_states, feature_layers
+from himap_train.pruning.places import TokenGrid
 
 
 class Llava(Family):
@@ -44,6 +46,12 @@ class Llava(Family):
         """Image features (images, T, D) of the decoder's width from those of the tower (images, T, W)."""
         projected: Tensor = model.model.multi_modal_projector(features.to(model.device))
         return projected
+
+    def image_grids(self, config: Any, given: Mapping[str, Any]) -> list[TokenGrid] | None:
+        """Square, behind the class token where the config takes it in."""
+        patches = patches_of(config.vision_config)
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        return [TokenGrid(side, side, before=max(overview_tokens(config) - patches, 0))]
 
     def load_processor(self, folder: str, config: Any) -> LlavaProcessor:
         """The stock one; facts about image tokens that old checkpoints leave out come from the model's config."""

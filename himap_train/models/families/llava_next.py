@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from PIL import Image
@@ -18,6 +19,7 @@ from himap_train.models.families.llava import (
     set_missing,
 )
 from himap_train.models.families.pixels import patches_of, tower_flops
+from himap_train.pruning.places import TokenGrid
 
 
 class LlavaNext(Family):
@@ -35,6 +37,10 @@ class LlavaNext(Family):
             "pixel_values": images["pixel_values"].to(model.device, vision.dtype),
             "image_sizes": images["image_sizes"].to(model.device),
         }
+
+    def image_grids(self, config: Any, given: Mapping[str, Any]) -> list[TokenGrid] | None:
+        """Overview and canvas of each picture, where their sizes are given."""
+        return Anyres.of_config(config).grids(given.get("image_sizes"), overview_tokens(config))
 
     def load_processor(self, folder: str, config: Any) -> LlavaNextProcessor:
         """The stock one; facts about image tokens that old checkpoints leave out come from the model's config."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from himap_train.models.families.blocks import TokenBlock
 from himap_train.models.families.llava import has_class_token, mlp_flops, overview_tokens
 from himap_train.models.families.pixels import patches_of, tower_flops
 from himap_train.models.families.processing import PartsProcessor, load_tokenizer
+from himap_train.pruning.places import TokenGrid
 
 
 class LlavaOnevision(Family):
@@ -39,6 +40,17 @@ class LlavaOnevision(Family):
             "pixel_values": images["pixel_values"].to(model.device, vision.dtype),
             "image_sizes": images["image_sizes"].to(model.device),
         }
+
+    def image_grids(self, config: Any, given: Mapping[str, Any]) -> list[TokenGrid] | None:
+        """Overview and canvas of each picture; of several in one conversation the overview alone."""
+        cut, counts = _cut_of_config(config), given.get("batch_num_images")
+        grids = cut.grids(given.get("image_sizes"), overview_tokens(config))
+        if grids is None or counts is None:
+            return grids
+        alone = [TokenGrid(cut.side, cut.side), TokenGrid(0, 0, before=1)]  # one crop and its newline
+        several = [number > 1 for number in counts.tolist() for _ in range(number)]
+        whole = zip(grids[::2], grids[1::2], strict=True)
+        return [grid for pair, crowd in zip(whole, several, strict=True) for grid in (alone if crowd else pair)]
 
     def load_processor(self, folder: str, config: Any) -> PartsProcessor:
         """From its parts; how many tokens an image has is the model's own affair."""
@@ -97,7 +109,7 @@ class LlavaOnevision(Family):
         if image["pixel_values"].shape[1] == 1:
             side = max(size)
             x, y = (side / size[0] - 1) / 2, (side / size[1] - 1) / 2
-            square = TokenBlock(cut.side, cut.side, (-x, -y, 1 + x, 1 + y))
+            square = TokenBlock(cut.side, cut.side, box=(-x, -y, 1 + x, 1 + y))
             return [square, TokenBlock(0, 0, before=1)]
         return [TokenBlock(cut.side, cut.side, view="overview"), cut.block(size)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from himap_train.models.families.base import AspectRatio, Family, Images, Positions, VisionSizes
 from himap_train.models.families.blocks import TokenBlock
 from himap_train.models.families.processing import PartsProcessor, load_tokenizer
+from himap_train.pruning.places import TokenGrid
 
 TYPICAL = (640, 480)
 """Width and height of most photographs of COCO, which most instruction data is about."""
@@ -59,6 +61,11 @@ class Qwen2VL(Family):
     def _uncounted(self, numbers: Tensor) -> Positions:
         """Positions of tokens with one number each, (B, S)."""
         return Positions(numbers.expand(3, -1, -1), None)
+
+    def image_grids(self, config: Any, given: Mapping[str, Any]) -> list[TokenGrid] | None:
+        """One a picture."""
+        grids, side = given.get("image_grid_thw"), config.vision_config.spatial_merge_size
+        return None if grids is None else [TokenGrid(h // side, w // side) for _, h, w in grids.tolist()]
 
     def load_processor(self, folder: str, config: Any) -> PartsProcessor:
         """Tokenizer and image processor; the stock processor needs torchvision for videos."""

@@ -14,6 +14,7 @@ from himap_train.pruning.methods.image_debiased import ImageDebiased
 from himap_train.pruning.methods.instruction import Instruction
 from himap_train.pruning.methods.last_token import LastToken
 from himap_train.pruning.methods.random import Random
+from himap_train.pruning.methods.stride import Stride
 from himap_train.pruning.methods.uniform import Uniform
 from himap_train.pruning.names import check_keys, field_names, nearest
 
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
         LastToken,
         Random,
         Uniform,
+        Stride,
         FirstK,
         DivPrune,
         AveragePool,

@@ -101,12 +101,14 @@ class Method:
         merges: Whether tokens are averaged into those that stay.
         ranks: Whether the scores of two tokens say which of them stays, whatever the number that stays. Only then can
             the number follow the scores (`Mass`) or be learned.
+        uses_places: Whether it looks at where tokens lie in their pictures (`seen.layout.places`).
     """
 
     name: ClassVar[str]
     reads: ClassVar[Reads]
     merges: ClassVar[bool] = False
     ranks: ClassVar[bool] = True
+    uses_places: ClassVar[bool] = False
 
     def rows(self, layout: TokenLayout, counts: TokenCounts) -> RankingRows:
         """The rows of attention that it wants; only where it reads attention."""

@@ -1,28 +1,28 @@
-"""The floor that a method has to beat: an even choice."""
+"""The floor that a method has to beat: an even choice over the picture."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from himap_train.pruning.methods.base import Method, Reads, Seen
-from himap_train.pruning.ranks import of_group, place_in_group
 
 
 @dataclass(frozen=True)
 class Uniform(Method):
-    """Evenly spaced along the flattened image tokens, k of n."""
+    """Even in the picture's two dimensions: the beginning of a farthest-point sequence over each grid of tokens.
+
+    Several pictures, or tiles and overview of one, each keep the same fraction. A smaller choice lies in a larger one.
+    See `pruning.places`; `stride` is even along the flattened tokens.
+    """
 
     name: ClassVar[str] = "uniform"
     reads: ClassVar[Reads] = Reads.NOTHING
+    uses_places: ClassVar[bool] = True
 
-    def choose(self, seen: Seen, kept: Tensor) -> Tensor:
-        """The chosen ones first."""
-        layout, device = seen.layout, seen.layout.columns.device
-        stay = of_group(kept.to(device, non_blocking=True), layout)
-        left = of_group(seen.counts.current.to(device, non_blocking=True), layout).clamp(min=1)
-        place = place_in_group(layout.image, layout, seen.groups)
-        chosen = (place + 1) * stay // left - place * stay // left
-        return super().choose(replace(seen, scores=chosen.float()), kept)
+    def score(self, seen: Seen) -> Tensor:
+        """The earlier in the sequence the better."""
+        assert seen.layout.places is not None
+        return -seen.layout.places.even
