@@ -128,6 +128,8 @@ def test_letters_that_a_tokenizer_takes_for_others() -> None:
     assert processor.tokenizer.decode(ids[ids >= 0]).strip() == "<end></s>"
 
 
-def test_the_mark_is_refused() -> None:
+def test_the_mark_and_half_characters_are_refused() -> None:
     with pytest.raises(RecordError, match=r"sample 'sample': the text holds U\+FDD0"):
         encode(talk("Q\ufdd0", "A"), tiny_processor())
+    with pytest.raises(RecordError, match="sample 'sample': the text has half a character"):
+        encode(talk("Q\ud83d", "A"), tiny_processor())

@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from himap_train.data.llava_format import checked_text
 from himap_train.data.records import RecordError
 
 _MARK = "\ufdd0"  # no character, and in nobody's text: Unicode keeps it for uses like this one
@@ -48,8 +49,9 @@ class PlainText:
             name: name of the sample, for messages.
 
         Raises:
-            RecordError: the mark itself is in the text.
+            RecordError: the mark itself is in the text, or half a character.
         """
+        checked_text(text, f"sample {name!r}: the text")
         if _MARK in text:
             raise RecordError(f"sample {name!r}: the text holds U+FDD0, which is no character; take it out")
         while self._written.search(text):

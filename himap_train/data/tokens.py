@@ -14,6 +14,9 @@ from himap_train.data.records import Conversation, RecordError
 from himap_train.data.segments import Exchange, Template
 from himap_train.data.turns import check_turns, to_messages
 
+_CHARACTERS, _CHARACTERS_A_TOKEN, _TURNS = 2**20, 512, 1000
+"""What is not tokenized: more characters than both the first and so many for each token of max_length; more turns."""
+
 
 @dataclass(frozen=True)
 class TokenizedExchange:
@@ -28,13 +31,16 @@ class ConversationTokenizer:
 
     Args:
         processor: the checkpoint's LlavaProcessor.
+        max_length: most tokens of a sample. It bounds what is tokenized at all: 512 characters a token, but at least a
+            million (2**20), and a thousand turns.
 
     Raises:
         ValueError: the processor has no chat template.
     """
 
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, max_length: int | None = None) -> None:
         self._processor = processor
+        self._characters = max(_CHARACTERS, _CHARACTERS_A_TOKEN * (max_length or 0))
         self._template = Template(processor)
         self._text = PlainText(processor.tokenizer, processor.image_token)
         self._image_id: int = processor.image_token_id
@@ -49,6 +55,7 @@ class ConversationTokenizer:
         Raises:
             RecordError: the conversation cannot be used.
         """
+        self._check_size(conversation)
         check_turns(conversation, training=not prompt)
         messages = to_messages(conversation)
         for part in (part for message in messages for part in message["content"] if part["type"] == "text"):
@@ -66,6 +73,15 @@ class ConversationTokenizer:
                 "the template drops or repeats images"
             )
         return exchanges
+
+    def _check_size(self, conversation: Conversation) -> None:
+        characters = sum(len(turn.text) for turn in conversation.turns)
+        if characters > self._characters or len(conversation.turns) > _TURNS:
+            raise RecordError(
+                f"sample {conversation.id!r} has {characters} characters in {len(conversation.turns)} turns; at most "
+                f"{self._characters} (the more the larger max_length is) in {_TURNS} turns are read; split it or take "
+                "it out"
+            )
 
     def _join(self, exchanges: list[Exchange]) -> list[TokenizedExchange]:
         result: list[TokenizedExchange] = []
