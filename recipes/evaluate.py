@@ -37,6 +37,7 @@ def main(
     schedule: ScheduleArgument = AS_SAVED,
     budget: float | None = None,
     image_folder: str | None = None,
+    follow_links: bool = False,
     image_aspect_ratio: AspectRatio = "as_processor",
     metrics: list[str] = ["exact"],  # noqa: B006 - never changed; the default that --help shows
     batch_size: int = 64,
@@ -58,6 +59,7 @@ def main(
         schedule: as-saved, none, a preset (himap, fastv, ...), a pruning.yaml, or the stages inline.
         budget: Run that schedule's layers at this flops_ratio of the mean prompt instead, 0.4 say; 1 is dense.
         image_folder: Where the data's image paths start; by default the folder of its file.
+        follow_links: Symbolic links in the image folder may lead out of it.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
         metrics: exact, gqa, vqa, textvqa, pope, mme, relaxed, anls, choice, circular; the first gives the score.
         batch_size: Questions in a batch.
@@ -75,7 +77,7 @@ def main(
     make_metrics(metrics)  # a misspelt name fails before anything is loaded
     if output is not None:
         new_output_folder(output, (*FILES, PREDICTIONS), overwrite)
-    source = open_source(data, image_folder, split="test")
+    source = open_source(data, image_folder, split="test", follow_links=follow_links)
     model, processor = load_with_schedule(checkpoint, schedule, dtype, device)
     if budget is not None:
         run_at_budget(model, budget, *prompt_tokens(source, processor, image_aspect_ratio, limit))

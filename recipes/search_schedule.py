@@ -45,6 +45,7 @@ def main(
     free_criteria: bool = False,
     samples: int = 300,
     image_folder: str | None = None,
+    follow_links: bool = False,
     image_aspect_ratio: AspectRatio = "as_processor",
     batch_size: int = 32,
     max_skipped: int | float = 0.01,
@@ -68,6 +69,7 @@ def main(
         free_criteria: Choose any of the criteria at each stage.
         samples: Records with images and answers, drawn from the data.
         image_folder: Where the data's image paths start; by default the folder of its file.
+        follow_links: Symbolic links in the image folder may lead out of it.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
         batch_size: Samples in a batch.
         max_skipped: Unusable records that are tolerated: a number, or a fraction below 1.
@@ -80,7 +82,7 @@ def main(
     wanted = budgets_of(budget, budgets)
     new_output_folder(output, (*map(schedule_file, wanted), TRIALS, FACTS, PICTURE), overwrite)
     start = time.perf_counter()
-    source = open_source(data, image_folder)
+    source = open_source(data, image_folder, follow_links=follow_links)
     model, processor = load_with_schedule(checkpoint, "none", dtype, device)
     config = base_model(model).config
     drawn = read_samples(

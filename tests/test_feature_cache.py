@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import stat
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -341,3 +344,79 @@ def test_command_line_fills_and_resumes(
     assert stored(tmp_path / "run" / "image_features") == len(NAMES)
     assert "6 distinct images x 16 tokens x 32 x 4 bytes" in capsys.readouterr().out
     assert finetune(*common, "--data.cache_image_features", "null", "--resume") == 0
+
+
+def shard_of(folder: Path, digest: str = DIGESTS[0]) -> tuple[FeatureStore, Path]:
+    store = FeatureStore(folder, 4, 8, torch.float32)
+    return store, folder / store.write({digest: torch.ones(4, 8)})
+
+
+def test_shards_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        _, path = shard_of(tmp_path)
+        (tmp_path / "neighbour").touch()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "neighbour").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.ENOMEM])
+def test_what_cannot_be_read_now_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    store, path = shard_of(tmp_path)
+
+    def refused(*args: Any, **options: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("himap_train.data.feature_store.safe_open", refused)
+        for read in (lambda: store.read(DIGESTS[0]), FeatureStore(tmp_path, 4, 8, torch.float32).refresh):
+            with pytest.raises(OSError, match=f"{path.name}: {os.strerror(code)}. Nothing was deleted") as caught:
+                read()
+            assert not isinstance(caught.value, DamagedShardError)
+    assert torch.equal(store.read(DIGESTS[0]), torch.ones(4, 8))
+
+
+def test_a_shard_that_its_owner_must_delete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damage that another user has made known by nothing but the file: only he removes it."""
+    store, path = shard_of(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    with pytest.raises(DamagedShardError, match=rf"is damaged and belongs to another user \({path.stat().st_uid}\)"):
+        store.read(DIGESTS[0])
+    assert path.exists()
+    path.write_bytes(content[:-40])
+    assert FeatureStore(tmp_path, 4, 8, torch.float32).refresh() == [path] and path.exists()
+
+
+def test_a_shard_that_another_run_has_cleared_away(tmp_path: Path) -> None:
+    store, path = shard_of(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{path.name} was there .* Resume the run"):
+        store.read(DIGESTS[0])
+
+
+def test_another_users_locked_shard_ends_the_run_and_stays(
+    tiny_path: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    expected = fit(tiny_path, data, tmp_path, str(cache)).losses
+    (shard,) = shards(cache)
+    opened = Path.open
+
+    def locked(self: Path, *args: Any, **options: Any) -> Any:
+        if self == shard:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", locked)
+        with pytest.raises(
+            OSError, match=r"data.cache_image_features.*: cannot read .*Permission denied.*another folder"
+        ):
+            fit(tiny_path, data, tmp_path, str(cache))
+    assert shards(cache) == [shard] and fit(tiny_path, data, tmp_path, str(cache)).losses == expected

@@ -6,6 +6,7 @@ and the headers of its images read. No image is decoded, so 665k records take a 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def check_source(
     report = DataReport(name or type(source).__name__, max_length, size)
     spread = np.linspace(0, size - 1, size if limit is None else min(limit, size)).astype(int)
     examined = set(spread.tolist())
-    encoder, tokenize = Encoder(processor, max_length, image_aspect_ratio), ConversationTokenizer(processor)
+    encoder = Encoder(processor, max_length, image_aspect_ratio)
+    tokenize = ConversationTokenizer(processor, max_length)
     for index in range(size) if hasattr(source, "length_hint") else sorted(examined):
         report.scanned += 1
         try:
@@ -78,7 +80,7 @@ def _count(conversation: Conversation, report: DataReport) -> None:
     """Counts a record; RecordError if its turns cannot be used or one of its image files is not there."""
     check_turns(conversation, training=True)
     for image in conversation.images:
-        if isinstance(image, Path) and not image.is_file():
+        if isinstance(image, Path) and not os.path.isfile(image):  # Path's own raises for a locked folder
             image_size(image, f"sample {conversation.id!r}")
     report.images += len(conversation.images)
     report.text_only += not conversation.images

@@ -69,7 +69,7 @@ class Encoder:
                 f"image_aspect_ratio 'pad' does not go with family {self.family.name}, which takes images of any shape "
                 "by itself: give 'as_processor'"
             )
-        self._tokenizer = ConversationTokenizer(processor)
+        self._tokenizer = ConversationTokenizer(processor, max_length)
         self._image_id: int = processor.image_token_id
         self._image_tokens: dict[tuple[tuple[int, int], ...], list[int]] = {}
 

@@ -10,10 +10,13 @@ and `datasets` leave open: checksums, and finding an image in files that others 
 
 from __future__ import annotations
 
+import os
 import uuid
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +29,7 @@ _SHARD_BYTES, _SHARD_IMAGES = 256 * 2**20, 1024
 _SUFFIX = ".safetensors"
 
 
-class DamagedShardError(RuntimeError):
+class DamagedShardError(OSError):
     """Features on the disk are not those that were written."""
 
 
@@ -65,15 +68,20 @@ class FeatureStore:
         """Take note of the shards that are in the folder now, also from other processes.
 
         Returns:
-            Those whose header cannot be read or that are too short; their images are not among those that are there.
+            Those whose header is damaged or that are too short; their images are not among those that are there.
+
+        Raises:
+            OSError: One cannot be read now, for want of permission or by a failure of the file system.
         """
         damaged: list[Path] = []
         for path in sorted(set(self.folder.glob(f"*{_SUFFIX}")) - set(self._shards)):
             try:
-                with safe_open(path, "pt") as shard:
+                with _opened(path) as shard:
                     self._add(list(shard.keys()), path)
-            except (SafetensorError, OSError):
+            except SafetensorError:
                 damaged.append(path)
+            except FileNotFoundError:  # another run has cleared it away
+                continue
         return damaged
 
     def _add(self, digests: Iterable[str], path: Path) -> None:
@@ -97,23 +105,28 @@ class FeatureStore:
 
         Raises:
             KeyError: They are not there.
-            DamagedShardError: They are not as they were written. The shard is deleted, so that a resumed run computes
-                its images again.
+            DamagedShardError: They are not as they were written. The shard is deleted where it is this user's, so that
+                a resumed run computes its images again.
+            OSError: The shard cannot be read now, for want of permission or by a failure of the file system.
         """
         path = self._shard_of(digest)
         if path is None:
             raise KeyError(digest)
         try:
-            with safe_open(path, "pt") as shard:
+            with _opened(path) as shard:
                 features = shard.get_tensor(digest)
                 intact = (shard.metadata() or {}).get(digest) == _checksum(features)
-        except (SafetensorError, OSError):
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{path} was there when the run started and is gone. Resume the run (--resume): it computes its images "
+                "again"
+            ) from None
+        except SafetensorError:
             intact = False
         if not intact or tuple(features.shape) != self.shape or features.dtype != self.dtype:
-            path.unlink(missing_ok=True)
             raise DamagedShardError(
-                f"{path} is damaged and was deleted: the features of image {digest[:12]} in it are not those that were "
-                "written. Resume the run (--resume): it computes them again"
+                f"{path} is damaged{clear_away(path)}: the features of image {digest[:12]} in it are not those that "
+                "were written. Resume the run (--resume): it computes them again"
             )
         return features.clone()
 
@@ -127,12 +140,43 @@ class FeatureStore:
         content = {digest: values.detach().cpu().contiguous() for digest, values in features.items()}
         try:
             with atomic_file(path) as temporary:
+                temporary.touch()
+                mode = temporary.stat().st_mode  # what the umask leaves; safetensors lets no one else read its files
                 save_file(content, temporary, {digest: _checksum(values) for digest, values in content.items()})
+                temporary.chmod(mode)
         except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
             reason = error if isinstance(error, OSError) else OSError(str(error))
             raise OSError(disk_full_message(reason, path)) from error
         self._add(content, path)
         return path.name
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A shard; what the file system refuses is told apart from damage, which is a SafetensorError."""
+    try:
+        with path.open("rb"), safe_open(path, "pt") as shard:  # safetensors has one error for much
+            yield shard
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise OSError(
+            f"cannot read the image features {path}: {error.strerror or error}. Nothing was deleted; make the file "
+            "readable, or give data.cache_image_features another folder"
+        ) from error
+
+
+def clear_away(path: Path) -> str:
+    """Delete a damaged shard, but only one's own: what to say of it."""
+    try:
+        if (owner := path.stat().st_uid) != os.geteuid():
+            return f" and belongs to another user ({owner}), who must delete it"
+        path.unlink()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return f" and cannot be deleted ({error.strerror})"
+    return " and was deleted"
 
 
 def _half(digest: str) -> int:

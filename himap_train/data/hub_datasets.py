@@ -17,7 +17,7 @@ def load_from_hub(name: str, split: str, streaming: bool) -> Any:
 
     Raises:
         ConnectionError: the hub cannot be reached.
-        ValueError: the hub has no such data set or split, or it needs a token.
+        ValueError: the hub has no such data set or split, it needs a token, or it is a script, which is never run.
     """
     import datasets
     import huggingface_hub
@@ -28,7 +28,7 @@ def load_from_hub(name: str, split: str, streaming: bool) -> Any:
         return datasets.load_dataset(name, split=split, streaming=streaming)
     except ConnectionError as error:
         raise ConnectionError(_unreachable(name, "it is not in the local cache and HF_HUB_OFFLINE is set")) from error
-    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"data set {name}, split {split!r}: {error}") from error
 
 

@@ -6,6 +6,7 @@ llava-instruct-mix-vsft has them) or `conversations` (as LLaVA JSON has them), w
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from himap_train.data.images import resolve_image_path
-from himap_train.data.llava_format import ROLES, meta_of, parse_turns
+from himap_train.data.llava_format import checked_text, meta_of, parse_turns, record_name, role_of
 from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, ImageSource, RecordError, Turn
 
 TEXT_COLUMNS = ("messages", "conversations")
@@ -28,16 +29,17 @@ class HuggingFaceRecords:
         dataset: the data set.
         name: for messages.
         image_folder: folder for images that are stored as paths; without it such images are refused.
+        follow_links: see `resolve_image_path`.
 
     Raises:
         ValueError: no column with conversations.
     """
 
-    def __init__(self, dataset: Any, name: str, image_folder: Path | None = None) -> None:
+    def __init__(self, dataset: Any, name: str, image_folder: Path | None = None, follow_links: bool = False) -> None:
         check_columns(dataset.column_names, name)
         self._dataset = dataset.with_format("arrow")  # rows as they are stored: images as {"bytes", "path"}
         self._texts = self._dataset.select_columns([c for c in TEXT_COLUMNS if c in dataset.column_names])
-        self.name, self.image_folder = name, image_folder
+        self.name, self.image_folder, self.follow_links = name, image_folder, follow_links
 
     def __len__(self) -> int:
         """Number of records."""
@@ -47,12 +49,13 @@ class HuggingFaceRecords:
         """Record `index`; RecordError if it cannot be used."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: record {index} of {len(self)}")
-        return parse_row(self._dataset[index].to_pylist()[0], index, self.name, self.image_folder)
+        row = _python(self._dataset[index], f"data set {self.name}, row {index}")
+        return parse_row(row, index, self.name, self.image_folder, self.follow_links)
 
     def length_hint(self, index: int) -> tuple[int, int]:
         """(characters, images) of a record without reading its images; (0, 0) for one that cannot be used."""
         try:
-            turns, indices = _turns(self._texts[index].to_pylist()[0], self.name)
+            turns, indices = _turns(_python(self._texts[index], self.name), self.name)
         except RecordError:
             return 0, 0
         return sum(len(turn.text) for turn in turns), len(indices)
@@ -61,16 +64,16 @@ class HuggingFaceRecords:
 class HuggingFaceStream:
     """Streaming source over a `datasets.IterableDataset`. Arguments as `HuggingFaceRecords`."""
 
-    def __init__(self, dataset: Any, name: str, image_folder: Path | None = None) -> None:
+    def __init__(self, dataset: Any, name: str, image_folder: Path | None = None, follow_links: bool = False) -> None:
         if dataset.column_names is not None:
             check_columns(dataset.column_names, name)
         self._dataset = dataset.decode(False) if dataset.features else dataset
-        self.name, self.image_folder = name, image_folder
+        self.name, self.image_folder, self.follow_links = name, image_folder, follow_links
 
     def records(self) -> Iterator[Callable[[], Conversation]]:
         """All records in order, parsed when called."""
         for index, row in enumerate(self._dataset):
-            yield partial(parse_row, row, index, self.name, self.image_folder)
+            yield partial(parse_row, row, index, self.name, self.image_folder, self.follow_links)
 
 
 def check_columns(columns: list[str], name: str) -> None:
@@ -82,25 +85,39 @@ def check_columns(columns: list[str], name: str) -> None:
         )
 
 
-def parse_row(row: Mapping[str, Any], index: int, name: str, image_folder: Path | None) -> Conversation:
+def _python(table: Any, where: str) -> dict[str, Any]:
+    """The only row of an Arrow table."""
+    try:
+        row: dict[str, Any] = table.to_pylist()[0]
+        return row
+    except (ValueError, OverflowError) as error:  # bytes that are not UTF-8, a date that Python does not have
+        raise RecordError(f"{where}: {error}") from error
+
+
+def parse_row(
+    row: Mapping[str, Any], index: int, name: str, image_folder: Path | None, follow_links: bool = False
+) -> Conversation:
     """One row -> Conversation.
 
     Raises:
         RecordError: the row cannot be used; names data set, row and column.
     """
-    key = str(row.get("id") or index)
-    where = f"data set {name}, row {index} (id {key!r})"
+    where = f"data set {name}, row {index}"
+    key = record_name(row.get("id") or None, index, where)
+    where = f"{where} (id {key!r:.60})"
     turns, indices = _turns(row, where)
     column = next((c for c in IMAGE_COLUMNS if row.get(c) is not None), None)
     value = row[column] if column else []
-    images = [_image(image, image_folder, where) for image in (value if isinstance(value, list) else [value])]
+    images = [
+        _image(image, image_folder, where, follow_links) for image in (value if isinstance(value, list) else [value])
+    ]
     if indices and max(indices) >= len(images):
         raise RecordError(f"{where}: a turn shows image {max(indices)}, but there are {len(images)} in `images`")
     if set(range(len(images))) != set(indices):
         unused = sorted(set(range(len(images))) - set(indices))
         raise RecordError(f"{where}: {len(images)} image(s), but no turn shows number {unused[0]}")
     known = (*TEXT_COLUMNS, *IMAGE_COLUMNS, "id")
-    return Conversation(key, tuple(images[i] for i in indices), turns, meta_of(row, known))
+    return Conversation(key, tuple(images[i] for i in indices), turns, meta_of(row, known, where))
 
 
 def _turns(row: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], list[int]]:
@@ -118,38 +135,45 @@ def _turns(row: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], list[i
 def _message(message: Any, indices: list[int], where: str) -> Turn:
     """One message; appends the numbers of the images that it shows to `indices`."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        raise RecordError(f"{where}: expected the keys `role` and `content`, found {message!r:.80}")
-    if message["role"] not in ROLES:
-        raise RecordError(f"{where}: role {message['role']!r}; expected one of {', '.join(ROLES)}")
-    content = message["content"]
+        raise RecordError(f"{where}: expected the keys `role` and `content`, found {reprlib.repr(message)}")
+    role, content = role_of(message["role"], f"{where}: role"), message["content"]
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list):
         raise RecordError(f"{where}: `content` is {type(content).__name__}; expected text or a list of parts")
-    return Turn(ROLES[message["role"]], "".join(_part(part, indices, where) for part in parts))
+    return Turn(role, "".join(_part(part, indices, where) for part in parts))
 
 
 def _part(part: Any, indices: list[int], where: str) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "image":
-        number = part.get("index")
-        indices.append(len(indices) if number is None else int(number))
+        indices.append(_number(part.get("index"), len(indices), where))
         return IMAGE_PLACEHOLDER
     if kind != "text" or not isinstance(part.get("text"), str):
-        raise RecordError(f"{where}: expected parts of type text or image, found {part!r:.80}")
-    indices.extend(range(len(indices), len(indices) + part["text"].count(IMAGE_PLACEHOLDER)))
-    return str(part["text"])
+        raise RecordError(f"{where}: expected parts of type text or image, found {reprlib.repr(part)}")
+    text = checked_text(part["text"], f"{where}: `text`")
+    indices.extend(range(len(indices), len(indices) + text.count(IMAGE_PLACEHOLDER)))
+    return text
 
 
-def _image(value: Any, folder: Path | None, where: str) -> ImageSource:
+def _number(value: Any, following: int, where: str) -> int:
+    """Which image a part shows: its `index`, or the next one."""
+    if value is None:
+        return following
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != value // 1:
+        raise RecordError(f"{where}: `index` of an image is {reprlib.repr(value)}; expected a number from 0 on")
+    return int(value)
+
+
+def _image(value: Any, folder: Path | None, where: str, follow_links: bool) -> ImageSource:
+    if isinstance(value, Mapping) and value.get("bytes") is not None:
+        value = value["bytes"]
     if isinstance(value, Image.Image | bytes):
         return value
-    if isinstance(value, Mapping) and value.get("bytes") is not None:
-        return bytes(value["bytes"])
     path = value.get("path") if isinstance(value, Mapping) else value
     if not isinstance(path, str):
         raise RecordError(f"{where}: an image is {type(value).__name__}; expected an image, bytes or a path")
     if folder is None:
         raise RecordError(
-            f"{where}: the image is a path ({path!r}); set image_folder to the folder that holds the images"
+            f"{where}: the image is a path ({path!r:.80}); set image_folder to the folder that holds the images"
         )
-    return resolve_image_path(path, folder, where)
+    return resolve_image_path(path, folder, where, follow_links)

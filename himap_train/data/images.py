@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,30 +17,51 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from himap_train.data.records import ImageSource, RecordError
 
+_NOT_A_PATH = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def resolve_image_path(name: str, folder: Path, where: str) -> Path:
+def resolve_image_path(name: str, folder: Path, where: str, follow_links: bool = False) -> Path:
     """The file that `name` means inside `folder`.
 
     Args:
         name: path as the record has it, relative to `folder`.
         folder: the image folder.
         where: the record, for the message.
+        follow_links: symbolic links in the folder may lead out of it.
 
     Raises:
-        RecordError: the path leaves the folder (`..`, absolute, or through a symbolic link). Nothing is opened.
+        RecordError: no path, or one that leaves the folder (`..`, absolute, or through a symbolic link). Nothing is
+            opened.
     """
+    shown = repr(name if len(name) <= 80 else name[:77] + "...")
     if not name.strip() or "\0" in name:
-        raise RecordError(f"{where}: the image path is {name!r}; give a file below {folder}, or leave `image` out")
-    root = _resolved(folder)
-    path = os.path.realpath(os.path.join(root, name))
-    if not path.startswith(root + os.sep):
+        raise RecordError(f"{where}: the image path is {shown}; give a file below {folder}, or leave `image` out")
+    if _NOT_A_PATH.match(name):
+        raise RecordError(f"{where}: the image is {shown}; images are read from files alone: store it below {folder}")
+    try:
+        longest = max(map(len, os.fsencode(name).split(b"/")))
+    except UnicodeEncodeError:
+        raise RecordError(f"{where}: the image path {shown} has half a character, which no file name has") from None
+    if longest > 255 or len(name) > 4000:
         raise RecordError(
-            f"{where}: image path {name!r} leaves the image folder {folder} (it leads to {path}); "
-            "set image_folder to a folder that holds all images"
+            f"{where}: the image path has {len(name)} characters ({shown}), more than a file name can have; where that "
+            f"is the image itself (base64), store it in a file below {folder}"
         )
-    return Path(path)
+    root = _resolved(folder)
+    joined = os.path.join(root, name)
+    path, real = os.path.normpath(joined), os.path.realpath(joined)
+    inside = root + os.sep
+    if follow_links and path.startswith(inside):
+        return Path(path)
+    if not real.startswith(inside):
+        linked = path.startswith(inside)
+        raise RecordError(
+            f"{where}: image path {shown} leaves the image folder {folder} (it leads to {real}); "
+            + ("allow symbolic links to lead out of it (follow_links: true), or " if linked else "")
+            + "set image_folder to a folder that holds all images"
+        )
+    return Path(real)
 
 
 @lru_cache(maxsize=16)

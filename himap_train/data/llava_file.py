@@ -1,4 +1,5 @@
 """Files of LLaVA records: one JSON list (LLaVA-Instruct), or JSONL, one record a line, which may be larger than memory.
+Both may be packed by gzip; JSONL is then held in memory.
 
 Records are kept as bytes, those of a list in memory and those of JSONL on the disk, and decoded when asked for: as
 Python objects the 665k file would take gigabytes, and every worker process would come to hold its own copy (reference
@@ -7,48 +8,72 @@ counts write to the pages that a fork shares). So both are shuffled, split over 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from array import array
-from collections.abc import Iterable
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from himap_train.data.json_places import check_encoding, each_key_once, offsets, split_list, unpacked
 from himap_train.data.llava_format import length_hint, parse_llava_record
 from himap_train.data.records import Conversation, RecordError
 
 _TRIED_AT_OPENING = 10
+_RECORD_BYTES = 2**26
+"""A longer record is none of text and names of images; as Python objects it would take several times as much."""
+_LINES = (".jsonl", ".ndjson")
+
+
+def is_llava_file(path: Path) -> bool:
+    """Whether a file is one of LLaVA records by its ending: json, jsonl or ndjson, also packed, also in capitals."""
+    return _ending(path) in (".json", *_LINES)
+
+
+def _ending(path: Path) -> str:
+    """The last ending in small letters, without that of a packed file."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 class LlavaFile:
     """Map-style source over a file of LLaVA records; in JSONL blank lines and CRLF are fine.
 
     Args:
-        path: the file; JSONL where it is named *.jsonl, otherwise a JSON list.
+        path: the file; JSONL where it is named *.jsonl or *.ndjson, otherwise a JSON list.
         image_folder: folder that image paths are relative to; by default the folder of the file.
+        follow_links: images may lie elsewhere, where symbolic links in the image folder lead.
 
     Raises:
         FileNotFoundError: no such file, or no such image folder.
-        ValueError: not JSON, or none of the first records is in LLaVA's form.
+        ValueError: not JSON, not UTF-8, a damaged or absurdly large packed file, or none of the first records is in
+            LLaVA's form.
     """
 
-    def __init__(self, path: str | Path, image_folder: str | Path | None = None) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, image_folder: str | Path | None = None, follow_links: bool = False) -> None:
+        self.path, self.follow_links = Path(path), follow_links
         self.image_folder = _existing_folder(image_folder, self.path)
         self._packed: bytes | None = None
-        if self.path.suffix == ".jsonl":
-            self._offsets = _offsets(self._file)
+        packed, lines = self.path.suffix.lower() == ".gz", _ending(self.path) in _LINES
+        if packed or not lines:
+            self._packed = unpacked(self.path) if packed else self.path.read_bytes()
+        file = self._file if self._packed is None else io.BytesIO(self._packed)
+        check_encoding(file.read(4), self.path)
+        file.seek(0)
+        if self._packed is None or lines:
+            self._offsets = offsets(file)
         else:
-            lines = [json.dumps(record).encode() for record in _load_list(self.path)]
-            self._offsets, self._packed = _offsets(lines), b"".join(lines)
+            records = split_list(self._packed, self.path)
+            self._offsets = array("q", accumulate(map(len, records), initial=0))
+            self._packed = b"".join(records)
         self._check_format()
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> Conversation:
-        return parse_llava_record(self._record(index), index, self.path.name, self.image_folder)
+        return parse_llava_record(self._record(index), index, self.path.name, self.image_folder, self.follow_links)
 
     def length_hint(self, index: int) -> tuple[int, int]:
         """(characters, images) of a record without checking it; (0, 0) for a broken line."""
@@ -61,12 +86,19 @@ class LlavaFile:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: record {index} of {len(self)}")
         start, end = self._offsets[index : index + 2]
-        packed = self._packed
+        where, packed = f"{self.path.name}, record {index}", self._packed
+        if end - start > _RECORD_BYTES:
+            raise RecordError(
+                f"{where}: {(end - start) / 1e6:.0f} MB, at most {_RECORD_BYTES / 1e6:.0f} MB are read; "
+                "images belong in files of their own"
+            )
         line = packed[start:end] if packed is not None else os.pread(self._file.fileno(), end - start, start)
         try:
-            return json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise RecordError(f"{self.path.name}, record {index}: not JSON ({error})") from error
+            return json.loads(line, object_pairs_hook=each_key_once)
+        except RecursionError:
+            raise RecordError(f"{where}: lists or objects within one another too deep to be read") from None
+        except ValueError as error:  # of JSON, of UTF-8, or a number of more digits than Python takes
+            raise RecordError(f"{where}: not JSON ({error})") from error
 
     @cached_property
     def _file(self) -> BinaryIO:
@@ -91,38 +123,12 @@ class LlavaFile:
         raise ValueError(f"{self.path} is not in LLaVA's format, or goes with another image folder: {first}") from first
 
 
-def _offsets(lines: Iterable[bytes]) -> array[int]:
-    """The place where each line that is not blank begins, and the end: 8 bytes a record."""
-    offsets, position = array("q"), 0
-    for line in lines:
-        if line.strip():
-            offsets.append(position)
-        position += len(line)
-    offsets.append(position)
-    return offsets
-
-
 def _existing_folder(image_folder: str | Path | None, path: Path) -> Path:
     """The image folder, or that of the data file when none is given; checks that both exist."""
     if not path.is_file():
-        raise FileNotFoundError(f"data file {path} does not exist (current folder: {Path.cwd()})")
+        what = "is not a file" if path.exists() else f"does not exist (current folder: {Path.cwd()})"
+        raise FileNotFoundError(f"data file {path} {what}")
     folder = Path(image_folder) if image_folder is not None else path.parent
     if not folder.is_dir():
         raise FileNotFoundError(f"image_folder {folder} does not exist or is no folder; {path} needs it")
     return folder
-
-
-def _load_list(path: Path) -> list[Any]:
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); expected JSON") from error
-    except json.JSONDecodeError as error:
-        hint = "; one record a line is JSONL: name the file *.jsonl" if error.msg.startswith("Extra data") else ""
-        raise ValueError(
-            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}{hint}"
-        ) from error
-    if not isinstance(records, list):
-        found = f"the keys {sorted(records)[:8]}" if isinstance(records, dict) else type(records).__name__
-        raise ValueError(f"{path}: expected a list of records, found {found}")
-    return records

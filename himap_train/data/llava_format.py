@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,15 @@ ROLES: dict[str, Role] = {
     "system": "system",
 }
 _OWN_KEYS = ("id", "image", "images", "conversations")
+_LONGEST_ID = 1000
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
+_SHORT.maxlist = 12
 
 
-def parse_llava_record(record: Any, index: int, file: str, image_folder: Path) -> Conversation:
+def parse_llava_record(
+    record: Any, index: int, file: str, image_folder: Path, follow_links: bool = False
+) -> Conversation:
     """Checks one record and gives it the common form; image files are not opened here.
 
     Args:
@@ -31,6 +38,7 @@ def parse_llava_record(record: Any, index: int, file: str, image_folder: Path) -
         index: 0-based place in the file.
         file: name of the file, for messages.
         image_folder: folder that image paths are relative to.
+        follow_links: see `resolve_image_path`.
 
     Raises:
         RecordError: not the format (names file, record, key, what was found), or an image path that leaves the folder.
@@ -38,22 +46,54 @@ def parse_llava_record(record: Any, index: int, file: str, image_folder: Path) -
     where = f"{file}, record {index}"
     if not isinstance(record, Mapping):
         raise RecordError(f"{where}: expected an object with `conversations`, found {_kind(record)}")
-    name = str(record.get("id", index))
-    where = f"{where} (id {name!r})"
+    name = record_name(record.get("id"), index, where)
+    where = f"{where} (id {name!r:.60})"
     if "conversations" not in record:
-        raise RecordError(f"{where}: no key `conversations`, found the keys {sorted(map(str, record))}")
+        raise RecordError(f"{where}: no key `conversations`, found the keys {_SHORT.repr(sorted(record))}")
     turns = parse_turns(record["conversations"], where)
-    images = tuple(resolve_image_path(path, image_folder, where) for path in _image_names(record, where))
-    return Conversation(name, images, turns, meta_of(record, _OWN_KEYS))
+    names = _image_names(record, where)
+    images = tuple(resolve_image_path(path, image_folder, where, follow_links) for path in names)
+    return Conversation(name, images, turns, meta_of(record, _OWN_KEYS, where))
 
 
-def meta_of(record: Mapping[str, Any], known: Iterable[str]) -> dict[str, str]:
-    """What a record has beside its `known` keys, as text; lists (such as several accepted `answers`) as JSON."""
+def record_name(value: Any, index: int, where: str) -> str:
+    """A record's `id` as text, its index where it has none; RecordError for what names nothing."""
+    if value is None:
+        return str(index)
+    if not isinstance(value, str | int | float):
+        raise RecordError(f"{where}: `id` is {_kind(value)}; expected text or a number")
+    if len(name := checked_text(str(value), f"{where}: `id`")) > _LONGEST_ID:
+        raise RecordError(f"{where}: `id` has {len(name)} characters; at most {_LONGEST_ID} are taken")
+    return name
+
+
+def checked_text(value: Any, what: str) -> str:
+    """The value itself where it is text that can be written down; RecordError that begins with `what` otherwise."""
+    if not isinstance(value, str):
+        raise RecordError(f"{what} is {_kind(value)}; expected text")
+    try:
+        if not value.isascii():
+            value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(
+            f"{what} has half a character, {value[error.start]!r} at {error.start}, as where an emoji was cut in two; "
+            "take it out"
+        ) from None
+    return value
+
+
+def meta_of(record: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, str]:
+    """What a record has beside its `known` keys, as text; lists (such as several accepted `answers`) as JSON.
+
+    Raises:
+        RecordError: text with half a character.
+    """
     meta: dict[str, str] = {}
     for key, value in record.items():
         items = value if isinstance(value, list) else [value]
         if key not in known and all(isinstance(item, str | int | float) for item in items):
             meta[key] = json.dumps(value) if items is value else str(value)
+            checked_text("".join([key, *map(str, items)]), f"{where}: `{key!r:.60}`")
     return meta
 
 
@@ -75,13 +115,16 @@ def parse_turns(conversations: Any, where: str) -> tuple[Turn, ...]:
 
 def _turn(turn: Any, where: str) -> Turn:
     if not isinstance(turn, Mapping) or "from" not in turn or "value" not in turn:
-        found = f"the keys {sorted(map(str, turn))}" if isinstance(turn, Mapping) else _kind(turn)
+        found = f"the keys {_SHORT.repr(sorted(turn))}" if isinstance(turn, Mapping) else _kind(turn)
         raise RecordError(f"{where}: expected the keys `from` and `value`, found {found}")
-    if turn["from"] not in ROLES:
-        raise RecordError(f"{where}: `from` is {turn['from']!r}; expected one of {', '.join(ROLES)}")
-    if not isinstance(turn["value"], str):
-        raise RecordError(f"{where}: `value` is {_kind(turn['value'])}; expected text")
-    return Turn(ROLES[turn["from"]], turn["value"])
+    return Turn(role_of(turn["from"], f"{where}: `from` is"), checked_text(turn["value"], f"{where}: `value`"))
+
+
+def role_of(value: Any, what: str) -> Role:
+    """Who speaks; RecordError that begins with `what` for nobody known."""
+    if not isinstance(value, str) or value not in ROLES:
+        raise RecordError(f"{what} {_SHORT.repr(value)}; expected one of {', '.join(ROLES)}")
+    return ROLES[value]
 
 
 def _image_names(record: Mapping[str, Any], where: str) -> list[str]:
@@ -96,5 +139,4 @@ def _image_names(record: Mapping[str, Any], where: str) -> list[str]:
 
 
 def _kind(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return f"{type(value).__name__} {_SHORT.repr(value)}"

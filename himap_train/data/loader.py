@@ -6,7 +6,7 @@ devices, while the order here (`BatchOrder`) already is shared between processes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from himap_train.data.batches import Batch, collate
 from himap_train.data.datasets import REPEATED, SUBSTITUTE, EncodedRecords, EncodedStream
 from himap_train.data.encode import IGNORED, Sample
 from himap_train.data.sampling import BatchOrder
+from himap_train.data.skips import TooManySkippedError
 from himap_train.data.windows import Windows
 
 
@@ -54,9 +55,31 @@ def worker_options(num_workers: int) -> dict[str, Any]:
     }
 
 
-def stream_loader(stream: EncodedStream, batch_size: int, collate_fn: Collate, num_workers: int) -> DataLoader[Sample]:
+def stream_loader(stream: EncodedStream, batch_size: int, collate_fn: Collate, num_workers: int) -> Iterable[Batch]:
     """Batches of a stream, in its order."""
-    return DataLoader(stream, batch_size, collate_fn=collate_fn, **worker_options(num_workers))
+    return _Plainly(DataLoader(stream, batch_size, collate_fn=collate_fn, **worker_options(num_workers)))
+
+
+@dataclass(frozen=True)
+class _Plainly:
+    """A loader whose workers' errors say what they would say here, without the worker's traceback before it."""
+
+    loader: DataLoader[Any]
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from self.loader
+        except (OSError, ValueError, TooManySkippedError) as error:
+            kind = type(error)
+            _, found, message = str(error).partition(
+                f"\n{kind.__module__}.{kind.__qualname__}: ".replace("builtins.", "")
+            )
+            if not (found and str(error).startswith("Caught ")):
+                raise
+            raise kind(message.strip()) from error
+
+    def __len__(self) -> int:
+        return len(self.loader)
 
 
 class BatchLoader:
@@ -83,7 +106,8 @@ class BatchLoader:
     ) -> None:
         self.sampler = order  # the names that Lightning looks at, here to call set_epoch
         self.batch_sampler = None
-        self._loader = DataLoader(dataset, batch_sampler=order, collate_fn=collate_fn, **worker_options(num_workers))
+        options = worker_options(num_workers)
+        self._loader = _Plainly(DataLoader(dataset, batch_sampler=order, collate_fn=collate_fn, **options))
         self._windows, self._trained = windows, trained
         self._handed_out = 0
         self._resume: tuple[int, int] | None = None

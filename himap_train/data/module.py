@@ -28,11 +28,12 @@ class LlavaDataModule(LightningDataModule):
     """Conversations about images, encoded for one checkpoint and batched.
 
     Args:
-        train: data to train on: a LLaVA file (*.json, *.jsonl), a Hugging Face data set (folder, or name on the hub,
-            with `:split` behind it), or `embedded:train`.
+        train: data to train on: a LLaVA file (*.json, *.jsonl, *.ndjson, *.gz), a Hugging Face data set (folder, or
+            name on the hub, with `:split` behind it), or `embedded:train`.
         validation: data to validate on, in the same forms; null for none.
         test: data to test on, in the same forms; null for none.
         image_folder: folder that the image paths in the data start from; by default the folder of the data file.
+        follow_links: symbolic links in the image folder may lead out of it; else such images count as broken records.
         batch_size: conversations in a training batch of one device.
         eval_batch_size: in a validation or test batch; by default batch_size.
         max_length: most tokens of a conversation, image tokens included. Longer ones lose their last questions with
@@ -61,6 +62,7 @@ class LlavaDataModule(LightningDataModule):
         validation: str | None = "embedded:validation",
         test: str | None = None,
         image_folder: str | None = None,
+        follow_links: bool = False,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int | None = 2048,
@@ -88,7 +90,7 @@ class LlavaDataModule(LightningDataModule):
         self.seed, self.pad_to_multiple_of, self.streaming = seed, pad_to_multiple_of, streaming
         self.cache_image_features = cache_image_features
         check_cacheable(cache_image_features, streaming)
-        self.image_folder = image_folder
+        self.image_folder, self.follow_links = image_folder, follow_links
         self._specs = {"train": train, "validation": validation, "test": test}
         self.limits = {"train": train_limit, "validation": validation_limit, "test": test_limit}
         """How many records of each split are used; None for all."""
@@ -104,7 +106,8 @@ class LlavaDataModule(LightningDataModule):
         """The conversations of "train", "validation" or "test", opened when first asked for; None if there are none."""
         spec = self._specs[split]
         if spec is not None and split not in self._sources:
-            self._sources[split] = open_source(spec, self.image_folder, split, self.streaming and split == "train")
+            streaming = self.streaming and split == "train"
+            self._sources[split] = open_source(spec, self.image_folder, split, streaming, self.follow_links)
         return self._sources.get(split)
 
     def spec(self, split: str) -> str:

@@ -9,32 +9,38 @@ from urllib.parse import parse_qsl
 
 from himap_train.data.hub_datasets import load_from_hub
 from himap_train.data.huggingface import HuggingFaceRecords, HuggingFaceStream
-from himap_train.data.llava_file import LlavaFile
+from himap_train.data.llava_file import LlavaFile, is_llava_file
 from himap_train.data.records import Source, StreamingSource
 from himap_train.data.scene_questions import SceneQuestions
 
 _HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
 _SCENE_OPTIONS = ("scenes", "seed", "questions_per_scene", "turns", "fixed")
 _FORMS = (
-    "a LLaVA file *.json or *.jsonl, a folder or *.parquet file with a Hugging Face data set (folder:split for one "
-    "of its splits), the name of one on the hub (owner/name or owner/name:split), or embedded:train|validation|test"
+    "a LLaVA file *.json, *.jsonl or *.ndjson (also *.gz), a folder or *.parquet file with a Hugging Face data set "
+    "(folder:split for one of its splits), the name of one on the hub (owner/name or owner/name:split), or "
+    "embedded:train|validation|test"
 )
 
 
 def open_source(
-    spec: str | Path, image_folder: str | Path | None = None, split: str = "train", streaming: bool = False
+    spec: str | Path,
+    image_folder: str | Path | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    follow_links: bool = False,
 ) -> Source | StreamingSource:
     """Opens a source of conversations.
 
     Args:
-        spec: a LLaVA file (`*.json`, or `*.jsonl` for files larger than memory); a folder (from `save_to_disk`, or with
-            parquet or JSON files) or `*.parquet` file with a Hugging Face data set; the name of one on the hub;
-            `embedded:train|validation|test` for the scenes in the package, with options as in
-            `embedded:train?scenes=5000&turns=2` (`fixed=1`: the same in every epoch). A Hugging Face split stands after
-            a colon: `owner/name:test`.
+        spec: a LLaVA file (`*.json`, or `*.jsonl` or `*.ndjson` for files larger than memory; `*.gz` of each); a
+            folder (from `save_to_disk`, or with parquet or JSON files) or `*.parquet` file with a Hugging Face data
+            set; the name of one on the hub; `embedded:train|validation|test` for the scenes in the package, with
+            options as in `embedded:train?scenes=5000&turns=2` (`fixed=1`: the same in every epoch). A Hugging Face
+            split stands after a colon: `owner/name:test`.
         image_folder: where image paths start; by default the folder of the data file.
         split: split of a Hugging Face data set when spec names none.
         streaming: read a Hugging Face data set from start to end without storing it.
+        follow_links: images may lie elsewhere, where symbolic links in the image folder lead.
 
     Raises:
         FileNotFoundError: no such file, folder or image folder.
@@ -45,17 +51,23 @@ def open_source(
     if text.startswith("embedded:"):
         return _scenes(text)
     path, split = _path_and_split(text, split)
-    if path.suffix in (".json", ".jsonl"):
-        return LlavaFile(path, image_folder)
+    if is_llava_file(path) and not path.is_dir():
+        return LlavaFile(path, image_folder, follow_links)
     root = Path(image_folder) if image_folder else None
-    if path.is_dir() or path.suffix == ".parquet":
+    if path.is_dir() or path.suffix.lower() == ".parquet":
         dataset = _local(path, split, streaming)
         root = root or (path if path.is_dir() else path.parent)
+    elif path.exists():
+        kind = f"*{path.suffix}" if path.suffix else "without an ending"
+        raise ValueError(
+            f"data {text!r}: files {kind} are not read. Write LLaVA records, one JSON object a line, into a file "
+            f"*.jsonl; expected {_FORMS}"
+        )
     elif _HUB_NAME.fullmatch(str(path)):
         dataset = load_from_hub(str(path), split, streaming)
     else:
         raise FileNotFoundError(f"data {text!r} is not there (current folder: {Path.cwd()}); expected {_FORMS}")
-    return (HuggingFaceStream if streaming else HuggingFaceRecords)(dataset, text, root)
+    return (HuggingFaceStream if streaming else HuggingFaceRecords)(dataset, text, root, follow_links)
 
 
 def _scenes(spec: str) -> Source:
@@ -79,17 +91,25 @@ def _path_and_split(text: str, split: str) -> tuple[Path, str]:
 
 def _local(path: Path, split: str, streaming: bool) -> Any:
     import datasets
+    import pyarrow.parquet
 
     if not path.exists():
         raise FileNotFoundError(f"data file {path} does not exist (current folder: {Path.cwd()})")
+    if (script := path / f"{path.resolve().name}.py").exists():
+        raise ValueError(
+            f"{path} has a loading script, {script.name}; scripts of data sets are never run. Give the data alone: "
+            f"expected {_FORMS}"
+        )
     try:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
+            pyarrow.parquet.read_schema(path)  # names what is wrong; `datasets` would log a traceback first
             return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
         if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
             return datasets.load_dataset(str(path), split=split, streaming=streaming)
         loaded = datasets.load_from_disk(str(path))
-    except (ValueError, FileNotFoundError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{path} cannot be read as a Hugging Face data set: {error}; expected {_FORMS}") from error
+    except Exception as error:  # whatever the libraries meet in files that they do not check
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be read as a Hugging Face data set ({what}); expected {_FORMS}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise ValueError(

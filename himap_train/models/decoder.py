@@ -103,7 +103,7 @@ def pruned_forward(
     asked = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
     states: list[Tensor] | None = None if asked is None or asked is False else []
     check_options(pruning.family, kwargs)
-    check_inputs(self, attention_mask, given, cache, cached + inputs_embeds.shape[1])
+    check_inputs(self, attention_mask, given, cache, inputs_embeds)
     mask = causal_mask(self, inputs_embeds, attention_mask, cache, positions.text)
     rotary = self.rotary_emb(inputs_embeds, position_ids=positions.rotary)
     tokens = Tokens(inputs_embeds, rotary, mask, positions.text, added)

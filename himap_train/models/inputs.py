@@ -96,7 +96,7 @@ def check_inputs(
     attention_mask: Any,
     position_ids: Tensor | None,
     cache: Cache | None,
-    total_length: int,
+    inputs_embeds: Tensor,
 ) -> None:
     """Refuse what would be computed wrongly.
 
@@ -105,7 +105,7 @@ def check_inputs(
         attention_mask: As the caller passed it.
         position_ids: As the caller passed it.
         cache: As the caller passed it.
-        total_length: Cached and new tokens of a row, as the caller counts them.
+        inputs_embeds: (B, S, D), the new tokens.
 
     Raises:
         ValueError: With the way out.
@@ -114,6 +114,9 @@ def check_inputs(
         raise ValueError(f"{_NO_MAPS}; the decoder's config asks for it")
     if cache is not None:
         check_cache(cache)  # first: a static cache brings a mask of its own
+    if not inputs_embeds.numel():
+        raise ValueError(f"an empty batch: inputs of shape {(*inputs_embeds.shape[:2],)}, expected a row and a token")
+    total_length = inputs_embeds.shape[1] + (0 if cache is None else cache.get_seq_length())
     if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
         raise ValueError("a pruned decoder builds its own masks: pass attention_mask as (batch, length), 0 at padding")
     if attention_mask is not None and attention_mask.shape[1] != total_length:

@@ -83,7 +83,15 @@ def first_positions(positions: Any, layout: TokenLayout) -> Tensor:
 def removed(
     prefill: Prefill, number: int, tokens: Tokens, layout: TokenLayout, moved: TokenMap
 ) -> tuple[Tokens, TokenLayout]:
-    """The tokens after a removal before layer `number`; rows come out packed to the left."""
+    """The tokens after a removal before layer `number`; rows come out packed to the left.
+
+    Raises:
+        ValueError: None would be left.
+    """
+    if not moved.index.shape[1]:
+        raise ValueError(
+            f"the batch would run layer {number} without a token: it holds images or padding alone; add text"
+        )
     decoder, cache = prefill.decoder, prefill.cache
     hidden, marginal, valid = moved.states(tokens.hidden), tokens.marginal, moved.valid
     if marginal is not None:

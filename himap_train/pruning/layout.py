@@ -120,12 +120,13 @@ def build_layout(
     columns = torch.arange(length, device=device).expand(batch, length)
     valid = torch.ones_like(image_token_mask) if attention_mask is None else attention_mask.bool()
     image = image_token_mask & valid
+    last = columns == (columns * valid).amax(1, keepdim=True)
     if supervised_mask is None:
-        supervised = torch.zeros_like(image)
-        protected = columns == (columns * valid).amax(1, keepdim=True)
+        supervised, protected = torch.zeros_like(image), last
     else:
         supervised = supervised_mask & valid & ~image
-        protected = torch.nn.functional.pad(supervised[:, 1:], (0, 1))
+        # Without anything to predict a row is a prompt, whose last token stays: one of images alone is never emptied.
+        protected = torch.nn.functional.pad(supervised[:, 1:], (0, 1)) | (last & ~supervised.any(1, keepdim=True))
     starts = supervised & ~torch.nn.functional.pad(supervised[:, :-1], (1, 0))
     group = starts.cumsum(1)
     prompt = valid & ~supervised

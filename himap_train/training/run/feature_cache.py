@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from himap_train.bar import progress_bar
 from himap_train.data.cached import ImageDigests, ImagesToEncode, Place, check_same_images
-from himap_train.data.feature_store import FeatureStore
+from himap_train.data.feature_store import FeatureStore, clear_away
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import Source
 from himap_train.models.families import family_of
@@ -70,7 +70,7 @@ def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule
         missing = _announced(trainer, store, places)
         written, failure = _compute(trainer, base, source, data, store, missing)
     agree(failure)
-    store.refresh()
+    agree(_refreshed(store))
     agree(_unseen(store, written))
     data.read_features(store)
 
@@ -84,15 +84,30 @@ def _store(trainer: Trainer, base: Any, data: LlavaDataModule) -> FeatureStore:
     wanted = data.cache_image_features
     root = Path(trainer.default_root_dir) / FOLDER if wanted is True else Path(str(wanted))
     store = FeatureStore(root / facts_key(facts), blank.shape[0], blank.shape[1], blank.dtype)
-    if trainer.is_global_zero:
-        with atomic_file(store.folder / FACTS) as file:
-            file.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-        for path in store.refresh():
-            logger.warning("%s is damaged or incomplete; deleted, its images are computed again", path)
-            path.unlink(missing_ok=True)
-    trainer.strategy.barrier()
-    store.refresh()
+    agree(_prepared(store, facts) if trainer.is_global_zero else None)
+    agree(_refreshed(store))
     return store
+
+
+def _prepared(store: FeatureStore, facts: dict[str, Any]) -> str | None:
+    """Say of which tower the features are, and clear damaged shards away; the error, if there was one."""
+    try:
+        if not (store.folder / FACTS).exists():  # else it is somebody's already, and says the same
+            with atomic_file(store.folder / FACTS) as file:
+                file.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+        for path in store.refresh():
+            logger.warning("%s is damaged or incomplete%s; its images are computed again", path, clear_away(path))
+    except OSError as error:
+        return f"cannot use {store.folder} (data.cache_image_features): {error}"
+    return None
+
+
+def _refreshed(store: FeatureStore) -> str | None:
+    try:
+        store.refresh()
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def _images(trainer: Trainer, source: Source, data: LlavaDataModule) -> list[Place]:
@@ -169,9 +184,9 @@ def _compute(
 
 def _write(store: FeatureStore, ready: dict[str, torch.Tensor], written: list[str]) -> str | None:
     """Write a shard of what no other run has written meanwhile, note its name; the error, if there was one."""
-    store.refresh()
-    new = {digest: values for digest, values in ready.items() if digest not in store}
     try:
+        store.refresh()
+        new = {digest: values for digest, values in ready.items() if digest not in store}
         if new:
             written.append(store.write(new))
     except OSError as error:
