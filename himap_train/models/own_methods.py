@@ -94,7 +94,7 @@ def inner_forward(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
     if given.get("supervised_mask") is None and running_whole() is None:
         _check_whole_forward(method.whole)
     before, kv = pruning.last, given_cache(given)
-    images = any(given.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
+    images = given.get("pixel_values") is not None or bool(given.get("mm_encoder_outputs"))
     prefill = images and (kv is None or not kv.get_seq_length())
     output = method.before(*args, **kwargs)
     if prefill:
