@@ -8,6 +8,7 @@ import pytest
 from tiny import tiny_llava
 
 from himap_train import PruningSchedule, install_pruning
+from himap_train.pruning.reading import fit_preset
 
 PRESETS = {
     "none": [],
@@ -29,6 +30,17 @@ def test_presets_are_those_of_the_papers(name: str) -> None:
     assert schedule.positions == ("renumber" if name == "pyramiddrop" else "keep")
     assert PruningSchedule.from_dict(schedule.to_dict()) == schedule
     schedule.validate_for(32)
+
+
+@pytest.mark.parametrize("layers, says", [(4, True), (8, True), (9, False), (24, False), (32, False)])
+def test_shallow_decoders_are_told_what_a_scaled_preset_means(
+    layers: int, says: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    for name in ("himap", "uniform"):  # uniform reads nothing that could be missing
+        fit_preset(PruningSchedule.from_preset(name), layers)
+    texts = [str(warning.message) for warning in recwarn]
+    assert len(texts) == says and all("layers 1, 2" in text or layers != 8 for text in texts)
+    assert all("search_schedule.py" in text for text in texts)
 
 
 @pytest.mark.parametrize("layers", [4, 6, 8, 12, 24, 40])

@@ -5,6 +5,7 @@ A preset's name, a mapping, a YAML file (a checkpoint's pruning.yaml is one), `n
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import yaml
 
 from himap_train.pruning.presets import PRESETS
 from himap_train.pruning.schedule import PruningSchedule
+
+_SHALLOW = 24
+"""Layers from which a preset's relative depths are taken on trust."""
 
 ScheduleArgument = dict[str, Any] | str | None
 """A preset's name (`none` among them), a YAML file, the stages inline, or null for dense."""
@@ -53,6 +57,19 @@ def fitted_schedule(value: ScheduleArgument, layers: int) -> PruningSchedule:
 
 
 def fit_preset(preset: PruningSchedule, layers: int) -> PruningSchedule:
-    """The preset itself if the decoder has its layers, else the preset at the same relative depths."""
+    """The preset itself if the decoder has its layers, else the preset at the same relative depths.
+
+    On a shallow decoder a warning goes with it: the same relative depth may come before anything has been read.
+    """
     deepest = max((preset.enter, *(stage.layer for stage in preset.stages)))
-    return preset if deepest < layers else preset.scaled_to(layers)
+    if deepest < layers:
+        return preset
+    scaled = preset.scaled_to(layers)
+    if layers < _SHALLOW and any(stage.reads_before for stage in scaled.stages):
+        at = ", ".join(str(stage.layer) for stage in scaled.stages)
+        warnings.warn(
+            f"the preset was found on 32 layers; on {layers} its stages come to layers {at}, where attention may not "
+            "know yet what matters: let recipes/search_schedule.py choose layers and criteria on your data",
+            stacklevel=2,
+        )
+    return scaled
