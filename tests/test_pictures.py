@@ -53,7 +53,7 @@ def test_kept_patches_stay_clear_and_dropped_ones_go_grey():
 def test_blocks_of_a_view_lie_beside_each_other_and_views_below_each_other():
     """Two tiles with a newline a row, and an overview behind a class token: each token clears its own part."""
     image = Image.new("RGB", (40, 20), (200, 40, 40))
-    tiles = [TokenBlock(2, 2, (x, 0.0, x + 0.5, 1.0), row_end=1, view="tiles") for x in (0.0, 0.5)]
+    tiles = [TokenBlock(2, 2, box=(x, 0.0, x + 0.5, 1.0), row_end=1, view="tiles") for x in (0.0, 0.5)]
     blocks = [TokenBlock(1, 2, before=1, view="overview"), *tiles]
     assert [block.tokens for block in blocks] == [3, 6, 6] and [block.placeless for block in blocks] == [1, 2, 2]
     # The class token; the right half; upper left of the first tile; a newline; lower right of the second tile.
@@ -70,7 +70,7 @@ def test_blocks_of_a_view_lie_beside_each_other_and_views_below_each_other():
 
 def test_a_grid_over_padding_is_cut_at_the_picture():
     """A picture twice as wide as high in the middle of a square: of four rows the outer ones show only padding."""
-    square = TokenBlock(4, 4, (0.0, -0.5, 1.0, 1.5))
+    square = TokenBlock(4, 4, box=(0.0, -0.5, 1.0, 1.5))
     picture = draw_kept(Image.new("RGB", (64, 32), (200, 40, 40)), [[0, 1, 2, 3, 4, 11]], [square], ["one"])
     panel = np.asarray(picture)[MARGIN : MARGIN + PANEL // 2, PANEL + 2 * MARGIN :][:, :PANEL]
     clear = (panel == (200, 40, 40)).all(-1)

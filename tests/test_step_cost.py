@@ -122,7 +122,7 @@ def test_one_transfer_and_no_other_wait_for_the_device(
         model = install_pruning(tiny_llava(), schedule)
         case = make_case(model, ["t3 i16 t4 a2", "t1 i9 t2 a1", "t4 a3"])
         tensors = [case.input_ids, case.attention_mask, case.labels, *case.features]
-        with tainted(model, tensors, monkeypatch) as mode:
+        with torch.set_grad_enabled(labels), tainted(model, tensors, monkeypatch) as mode:
             hidden_states(model, **case.inputs(labels))
         found[name] = mode
     assert found["dense"].waits, "the stock model itself asks the device; if it no longer does, drop this line"

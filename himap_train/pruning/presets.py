@@ -27,7 +27,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     # HiMAP's layers and counts with rules that look at nothing: the floor that a criterion has to beat.
     "random": {"stages": _stages("random", *_HIMAP)},
     "uniform": {"stages": _stages("uniform", *_HIMAP)},
-    "stride": {"stages": _stages("stride", *_HIMAP)},
     # The control for position bias.
     "first-k": {"stages": _stages("first-k", *_HIMAP)},
     # DivPrune (arXiv 2503.02175): before the decoder, 9.8 % of the tokens.
