@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, auto_cli
 
 from himap_train.data.records import RecordError
 from himap_train.data.skips import TooManySkippedError
+from himap_train.storage import told
 
 USER_ERRORS = (OSError, ValueError, RecordError, TooManySkippedError)
 """Errors whose message tells a user what to do; all others are bugs and keep their traceback."""
@@ -46,7 +47,7 @@ def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> 
         args = _with_values([with_underscores(option) for option in given], main)
         auto_cli(main, args=args, as_positional=False, parser_class=SuggestingParser)
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {told(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was saved", file=sys.stderr)

@@ -23,6 +23,7 @@ from himap_train.evaluation.compare import Row
 from himap_train.evaluation.tables import print_table, save_table
 from himap_train.models.guard import check_trained_weights
 from himap_train.models.lora import trainable_report
+from himap_train.models.stock import base_model
 from himap_train.training.callbacks.checkpoints import read_checkpoint
 from himap_train.training.callbacks.interrupt import Interrupted
 from himap_train.training.run.feature_cache import fill_feature_cache
@@ -30,6 +31,7 @@ from himap_train.training.run.finetune_cli import FinetuneCLI
 from himap_train.training.run.folder import record_run, record_schedule
 from himap_train.training.run.launch import end_children, is_first_process, report_error, say
 from himap_train.training.run.measured_rows import model_config
+from himap_train.training.run.unseen_tokens import unseen_tokens_warning
 from himap_train.training.zero.gather import trained_state
 from himap_train.versions import package_versions
 
@@ -50,6 +52,10 @@ def before_training(cli: FinetuneCLI) -> list[Row]:
     if is_first_process():
         record_run(cli.output, cli.resolved_config(), tuner.schedule)
     say(trainable_report(tuner.peft_model), f"schedule: {tuner.schedule.to_dict()}")
+    embeddings = base_model(tuner.peft_model).get_input_embeddings().weight
+    unseen = unseen_tokens_warning(cli.datamodule.token_ids, embeddings, cli.datamodule.processor)
+    if unseen:
+        say(unseen)
     fill_feature_cache(cli.trainer, tuner.peft_model, cli.datamodule)
     if not cli.settings.before:
         return []

@@ -28,8 +28,9 @@ from himap_train.data.module import LlavaDataModule
 from himap_train.evaluation.answering import answer_batch, evaluation_mode
 from himap_train.models.install import pruning_of
 from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO, SaveLast
+from himap_train.training.callbacks.finite import GradientNorm
 from himap_train.training.callbacks.learn_ratios import LearnKeepRatios
-from himap_train.training.callbacks.progress import GradientNorm, step_ended
+from himap_train.training.callbacks.progress import step_ended
 from himap_train.training.callbacks.step_seeds import StepSeeds
 from himap_train.training.run.feature_cache import fill_feature_cache
 from himap_train.training.run.launch import AroundTraining, FineTuneTrainer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from distributed import NEEDS_DEEPSPEED, finish, kill_group, start, tails, wait_
 from training_toys import RECIPES, SCHEDULE, finetune, save_tiny
 
 from himap_train import storage
+from himap_train.checkpoints.adapter import read_adapter
 from himap_train.training.callbacks import checkpoints as saving
 
 STEPS = 20
@@ -77,8 +79,17 @@ def arm(kind: str, number: int, losses: Path) -> None:
     saving.torch.save, storage.os.replace = torch_save, os_replace
 
 
-def attempt(options: list[str], losses: Path, kind: str = "", number: int = 0, seconds: float | None = None) -> int:
-    """Run in a fork; its exit status, or minus the signal that ended it. Killed after `seconds` of training."""
+def attempt(
+    options: list[str],
+    losses: Path,
+    kind: str = "",
+    number: int = 0,
+    seconds: float | None = None,
+    from_start: bool = False,
+) -> int:
+    """Run in a fork; its exit status, or minus the signal that ended it. Killed after `seconds` of training, or of all
+    that a run does.
+    """
     child = os.fork()
     if not child:
         try:
@@ -90,7 +101,7 @@ def attempt(options: list[str], losses: Path, kind: str = "", number: int = 0, s
             traceback.print_exc()
             os._exit(70)
     lines = losses.read_text().count("\n") if losses.exists() else 0
-    limit, started = time.monotonic() + 60, None
+    limit, started = time.monotonic() + 60, time.monotonic() if from_start else None
     while True:
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
@@ -101,6 +112,10 @@ def attempt(options: list[str], losses: Path, kind: str = "", number: int = 0, s
         if late or time.monotonic() > limit:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.002)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [str(path) for path in folder.rglob(".*") if path.suffix in (".tmp", ".old")]
 
 
 def test_killed_many_times_equals_uninterrupted_to_the_last_bit(tmp_path: Path) -> None:
@@ -121,6 +136,7 @@ def test_killed_many_times_equals_uninterrupted_to_the_last_bit(tmp_path: Path) 
             saving.read_checkpoint(file)  # what is there is whole
     assert killed >= 6
     assert attempt(options, losses) == 0
+    assert leftovers(tmp_path / "run") == []
     expected = dict(line.rsplit(" ", 1) for line in straight.read_text().splitlines())
     for line in losses.read_text().splitlines():
         place, loss = line.rsplit(" ", 1)
@@ -135,6 +151,40 @@ def test_killed_many_times_equals_uninterrupted_to_the_last_bit(tmp_path: Path) 
         assert all(
             torch.equal(value, two["optimizer_states"][0]["state"][index][key]) for key, value in moments.items()
         )
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_at_random_points(tmp_path: Path) -> None:
+    """Anywhere from the first line of the config to the end of the adapter's writing; HIMAP_KILLS sets how many."""
+    options, run, losses = ["--config", config(tmp_path), "--resume", "auto"], tmp_path / "run", tmp_path / "losses.txt"
+    began = time.monotonic()
+    straight = tmp_path / "straight.txt"
+    assert attempt([*options, "--output", str(tmp_path / "straight")], straight) == 0
+    whole = time.monotonic() - began
+    expected = saving.read_checkpoint(tmp_path / "straight" / "checkpoints" / "last.ckpt")
+    chance, wanted, killed, ended, left = random.Random(1), int(os.environ.get("HIMAP_KILLS", "100")), 0, 0, 0
+    while killed < wanted or not ended:
+        before = saving.newest_good(run / "checkpoints")
+        step = saving.read_checkpoint(before)["global_step"] if before else 0
+        seconds = None if killed >= wanted else chance.uniform(0.0, 1.1 * whole)
+        lines = losses.read_text().count("\n") if losses.exists() else 0
+        status = attempt(options, losses, seconds=seconds, from_start=True)
+        assert status in (0, -signal.SIGKILL), losses.with_suffix(".log").read_text()[-3000:]
+        steps = [int(line.split()[0]) for line in losses.read_text().splitlines()[lines:]] if losses.exists() else []
+        assert not steps or steps[0] >= step, "it went back behind the last checkpoint"
+        for file in run.glob("checkpoints/*.ckpt"):
+            saving.read_checkpoint(file)
+        left = max(left, len(leftovers(run)))
+        if status:
+            killed += 1
+            continue
+        ended += 1
+        found = saving.read_checkpoint(run / "checkpoints" / "last.ckpt")
+        assert all(torch.equal(value, found["state_dict"][name]) for name, value in expected["state_dict"].items())
+        assert read_adapter(run / "adapter").weights.keys()
+        assert leftovers(run) == []
+        shutil.rmtree(run)
+    print(f"{killed} kills, {ended} runs ended, at most {left} temporaries at a time, {time.monotonic() - began:.0f} s")
 
 
 @pytest.mark.slow
@@ -191,4 +241,27 @@ def test_damaged_checkpoint_names_the_good_one(tmp_path: Path, damage: str) -> N
     best.unlink()
     with pytest.raises((ValueError, FileNotFoundError), match="last.ckpt"):
         saving.read_checkpoint(last)
+    assert saving.newest_good(tmp_path) is None
+
+
+def checkpoint(file: Path, step: Any, age: float = 0.0) -> Path:
+    torch.save({"state_dict": {}, "optimizer_states": [], "loops": {}, "global_step": step}, file)
+    os.utime(file, (time.time() - age, time.time() - age))
+    return file
+
+
+def test_resume_auto_takes_the_highest_step_whatever_the_times_of_the_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a copy or a restored backup, which gives the files other times."""
+    last, best = checkpoint(tmp_path / "last.ckpt", 30, age=99), checkpoint(tmp_path / "best.ckpt", 20)
+    far = checkpoint(tmp_path / "step-100.ckpt", 100, age=999)
+    assert saving.newest_good(tmp_path) == far
+    checkpoint(far, "many")  # no number
+    assert saving.newest_good(tmp_path) == last and "its global_step is 'many'; expected a number" in caplog.text
+    checkpoint(best, 30)
+    assert saving.newest_good(tmp_path) == last  # of the same step the one that remembers the best
+    os.truncate(last, os.path.getsize(last) // 2)
+    assert saving.newest_good(tmp_path) == best and f"{last} is damaged" in caplog.text
+    best.unlink()
     assert saving.newest_good(tmp_path) is None

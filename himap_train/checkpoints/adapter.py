@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from himap_train.checkpoints.finite import require_finite
 from himap_train.checkpoints.same_base import base_facts, plain
 from himap_train.embedded.model import embedded_model_path
 from himap_train.models.loading import EMBEDDED
@@ -63,6 +64,7 @@ class Adapter:
 
         Raises:
             ValueError: A tensor is empty (sharded parameters that nobody gathered).
+            NonFiniteError: A tensor holds nan or inf.
             OSError: Nothing could be written; an older folder is untouched.
         """
         empty = [name for name, tensor in self.weights.items() if tensor.numel() == 0]
@@ -70,6 +72,7 @@ class Adapter:
             raise ValueError(
                 f"{len(empty)} tensors to save are empty, the first is {empty[0]}: gather sharded weights first"
             )
+        self.require_finite(f"{folder} was not saved: the adapter")
         with atomic_folder(folder) as temporary:
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights.items()}
             save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -80,6 +83,11 @@ class Adapter:
             (temporary / "README.md").write_text(card, encoding="utf-8")
             if processor is not None:
                 processor.save_pretrained(str(temporary))
+
+    def require_finite(self, where: str) -> None:
+        """Raise NonFiniteError, naming `where` and the tensor, where a weight is nan or inf."""
+        way_out = "Its training diverged: take an earlier checkpoint, or train anew with a lower learning rate"
+        require_finite(self.weights.items(), where, way_out)
 
 
 def adapter_facts(model: PeftModel, schedule: PruningSchedule) -> dict[str, Any]:

@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 
 from himap_train.checkpoints.adapter import CONFIG_FILE, Adapter, read_adapter
+from himap_train.checkpoints.adapter_parts import adapter_processor, resized_tokens
 from himap_train.checkpoints.card import adapter_card, merged_card
 from himap_train.checkpoints.load import adapter_source
 from himap_train.checkpoints.merged import ExportDtype, write_merged
 from himap_train.checkpoints.run_facts import run_facts
 from himap_train.checkpoints.same_base import require_same_base
-from himap_train.models.loading import load_config, load_processor, local_folder
+from himap_train.models.loading import load_config, local_folder
 
 
 def _empty(folder: Path) -> Path:
@@ -46,7 +47,7 @@ def export_adapter(path: Path | str, folder: Path | str, *, base: str | None = N
     config = load_config(place)
     require_same_base(adapter.base_facts, config, str(place), adapter.base)
     card = adapter_card(adapter.base, adapter.schedule, config, run_facts(source))
-    adapter.write(target, card, load_processor(place, config))
+    adapter.write(target, card, adapter_processor(source, place, config, resized_tokens(adapter, config)))
     return target
 
 
@@ -81,5 +82,8 @@ def export_merged(
         raise ValueError(f"{path} is a whole model, which has no base; leave out --base {base}")
     name, place = (str(path), str(path)) if adapter is None else (adapter.base, _base_folder(path, adapter, base))
     card = partial(merged_card, name, run=run_facts(source or Path(path)))
-    write_merged(target, str(place), adapter, card, dtype, max_shard_size)
+    processor = None
+    if adapter is not None and source is not None:
+        processor = adapter_processor(source, place, load_config(place))
+    write_merged(target, str(place), adapter, card, dtype, max_shard_size, processor)
     return target

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from himap_train.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of, read_adapter
 from himap_train.checkpoints.adapter_check import check_adapter
+from himap_train.checkpoints.adapter_parts import adapter_processor, resized_tokens
 from himap_train.checkpoints.card import adapter_card
 from himap_train.checkpoints.run_facts import run_facts
 from himap_train.checkpoints.same_base import require_same_base
@@ -88,8 +89,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: No such checkpoint, a file of it is gone, or the adapter's base model cannot be found.
-        ValueError: Keys of the adapter are missing, renamed or empty, or it was trained on another base; where that is
-            of another family both are named.
+        ValueError: Keys of the adapter are missing, renamed, empty or no numbers, its tokenizer does not fit, or it was
+            trained on another base; where that is of another family both are named.
     """
     how: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     source = adapter_source(path)
@@ -99,16 +100,23 @@ def load_checkpoint(
         wanted = saved if isinstance(schedule, _Saved) else schedule or PruningSchedule()
         return install_pruning(model, wanted), processor
     adapter = read_adapter(source)
+    adapter.require_finite(str(source))
     base = base or adapter.base
     try:
         # before weights are read: another family has other modules, and minutes may be lost
-        require_same_base(adapter.base_facts, load_config(resolve_model(base)), base, adapter.base)
-        model, processor = load_llava(base, **how)
+        config = load_config(resolve_model(base))
+        require_same_base(adapter.base_facts, config, base, adapter.base)
+        tokens = resized_tokens(adapter, config)
+        processor = adapter_processor(source, resolve_model(base), config, tokens)
+        model, _ = load_llava(base, **how)
     except OSError as error:
         raise FileNotFoundError(
             f"the adapter {source} was trained on {base!r}, which cannot be loaded here: {error}. "
             "Pass base=<local folder>"
         ) from error
+    if tokens is not None:  # every new row is in the adapter
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+    model.config.himap = adapter.schedule.to_dict()  # so that it stays where the adapter is merged and saved by PEFT
     if source.is_file():
         with tempfile.TemporaryDirectory() as folder:
             adapter.write(Path(folder) / "adapter", card="")

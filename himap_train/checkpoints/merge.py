@@ -43,6 +43,11 @@ _UNDERSTOOD = {
     "megatron_core",
 }
 
+_WITH_PEFT = (
+    "merge it with PEFT itself, schedule included: model, processor = load_checkpoint(ADAPTER); "
+    "model.merge_and_unload().save_pretrained(FOLDER); processor.save_pretrained(FOLDER)"
+)
+
 
 def parameter_name(name: str, family: Family) -> str:
     """Name of a weight of decoder or projector in the module tree of a family's model, from any layout of files."""
@@ -59,9 +64,8 @@ def require_mergeable(peft: dict[str, Any]) -> None:
     Raises:
         ValueError: Names the settings.
     """
-    ways_out = "merge it with PEFT itself: PeftModel.from_pretrained(...).merge_and_unload()"
     if peft.get("peft_type") != "LORA":
-        raise ValueError(f"the adapter is of kind {peft.get('peft_type')!r}, only LORA is merged here; {ways_out}")
+        raise ValueError(f"the adapter is of kind {peft.get('peft_type')!r}, only LORA is merged here; {_WITH_PEFT}")
     plain = {**LoraConfig().to_dict(), "peft_type": "LORA"}
     harmless = (True, False, "gaussian", "orthogonal")  # other ways to start LoRA change the base model's weights too
     others = {
@@ -72,7 +76,7 @@ def require_mergeable(peft: dict[str, Any]) -> None:
     }
     if others:
         named = ", ".join(f"{key}={value!r}" for key, value in sorted(others.items()))
-        raise ValueError(f"the adapter uses settings that the streaming merge does not know: {named}; {ways_out}")
+        raise ValueError(f"the adapter uses settings that the streaming merge does not know: {named}; {_WITH_PEFT}")
 
 
 class Merger:
@@ -98,6 +102,10 @@ class Merger:
             module, _, end = name.rpartition(".lora_")
             if end in ("A.weight", "B.weight"):
                 self.low_rank.setdefault(f"{module}.weight", {})[end[0]] = tensor
+            elif "lora_embedding_" in name or ".base_layer." in name:
+                raise ValueError(
+                    f"the adapter has LoRA on embeddings ({key}), not merged tensor by tensor; {_WITH_PEFT}"
+                )
             elif module or "lora_" in name:
                 raise ValueError(f"the adapter has {key!r}, which is neither a LoRA matrix nor a whole weight")
             else:
@@ -125,7 +133,9 @@ class Merger:
         if wrong:
             lines = [f"  {name}: {wanted[name]} here, {shapes.get(name, 'none')} in the base" for name in wrong[:5]]
             more = [f"  and {len(wrong) - 5} more"] if len(wrong) > 5 else []
-            raise ValueError("\n".join([f"the adapter does not fit {self.base}:", *lines, *more]))
+            resized = [name for name in wrong if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+            way_out = [f"Its embeddings were resized; {_WITH_PEFT}"] if resized == wrong else []
+            raise ValueError("\n".join([f"the adapter does not fit {self.base}:", *lines, *more, *way_out]))
 
     def value(self, info: TensorInfo) -> Tensor:
         """The merged value of one tensor, in the dtype of the base's file or fp32 where it was computed."""

@@ -14,13 +14,14 @@ from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from himap_train.checkpoints.adapter import Adapter
+from himap_train.checkpoints.finite import NonFiniteError, not_finite, require_finite
 from himap_train.checkpoints.merge import Merger, parameter_name
 from himap_train.checkpoints.same_base import require_same_base
 from himap_train.checkpoints.weight_files import TensorInfo, parse_size, plan_shards, read_infos, write_shards
 from himap_train.models.families import family_of_config
 from himap_train.models.loading import load_config, load_processor, local_folder
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.storage import atomic_folder, disk_full_message
+from himap_train.storage import atomic_folder
 
 ExportDtype = Literal["as-base", "float32", "bfloat16", "float16"]
 CardWriter = Callable[[PruningSchedule, Any], str]
@@ -33,6 +34,7 @@ def write_merged(
     write_card: CardWriter,
     dtype: ExportDtype = "as-base",
     max_shard_size: str = "5GB",
+    processor: Any = None,
 ) -> None:
     """Write a merged model; memory holds one tensor at a time.
 
@@ -43,10 +45,12 @@ def write_merged(
         write_card: The README.md for a schedule and a config.
         dtype: Dtype of the weights; "as-base" leaves each as it is in the base. Sums are formed in fp32 before.
         max_shard_size: Weights beyond it go into several files.
+        processor: What is written in place of the base's.
 
     Raises:
         FileNotFoundError: The base or one of its files is not there.
         ValueError: The adapter was trained on another base, is no plain LoRA, or is not used up.
+        NonFiniteError: A weight is nan or inf, or becomes so in `dtype`.
         OSError: No room; nothing is left behind.
     """
     max_bytes = parse_size(max_shard_size)
@@ -65,18 +69,27 @@ def write_merged(
 
     def value(planned: TensorInfo) -> Tensor:
         original = originals[planned.name]
-        return (merger.value(original) if merger else original.read()).to(planned.dtype)
+        whole = merger.value(original) if merger else original.read()
+        cast = whole.to(planned.dtype)
+        if not_finite([(planned.name, cast)]):
+            require_finite([(planned.name, original.read())], str(original.file), "Fetch the model again")
+            require_finite(
+                [(planned.name, whole)], "the merged model", "The adapter is broken: take another checkpoint"
+            )
+            raise NonFiniteError(
+                f"{planned.name} holds values up to {float(whole.abs().max()):.4g}, which {planned.dtype} cannot (its "
+                f"largest is {torch.finfo(planned.dtype).max:.4g}); nothing was written. Export with --dtype bfloat16 "
+                "or float32"
+            )
+        return cast
 
-    try:
-        with atomic_folder(folder) as temporary:
-            write_shards(temporary, shards, value)
-            if merger:
-                merger.finish()
-            _write_rest(temporary, source, config, dtype)
-            schedule = PruningSchedule.from_dict(getattr(config, "himap", None) or {})
-            (temporary / "README.md").write_text(write_card(schedule, config), encoding="utf-8")
-    except OSError as error:
-        raise OSError(disk_full_message(error, folder)) from error
+    with atomic_folder(folder) as temporary:
+        write_shards(temporary, shards, value)
+        if merger:
+            merger.finish()
+        _write_rest(temporary, source, config, dtype, processor)
+        schedule = PruningSchedule.from_dict(getattr(config, "himap", None) or {})
+        (temporary / "README.md").write_text(write_card(schedule, config), encoding="utf-8")
 
 
 def _config(source: Path) -> Any:
@@ -121,7 +134,7 @@ def _require_room(folder: Path, wanted: int) -> None:
         )
 
 
-def _write_rest(folder: Path, source: Path, config: Any, dtype: ExportDtype) -> None:
+def _write_rest(folder: Path, source: Path, config: Any, dtype: ExportDtype, processor: Any) -> None:
     """Config, generation config and processor."""
     stock: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
     config.architectures = [stock.__name__]
@@ -134,4 +147,4 @@ def _write_rest(folder: Path, source: Path, config: Any, dtype: ExportDtype) -> 
         shutil.copyfile(generation, folder / generation.name)
     else:
         GenerationConfig.from_model_config(config).save_pretrained(str(folder))
-    load_processor(source, config).save_pretrained(str(folder))
+    (processor or load_processor(source, config)).save_pretrained(str(folder))

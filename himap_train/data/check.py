@@ -96,6 +96,8 @@ def _examine(
     counts = encoder.image_tokens(*(image_size(image, where) for image in conversation.images))
     for count in counts:
         report.image_tokens[count] = report.image_tokens.get(count, 0) + 1
+    for exchange in exchanges:
+        report.token_ids.update(exchange.prompt, exchange.answer)
     ends = encoder.ends(exchanges, counts)
     report.lengths.append((conversation.id, ends[-1]))
     if encoder.fitting(conversation, ends) < len(ends):

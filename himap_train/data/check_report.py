@@ -27,6 +27,7 @@ class DataReport:
         answers: answers in the scanned records.
         image_tokens: tokens an image -> number of examined images that take so many.
         lengths: (id, tokens) of the examined records, image tokens included.
+        token_ids: those of the examined records.
         truncated: ids of examined records that lose questions at the end.
         padding: batch size, expected share of padding in batches of it, the same with group_by_length; None where no
             batch size was given.
@@ -44,6 +45,7 @@ class DataReport:
     answers: int = 0
     image_tokens: dict[int, int] = field(default_factory=dict)
     lengths: list[tuple[str, int]] = field(default_factory=list)
+    token_ids: set[int] = field(default_factory=set)
     truncated: list[str] = field(default_factory=list)
     padding: tuple[int, float, float] | None = None
     skipped: dict[int, str] = field(default_factory=dict)

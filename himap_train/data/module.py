@@ -99,6 +99,8 @@ class LlavaDataModule(LightningDataModule):
         self._cached_encoder: CachedEncoder | None = None
         self.mean_tokens: tuple[int, int] | None = None
         """Image tokens and other tokens of a training record on average, once they are checked."""
+        self.token_ids: set[int] = set()
+        """Tokens of the training records that were examined."""
         self.skips: dict[str, SkipLog] = {}
         """For "train", "validation" and "test" which records were skipped so far."""
 
@@ -137,7 +139,7 @@ class LlavaDataModule(LightningDataModule):
         options = (encoder.max_length, limit, self.limits[split], encoder.image_aspect_ratio)
         report = check_source(source, self.processor, *options, name=self.spec(split), batch_size=self.batch_size)
         if split == "train":
-            self.mean_tokens = report.mean_tokens()
+            self.mean_tokens, self.token_ids = report.mean_tokens(), report.token_ids
         return report
 
     def read_features(self, store: FeatureStore) -> None:

@@ -23,6 +23,8 @@ ASSETS = Path(__file__).parents[1] / "assets/scenes"
 SPLITS = ("train", "validation", "test")
 IMAGE_SIZE, CELL, SPRITE = 96, 32, 32
 _SIZES = (24, 30)  # of a sprite or card inside its cell
+_KEPT = 512
+"""Drawn sprites and digits that wait to be used again; thousands of them made a long run look as if it leaked."""
 _CARD_RGB = dict(
     zip(
         COLOURS,
@@ -109,7 +111,7 @@ def _sign(rng: Generator) -> int:
     return 1 if rng.integers(2) else -1
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=_KEPT)
 def _scaled(split: str, kind: str, which: int, size: int, mirror: bool, turn: int) -> FloatArray:
     sprite = _sprites(split)[kind][which]
     if turn:
@@ -119,7 +121,7 @@ def _scaled(split: str, kind: str, which: int, size: int, mirror: bool, turn: in
     return np.asarray(sprite.resize((size, size), Image.Resampling.BILINEAR))
 
 
-@lru_cache(maxsize=8192)
+@lru_cache(maxsize=_KEPT)
 def _ink(split: str, digit: int, which: int, size: int, turn: int) -> FloatArray:
     """Opacity of the pen, (size, size, 1): the 8x8 sample scaled to the card less a margin."""
     sample = Image.fromarray((_digits(split)[digit][which] * 15.9).astype(np.uint8))

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from himap_train.bar import progress_bar
+from himap_train.checkpoints.finite import require_finite
 from himap_train.checkpoints.scheduled import installed_schedule
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder, Sample
@@ -58,9 +59,10 @@ def evaluate(
     Raises:
         RuntimeError: The schedule did not act.
         TooManySkippedError: More unusable records than `max_skipped`.
-        ValueError: Unknown metric, or nothing to score.
+        ValueError: Unknown metric, nothing to score, or a weight of the model is nan or inf.
     """
     start = time.perf_counter()
+    require_finite(model.named_parameters(), "the model", "There is nothing to score: take another checkpoint")
     base: Any = base_model(model)
     scorers = make_metrics(metrics)
     total = source_length(source, limit)

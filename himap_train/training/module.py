@@ -6,6 +6,7 @@ The loss of an optimizer step is the mean over its supervised tokens (see `avera
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from transformers import LlavaProcessor
 
+from himap_train.checkpoints.finite import NonFiniteError
 from himap_train.models.features import weights_are_spread
 from himap_train.models.install import install_pruning
 from himap_train.models.loading import load_llava
@@ -98,6 +100,7 @@ class LlavaFineTuner(AdapterModule):
         self.loss_chunk = loss_chunk
         self.processor: LlavaProcessor | None = None
         self._window = WindowMean()
+        self.step_loss: Tensor | float = 0.0
         self._validation = torch.zeros(2, dtype=torch.float64)  # sum of losses, supervised tokens
 
     def configure_model(self) -> None:
@@ -170,7 +173,9 @@ class LlavaFineTuner(AdapterModule):
                 self._window.add(loss=cross_entropy, divergence=divergence)
                 total = cross_entropy + teacher.weight * divergence
         if step_ended(self.trainer, batch_idx):
-            for name, mean in self._window.means(self.trainer).items():  # divergence: of the last step with a teacher
+            means = self._window.means(self.trainer)
+            self.step_loss = torch.stack([*means.values()]).sum()
+            for name, mean in means.items():  # divergence: of the last step with a teacher
                 self.log(f"train/{name}", mean, prog_bar=True, batch_size=len(batch["input_ids"]))
         if self.loss_average == "batch":
             return total / count.clamp(min=1)
@@ -183,9 +188,14 @@ class LlavaFineTuner(AdapterModule):
         self._validation = self._validation.to(total.device) + torch.stack([total.double(), count.double()])
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean over the supervised tokens of all ranks."""
+        """Log the mean over the supervised tokens of all ranks; raises NonFiniteError where it is none."""
         total, count = self.trainer.strategy.reduce(self._validation, reduce_op="sum").tolist()
         self._validation = torch.zeros_like(self._validation)
+        if count and not math.isfinite(total):
+            raise NonFiniteError(
+                f"the validation loss at step {self.trainer.global_step} is {total / count}; training has ended. The "
+                "checkpoint before it was kept. Usual reasons: too high a learning rate, fp16 in place of bf16"
+            )
         if count:
             self.log("val/loss", total / count, prog_bar=True)
 

@@ -14,7 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
-from himap_train.storage import atomic_file, disk_full_message
+from himap_train.checkpoints.finite import require_finite
+from himap_train.storage import atomic_file
 from himap_train.training.callbacks.progress import step_ended
 
 logger = logging.getLogger(__name__)
@@ -47,15 +48,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             OSError: It could not be written; names the checkpoint that is still good.
+            NonFiniteError: A weight is nan or inf; the checkpoint that was there stays.
         """
         target = Path(path)
-        try:
-            with atomic_file(target) as temporary:
-                torch.save(checkpoint, temporary)
-        except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-            good = sorted(target.parent.glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
-            reason = error if isinstance(error, OSError) else OSError(str(error).splitlines()[0])
-            raise OSError(disk_full_message(reason, target, good[-1] if good else None)) from error
+        way_out = "The checkpoint before it was kept; train anew with a lower model.lora_lr"
+        require_finite(checkpoint.get("state_dict", {}).items(), f"{target} was not saved: the model", way_out)
+        with atomic_file(target, lambda: newest_good(target.parent) or target) as temporary:
+            torch.save(checkpoint, temporary)
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         """Read one file, never code from it."""
@@ -130,19 +129,25 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 
 def newest_good(folder: Path, but: Path | None = None) -> Path | None:
-    """The newest checkpoint in a folder that can be read; damaged ones are reported and passed over."""
-    files = [file for file in folder.glob("*.ckpt") if file != but and file.is_file()]
-    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+    """The checkpoint of the highest step in a folder; damaged ones are reported and passed over."""
+    found: list[tuple[int, bool, Path]] = []
+    for file in sorted(folder.glob("*.ckpt")):
+        if file == but or not file.is_file():
+            continue
         try:
-            _read(file)
+            step = _read(file).get("global_step", -1)
+            if not isinstance(step, int):
+                raise ValueError(f"its global_step is {step!r}; expected a number")
         except _DAMAGE as error:
-            logger.warning("the checkpoint %s is damaged or incomplete (%s); passed over", file, error)
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            logger.warning("the checkpoint %s is damaged or incomplete (%s); passed over", file, reason)
         else:
-            return file
-    return None
+            # Of the same step the last one, which remembers which the best was.
+            found.append((step, file.stem.startswith("last"), file))
+    return max(found)[-1] if found else None
 
 
-_DAMAGE = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError)
+_DAMAGE = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, ValueError, TypeError)
 
 
 def _read(file: Path) -> dict[str, Any]:

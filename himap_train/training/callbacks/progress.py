@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from himap_train.models.install import pruning_of
@@ -64,28 +63,6 @@ class Throughput(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
         self._since = None
-
-
-class GradientNorm(Callback):
-    """Logs `train/grad_norm`, that of the whole gradient before clipping, once in an optimizer step.
-
-    Comes before what shows metrics. Under ZeRO no process has the whole gradient, but the strategy knows its norm. Not
-    Lightning's `grad_norm`, which computes and keeps a norm for every parameter and knows nothing of ZeRO.
-    """
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Where gradients are ordinary tensors."""
-        if not hasattr(trainer.strategy, "gradient_norm"):
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            pl_module.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Under ZeRO, after the step."""
-        strategy: Any = trainer.strategy
-        if hasattr(strategy, "gradient_norm") and step_ended(trainer, batch_idx):
-            pl_module.log("train/grad_norm", float(strategy.gradient_norm()))
 
 
 class ProgressLines(Callback):

@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.loading import load_config, load_processor, resolve_model
+from himap_train.storage import remove_leftovers
 from himap_train.training.callbacks.accuracy import EvaluationSettings, GenerationAccuracy
 from himap_train.training.callbacks.checkpoints import (
     AtomicCheckpointIO,
@@ -35,14 +36,16 @@ from himap_train.training.callbacks.checkpoints import (
     refuse_other_config,
 )
 from himap_train.training.callbacks.data_costs import DataCosts
+from himap_train.training.callbacks.finite import GradientNorm
 from himap_train.training.callbacks.interrupt import SaveOnInterrupt
 from himap_train.training.callbacks.learn_ratios import LearnKeepRatios
-from himap_train.training.callbacks.progress import GradientNorm, ProgressLines, Throughput
+from himap_train.training.callbacks.progress import ProgressLines, Throughput
 from himap_train.training.callbacks.step_seeds import StepSeeds
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.run.folder import claim_folder
 from himap_train.training.run.launch import AroundTraining, FineTuneTrainer, is_first_process
 from himap_train.training.run.measured_rows import MeasuredRows
+from himap_train.training.run.numbers import require_possible
 from himap_train.training.run.parser import SuggestingParser
 from himap_train.training.run.rehearsal import rehearsal_folder, rehearse
 from himap_train.training.run.strategy_names import (
@@ -112,6 +115,11 @@ class FinetuneCLI(LightningCLI):
             "--rehearse", action="store_true", help="run everything once, small, on the embedded model and data"
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """As Lightning does; numbers that cannot be are refused here, before one of them becomes the seed."""
+        super().parse_arguments(parser, args)
+        require_possible(self.config)
+
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before anything is loaded."""
         require_known(self.config.trainer.strategy)
@@ -130,6 +138,8 @@ class FinetuneCLI(LightningCLI):
             if self.config.rehearse:
                 rehearsal_folder(self.output)
             claim_folder(self.output, resuming=self.config.resume == AUTO or self.resume_from is not None)
+            for folder in (self.output, self.checkpoints):
+                remove_leftovers(folder)
 
     def _checkpoint_to_resume(self) -> Path | None:
         if self.config.resume == AUTO:
@@ -162,7 +172,7 @@ class FinetuneCLI(LightningCLI):
             *(given.pop("callbacks", None) or []),
             StepSeeds(seed),
             *_other_schedules(pruning, seed, lambda: self.datamodule.mean_tokens),
-            GradientNorm(),
+            GradientNorm(self.checkpoints),
             Throughput(),
             DataCosts(),
             LearningRateMonitor("step"),

@@ -21,7 +21,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
+from himap_train.checkpoints.finite import NonFiniteError
 from himap_train.processes import from_all
+from himap_train.storage import told
 
 _RANK = ("RANK", "SLURM_PROCID")
 _RANK_BY_PARTS = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
@@ -53,7 +55,7 @@ def report_error(error: Exception, patience: float = 5.0) -> None:
     The first process leaves its message in the store that joined the processes. The others look for it there, and print
     their own unless it is the same; what cannot be compared is printed.
     """
-    text = f"error: {error}"
+    text = f"error: {told(error)}"
     store, key = _shared_store(patience), f"himap_error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     if is_first_process():
         print(text, file=sys.stderr, flush=True)  # before others learn of it: launchers may end this one when they end
@@ -142,13 +144,14 @@ class FineTuneTrainer(Trainer):
 
         Raises:
             OSError: In all processes: it could not be written.
+            NonFiniteError: In all processes: a weight is nan or inf.
         """
         checkpoint = self._checkpoint_connector.dump_checkpoint(bool(weights_only))
-        failure: str | None = None
+        failure: tuple[type[Exception], str] | None = None
         try:
             self.strategy.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
-        except OSError as error:
-            failure = str(error)
+        except (OSError, NonFiniteError) as error:
+            failure = NonFiniteError if isinstance(error, NonFiniteError) else OSError, str(error)
         failure = self.strategy.broadcast(failure)
         if failure:
-            raise OSError(failure)
+            raise failure[0](failure[1])
