@@ -61,7 +61,9 @@ def main(
         image_folder: Where the data's image paths start; by default the folder of its file.
         follow_links: Symbolic links in the image folder may lead out of it.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
-        metrics: exact, gqa, vqa, textvqa, pope, mme, relaxed, anls, choice, circular; the first gives the score.
+        metrics: exact, gqa, vqa, textvqa, pope, mme, relaxed, anls, choice, choice-strict (as LLaVA's own ScienceQA
+            script reads answers), circular; the first gives the score. vqa and textvqa need at least four answers a
+            record, those of the annotators.
         batch_size: Questions in a batch.
         max_new_tokens: Where an answer is cut.
         limit: Only the first so many records.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,6 +26,7 @@ from himap_train.data.batches import collate
 from himap_train.data.encode import encode_prompt
 from himap_train.data.records import Conversation, RecordError, Turn
 from himap_train.data.scene_questions import SceneQuestions
+from himap_train.data.skips import TooManySkippedError
 from himap_train.embedded.scene_text import TYPES
 from himap_train.evaluation.compare import compare, evaluate_row
 from himap_train.evaluation.evaluate import evaluate
@@ -174,6 +176,33 @@ def test_answers_end_at_the_eos_token(model, processor, source):
     assert stopped.predictions[0].prediction == processor.tokenizer.decode(new[: first + 1]).strip()
 
 
+@pytest.mark.parametrize(
+    ("metric", "right", "odd", "found"),
+    [
+        ("choice", "b", "the cow", "'the cow' names no option"),
+        ("choice-strict", "1", "9", "'9' names no option"),
+        ("pope", "yes", "cat", "'cat' is neither yes nor no"),
+        ("vqa", '["cat", "cat", "cat", "cat"]', '["cat"]', "found 1, with which"),
+        ("textvqa", '["cat", "cat", "cat", "cat"]', '["cat"]', "found 1, with which"),
+        ("circular", "A", "A", "circular evaluation needs"),
+        ("exact", "cat", "[]", "has no answer to compare with"),
+    ],
+)
+def test_a_reference_that_cannot_be_scored_is_a_skipped_record(model, processor, metric, right, odd, found):
+    remove_pruning(model)
+    names = {"A": "cat", "B": "dog"} if "choice" in metric or metric == "circular" else {}
+    records = Source(
+        conversation(number, "?", answers=right if index else odd, **names, index=index)
+        for number, index in enumerate(["0", "1", "", "3"])
+    )
+    result = evaluate(model, processor, records, metrics=["exact", metric], max_skipped=1, **QUIET)
+    assert result.overall.count == 3 and [prediction.index for prediction in result.predictions] == [0, 1, 3]
+    (reason,) = result.skipped
+    assert "sample '2'" in reason and found in reason
+    with pytest.raises(TooManySkippedError, match=re.escape(found)):
+        evaluate(model, processor, records, metrics=[metric], max_skipped=0, **QUIET)
+
+
 class Broken(Source):
     """Record 1 cannot be read."""
 
@@ -207,7 +236,7 @@ def test_several_accepted_answers_come_from_the_record():
     annotated = replace(conversation(0, "?"), meta={"answers": json.dumps(["cat", "a cat", 2])})
     assert Question(0, annotated).answers == ["cat", "a cat", "2"]
     with pytest.raises(RecordError, match="`answers`"):
-        assert Question(0, replace(annotated, meta={"answers": "cat"})).answers
+        assert Question(0, replace(annotated, meta={"answers": '["cat"'})).answers
 
 
 def test_questions_about_the_same_image_belong_together(tmp_path):

@@ -8,7 +8,15 @@ import pytest
 import torch
 from processes import in_processes
 
-from himap_train.evaluation.choice import CircularChoice, MultipleChoice, extract_letter
+from himap_train.evaluation.choice import (
+    CircularChoice,
+    MultipleChoice,
+    StrictChoice,
+    extract_letter,
+    options_of,
+    read_reference,
+    strict_letter,
+)
 from himap_train.evaluation.exact import GQA, ExactMatch
 from himap_train.evaluation.metrics import METRICS, make_metrics
 from himap_train.evaluation.statistics import mean_and_standard_error
@@ -73,6 +81,13 @@ def test_vqa_accuracy_leaves_out_each_annotator_in_turn():
     assert vqa_score("cat", ["cat"] * 3 + ["dog"] * 7) == pytest.approx(0.9)
     assert vqa_score("cat", ["cat"] * 4 + ["dog"] * 6) == 1.0
     assert vqa_score("cow", ["cat"] * 4 + ["dog"] * 6) == 0.0
+
+
+@pytest.mark.parametrize("metric", [VQAAccuracy, TextVQAAccuracy])
+def test_vqa_refuses_fewer_answers_than_can_make_a_right_one_right(metric):
+    assert list(figures(fill(metric(), [("cat", ["cat"] * 4, "")])).values()) == [1.0]
+    with pytest.raises(ValueError, match=r"found 3.*at least 4.*exact"):
+        fill(metric(), [("cat", ["cat"] * 3, "")])
 
 
 def test_vqa_metric_normalises_both_sides():
@@ -217,11 +232,116 @@ OPTIONS = {"A": "a cat", "B": "a dog", "C": "a dog and a cat"}
         ("D", ""),
         ("", ""),
         ("Bats", ""),
+        # the whole answer is a letter or starts with one
+        ("b", "B"),
+        ("(b)", "B"),
+        ("b) a dog", "B"),
+        ("**B**", "B"),
+        ("B\nbecause of its ears", "B"),
+        ("A, because it meows", "A"),
+        ("(A) or (B)", ""),
+        ("A, B", ""),
+        # "answer is", "option"
+        ("The answer is A.", "A"),
+        ("the answer is b", "B"),
+        ("the answer is a dog", "B"),
+        ("The answer is A dog", "B"),
+        ("The correct answer is option (b).", "B"),
+        ("Answer: C", "C"),
+        ("The answer is: **B**", "B"),
+        ("Option A is right, if you ask me", "A"),
+        ("The answer is A. The answer is B.", ""),
+        ("answer a question", ""),
+        # a letter by itself
+        ("It can only be A.", "A"),
+        ("A is what I think", "A"),
+        ("I would say (b) fits", "B"),
+        ("The right one is not B", ""),
+        ("A and B", ""),
+        ("a B-52 and a C's", ""),
+        # the text of the longest
+        ("a dog and a cat are here", "C"),
+        ("Some dogma dog", ""),
     ],
 )
 def test_extract_letter(prediction, letter):
     expected = "B" if prediction == "A dog is here now" else letter
     assert extract_letter(prediction, OPTIONS) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "options", "letter"),
+    [
+        ("Vitamin C", ["Vitamin C", "Vitamin D", "Vitamin A"], "A"),
+        ("It is vitamin C.", ["Vitamin C", "Vitamin D", "Vitamin A"], "A"),
+        ("The answer is Vitamin C.", ["Vitamin C", "Vitamin D", "Vitamin A"], "A"),
+        ("C: Vitamin A", ["Vitamin C", "Vitamin D", "Vitamin A"], "C"),
+        ("The answer is C, Vitamin A", ["Vitamin C", "Vitamin D", "Vitamin A"], "C"),
+        ("A dog", ["cat", "dog"], "B"),
+        ("it is dark red", ["red", "dark red"], "B"),
+        ("a woman", ["man", "woman"], "B"),
+        ("2", ["1", "2", "12"], "B"),
+        ("It has 12 legs", ["1", "2", "12"], "C"),
+        ("It has 1.5 legs", ["1", "2", "12"], ""),
+        ("the same", ["the same", "the same"], ""),
+    ],
+)
+def test_letters_inside_the_text_of_an_option_are_that_option(prediction, options, letter):
+    assert extract_letter(prediction, dict(zip("ABC", options, strict=False))) == letter
+
+
+@pytest.mark.parametrize(
+    ("reference", "options", "letter"),
+    [
+        ("b", OPTIONS, "B"),
+        ("(b)", OPTIONS, "B"),
+        ("B.", OPTIONS, "B"),
+        ("A dog.", OPTIONS, "B"),
+        ("1", OPTIONS, "B"),
+        ("1", {"A": "1", "B": "2"}, "A"),  # the text of an option before the number of one
+        ("25", {}, "Z"),
+        ("3", OPTIONS, ""),
+        ("the dog", OPTIONS, ""),
+        ("The answer is B", OPTIONS, ""),
+        ("", OPTIONS, ""),
+        ("1.0", OPTIONS, ""),
+    ],
+)
+def test_references_are_read_exactly(reference, options, letter):
+    assert read_reference(reference, options) == letter
+
+
+def test_options_in_a_list():
+    assert options_of({"choices": '["a cat", "a dog"]', "type": "x"}) == {"A": "a cat", "B": "a dog"}
+    assert options_of({"options": "[broken"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "letter"),
+    [
+        ("B", "B"),
+        ("B. a dog", "B"),
+        ("B.", ""),
+        ("b", ""),
+        ("(B)", ""),
+        ("AB", ""),
+        ("", ""),
+        ("a dog", ""),
+        ("The answer is B.", "B"),
+        ("So: The answer is B because", "B"),
+        ("The answer is B", ""),  # the script wants a character after the letter
+        ("the answer is B.", ""),
+        ("The answer is A. The answer is B.", ""),
+        ("The answer is A. The answer is A.", ""),
+        ("D", ""),  # there are three options
+        ("D. x. The answer is B.", ""),  # the first rule has decided
+        ("F. x. The answer is B.", "B"),  # F is no letter of an option
+    ],
+)
+def test_strict_choice_reads_as_llavas_script(prediction, letter):
+    assert strict_letter(prediction, OPTIONS) == letter
+    if letter:
+        assert figures(fill(StrictChoice(), [(prediction, [letter], OPTIONS)])) == {"choice-strict": 1.0}
 
 
 def test_extract_letter_without_options():
@@ -283,7 +403,7 @@ def test_a_repeated_key_is_counted_once():
 
 def test_metrics_by_name():
     assert [metric.name for metric in make_metrics(["pope", "exact"])] == ["pope", "exact"]
-    assert len(METRICS) == 10
+    assert len(METRICS) == 11
     with pytest.raises(ValueError, match="unknown metric .'exakt'.; choose from exact, gqa"):
         make_metrics(["exakt"])
     with pytest.raises(ValueError, match="at least one"):

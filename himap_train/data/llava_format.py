@@ -83,7 +83,7 @@ def checked_text(value: Any, what: str) -> str:
 
 
 def meta_of(record: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, str]:
-    """What a record has beside its `known` keys, as text; lists (such as several accepted `answers`) as JSON.
+    """What a record has beside its `known` keys, as text; lists, and answers that are no text, as JSON.
 
     Raises:
         RecordError: text with half a character.
@@ -91,9 +91,11 @@ def meta_of(record: Mapping[str, Any], known: Iterable[str], where: str) -> dict
     meta: dict[str, str] = {}
     for key, value in record.items():
         items = value if isinstance(value, list) else [value]
-        if key not in known and all(isinstance(item, str | int | float) for item in items):
-            meta[key] = json.dumps(value) if items is value else str(value)
-            checked_text("".join([key, *map(str, items)]), f"{where}: `{key!r:.60}`")
+        answers = key in ("answer", "answers") and not isinstance(value, str | None)  # of any form: judged when needed
+        if answers or (key not in known and all(isinstance(item, str | int | float) for item in items)):
+            listed = answers or items is value
+            meta[key] = json.dumps(items, ensure_ascii=False, default=str) if listed else str(value)
+            checked_text(key + meta[key], f"{where}: `{key!r:.60}`")
     return meta
 
 

@@ -2,71 +2,165 @@
 2023).
 
 An answer that names no single option is wrong. Some evaluators draw a random letter or ask a language model then; this
-one never does.
+one never does. References are read exactly, never by these rules.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from string import ascii_uppercase
+from typing import Any
 
 import torch
 
+from himap_train.evaluation.exact import plain
 from himap_train.evaluation.sample_metric import Rows, SampleMetric
 
 CIRCULAR_OFFSET = 1_000_000
 """MMBench numbers the rotations of question i as i, i + 10^6, i + 2 * 10^6, ..."""
 
-_LEADING_LETTER = re.compile(r"\(?([A-Z])(?:[).:](?:\s|$)|\)?$)")
+STRICT_LETTERS = tuple("ABCDE")
+"""What LLaVA's script takes for letters of options."""
+
+_JOINED = r"(?!\W*(?:or|and|nor)?\W*\b[A-Za-z]\b(?!'))"  # "A or B", "(A), (B)": several, so none of them leads
+_LEADING_LETTER = re.compile(rf"[(\[\"'*]*([A-Za-z])[)\]\"'*]*(?:$|\s*\n|(?:[.:,]|(?<=[)\]*]))(?=\s|$){_JOINED})")
+_NAMED_LETTER = re.compile(  # "the answer is (b)", "Option A is right", "answer: the letter C"; "answer is a dog" isn't
+    r"\b(?:answer|option|choice)(?:\s+is|\s+would\s+be)?\b[\s:=*\"']*(?:(?:the\s+)?(?:option|choice|letter)\b[\s:*\"']*)?"
+    r"[(\[]?(?-i:([A-Z])(?![\w'-])|([a-z])(?=[)\].,;:!*\"']|\s*$))",
+    re.IGNORECASE,
+)
+# Articles and pronouns are followed by a word, letters at most by one of these.
+_LONE_LETTER = re.compile(
+    r"(?<![\w'-])(?<!\bnot )(?:([B-HJ-Z])|([AI])(?!\s+(?!(?:or|and|nor|is|was|because|since|as|but)\b)\w))(?![\w'-])"
+    r"|(?<!\w)\(([a-z])\)"
+)
+_REFERENCE = re.compile(r"\(?([A-Za-z])[).:]{0,2}")
 
 
 def options_of(meta: Mapping[str, str]) -> dict[str, str]:
-    """The texts of the options: facts of the record whose name is a capital letter and that are not empty."""
-    return {name: text for name, text in meta.items() if len(name) == 1 and "A" <= name <= "Z" and text}
+    """Letter to text of the options: facts of the record whose name is a capital letter and that are not empty; else
+    the list under `options` or `choices`, in its order.
+    """
+    named = {name: text for name, text in meta.items() if len(name) == 1 and "A" <= name <= "Z" and text}
+    for key in ("options", "choices"):
+        named = named or dict(zip(ascii_uppercase, map(str, json_list(meta.get(key, ""))), strict=False))
+    return named
+
+
+def json_list(fact: str) -> list[Any]:
+    """The list that a fact of a record is; empty where it is none."""
+    try:
+        found = json.loads(fact)
+    except (ValueError, RecursionError):
+        return []
+    return found if isinstance(found, list) else []
+
+
+def read_reference(answer: str, options: Mapping[str, str]) -> str:
+    """The letter that a reference stands for, or '' if it stands for none: a letter ("B", "b", "(b)", "B."), the whole
+    text of one option, or the 0-based number of one ("1").
+
+    Args:
+        answer: the reference.
+        options: letter to text; may be empty if unknown, then any letter counts and numbers up to 25 do.
+    """
+    known, said = set(options) or set(ascii_uppercase), answer.strip()
+    letter = _REFERENCE.fullmatch(said)
+    if letter and letter[1].upper() in known:
+        return letter[1].upper()
+    texts = [name for name, text in options.items() if plain(text) == plain(said)]
+    if texts or not re.fullmatch(r"[0-9]{1,2}", said):
+        return texts[0] if len(texts) == 1 else ""
+    numbered = ascii_uppercase[int(said) : int(said) + 1]
+    return numbered if numbered in known else ""
 
 
 def extract_letter(prediction: str, options: Mapping[str, str]) -> str:
     """The letter that an answer names, or '' if it names none or several.
 
-    In this order: the answer is a letter or starts with one ("B", "(B)", "B. a cat"); exactly one option's letter
-    stands in it as a word, where "A" and "I" among more than three words are taken for words; it is the text of one
-    option; it contains the text of exactly one. Texts ignore case.
+    The first of these that says something decides: the answer is a letter or starts with one ("b", "(B)", "B. a cat");
+    it is the text of an option; "answer", "option" or "choice", with or without "is" or ":", comes before a letter; a
+    capital letter, or one in brackets, stands as a word by itself ("A" and "I" before another word are words, and
+    letters inside the text of an option belong to that); it contains the text of an option, of texts in each other the
+    longest. Texts ignore case and a final full stop.
 
     Args:
         prediction: what the model said.
-        options: letter to text; may be empty if unknown, then any capital letter counts and texts can't.
+        options: letter to text; may be empty if unknown, then any letter counts and texts can't.
     """
-    text = prediction.strip()
-    known = set(options) or {chr(code) for code in range(ord("A"), ord("Z") + 1)}
-    start = _LEADING_LETTER.match(text)
-    if start and start[1] in known:
-        return start[1]
-    words = re.findall(r"\w+", text)
-    letters = {word for word in words if word in known}
-    if len(words) > 3:
-        letters -= {"A", "I"}
-    texts = {letter: option.strip().lower() for letter, option in options.items()}
-    said = text.lower()
-    letters = letters or {letter for letter, option in texts.items() if option == said}
-    letters = letters or {letter for letter, option in texts.items() if option in said}
+    said, known = prediction.strip(), set(options) or set(ascii_uppercase)
+    start = _LEADING_LETTER.match(said)
+    if start and start[1].upper() in known:
+        return start[1].upper()
+    texts = {letter: plain(text) for letter, text in options.items()}
+    named = {
+        (match[1] or match[2]).upper()
+        for match in _NAMED_LETTER.finditer(said)
+        if not any(plain(said[match.start(match.lastindex or 0) :]).startswith(t) for t in texts.values() if len(t) > 1)
+    }
+    contained, rest = _contained(said, texts)
+    lone = {next(filter(None, groups)).upper() for groups in _LONE_LETTER.findall(rest)}
+    equal = {letter for letter, text in texts.items() if text == plain(said)}
+    letters = next((found for found in (equal, named & known, lone & known, contained) if found), set())
     return letters.pop() if len(letters) == 1 else ""
+
+
+def _contained(said: str, texts: Mapping[str, str]) -> tuple[set[str], str]:
+    """Letters of the options whose texts stand in an answer, and the answer without those texts."""
+    # A letter as a text is no text here: it can't be told from the letter of an option.
+    wanted = sorted({text for text in texts.values() if len(text) > 1 or text.isdigit()}, key=len, reverse=True)
+    if not wanted:
+        return set(), said
+    either = "|".join(r"\s+".join(map(re.escape, text.split())) for text in wanted)
+    pattern = re.compile(rf"(?<!\w)(?<!\d\.)(?:{either})(?!\w|[.,]\d)", re.IGNORECASE)
+    found = {plain(text) for text in pattern.findall(said)}
+    return {letter for letter, text in texts.items() if text in found}, pattern.sub(" text ", said)
+
+
+def strict_letter(prediction: str, options: Mapping[str, str]) -> str:
+    """The letter as LLaVA's `eval_science_qa.py` reads it, or '' where that script counts a question as failed.
+
+    The whole answer is a letter from A to E; or it begins with one, a full stop and a space; or "The answer is ", a
+    capital letter and one more character stand in it exactly once. A letter beyond the options is none. Where options
+    are not known, there are five.
+    """
+    if prediction in STRICT_LETTERS or (prediction[:1] in STRICT_LETTERS and prediction[1:3] == ". "):
+        letter = prediction[:1]
+    else:
+        found = re.findall(r"The answer is ([A-Z]).", prediction)
+        letter = found[0] if len(found) == 1 else ""
+    return letter if letter in STRICT_LETTERS[: len(options) or None] else ""
 
 
 class MultipleChoice(SampleMetric):
     """Letter accuracy (ScienceQA, AI2D, SEED-Bench, MMBench without rotations).
 
-    The reference is the letter, or the text of an option.
+    References are read by `read_reference`; an answer is right that names one of them.
     """
 
     name = "choice"
+    read = staticmethod(extract_letter)
 
     def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
         """1.0 if the letter is right."""
         options = options_of(meta)
-        truth = extract_letter(answers[0], options)
-        if not truth:
-            raise ValueError(f"the reference answer {answers[0]!r} names no option of {options or 'A to Z'}")
-        return (float(extract_letter(prediction, options) == truth),)
+        right = {answer: read_reference(answer, options) for answer in answers}
+        for answer, letter in right.items():
+            if not letter:
+                raise ValueError(
+                    f"the reference answer {answer!r:.80} names no option of {options or 'A to Z'}; expected a letter, "
+                    "the text of one option, or its number from 0"
+                )
+        return (float(self.read(prediction, options) in right.values()),)
+
+
+class StrictChoice(MultipleChoice):
+    """Letter accuracy with answers read as LLaVA's own ScienceQA script does; see `strict_letter`."""
+
+    name = "choice-strict"
+    read = staticmethod(strict_letter)
 
 
 class CircularChoice(MultipleChoice):
@@ -85,8 +179,7 @@ class CircularChoice(MultipleChoice):
         index = meta.get("index", "")
         if not index.isdigit():
             raise ValueError(
-                f"sample {key}: circular evaluation needs `question_id` or a numeric `index` in the record, "
-                f"found {dict(meta)}"
+                f"circular evaluation needs `question_id` or a numeric `index` in the record, found {dict(meta)}"
             )
         return str(int(index) % CIRCULAR_OFFSET)
 

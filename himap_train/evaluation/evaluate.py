@@ -72,7 +72,7 @@ def evaluate(
     skipped = _Skips(total, max_skipped)
     with evaluation_mode(model), progress_bar("evaluating", total, progress) as advance:
         for read in question_batches(source, batch_size, limit, skipped.add):
-            batch, samples = _encoded(read, encoder, skipped)
+            batch, samples = _encoded(read, encoder, scorers, skipped)
             if samples:
                 padded = collate(samples, pad_token_id_of(processor.tokenizer), padding_side="left")
                 texts, found = answer_batch(model, processor, padded, max_new_tokens)
@@ -133,12 +133,16 @@ class _Skips:
         self.reasons.append(str(error))
 
 
-def _encoded(batch: list[Question], encoder: Encoder, skipped: _Skips) -> tuple[list[Question], list[Sample]]:
-    """The questions that can be used, and their samples."""
+def _encoded(
+    batch: list[Question], encoder: Encoder, scorers: list[SampleMetric], skipped: _Skips
+) -> tuple[list[Question], list[Sample]]:
+    """The questions that can be used, and their samples: those that every metric can score, whatever the answer."""
     good, samples = [], []
     for question in batch:
         try:
-            sample, _ = encoder.encode_prompt(question.conversation), question.answers
+            sample = encoder.encode_prompt(question.conversation)
+            for scorer in scorers:
+                scorer.check(question.answers, question.conversation)
         except RecordError as error:
             skipped.add(question.index, error)
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from himap_train.evaluation.choice import CircularChoice, MultipleChoice
+from himap_train.evaluation.choice import CircularChoice, MultipleChoice, StrictChoice
 from himap_train.evaluation.exact import GQA, ExactMatch
 from himap_train.evaluation.sample_metric import SampleMetric
 from himap_train.evaluation.text import ANLS, RelaxedAccuracy
@@ -23,6 +23,7 @@ METRICS: dict[str, type[SampleMetric]] = {
         RelaxedAccuracy,
         ANLS,
         MultipleChoice,
+        StrictChoice,
         CircularChoice,
     )
 }

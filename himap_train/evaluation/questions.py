@@ -7,7 +7,6 @@ questions of like length and a source that can only be streamed is never held as
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any, cast
 import torch
 
 from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Source, StreamingSource
+from himap_train.evaluation.choice import json_list, options_of
 
 WINDOW_BATCHES = 16
 
@@ -38,23 +38,27 @@ class Question:
 
     @property
     def answers(self) -> list[str]:
-        """The accepted answers: `meta["answers"]`, a JSON list, where the record has it, else the last answer.
+        """The accepted answers: the record's `answers` where it has them, else its last assistant turn, else `answer`.
+
+        `answers` is a text or number, or a list of such or of objects with the text under `answer` (VQAv2, VizWiz,
+        OK-VQA). A whole number, where the record has options, is one of theirs from 0 (ScienceQA), given as its letter.
 
         Raises:
-            RecordError: There is none, or `answers` is not such a list.
+            RecordError: There is none, or they are something else.
         """
-        where, listed = f"sample {self.conversation.id!r}", self.conversation.meta.get("answers")
-        if listed is None and not self.conversation.answer:
-            raise RecordError(f"{where} has no answer to compare with")
-        if listed is None:
+        meta = self.conversation.meta
+        if "answers" not in meta and self.conversation.answer:
             return [self.conversation.answer]
-        try:
-            answers = json.loads(listed)
-        except json.JSONDecodeError:
-            answers = None
-        if not isinstance(answers, list) or not answers:
-            raise RecordError(f"{where}: `answers` is {listed!r}; expected a JSON list of accepted answers")
-        return [str(answer) for answer in answers]
+        key = "answers" if "answers" in meta else "answer"
+        answers = _listed(meta.get(key, ""))
+        if not answers or not all(isinstance(answer, str | int | float) for answer in answers):
+            found = f"`{key}` is {meta[key]:.200}" if key in meta else "neither an assistant turn nor `answers`"
+            raise RecordError(
+                f"sample {self.conversation.id!r} has no answer to compare with: {found}; expected an answer, or a "
+                'list of accepted ones or of {"answer": ...}'
+            )
+        letters = list(options_of(meta))
+        return [letters[a] if type(a) is int and 0 <= a < len(letters) else str(a) for a in answers]
 
     @property
     def cluster(self) -> str:
@@ -115,6 +119,14 @@ def numbered_records(source: Source | StreamingSource) -> Iterator[tuple[int, Ca
     else:
         stream: Iterable[Conversation] = cast(Any, source)
         yield from ((index, partial(_given, conversation)) for index, conversation in enumerate(stream))
+
+
+def _listed(value: str) -> list[Any]:
+    """Accepted answers as a fact of a record holds them: a text, or JSON. Empty where that is broken."""
+    found = json_list(value) if value.startswith("[") else [value] if value else []
+    if len(found) == 1 and isinstance(found[0], dict) and isinstance(found[0].get("answer"), list):
+        return found[0]["answer"]  # a column of objects as `datasets` gives it: {"answer": [...], "answer_id": [...]}
+    return [item.get("answer") if isinstance(item, dict) else item for item in found]
 
 
 def _given(conversation: Conversation) -> Conversation:

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torchmetrics import Metric
 
+from himap_train.data.records import Conversation, RecordError
 from himap_train.evaluation.statistics import mean_and_standard_error
 
 
@@ -69,6 +70,14 @@ class SampleMetric(Metric):
         Metrics that join samples override this.
         """
         return cluster
+
+    def check(self, answers: Sequence[str], conversation: Conversation) -> None:
+        """Raise RecordError, naming the record, where no answer to it could be scored."""
+        try:
+            self.measure("", answers, conversation.meta)
+            self.cluster_of("", "", conversation.meta)
+        except ValueError as error:
+            raise RecordError(f"sample {conversation.id!r}, metric {self.name}: {error}") from error
 
     def update(
         self,

@@ -2,6 +2,8 @@
 
 Mean over the annotators i of min(1, number of j != i with answer_j == prediction / 3), after the normalisation of the
 official evaluation code. The peculiarities of that code are kept on purpose, so that numbers compare: see the comments.
+An answer counts fully only where three others gave it, so fewer than four answers make even a right one less than right
+(the official script gives 0 for a single one); they are refused.
 Prediction and answers are always normalised, as LLaVA's TextVQA evaluation, lmms-eval and VLMEvalKit do; the official
 VQAv2 script leaves both alone where all annotators agree to the letter.
 """
@@ -13,6 +15,7 @@ from collections.abc import Mapping, Sequence
 
 from himap_train.evaluation.sample_metric import SampleMetric
 
+LEAST_ANSWERS = 4
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {word: str(i) for i, word in enumerate("none one two three four five six seven eight nine ten".split())}
 NUMBERS["zero"] = "0"
@@ -58,7 +61,17 @@ def split_words(text: str) -> str:
 
 
 def vqa_score(prediction: str, answers: Sequence[str]) -> float:
-    """The mean over annotators, given normalised strings; `answers` is one a human (ten in VQAv2 and TextVQA)."""
+    """The mean over annotators, given normalised strings; `answers` is one a human (ten in VQAv2 and TextVQA).
+
+    Raises:
+        ValueError: Fewer than four answers, of which the formula cannot make 1.
+    """
+    if len(answers) < LEAST_ANSWERS:
+        raise ValueError(
+            f"VQA accuracy compares each of ten annotators' answers with the others'; found {len(answers)}, with which "
+            f"no answer could score 1. Give at least {LEAST_ANSWERS} in `answers`, repetitions included, or choose the "
+            "metric exact, gqa, relaxed or anls"
+        )
     same = sum(answer == prediction for answer in answers)
     return sum(min(1.0, (same - (answer == prediction)) / 3) for answer in answers) / len(answers)
 
