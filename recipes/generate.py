@@ -21,6 +21,7 @@ from himap_train.checkpoints.scheduled import AS_SAVED, installed_schedule, load
 from himap_train.command_line import run_command
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Sample, encode_prompt
+from himap_train.data.end_of_answer import end_token_ids
 from himap_train.data.images import open_image
 from himap_train.data.records import Conversation, Turn
 from himap_train.data.scene_questions import SceneQuestions
@@ -110,6 +111,7 @@ def stream(model: Any, processor: Any, sample: Sample, max_new_tokens: int) -> N
             do_sample=False,
             max_new_tokens=max_new_tokens,
             streamer=streamer,
+            eos_token_id=end_token_ids(processor, base_model(model).generation_config.eos_token_id),
             pad_token_id=pad_token_id_of(processor.tokenizer),
         )
 

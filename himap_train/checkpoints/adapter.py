@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from himap_train.checkpoints.finite import require_finite
+from himap_train.checkpoints.generation_file import write_end_tokens
 from himap_train.checkpoints.same_base import base_facts, plain
 from himap_train.embedded.model import embedded_model_path
 from himap_train.models.loading import EMBEDDED
@@ -83,6 +84,7 @@ class Adapter:
             (temporary / "README.md").write_text(card, encoding="utf-8")
             if processor is not None:
                 processor.save_pretrained(str(temporary))
+                write_end_tokens(temporary, processor)
 
     def require_finite(self, where: str) -> None:
         """Raise NonFiniteError, naming `where` and the tensor, where a weight is nan or inf."""

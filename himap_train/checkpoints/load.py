@@ -23,6 +23,7 @@ from himap_train.checkpoints.adapter_parts import adapter_processor, resized_tok
 from himap_train.checkpoints.card import adapter_card
 from himap_train.checkpoints.run_facts import run_facts
 from himap_train.checkpoints.same_base import require_same_base
+from himap_train.data.end_of_answer import end_token_ids
 from himap_train.models.install import install_pruning
 from himap_train.models.loading import load_config, load_llava, resolve_model
 from himap_train.models.stock import base_model
@@ -123,6 +124,8 @@ def load_checkpoint(
             peft_model = _with_adapter(model, Path(folder) / "adapter")
     else:
         peft_model = _with_adapter(model, source)
+    generation: Any = model.generation_config  # training taught it to end there
+    generation.eos_token_id = end_token_ids(processor, generation.eos_token_id)
     install_pruning(peft_model, adapter.schedule if isinstance(schedule, _Saved) else schedule or PruningSchedule())
     return peft_model.eval(), processor
 

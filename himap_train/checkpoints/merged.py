@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from himap_train.checkpoints.adapter import Adapter
 from himap_train.checkpoints.finite import NonFiniteError, not_finite, require_finite
+from himap_train.checkpoints.generation_file import write_end_tokens
 from himap_train.checkpoints.merge import Merger, parameter_name
 from himap_train.checkpoints.same_base import require_same_base
 from himap_train.checkpoints.weight_files import TensorInfo, parse_size, plan_shards, read_infos, write_shards
@@ -147,4 +148,6 @@ def _write_rest(folder: Path, source: Path, config: Any, dtype: ExportDtype, pro
         shutil.copyfile(generation, folder / generation.name)
     else:
         GenerationConfig.from_model_config(config).save_pretrained(str(folder))
-    (processor or load_processor(source, config)).save_pretrained(str(folder))
+    processor = processor or load_processor(source, config)
+    processor.save_pretrained(str(folder))
+    write_end_tokens(folder, processor)

@@ -81,6 +81,15 @@ class Template:
             found.append(Exchange(prompt, answer, end or str(self._processor.tokenizer.eos_token)))
         return found
 
+    def end_of_answer(self) -> str:
+        """The token that closes an answer.
+
+        Raises:
+            RecordError: the template cannot express a question with its answer.
+        """
+        turns = [{"role": role, "content": [{"type": "text", "text": _PROBE}]} for role in ("user", "assistant")]
+        return self.exchanges(turns, "of one question")[0].end.lstrip(" ")
+
     def _answer(self, messages: Sequence[Message], before: str, name: str) -> tuple[str, str, str]:
         """Text of the last answer with what leads to it, the template's own end token or "", and all that the template
         has rendered up to the answer's end.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from himap_train.data.batches import pad_token_id_of
+from himap_train.data.end_of_answer import end_token_ids
 from himap_train.evaluation.token_counts import SampleTokens
 from himap_train.models.features import encode_nothing, own_weights_whole, prompt_inputs, weights_are_spread
 from himap_train.models.guard import check_pruned
@@ -59,6 +60,7 @@ def answer_batch(
             num_beams=1,
             max_new_tokens=max_new_tokens,
             use_cache=True,
+            eos_token_id=end_token_ids(processor, base.generation_config.eos_token_id),
             pad_token_id=pad_token_id_of(processor.tokenizer),
             synced_gpus=spread or None,  # until the longest answer of all processes; None: transformers' own choice
         )
