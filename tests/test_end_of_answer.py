@@ -26,8 +26,8 @@ END = 262  # <|im_end|> of the ChatML processor, whose eos is 2
 QUESTION = conversation(0, "What is it?")
 LLAMA3 = (
     "{{ bos_token }}{% for message in messages %}{{ '<|start|>' + message['role'] + '\n\n' }}"
-    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] | trim }}{% endfor %}"
-    "{{ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n\n' }}{% endif %}"
+    "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] | trim }}"
+    "{% endfor %}{{ '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n\n' }}{% endif %}"
 )
 
 
