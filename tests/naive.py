@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from naive_methods import coverage_order
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -171,6 +172,10 @@ def dropped_tokens(
             continue
         if stage.criterion == "divprune":
             order = farthest_first(hidden, current, protected, count)
+        elif stage.method.name == "coverage":
+            order = coverage_order(
+                stage.method, hidden, current, protected, [p for p in text if not is_image[p]], count
+            )
         elif stage.criterion == "average-pool":
             runs = even_runs([p for p in current if p not in protected], count - len(protected))
             means |= {run[(len(run) - 1) // 2]: run for run in runs}

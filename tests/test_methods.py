@@ -23,7 +23,7 @@ from himap_train.pruning.methods import METHODS, read_method
 from himap_train.pruning.methods.base import Reads, Seen, with_scores
 from himap_train.pruning.methods.divprune import farthest_first as batched_farthest_first
 
-NEW = ("first-k", "divprune", "average-pool")
+NEW = ("first-k", "divprune", "average-pool", "coverage")
 NO_ATTENTION = [name for name, method in METHODS.items() if method.reads in (Reads.STATES, Reads.NOTHING)]
 
 
@@ -61,6 +61,22 @@ def test_all_that_there_is_changes_nothing() -> None:
             assert torch.equal(
                 model(**case.inputs()).logits[case.attention_mask.bool()], stock[case.attention_mask.bool()]
             )
+
+
+@pytest.mark.parametrize("labels", [False, True], ids=["prompt", "labels"])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        {"name": "coverage", "text_weight": 0},
+        {"name": "coverage", "image_weight": 0, "text_temperature": 0.1},
+        {"name": "coverage", "text_weight": 2.0, "text_temperature": 0.05, "image_temperature": 0.5},
+    ],
+    ids=str,
+)
+def test_parameters_equal_the_oracle(criterion: dict[str, Any], labels: bool) -> None:
+    model = tiny_llava()
+    case = make_case(model, RAGGED_ANSWERS if labels else RAGGED, "left", seed=6)
+    assert_equals_naive(model, schedule((2, criterion, 0.6), (4, criterion, 3)), case, labels)
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,6 +166,18 @@ def test_parameters_are_fields(monkeypatch: pytest.MonkeyPatch) -> None:
             "criterion image has the unknown key 'a'",
         ),
         ({"layer": 2, "keep_ratio": 0.5}, "no criterion; valid: instruction"),
+        (
+            {"layer": 2, "criterion": {"name": "coverage", "text_temperature": 0}, "keep_ratio": 0.5},
+            "coverage: text_temperature is 0; expected a number above 0",
+        ),
+        (
+            {"layer": 2, "criterion": {"name": "coverage", "image_weight": -1}, "keep_ratio": 0.5},
+            "coverage: image_weight is -1; expected 0 or more",
+        ),
+        (
+            {"layer": 2, "criterion": {"name": "coverage", "image_weight": 0, "text_weight": 0.0}, "keep_ratio": 0.5},
+            "text_weight and image_weight are 0",
+        ),
         ({"layer": 0, "criterion": "image", "keep_ratio": 0.5}, "layer 0 is before the decoder.*uniform.*divprune"),
         ({"layer": -1, "criterion": "image", "keep_ratio": 0.5}, "layer is -1; expected an integer of 0 or more"),
         ({"layer": 2, "criterion": "divprune", "keep": Mass(0.9)}, "reads no attention, so there is no mass to keep"),
@@ -176,6 +204,7 @@ def test_costs_of_choosing_count() -> None:
     nothing = schedule((2, "first-k", 0.25)).cost(config, 100, 20).flops
     extra = {name: schedule((2, name, 0.25)).cost(config, 100, 20).flops - nothing for name in METHODS}
     assert extra["divprune"] == 2 * 100 * 100 * 64 and extra["average-pool"] == 2 * 100 * 64
+    assert extra["coverage"] == 2 * 120 * 100 * 64
     assert extra["instruction"] == 2 * 20 * 120 * 64 and extra["last_token"] == 2 * 120 * 64
     assert extra["image"] == extra["image_debiased"] == 2 * 100 * 120 * 64
     assert extra["random"] == extra["uniform"] == 0
