@@ -35,3 +35,25 @@ def coverage_order(
     while len(chosen) < count:
         chosen.append(max((p for p in tokens if p not in chosen), key=lambda p: (worth([*chosen, p]), -p)))
     return chosen + [p for p in tokens if p not in chosen]
+
+
+def dart_order(
+    method: Any, hidden: Tensor, keys: Tensor, tokens: list[int], protected: list[int], text: list[int], count: int
+) -> list[int]:
+    """DART: pivots by the norm of their keys (heads, T, width); each takes the tokens least like it."""
+
+    def norm(p: int) -> float:
+        heads, half = keys[:, p].detach().double(), keys.shape[2] // 2
+        return sum(math.hypot(*pair) for head in heads for pair in zip(head[:half], head[half:], strict=True))
+
+    def loudest(candidates: list[int]) -> list[int]:
+        return sorted(candidates, key=lambda p: (p not in protected, -norm(p), p))
+
+    pivots = loudest(tokens)[: min(max(method.image_pivots, len(protected)), count)]
+    chosen, pivots = list(pivots), pivots + loudest(text)[: method.text_pivots]
+    left = count - len(chosen)
+    for number, pivot in enumerate(pivots):
+        share = left // len(pivots) + (number < left % len(pivots))
+        rest = sorted((p for p in tokens if p not in chosen), key=lambda p: (cosine(hidden[pivot], hidden[p]), p))
+        chosen += rest[:share]
+    return chosen + [p for p in tokens if p not in chosen]

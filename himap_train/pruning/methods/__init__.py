@@ -8,6 +8,7 @@ from typing import Any
 from himap_train.pruning.methods.average_pool import AveragePool
 from himap_train.pruning.methods.base import Method
 from himap_train.pruning.methods.coverage import Coverage
+from himap_train.pruning.methods.dart import Dart
 from himap_train.pruning.methods.divprune import DivPrune
 from himap_train.pruning.methods.first_k import FirstK
 from himap_train.pruning.methods.image import ByImage
@@ -34,6 +35,7 @@ METHODS: dict[str, type[Method]] = {
         FirstK,
         DivPrune,
         Coverage,
+        Dart,
         AveragePool,
     )
 }
