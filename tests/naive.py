@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from naive_methods import coverage_order, dart_order
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -68,7 +69,7 @@ def naive_row(
     """One row (T, D) without padding -> final states (T, D) and, per stage, which tokens are alive after it (T,)."""
     decoder = model.model.language_model
     positions, alive = torch.arange(len(hidden)), torch.ones(len(hidden), dtype=torch.bool)
-    weights, history, given = torch.zeros(0), [], hidden
+    weights, keys, history, given = torch.zeros(0), torch.zeros(0), [], hidden
     for index, layer in enumerate(decoder.layers):
         if schedule.enter:  # image tokens are not there before, and come in as they were given
             in_prompt = is_image & (torch.arange(len(hidden)) < prompt)
@@ -80,12 +81,13 @@ def naive_row(
             if forced is not None:
                 alive = forced[number] | (torch.arange(len(hidden)) >= prompt)
             else:
-                drop, means = dropped_tokens(stage, weights.detach(), hidden, is_image, labels, prompt, alive)
+                drop, means = dropped_tokens(stage, weights.detach(), hidden, is_image, labels, prompt, alive, keys)
                 hidden = torch.stack([hidden[means.get(p, [p])].mean(0) for p in range(len(hidden))])
                 alive = alive & ~drop
             if schedule.positions == "renumber":
                 positions = alive.long().cumsum(0) - 1
             history.append(alive)
+        keys = naive_keys(layer, decoder.rotary_emb, hidden, positions)
         hidden, weights = naive_layer(layer, decoder.rotary_emb, hidden, positions, alive)
     return decoder.norm(hidden), history
 
@@ -144,8 +146,24 @@ def naive_layer(
     return x + layer.mlp(layer.post_attention_layernorm(x)), weights.mean(dim=0)
 
 
+def naive_keys(layer: Any, rotary: Any, x: Tensor, positions: Tensor) -> Tensor:
+    """Keys of a layer, turned by their positions: (heads, T, width)."""
+    keys = layer.self_attn.k_proj(layer.input_layernorm(x)).view(len(x), -1, layer.self_attn.head_dim).transpose(0, 1)
+    keys = layer.self_attn.k_norm(keys) if hasattr(layer.self_attn, "k_norm") else keys
+    cos, sin = (table[0] for table in rotary(x[None], positions[None]))
+    left, right = keys.chunk(2, dim=-1)
+    return keys * cos + torch.cat([-right, left], dim=-1) * sin
+
+
 def dropped_tokens(
-    stage: Any, weights: Tensor, hidden: Tensor, is_image: Tensor, labels: Tensor | None, prompt: int, alive: Tensor
+    stage: Any,
+    weights: Tensor,
+    hidden: Tensor,
+    is_image: Tensor,
+    labels: Tensor | None,
+    prompt: int,
+    alive: Tensor,
+    keys: Tensor | None = None,
 ) -> tuple[Tensor, dict[int, list[int]]]:
     """Which tokens (T,) leave at this stage, and of which tokens those that stay become the mean.
 
@@ -171,6 +189,13 @@ def dropped_tokens(
             continue
         if stage.criterion == "divprune":
             order = farthest_first(hidden, current, protected, count)
+        elif stage.method.name == "coverage":
+            order = coverage_order(
+                stage.method, hidden, current, protected, [p for p in text if not is_image[p]], count
+            )
+        elif stage.method.name == "dart":
+            question = [p for p in text if not is_image[p]]
+            order = dart_order(stage.method, hidden, keys, current, protected, question, count)
         elif stage.criterion == "average-pool":
             runs = even_runs([p for p in current if p not in protected], count - len(protected))
             means |= {run[(len(run) - 1) // 2]: run for run in runs}

@@ -27,6 +27,8 @@ PLANS = {
     "first-k": PruningSchedule((PruningStage(0, "first-k", 0.3),)),
     "divprune": PruningSchedule((PruningStage(0, "divprune", 0.3),)),
     "average-pool": PruningSchedule((PruningStage(0, "average-pool", 0.25),)),
+    "coverage": PruningSchedule((PruningStage(0, "coverage", 0.3),)),
+    "coverage, dart": PruningSchedule((PruningStage(0, "coverage", 0.7), PruningStage(2, "dart", 0.5))),
     "nothing left": PruningSchedule((PruningStage(0, "stride", 0.0),)),
     "then himap": PruningSchedule((*FIRST, PruningStage(1, "instruction", 0.3), PruningStage(3, "image", 0.1))),
     "renumber": PruningSchedule((*FIRST, PruningStage(2, "last_token", 0.2)), positions="renumber"),

@@ -29,6 +29,7 @@ from himap_train.benchmark.timing import Pairs, Spread, Task, time_once, time_pa
 from himap_train.benchmark.workload import Workload, make_batch
 from himap_train.models.attention import register_attention
 from himap_train.models.features import hidden_states
+from himap_train.pruning.presets import PRESETS
 
 CPU = torch.device("cpu")
 SMALL = Workload(batch=2, image_tokens=40, text_before=5, text_after=12)
@@ -137,7 +138,7 @@ def test_peers_and_methods_leave_the_model_as_it_was() -> None:
 
 
 def test_every_method_says_why_it_costs_what_it_costs() -> None:
-    assert len(METHODS) == 17 and set(methods_module._PEERS) < set(METHODS)
+    assert {*PRESETS, *methods_module._PEERS} - set(METHODS) == {"none"}
     assert all(len(find_method(name, 12).why) > 20 for name in METHODS)
     with pytest.raises(ValueError, match="did you mean 'himap'"):
         find_method("himpa", 12)

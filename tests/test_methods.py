@@ -23,7 +23,7 @@ from himap_train.pruning.methods import METHODS, read_method
 from himap_train.pruning.methods.base import Reads, Seen, with_scores
 from himap_train.pruning.methods.divprune import farthest_first as batched_farthest_first
 
-NEW = ("first-k", "divprune", "average-pool")
+NEW = ("first-k", "divprune", "average-pool", "coverage", "dart")
 NO_ATTENTION = [name for name, method in METHODS.items() if method.reads in (Reads.STATES, Reads.NOTHING)]
 
 
@@ -61,6 +61,24 @@ def test_all_that_there_is_changes_nothing() -> None:
             assert torch.equal(
                 model(**case.inputs()).logits[case.attention_mask.bool()], stock[case.attention_mask.bool()]
             )
+
+
+@pytest.mark.parametrize("labels", [False, True], ids=["prompt", "labels"])
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        {"name": "coverage", "text_weight": 0},
+        {"name": "coverage", "image_weight": 0, "text_temperature": 0.1},
+        {"name": "dart", "image_pivots": 2, "text_pivots": 0},
+        {"name": "dart", "image_pivots": 1, "text_pivots": 4},
+        {"name": "coverage", "text_weight": 2.0, "text_temperature": 0.05, "image_temperature": 0.5},
+    ],
+    ids=str,
+)
+def test_parameters_equal_the_oracle(criterion: dict[str, Any], labels: bool) -> None:
+    model = tiny_llava()
+    case = make_case(model, RAGGED_ANSWERS if labels else RAGGED, "left", seed=6)
+    assert_equals_naive(model, schedule((2, criterion, 0.6), (4, criterion, 3)), case, labels)
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,6 +168,23 @@ def test_parameters_are_fields(monkeypatch: pytest.MonkeyPatch) -> None:
             "criterion image has the unknown key 'a'",
         ),
         ({"layer": 2, "keep_ratio": 0.5}, "no criterion; valid: instruction"),
+        (
+            {"layer": 2, "criterion": {"name": "coverage", "text_temperature": 0}, "keep_ratio": 0.5},
+            "coverage: text_temperature is 0; expected a number above 0",
+        ),
+        (
+            {"layer": 2, "criterion": {"name": "dart", "image_pivots": 0}, "keep_ratio": 0.5},
+            "dart: image_pivots is 0; expected an integer of 1 or more",
+        ),
+        ({"layer": 0, "criterion": "dart", "keep_ratio": 0.5}, "'dart', which reads the keys of the layer before"),
+        (
+            {"layer": 2, "criterion": {"name": "coverage", "image_weight": -1}, "keep_ratio": 0.5},
+            "coverage: image_weight is -1; expected 0 or more",
+        ),
+        (
+            {"layer": 2, "criterion": {"name": "coverage", "image_weight": 0, "text_weight": 0.0}, "keep_ratio": 0.5},
+            "text_weight and image_weight are 0",
+        ),
         ({"layer": 0, "criterion": "image", "keep_ratio": 0.5}, "layer 0 is before the decoder.*uniform.*divprune"),
         ({"layer": -1, "criterion": "image", "keep_ratio": 0.5}, "layer is -1; expected an integer of 0 or more"),
         ({"layer": 2, "criterion": "divprune", "keep": Mass(0.9)}, "reads no attention, so there is no mass to keep"),
@@ -176,6 +211,8 @@ def test_costs_of_choosing_count() -> None:
     nothing = schedule((2, "first-k", 0.25)).cost(config, 100, 20).flops
     extra = {name: schedule((2, name, 0.25)).cost(config, 100, 20).flops - nothing for name in METHODS}
     assert extra["divprune"] == 2 * 100 * 100 * 64 and extra["average-pool"] == 2 * 100 * 64
+    assert extra["coverage"] == 2 * 120 * 100 * 64
+    assert extra["dart"] == 2 * 15 * 100 * 64
     assert extra["instruction"] == 2 * 20 * 120 * 64 and extra["last_token"] == 2 * 120 * 64
     assert extra["image"] == extra["image_debiased"] == 2 * 100 * 120 * 64
     assert extra["random"] == extra["uniform"] == 0
@@ -221,10 +258,8 @@ def test_nothing_outside_methods_compares_a_criterions_name() -> None:
 
 
 def test_teacher_forcing_chooses_what_the_prefill_chooses() -> None:
-    for name in NO_ATTENTION:
-        if name == "random":
-            continue
-        for layer in (0, 2):
+    for name in sorted({*METHODS} - {"random"}):
+        for layer in (0, 2) if name in NO_ATTENTION else (2,):
             model = install_pruning(tiny_llava(), schedule((layer, name, 0.4)))
             prompt, whole = make_case(model, ["t3 i16 t5"]), make_case(model, ["t3 i16 t5 a6"])
             kept = []

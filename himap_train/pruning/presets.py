@@ -31,6 +31,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "first-k": {"stages": _stages("first-k", *_HIMAP)},
     # DivPrune (arXiv 2503.02175): before the decoder, 9.8 % of the tokens.
     "divprune": {"stages": _stages("divprune", (0, 0.098))},
+    # MMTok (arXiv 2508.18264): before the decoder, 64 of 576 tokens.
+    "coverage": {"stages": _stages("coverage", (0, 0.111))},
+    # DART (arXiv 2502.11494): behind two layers, 64 of 576 tokens.
+    "dart": {"stages": _stages("dart", (2, 0.111))},
     # LLaVolta's compression (arXiv 2406.20092): stride 8 at layer 2. Its stages over training are a curriculum.
     "average-pool": {"stages": _stages("average-pool", (2, 0.125))},
 }

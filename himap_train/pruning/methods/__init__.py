@@ -7,6 +7,8 @@ from typing import Any
 
 from himap_train.pruning.methods.average_pool import AveragePool
 from himap_train.pruning.methods.base import Method
+from himap_train.pruning.methods.coverage import Coverage
+from himap_train.pruning.methods.dart import Dart
 from himap_train.pruning.methods.divprune import DivPrune
 from himap_train.pruning.methods.first_k import FirstK
 from himap_train.pruning.methods.image import ByImage
@@ -32,6 +34,8 @@ METHODS: dict[str, type[Method]] = {
         Stride,
         FirstK,
         DivPrune,
+        Coverage,
+        Dart,
         AveragePool,
     )
 }

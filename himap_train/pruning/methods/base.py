@@ -18,7 +18,7 @@ from torch import Tensor
 
 from himap_train.pruning.layout import TokenCounts, TokenLayout
 from himap_train.pruning.ranks import image_ranks, select
-from himap_train.pruning.token_map import Pool, TokenMap
+from himap_train.pruning.token_map import Pool, TokenMap, compact
 
 
 class Reads(Enum):
@@ -193,15 +193,20 @@ class Members:
     @classmethod
     def of(cls, layout: TokenLayout, counts: TokenCounts) -> Members:
         """All image tokens that are left, group by group of each row."""
-        groups = counts.image.shape[1]
-        longest = max(int(counts.current.max()), 1)
-        masks = [layout.image & (layout.group == number) if groups > 1 else layout.image for number in range(groups)]
+        return cls._where(layout.image, int(counts.current.max()), layout, counts)
+
+    @classmethod
+    def question(cls, layout: TokenLayout, counts: TokenCounts) -> Members:
+        """The prompt text that ranks each group's image tokens, in their place."""
+        return cls._where(layout.ranking & ~layout.image, int(counts.ranking.max()), layout, counts)
+
+    @classmethod
+    def _where(cls, chosen: Tensor, longest: int, layout: TokenLayout, counts: TokenCounts) -> Members:
+        groups, longest = counts.image.shape[1], max(longest, 1)
+        masks = [chosen & (layout.group == number) if groups > 1 else chosen for number in range(groups)]
         mask = torch.stack(masks, dim=1).flatten(0, 1)
-        place = torch.where(mask, mask.cumsum(1) - 1, longest)
-        columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-        index = columns.new_zeros(len(mask), longest + 1).scatter(1, place, columns)[:, :longest]
         real = torch.arange(longest, device=mask.device) < mask.sum(1, keepdim=True)
-        return cls(index, real)
+        return cls(compact(mask, longest), real)
 
     def gather(self, tokens: Tensor) -> Tensor:
         """(B, L, ...) -> (B * G, N, ...)."""

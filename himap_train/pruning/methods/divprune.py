@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from himap_train.pruning.methods.base import Members, Method, Reads, Seen, Widths
+from himap_train.pruning.ranks import first_best
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def farthest_first(distance: Tensor, real: Tensor, first: Tensor, number: int) -
         first: (R, N) bool, what is chosen before all others, in its order.
         number: How many are chosen.
     """
-    rows, places = (torch.arange(size, device=distance.device) for size in distance.shape[:2])
+    rows = torch.arange(len(distance), device=distance.device)
     alone = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device) | ~real.unsqueeze(1)
     nearest = distance.masked_fill(alone, torch.inf).amin(2)  # to any other, until one is chosen
     order = torch.full(real.shape, distance.shape[1], dtype=torch.long, device=distance.device)
@@ -60,8 +61,7 @@ def farthest_first(distance: Tensor, real: Tensor, first: Tensor, number: int) -
     for step in range(min(number, distance.shape[1])):
         open_ = real & (order == distance.shape[1])
         wish = nearest.masked_fill(first & open_, torch.inf).masked_fill(~open_, -torch.inf)
-        best = wish == wish.amax(1, keepdim=True)
-        chosen = torch.where(best, places, len(places)).amin(1).clamp(max=len(places) - 1)  # ties to the earlier token
+        chosen = first_best(wish)
         order[rows, chosen] = torch.where(open_[rows, chosen], step, order[rows, chosen])
         to_chosen = distance[rows, chosen]
         nearest = to_chosen if step == 0 else torch.minimum(nearest, to_chosen)

@@ -1,0 +1,59 @@
+"""Methods that choose a set, by their definitions: one token at a time, in double precision, for the oracle."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(torch.cosine_similarity(a.detach().double(), b.detach().double(), dim=0))
+
+
+def coverage_order(
+    method: Any, hidden: Tensor, tokens: list[int], protected: list[int], text: list[int], count: int
+) -> list[int]:
+    """MMTok: the token that adds most to what the chosen ones cover of question and image is next."""
+
+    def shares(of: list[int], temperature: float) -> list[list[float]]:
+        found = []
+        for j in of:
+            powers = [math.exp(cosine(hidden[j], hidden[i]) / temperature) for i in tokens]
+            found.append([power / sum(powers) / len(of) for power in powers])
+        return found
+
+    covered = [[method.text_weight * share for share in row] for row in shares(text, method.text_temperature)]
+    covered += [[method.image_weight * share for share in row] for row in shares(tokens, method.image_temperature)]
+
+    def worth(chosen: list[int]) -> float:
+        return sum(max((row[tokens.index(i)] for i in chosen), default=0.0) for row in covered)
+
+    chosen = list(protected)
+    while len(chosen) < count:
+        chosen.append(max((p for p in tokens if p not in chosen), key=lambda p: (worth([*chosen, p]), -p)))
+    return chosen + [p for p in tokens if p not in chosen]
+
+
+def dart_order(
+    method: Any, hidden: Tensor, keys: Tensor, tokens: list[int], protected: list[int], text: list[int], count: int
+) -> list[int]:
+    """DART: pivots by the norm of their keys (heads, T, width); each takes the tokens least like it."""
+
+    def norm(p: int) -> float:
+        heads, half = keys[:, p].detach().double(), keys.shape[2] // 2
+        return sum(math.hypot(*pair) for head in heads for pair in zip(head[:half], head[half:], strict=True))
+
+    def loudest(candidates: list[int]) -> list[int]:
+        return sorted(candidates, key=lambda p: (p not in protected, -norm(p), p))
+
+    pivots = loudest(tokens)[: min(max(method.image_pivots, len(protected)), count)]
+    chosen, pivots = list(pivots), pivots + loudest(text)[: method.text_pivots]
+    left = count - len(chosen)
+    for number, pivot in enumerate(pivots):
+        share = left // len(pivots) + (number < left % len(pivots))
+        rest = sorted((p for p in tokens if p not in chosen), key=lambda p: (cosine(hidden[pivot], hidden[p]), p))
+        chosen += rest[:share]
+    return chosen + [p for p in tokens if p not in chosen]
