@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from himap_train.storage import atomic_file, disk_full_message
+from himap_train.storage import atomic_file
 
 _SHARD_BYTES, _SHARD_IMAGES = 256 * 2**20, 1024
 _SUFFIX = ".safetensors"
@@ -138,15 +138,8 @@ class FeatureStore:
         """
         path = self.folder / f"{uuid.uuid4().hex}{_SUFFIX}"
         content = {digest: values.detach().cpu().contiguous() for digest, values in features.items()}
-        try:
-            with atomic_file(path) as temporary:
-                temporary.touch()
-                mode = temporary.stat().st_mode  # what the umask leaves; safetensors lets no one else read its files
-                save_file(content, temporary, {digest: _checksum(values) for digest, values in content.items()})
-                temporary.chmod(mode)
-        except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
-            reason = error if isinstance(error, OSError) else OSError(str(error))
-            raise OSError(disk_full_message(reason, path)) from error
+        with atomic_file(path) as temporary:
+            save_file(content, temporary, {digest: _checksum(values) for digest, values in content.items()})
         self._add(content, path)
         return path.name
 
