@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from naive_methods import coverage_order, dart_order
+from naive_methods import by_windows, coverage_order, dart_order, square_places
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -202,8 +202,10 @@ def dropped_tokens(
             stay = {*protected, *(run[(len(run) - 1) // 2] for run in runs)}
             order = sorted(current, key=lambda p: p not in stay)
         else:
-            scores = naive_scores(stage.criterion, weights, current, text, count)
+            scores = naive_scores(stage.method.name, weights, current, text, count)
             order = sorted(current, key=lambda p: (p not in protected, -scores[p], p))
+            if window := getattr(stage.method, "window", 0):
+                order = by_windows(window, square_places(is_image), scores, protected)
         drop[order[count:]] = True
     return drop, means
 

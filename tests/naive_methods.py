@@ -57,3 +57,25 @@ def dart_order(
         rest = sorted((p for p in tokens if p not in chosen), key=lambda p: (cosine(hidden[pivot], hidden[p]), p))
         chosen += rest[:share]
     return chosen + [p for p in tokens if p not in chosen]
+
+
+def by_windows(side: int, places: dict[int, tuple[int, int, int]], scores: dict[int, float], first: list[int]) -> Any:
+    """Window FastV: every window (of a grid, by row and column) keeps the same share, its best tokens."""
+    windows: dict[tuple[int, int, int], list[int]] = {}
+    for token in sorted(scores, key=lambda p: (p not in first, -scores[p], p)):
+        grid, row, column = places[token]
+        windows.setdefault((grid, row // side, column // side), []).append(token)
+    share = {p: (at + 0.5) / len(tokens) for tokens in windows.values() for at, p in enumerate(tokens)}
+    return sorted(scores, key=lambda p: (p not in first, round(share[p], 6), -scores[p], p))
+
+
+def square_places(is_image: Tensor) -> dict[int, tuple[int, int, int]]:
+    """Image, row and column of each image token, of images that are squares, or else one row."""
+    places, start = {}, 0
+    for token in range(len(is_image)):
+        if is_image[token]:
+            start = token if token == 0 or not is_image[token - 1] else start
+            length = next((p for p in range(start, len(is_image)) if not is_image[p]), len(is_image)) - start
+            side = math.isqrt(length) if math.isqrt(length) ** 2 == length else length
+            places[token] = (start, (token - start) // side, (token - start) % side)
+    return places

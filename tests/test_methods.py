@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from himap_train.pruning.layout import build_layout
 from himap_train.pruning.methods import METHODS, read_method
 from himap_train.pruning.methods.base import Reads, Seen, with_scores
 from himap_train.pruning.methods.divprune import farthest_first as batched_farthest_first
+from himap_train.pruning.places import Places, TokenGrid
 
 NEW = ("first-k", "divprune", "average-pool", "coverage", "dart")
 NO_ATTENTION = [name for name, method in METHODS.items() if method.reads in (Reads.STATES, Reads.NOTHING)]
@@ -69,6 +71,8 @@ def test_all_that_there_is_changes_nothing() -> None:
     [
         {"name": "coverage", "text_weight": 0},
         {"name": "coverage", "image_weight": 0, "text_temperature": 0.1},
+        *({"name": name, "window": 2} for name in ("instruction", "last_token", "image", "image_debiased")),
+        {"name": "image", "window": 3},
         {"name": "dart", "image_pivots": 2, "text_pivots": 0},
         {"name": "dart", "image_pivots": 1, "text_pivots": 4},
         {"name": "coverage", "text_weight": 2.0, "text_temperature": 0.05, "image_temperature": 0.5},
@@ -176,6 +180,14 @@ def test_parameters_are_fields(monkeypatch: pytest.MonkeyPatch) -> None:
             {"layer": 2, "criterion": {"name": "dart", "image_pivots": 0}, "keep_ratio": 0.5},
             "dart: image_pivots is 0; expected an integer of 1 or more",
         ),
+        (
+            {"layer": 2, "criterion": {"name": "image", "window": -2}, "keep_ratio": 0.5},
+            "image: window is -2; expected the side of a window",
+        ),
+        (
+            {"layer": 2, "criterion": {"name": "image", "window": 2}, "keep": Mass(0.9)},
+            "chooses by more than its scores, so there is no mass to keep",
+        ),
         ({"layer": 0, "criterion": "dart", "keep_ratio": 0.5}, "'dart', which reads the keys of the layer before"),
         (
             {"layer": 2, "criterion": {"name": "coverage", "image_weight": -1}, "keep_ratio": 0.5},
@@ -268,6 +280,21 @@ def test_teacher_forcing_chooses_what_the_prefill_chooses() -> None:
                     model(**case.inputs(labels))
                 kept.append([c for c in trace.kept[0][0].tolist() if 3 <= c < 19])
             assert kept[0] == kept[1], (name, layer)
+
+
+def test_windows_of_a_picture_keep_alike() -> None:
+    """Of 24 x 24 tokens a quarter: four of each window of 4 x 4, its best; of 100, two or three."""
+    layout, counts = build_layout(torch.tensor([[False] * 3 + [True] * 576 + [False] * 4]))
+    layout = replace(layout, places=Places.of(layout.image, [TokenGrid(24, 24)]))
+    scores = torch.rand(1, 583, generator=torch.Generator().manual_seed(5))
+    method = read_method({"name": "last_token", "window": 4})
+    for kept in (144, 100, 36):
+        ranks = method.choose(Seen(layout, counts, scores=scores), torch.tensor([[kept]]))[:, 3:579].view(24, 24)
+        grid, stay = scores[:, 3:579].view(24, 24), ranks < kept
+        blocks = [(slice(4 * y, 4 * y + 4), slice(4 * x, 4 * x + 4)) for y in range(6) for x in range(6)]
+        numbers = [int(stay[block].sum()) for block in blocks]
+        assert sum(numbers) == kept and max(numbers) - min(numbers) <= 1
+        assert all(grid[block][stay[block]].min() > grid[block][~stay[block]].max() for block in blocks)
 
 
 def test_scores_are_of_no_use_where_a_set_is_chosen() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from cost_toys import LLAVA_7B
 from tiny import tiny_llava
 
 from himap_train import PruningSchedule, install_pruning
@@ -43,6 +44,21 @@ def test_shallow_decoders_are_told_what_a_scaled_preset_means(
     assert all("search_schedule.py" in text for text in texts)
 
 
+@pytest.mark.parametrize("layers", [8, 12, 24, 40])
+@pytest.mark.parametrize("name", ["hidrop", "window-fastv", "coverage", "dart"])
+def test_newer_presets_fit_another_depth(name: str, layers: int) -> None:
+    schedule = PruningSchedule.from_preset(name).scaled_to(layers)
+    schedule.validate_for(layers)
+    assert (schedule.enter > 0) == (name == "hidrop")
+
+
+def test_stages_that_find_no_layer_become_the_last_of_them() -> None:
+    """Four filters of HiDrop have one layer of four between the entry and the exit."""
+    schedule = PruningSchedule.from_preset("hidrop").scaled_to(4)
+    assert schedule.enter == 1
+    assert [(stage.layer, stage.keep_ratio) for stage in schedule.stages] == [(2, 0.0017), (3, 0.0)]
+
+
 @pytest.mark.parametrize("layers", [4, 6, 8, 12, 24, 40])
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_fits_another_depth(name: str, layers: int) -> None:
@@ -54,6 +70,30 @@ def test_a_preset_fits_another_depth(name: str, layers: int) -> None:
     ]
     assert scaled.positions == schedule.positions
     assert schedule.scaled_to(32) == schedule
+
+
+@pytest.mark.parametrize(("name", "first", "average"), [("hidrop", 215, 64), ("hidrop-48", 87, 48)])
+def test_hidrop_has_the_published_counts(name: str, first: int, average: int) -> None:
+    """EIT-NLP/HiDrop: absent in layers 1 to 8 (counted from 1), filters behind 10, 14, 16, 18, exit before 25."""
+    schedule = PruningSchedule.from_preset(name)
+    per_layer = schedule.cost(LLAVA_7B).image_tokens_per_layer
+    behind = [first] * 4 + [10] * 2 + [5] * 2 + [1] * 6
+    assert per_layer == (0,) * 8 + (576,) * 2 + tuple(behind) + (0,) * 8
+    assert sum(per_layer) / 32 == average
+    assert PruningSchedule.from_dict(schedule.to_dict()) == schedule
+    assert {stage.criterion for stage in schedule.stages} == {"last_token"}
+
+
+def test_hidrop_has_the_published_flops() -> None:
+    """3.82 -> 0.42 TFLOPs of image tokens alone, a gated MLP and multiply-adds, as its table counts them."""
+    per_layer = PruningSchedule.from_preset("hidrop").cost(LLAVA_7B).image_tokens_per_layer
+    width, mlp = 4096, 11008
+
+    def flops(n: int) -> int:
+        return 4 * n * width**2 + 2 * n**2 * width + 3 * n * width * mlp
+
+    assert round(32 * flops(576) / 1e12, 2) == 3.82
+    assert round(sum(map(flops, per_layer)) / 1e12, 2) == 0.42
 
 
 def build(layers: int = 6, **fields: Any) -> None:

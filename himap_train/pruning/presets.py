@@ -7,8 +7,14 @@ from typing import Any
 _HIMAP = ((2, 0.5), (8, 0.125))
 
 
-def _stages(criterion: str, *places: tuple[int, float]) -> list[dict[str, Any]]:
+def _stages(criterion: str | dict[str, Any], *places: tuple[int, float]) -> list[dict[str, Any]]:
     return [{"layer": layer, "criterion": criterion, "keep_ratio": ratio} for layer, ratio in places]
+
+
+def _hidrop(first: int) -> list[dict[str, Any]]:
+    """As fractions of 576, so that other pictures keep their part."""
+    filters = zip((10, 14, 16, 18), (first, 10, 5, 1), strict=True)
+    return _stages("last_token", *((layer, round(kept / 576, 4)) for layer, kept in filters), (24, 0.0))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -19,11 +25,21 @@ PRESETS: dict[str, dict[str, Any]] = {
     "himap-generation": {"stages": [*_stages("instruction", (2, 0.5)), *_stages("image", (15, 0.125))]},
     # FastV (arXiv 2403.06764): K=2, R=50 %, ranked by the last token.
     "fastv": {"stages": _stages("last_token", (2, 0.5))},
+    # Window FastV (arXiv 2502.11501): as FastV, a quarter of each window of 4 x 4 tokens.
+    "window-fastv": {"stages": _stages({"name": "last_token", "window": 4}, (2, 0.25))},
     # VTW (arXiv 2405.05803): every image token leaves half way. Nothing is ranked.
     "vtw": {"stages": _stages("uniform", (15, 0.0))},
     # PyramidDrop (arXiv 2410.17247): halves at 8, 16, 24, positions renumbered. It ranks by the projections of the next
     # layer; here, as everywhere, by the attention of the layer before.
     "pyramiddrop": {"stages": _stages("last_token", (8, 0.5), (16, 0.25), (24, 0.125)), "positions": "renumber"},
+    # HiDrop (arXiv 2602.23699), 64 of 576 tokens on average over the layers: they come in at layer 8; 215, 10, 5 and 1
+    # of them stay behind the filters; all leave at layer 24. The last prompt token ranks. A plain top-k is what was
+    # published: the "differentiable top-k" of the released code takes its scores from detached states and uses its
+    # result as indices alone, so no gradient passes, and it chooses what torch.topk does. Ranked, as everywhere here,
+    # by the attention of the layer before; HiDrop ranks by the projections of the next one.
+    "hidrop": {"stages": _hidrop(215), "enter": 8},
+    # The same for 48 tokens on average.
+    "hidrop-48": {"stages": _hidrop(87), "enter": 8},
     # HiMAP's layers and counts with rules that look at nothing: the floor that a criterion has to beat.
     "random": {"stages": _stages("random", *_HIMAP)},
     "uniform": {"stages": _stages("uniform", *_HIMAP)},

@@ -144,20 +144,24 @@ class PruningSchedule:
     def scaled_to(self, num_layers: int, reference_layers: int = PRESET_LAYERS) -> PruningSchedule:
         """The same schedule at the same relative depth of another decoder.
 
-        Layers stay distinct, and those of 1 or more at least 1.
+        Layers stay distinct, and those of 1 or more at least 1. On a decoder with too few layers for the stages those
+        that would stand at one layer become the last of them.
 
         Raises:
-            ValueError: If the decoder has too few layers for the stages.
+            ValueError: If the decoder has no layer for the last stage.
         """
 
         def scaled_layer(layer: int) -> int:
             return max(min(layer, 1), int(layer * num_layers / reference_layers + 0.5))
 
         enter = scaled_layer(self.enter)
-        stages: list[PruningStage] = []
+        stages, one_each = list[PruningStage](), dict[int, PruningStage]()
         for stage in self.stages:
-            lowest = stages[-1].layer + 1 if stages else enter + (stage.layer > self.enter)
-            stages.append(stage.at(max(lowest, scaled_layer(stage.layer))))
+            earliest, wish = enter + (stage.layer > self.enter), scaled_layer(stage.layer)
+            one_each[max(earliest, wish)] = stage.at(max(earliest, wish))
+            stages.append(stage.at(max(earliest, wish, stages[-1].layer + 1 if stages else 0)))
+        if stages and stages[-1].layer >= num_layers:
+            stages = list(one_each.values())
         scaled = replace(self, stages=tuple(stages), enter=enter)
         scaled.validate_for(num_layers)
         return scaled

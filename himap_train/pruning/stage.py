@@ -66,10 +66,12 @@ class PruningStage:
                 f"{self.method.reads.value}, has nothing to read; give a layer of 1 or more, or a criterion that reads "
                 f"no attention: {', '.join(_without_attention())}"
             )
-        if isinstance(self.keep, Mass) and self.method.reads is not Reads.ATTENTION:
+        attention = self.method.reads is Reads.ATTENTION
+        if isinstance(self.keep, Mass) and not (attention and self.method.ranks):
             ranking = [name for name, method in METHODS.items() if method.reads is Reads.ATTENTION]
+            why = "chooses by more than its scores" if attention else "reads no attention"
             raise ValueError(
-                f"criterion {self.criterion!r} at layer {layer} reads no attention, so there is no mass to keep; "
+                f"criterion {self.criterion!r} at layer {layer} {why}, so there is no mass to keep; "
                 f"give keep_ratio, or a criterion that does: {', '.join(ranking)}"
             )
 

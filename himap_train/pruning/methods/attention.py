@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from himap_train.pruning.layout import TokenCounts, TokenLayout
 from himap_train.pruning.methods.base import Method, RankingRows, Reads, Seen, Widths
 from himap_train.pruning.token_map import compact, gather_tokens
+from himap_train.pruning.windows import window_by_window
 
 _CPU_LOGITS, _GPU_LOGITS = 2**20, 2**24
 """Attention logits in memory at once."""
@@ -25,9 +26,44 @@ _CPU_LOGITS, _GPU_LOGITS = 2**20, 2**24
 
 @dataclass(frozen=True)
 class AttentionMethod(Method):
-    """Ranks by the attention that image tokens receive from some rows, summed over these."""
+    """Ranks by the attention that image tokens receive from some rows, summed over these.
+
+    Args:
+        window: Side of square windows over the picture, in tokens, of which each keeps the same share of its tokens,
+            those of the highest score (Window FastV, arXiv 2502.11501); where it does not divide, the highest of all
+            windows have one more. 0: no windows.
+
+    Raises:
+        ValueError: Not such a number.
+    """
 
     reads: ClassVar[Reads] = Reads.ATTENTION
+
+    window: int = 0
+
+    def __post_init__(self) -> None:
+        """Check where it is set."""
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 0:
+            raise ValueError(
+                f"criterion {self.name}: window is {self.window!r}; expected the side of a window in tokens, or 0"
+            )
+
+    @property
+    def ranks(self) -> bool:
+        """Not by the score alone where windows have quotas."""
+        return not self.window
+
+    @property
+    def uses_places(self) -> bool:
+        """Where there are windows."""
+        return bool(self.window)
+
+    def choose(self, seen: Seen, kept: Tensor) -> Tensor:
+        """By score, or window by window."""
+        if not self.window:
+            return super().choose(seen, kept)
+        assert seen.scores is not None
+        return super().choose(replace(seen, scores=window_by_window(seen.scores, seen.layout, self.window)), kept)
 
     @abstractmethod
     def number_of_rows(self, image_tokens: int, text_tokens: int) -> int:

@@ -25,7 +25,7 @@ class AveragePool(Method):
     name: ClassVar[str] = "average-pool"
     reads: ClassVar[Reads] = Reads.NOTHING
     merges: ClassVar[bool] = True
-    ranks: ClassVar[bool] = False
+    ranks = False
 
     def choose(self, seen: Seen, kept: Tensor) -> Tensor:
         """The tokens that must stay and the middle token of each run first."""

@@ -99,16 +99,23 @@ class Method:
         name: As a schedule writes it under `criterion`.
         reads: What it looks at.
         merges: Whether tokens are averaged into those that stay.
-        ranks: Whether the scores of two tokens say which of them stays, whatever the number that stays. Only then can
-            the number follow the scores (`Mass`) or be learned.
-        uses_places: Whether it looks at where tokens lie in their pictures (`seen.layout.places`).
     """
 
     name: ClassVar[str]
     reads: ClassVar[Reads]
     merges: ClassVar[bool] = False
-    ranks: ClassVar[bool] = True
-    uses_places: ClassVar[bool] = False
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the scores of two tokens say which of them stays, whatever the number that stays. Only then can the
+        number follow the scores (`Mass`) or be learned.
+        """
+        return True
+
+    @property
+    def uses_places(self) -> bool:
+        """Whether it looks at where tokens lie in their pictures (`seen.layout.places`)."""
+        return False
 
     def rows(self, layout: TokenLayout, counts: TokenCounts) -> RankingRows:
         """The rows of attention that it wants; only where it reads attention."""

@@ -41,7 +41,7 @@ class Coverage(Method):
 
     name: ClassVar[str] = "coverage"
     reads: ClassVar[Reads] = Reads.STATES
-    ranks: ClassVar[bool] = False
+    ranks = False
 
     text_weight: float = 1.0
     image_weight: float = 0.5

@@ -36,7 +36,7 @@ class Dart(Method):
 
     name: ClassVar[str] = "dart"
     reads: ClassVar[Reads] = Reads.KEYS
-    ranks: ClassVar[bool] = False
+    ranks = False
 
     image_pivots: int = 10
     text_pivots: int = 5

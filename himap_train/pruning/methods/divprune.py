@@ -23,7 +23,7 @@ class DivPrune(Method):
 
     name: ClassVar[str] = "divprune"
     reads: ClassVar[Reads] = Reads.STATES
-    ranks: ClassVar[bool] = False
+    ranks = False
 
     def choose(self, seen: Seen, kept: Tensor) -> Tensor:
         """The order in which tokens are chosen, up to the largest number that stays."""

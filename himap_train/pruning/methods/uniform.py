@@ -20,7 +20,7 @@ class Uniform(Method):
 
     name: ClassVar[str] = "uniform"
     reads: ClassVar[Reads] = Reads.NOTHING
-    uses_places: ClassVar[bool] = True
+    uses_places = True
 
     def score(self, seen: Seen) -> Tensor:
         """The earlier in the sequence the better."""
