@@ -16,7 +16,7 @@ class UnboundedError(ValueError):
 
 
 @contextmanager
-def bounded(what: str, seconds: float = 5.0, memory: int | None = None) -> Iterator[None]:
+def bounded(what: str, seconds: float = 3.0, memory: int | None = None) -> Iterator[None]:
     """Interrupt what takes too long; in the main thread of a process, since Python interrupts no other.
 
     Args:

@@ -20,7 +20,9 @@ from typing import Any, get_args
 
 import yaml
 
-_JSON_BYTES, _YAML_BYTES = 2**26, 2**20
+from himap_train.limits import bounded
+
+_JSON_BYTES, _YAML_BYTES = 2**26, 2**18
 """Tokenizers and indices of weights take megabytes, what people write some kilobytes."""
 _YAML_NODES = 100_000
 _NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
@@ -126,7 +128,8 @@ def plain_yaml(text: str) -> Any:
     """
     loader = _Loader(text)
     try:
-        node = loader.get_single_node()
+        with bounded("reading it"):
+            node = loader.get_single_node()
         if node is not None and _size(node, {}) > _YAML_NODES:
             raise ValueError(f"more than {_YAML_NODES} values, those that its aliases (*) stand for included")
         return None if node is None else loader.construct_document(node)

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from export_toys import trained
 from recipes_cli import RECIPES, run_recipe
 from safetensors.torch import load_file, save_file
@@ -27,7 +26,6 @@ from training_toys import run_main, save_tiny
 from himap_train.checkpoints.adapter import adapter_facts
 from himap_train.checkpoints.load import load_checkpoint, save_adapter
 from himap_train.limits import bounded
-from himap_train.models.loading import load_processor
 from himap_train.pruning.reading import read_schedule
 from himap_train.structured import read_json, read_yaml
 
@@ -198,7 +196,10 @@ def first(tensors: dict[str, torch.Tensor]) -> str:
 BACKTRACKS = r"(.*a|.*b|.*c|.*)*(.*)*(\w+\.?)*x"
 ADAPTER = "adapter_config.json.?:? "
 ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
-    "config a list": (written("adapter/adapter_config.json", "[]"), r"adapter_config.json is list \[\]; expected a map"),
+    "config a list": (
+        written("adapter/adapter_config.json", "[]"),
+        r"adapter_config.json is list \[\]; expected a map",
+    ),
     "config empty": (written("adapter/adapter_config.json", ""), "adapter_config.json is not JSON"),
     "config binary": (written("adapter/adapter_config.json", b"\x80\x04"), "adapter_config.json is not UTF-8"),
     "config deep": (written("adapter/adapter_config.json", "[" * 100_000), "adapter_config.json is not JSON.*deep"),
@@ -226,7 +227,10 @@ ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "dropout as text": (adapter("lora_dropout", "x"), "`lora_dropout` is str 'x'; expected a number"),
     "targets a number": (adapter("target_modules", 5), "`target_modules` is int 5; expected text, or a list"),
     "targets of numbers": (adapter("target_modules", [5]), r"`target_modules` is list \[5\]; expected text, or a list"),
-    "targets of nobody": (adapter("target_modules", ["nobody"]), "adapter.*nobody"),
+    "targets of nobody": (
+        adapter("target_modules", ["nobody"]),
+        "adapter is no adapter of its base model .*target_modules",
+    ),
     "no expression": (adapter("target_modules", "(("), r"has a `target_modules` that is no regular expression"),
     "backtracking": (adapter("target_modules", BACKTRACKS), "`target_modules` did not end within 5 s"),
     "backtracking ranks": (adapter("rank_pattern", {BACKTRACKS: 4}), "`rank_pattern` did not end within 5 s"),
@@ -261,15 +265,17 @@ ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
         header("adapter/adapter_model.safetensors", b'{"a":{"dtype":"F5","shape":[16],"data_offsets":[0,64]}}'),
         "adapter_model.safetensors is damaged",
     ),
-    "no tensors": (weights(lambda tensors: tensors.clear()), "keys are missing"),
+    "no tensors": (weights(lambda tensors: tensors.clear()), "adapter is no adapter of its base model .*projector"),
     "wrong shape": (weights(lambda t: t.update({first(t): torch.zeros(3, 5)})), "size mismatch|shape"),
     "text alone": (gone("adapter/adapter_model.safetensors"), "has no adapter_model.safetensors"),
     "pickle alone": (
         lambda folder: (
-            gone("adapter/adapter_model.safetensors")(folder),
-            written("adapter/adapter_model.bin", pickle.dumps(Runs()))(folder),
-        )
-        and None,
+            (
+                gone("adapter/adapter_model.safetensors")(folder),
+                written("adapter/adapter_model.bin", pickle.dumps(Runs()))(folder),
+            )
+            and None
+        ),
         "has no adapter_model.safetensors .*Pickled adapters are not read",
     ),
 }
@@ -311,12 +317,14 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "decoder of nobody": (edited("model/config.json", "text_config.model_type", "nobody"), "config.json .*nobody"),
     "own code": (
         lambda folder: (
-            edited("model/config.json", "model_type", "mine")(folder),
-            edited("model/config.json", "auto_map", {"AutoConfig": "mine.Config"})(folder),
-            written("model/mine.py", "open('executed', 'w')")(folder),
-        )
-        and None,
-        "model.*(mine|remote_code)",
+            (
+                edited("model/config.json", "model_type", "mine")(folder),
+                edited("model/config.json", "auto_map", {"AutoConfig": "mine.Config"})(folder),
+                written("model/mine.py", "open('executed', 'w')")(folder),
+            )
+            and None
+        ),
+        "config.json is no configuration of a model .*custom code",
     ),
     "decoder a list": (edited("model/config.json", "text_config", []), "`text_config` is list"),
     "layers as text": (edited("model/config.json", "text_config.num_hidden_layers", "six"), "num_hidden_layers"),
@@ -334,7 +342,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "generation a list": (written("model/generation_config.json", "[]"), "generation_config.json is list"),
     "generation no JSON": (written("model/generation_config.json", "{"), "generation_config.json is not JSON"),
-    "generation wrong": (edited("model/generation_config.json", "eos_token_id", "x"), "model|generation"),
+    "generation wrong": (edited("model/generation_config.json", "eos_token_id", "x"), "`eos_token_id` is str 'x'"),
     "no tokenizer": (gone("model/tokenizer.json", "model/tokenizer_config.json"), "model has no usable processor"),
     "tokenizer a list": (written("model/tokenizer.json", "[]"), "tokenizer.json is list"),
     "tokenizer empty": (written("model/tokenizer.json", "{}"), "model has no usable processor"),
@@ -344,10 +352,12 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "vocabulary": (edited("model/config.json", "text_config.vocab_size", 200), "200|size mismatch"),
     "template a list": (
         lambda folder: (
-            gone("model/chat_template.jinja")(folder),
-            edited("model/tokenizer_config.json", "chat_template", [1])(folder),
-        )
-        and None,
+            (
+                gone("model/chat_template.jinja")(folder),
+                edited("model/tokenizer_config.json", "chat_template", [1])(folder),
+            )
+            and None
+        ),
         "model.*chat.template|model has no usable processor",
     ),
     "template a number": (edited("model/tokenizer_config.json", "chat_template", 5), "`chat_template` is int 5"),
@@ -387,10 +397,12 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "no weights": (gone("model/model.safetensors"), "has no model.safetensors"),
     "pickle alone": (
         lambda folder: (
-            gone("model/model.safetensors")(folder),
-            written("model/pytorch_model.bin", pickle.dumps(Runs()))(folder),
-        )
-        and None,
+            (
+                gone("model/model.safetensors")(folder),
+                written("model/pytorch_model.bin", pickle.dumps(Runs()))(folder),
+            )
+            and None
+        ),
         "its weights are pickled",
     ),
     "index a list": (written("model/model.safetensors.index.json", "[]"), "index.json is list"),
@@ -484,11 +496,13 @@ def test_a_bad_schedule(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
     text, message = SCHEDULES[name]
     (tmp_path / "x.yaml").write_text(text)
     refused(capsys, message, "generate", "--schedule", tmp_path / "x.yaml")
-    inline = message.replace("x.yaml .*", "")
-    refused(capsys, inline, "generate", "--schedule", json.dumps(yaml.safe_load(text), default=str))
+    inline = message.replace("x.yaml .*", "").replace("key 1", "key .?1")
+    refused(capsys, inline, "generate", "--schedule", text)
 
 
-@pytest.mark.parametrize("recipe", ["finetune", "evaluate", "generate", "export", "plan", "search_schedule", "benchmark"])
+@pytest.mark.parametrize(
+    "recipe", ["finetune", "evaluate", "generate", "export", "plan", "search_schedule", "benchmark"]
+)
 def test_a_bad_config(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "x.yaml"
     for text, message in CONFIGS.values():
@@ -530,3 +544,132 @@ def test_a_bad_model(name: str, folder: Path, capsys: pytest.CaptureFixture[str]
     spoil, message = MODELS[name]
     spoil(folder)
     refused(capsys, message, "generate", "--checkpoint", folder / "model")
+
+
+def test_a_data_folder_with_a_script(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "data").mkdir()
+    (folder / "data/data.py").write_text("open('executed', 'w')")
+    (folder / "data/train.json").write_text("[]")
+    message = "error: .*data"
+    refused(capsys, message, "evaluate", "--checkpoint", folder / "model", "--data", folder / "data")
+
+
+def test_resuming_from_a_bad_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content in ([1], {"state_dict": {}}, torch.zeros(2), {"state_dict": 1, "optimizer_states": 1, "loops": 1}):
+        torch.save(content, folder / "y.ckpt")
+        refused(capsys, "y.ckpt", "finetune", "--model.path", folder / "model", "--resume", folder / "y.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("x.txt", "x.txt cannot be read as a training checkpoint"),
+        ("nothing", "nothing has no config.json .it holds nothing"),
+        ("nobody/nowhere", "nobody/nowhere is neither in the local cache nor reachable"),
+        ("no such folder", "there is no folder no such folder"),
+        ("", "has no config.json"),
+        ("~/nowhere", "there is no folder ~/nowhere"),
+        ("a/b/c/d", "there is no folder a/b/c/d"),
+        ("file:///etc/passwd", "there is no folder file:///etc/passwd"),
+        ("https://host/model", "there is no folder https://host/model"),
+        ("unfinished", "unfinished has no adapter: the run did not end"),
+        ("/dev/null", "/dev/null"),
+        ("x" * 5000, "x"),
+    ],
+)
+def test_no_checkpoint_at_all(path: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.txt").write_text("no checkpoint")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "unfinished/checkpoints").mkdir(parents=True)
+    with pytest.raises((ValueError, OSError), match=message):
+        load_checkpoint(path)
+    refused(capsys, message, "export", f"--checkpoint={path}", "--output", "never")
+
+
+def test_a_linked_model_loads(folder: Path) -> None:
+    """As the hub's cache and `ln -s` of weights make them."""
+    blobs, snapshot = folder / "hub/blobs", folder / "hub/snapshots/abc"
+    snapshot.mkdir(parents=True)
+    shutil.move(folder / "model", blobs)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    load_checkpoint(snapshot)
+    shutil.copytree(blobs, folder / "copy")
+    (folder / "copy/model.safetensors").unlink()
+    (folder / "copy/model.safetensors").symlink_to(blobs / "model.safetensors")
+    load_checkpoint(folder / "copy")
+
+
+def test_pickles_of_the_hub_are_not_run(folder: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, folder / "model/pytorch_model.bin")
+    load_checkpoint(folder / "model")  # beside safetensors nobody looks at them
+
+
+def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("stages: [{layer: 2, criterion: image, keep_ratio: 1e-1}]")
+    assert read_schedule(tmp_path / "x.yaml").stages[0].keep_ratio == 0.1
+    (tmp_path / "x.yaml").write_text("[1e3, 1.5e3, -2E-1, .5, 1_0e1, 1e, e3, 0x1e3, 1e3x, '1e3']")
+    assert read_yaml(tmp_path / "x.yaml", list) == [1e3, 1.5e3, -0.2, 0.5, 100.0, "1e", "e3", 0x1E3, "1e3x", "1e3"]
+
+
+def test_aliases_and_merges_of_some_size_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("a: &a {layer: 1}\nb: &b {<<: *a, layer: 2}\nc: [*a, *b, *a]")
+    one, two = {"layer": 1}, {"layer": 2}
+    assert read_yaml(tmp_path / "x.yaml") == {"a": one, "b": two, "c": [one, two, one]}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "no key `a`"),
+        ({"a": True}, "`a` is bool True; expected a whole number"),
+        ({"a": 1, "b": "x"}, "`b` is str 'x'; expected a number"),
+        ({"a": 1, "c": [{"d": 1}, {"d": None}]}, r"`c\[1\].d` is empty; expected a whole number"),
+        ({"a": 1, "e": {"x": "y", "z": 1}}, "`e.z` is int 1; expected text"),
+        ([], "is list .*; expected a mapping"),
+    ],
+)
+def test_a_shape(value: Any, message: str, tmp_path: Path) -> None:
+    shape = {"a": int, "b?": float, "c?": [{"d": int}], "e?": {str: str}}
+    file = tmp_path / "x.json"
+    file.write_text('{"a": 1, "b": null, "c": [{"d": 2, "more": []}], "e": {"x": "y"}}')
+    assert read_json(file, shape)["c"][0]["d"] == 2
+    file.write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=f"x.json.*{message}"):
+        read_json(file, shape)
+
+
+def test_bounds_leave_nothing_behind() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(ValueError, match=r"this did not end within 0.1 s"), bounded("this", 0.1):
+        re.fullmatch(BACKTRACKS, "abc" * 20)
+    with pytest.raises(ValueError, match="that takes too much memory"), bounded("that", memory=2**26):
+        bytes(2**28)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    with bounded("this", 0.05):
+        pass
+    end = time.process_time() + 0.1
+    while time.process_time() < end:
+        pass
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_in_a_process_of_bounded_memory(folder: Path, tmp_path: Path) -> None:
+    """The whole program, with nothing of pytest in it."""
+    (tmp_path / "x.yaml").write_text(BOMB)
+    header("model/model.safetensors", b"{}", 10**10)(folder)
+    for recipe, options, message in (
+        ("finetune", ["--config", "x.yaml"], "x.yaml .*more than 100000 values"),
+        ("export", ["--checkpoint", folder / "model", "--output", "never"], "model.safetensors is damaged"),
+    ):
+        command = [sys.executable, "-c", LIMITED, RECIPES / f"{recipe}.py", *options]
+        environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+        check_refused(done.returncode, done.stderr, message)

@@ -52,7 +52,7 @@ PEFT_SHAPE = {
     "megatron_config?": Rule("null: Megatron's layers are not supported", dict, lambda value: False),
 }
 """Of `adapter_config.json`, what is used here and what PEFT takes unseen."""
-_FACTS_SHAPE = {"peft": PEFT_SHAPE, "schedule": dict, "base": Rule("a mapping or null", dict | None, lambda _: True)}
+FACTS_SHAPE = {"peft": PEFT_SHAPE, "schedule": dict, "base": Rule("a mapping or null", dict | None, lambda _: True)}
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def read_adapter(path: Path) -> Adapter:
         weights,
         peft,
         schedule_file(schedule) if schedule.is_file() else PruningSchedule(),
-        read_json(facts, {"config": _FACTS_SHAPE["base"]})["config"] if facts.is_file() else None,
+        read_json(facts, {"config": FACTS_SHAPE["base"]})["config"] if facts.is_file() else None,
     )
 
 
@@ -194,7 +194,7 @@ def _from_checkpoint(file: Path) -> Adapter:
             f"{file} does not say which adapter it holds (no {CHECKPOINT_KEY!r}): it was written by an older version. "
             "Export the run's `adapter` folder, or resume the run and let it end"
         )
-    check_shape(checkpoint[CHECKPOINT_KEY], _FACTS_SHAPE, str(file), CHECKPOINT_KEY)
+    check_shape(checkpoint[CHECKPOINT_KEY], FACTS_SHAPE, str(file), CHECKPOINT_KEY)
     weights = {file_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
     return _adapter(weights, checkpoint[CHECKPOINT_KEY], str(file))
 

@@ -81,6 +81,7 @@ def load_config(folder: str | Path) -> Any:
     return config
 
 
+_IDS = Rule("a token's number, or a list of such", int | list, lambda ids: isinstance(ids, int) or _whole(ids))
 _SHAPES: dict[str, Any] = {
     "config.json": {
         "model_type": str,
@@ -90,7 +91,15 @@ _SHAPES: dict[str, Any] = {
         "quantization_config?": dict,
         "himap?": dict,
     },
-    "generation_config.json": dict,
+    "generation_config.json": {
+        "eos_token_id?": _IDS,
+        "bos_token_id?": _IDS,
+        "pad_token_id?": int,
+        "max_length?": int,
+        "max_new_tokens?": int,
+        "num_beams?": int,
+        "suppress_tokens?": [int],
+    },
     "tokenizer.json": dict,
     "tokenizer_config.json": {"chat_template?": Rule("text, or a list of named texts", str | list, lambda _: True)},
     "special_tokens_map.json": dict,
@@ -99,6 +108,10 @@ _SHAPES: dict[str, Any] = {
     "processor_config.json": {"chat_template?": str},
     "chat_template.json": {"chat_template": str},
 }
+
+
+def _whole(ids: list[Any]) -> bool:
+    return all(type(number) is int for number in ids)
 
 
 def _check_files(folder: Path) -> None:

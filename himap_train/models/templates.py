@@ -8,7 +8,7 @@ from jinja2 import TemplateSyntaxError
 
 from himap_train.limits import UnboundedError, bounded
 
-_MEMORY = 2**30
+_MEMORY = 2**28
 
 
 def check_template(processor: Any, source: str) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from himap_train.storage import atomic_file, disk_full_message
+from himap_train.structured import check_shape
 from himap_train.training.callbacks.progress import step_ended
 
 logger = logging.getLogger(__name__)
@@ -147,8 +148,7 @@ _DAMAGE = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, Va
 
 def _read(file: Path) -> dict[str, Any]:
     found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    for key in ("state_dict", "optimizer_states", "loops"):
-        found[key]
+    check_shape(found, {"state_dict": dict, "optimizer_states": list, "loops": dict}, str(file))
     return found
 
 
