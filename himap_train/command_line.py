@@ -7,18 +7,33 @@ import inspect
 import re
 import shutil
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, auto_cli
+import yaml
+from jsonargparse import ArgumentParser, auto_cli, get_loader, set_loader
 
 from himap_train.data.records import RecordError
 from himap_train.data.skips import TooManySkippedError
 from himap_train.storage import told
+from himap_train.structured import plain_yaml, read_yaml
 
 USER_ERRORS = (OSError, ValueError, RecordError, TooManySkippedError)
 """Errors whose message tells a user what to do; all others are bugs and keep their traceback."""
+
+
+_stock_yaml = get_loader("yaml")
+
+
+def _bounded_yaml(text: str) -> Any:
+    """As the parser reads values and files, once it is known that they are plain and of some size."""
+    plain_yaml(text)
+    return _stock_yaml(text)
+
+
+set_loader("yaml", _bounded_yaml, (yaml.YAMLError,))
 
 
 class SuggestingParser(ArgumentParser):
@@ -29,7 +44,32 @@ class SuggestingParser(ArgumentParser):
         for name in re.findall(r"--([\w.-]+)", message) if "unrecognized" in message else ():
             near = difflib.get_close_matches(name, [action.dest for action in self._actions], n=1, cutoff=0.5)
             message += f"; did you mean --{near[0]}?" if near else ""
-        super().error(message, ex)
+        end_with(self, message)
+
+
+def end_with(parser: ArgumentParser, message: str) -> NoReturn:
+    """End with status 2 and a message in one line, without the usage, which takes screens.
+
+    Raises:
+        SystemExit: Always; argparse's own error where the parser is not to exit.
+    """
+    if not parser.exit_on_error:
+        raise ArgumentError(None, message)
+    print(f"error: {' '.join(message.split())}; --help lists all options", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_config_files(options: Sequence[str]) -> None:
+    """Read the files of `--config` as plain data within bounds, before the parser does.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It holds no mapping.
+    """
+    for option, after in zip(options, [*options[1:], ""], strict=True):
+        name, _, value = option.partition("=")
+        if name in ("--config", "-c"):
+            read_yaml(Path(value or after))
 
 
 def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> int:
@@ -45,6 +85,7 @@ def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> 
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _with_values([with_underscores(option) for option in given], main)
+        check_config_files(args)
         auto_cli(main, args=args, as_positional=False, parser_class=SuggestingParser)
     except USER_ERRORS as error:
         print(f"error: {told(error)}", file=sys.stderr)

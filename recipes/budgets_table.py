@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import AutoConfig
 
 from himap_train.command_line import run_command
@@ -28,6 +27,7 @@ from himap_train.evaluation.compare import compare
 from himap_train.evaluation.tables import save_table
 from himap_train.experiments import METRICS, common_options, fine_tune_all, points, rows_of
 from himap_train.models.loading import EMBEDDED, load_llava, resolve_model
+from himap_train.pruning.reading import read_schedule
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.stage import PruningStage
 from himap_train.search.grid import himap_grid
@@ -86,7 +86,7 @@ def search(folder: Path, budgets: list[float]) -> dict[float, PruningSchedule]:
         command = [sys.executable, "recipes/search_schedule.py", "--data", SEARCHED_ON, "--output", str(folder)]
         free = ["--free-criteria", "true", "--trials", "40"]
         subprocess.run([*command, *free, "--budgets", json.dumps(budgets), "--overwrite", "true"], check=True)
-    return {budget: PruningSchedule.from_dict(yaml.safe_load(file.read_text())) for budget, file in files.items()}
+    return {budget: read_schedule(file) for budget, file in files.items()}
 
 
 def searched_file(output: Path, budget: float) -> Path:

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 import yaml
-from peft import PeftModel, __version__, get_peft_model_state_dict
-from safetensors import SafetensorError
+from peft import PeftModel, PeftType, __version__, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,12 +25,36 @@ from himap_train.checkpoints.same_base import base_facts, plain
 from himap_train.embedded.model import embedded_model_path
 from himap_train.models.loading import EMBEDDED
 from himap_train.models.stock import base_model
+from himap_train.pruning.reading import schedule_file, schedule_in
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.storage import atomic_folder
+from himap_train.structured import Rule, check_shape, named, read_json
 
 CHECKPOINT_KEY = "himap_adapter"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 SCHEDULE_FILE, BASE_FILE = "pruning.yaml", "base_model.json"
+_POSITIVE = Rule("a number above 0", int | float, lambda value: 0 < value < float("inf"))
+_RANK = Rule("a whole number above 0", int, lambda value: value > 0)
+_NAMES = Rule("text, or a list of texts", str | list, lambda value: all(isinstance(name, str) for name in value))
+PEFT_SHAPE = {
+    "peft_type": Rule(f"one of {', '.join(kind.value for kind in PeftType)}", str, lambda kind: kind in set(PeftType)),
+    "base_model_name_or_path": Rule("the path or hub id of a model", str, bool),
+    "r?": _RANK,
+    "lora_alpha?": _POSITIVE,
+    "lora_dropout?": float,
+    "use_rslora?": bool,
+    "rank_pattern?": {str: _RANK},
+    "alpha_pattern?": {str: _POSITIVE},
+    "target_modules?": _NAMES,
+    "exclude_modules?": _NAMES,
+    "modules_to_save?": _NAMES,
+    "layers_to_transform?": int | list,
+    "layers_pattern?": _NAMES,
+    # PEFT imports the module that is named here
+    "megatron_config?": Rule("null: Megatron's layers are not supported", dict, lambda value: False),
+}
+"""Of `adapter_config.json`, what is used here and what PEFT takes unseen."""
+FACTS_SHAPE = {"peft": PEFT_SHAPE, "schedule": dict, "base": Rule("a mapping or null", dict | None, lambda _: True)}
 
 
 @dataclass(frozen=True)
@@ -113,9 +136,8 @@ def adapter_facts(model: PeftModel, schedule: PruningSchedule) -> dict[str, Any]
 def adapter_of(model: PeftModel, schedule: PruningSchedule, weights: Mapping[str, Tensor] | None = None) -> Adapter:
     """The adapter of a model in memory; `weights` are its trained parameters where the model holds only parts."""
     # "auto" would ask the hub whether the embeddings were resized
-    return _adapter(
-        get_peft_model_state_dict(model, weights, save_embedding_layers=False), adapter_facts(model, schedule)
-    )
+    trained = get_peft_model_state_dict(model, weights, save_embedding_layers=False)
+    return _adapter(trained, adapter_facts(model, schedule), "the model")
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -128,18 +150,16 @@ def read_adapter(path: Path) -> Adapter:
     if path.is_file():
         return _from_checkpoint(path)
     check_complete(path)
-    facts = path / BASE_FILE
-    try:
+    facts, schedule = path / BASE_FILE, path / SCHEDULE_FILE
+    peft = read_json(path / CONFIG_FILE, PEFT_SHAPE)
+    with named(path / WEIGHTS_FILE, "is damaged", _OTHER_WAYS):
         weights = load_file(path / WEIGHTS_FILE)
-        schedule = path / SCHEDULE_FILE
-        return Adapter(
-            weights,
-            json.loads((path / CONFIG_FILE).read_text("utf-8")),
-            PruningSchedule.from_dict(yaml.safe_load(schedule.read_text("utf-8")) if schedule.is_file() else {}),
-            json.loads(facts.read_text("utf-8"))["config"] if facts.is_file() else None,
-        )
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: {error}. {_OTHER_WAYS}") from error
+    return Adapter(
+        weights,
+        peft,
+        schedule_file(schedule) if schedule.is_file() else PruningSchedule(),
+        read_json(facts, {"config": FACTS_SHAPE["base"]})["config"] if facts.is_file() else None,
+    )
 
 
 def check_complete(folder: Path) -> None:
@@ -164,23 +184,33 @@ _OTHER_WAYS = (
 )
 
 
+def training_file(file: Path) -> dict[str, Any]:
+    """What a training checkpoint holds; its tensors stay on the disk until they are used, and nothing is unpickled.
+
+    Raises:
+        ValueError: It is none, or is damaged.
+    """
+    with named(file, "cannot be read as a training checkpoint", "is it complete?"):
+        found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    check_shape(found, {"state_dict": {str: Tensor}}, str(file))
+    return found
+
+
 def _from_checkpoint(file: Path) -> Adapter:
     """Make an adapter of `state_dict` and the facts beside it."""
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises many kinds for "this is no checkpoint"
-        raise ValueError(f"{file} cannot be read as a training checkpoint ({error}); is it complete?") from error
-    facts = checkpoint.get(CHECKPOINT_KEY) if isinstance(checkpoint, dict) else None
-    if facts is None:
+    checkpoint = training_file(file)
+    if CHECKPOINT_KEY not in checkpoint:
         raise ValueError(
             f"{file} does not say which adapter it holds (no {CHECKPOINT_KEY!r}): it was written by an older version. "
             "Export the run's `adapter` folder, or resume the run and let it end"
         )
-    return _adapter({file_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}, facts)
+    check_shape(checkpoint[CHECKPOINT_KEY], FACTS_SHAPE, str(file), CHECKPOINT_KEY)
+    weights = {file_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    return _adapter(weights, checkpoint[CHECKPOINT_KEY], str(file))
 
 
-def _adapter(weights: dict[str, Tensor], facts: Mapping[str, Any]) -> Adapter:
-    return Adapter(weights, facts["peft"], PruningSchedule.from_dict(facts["schedule"]), facts["base"])
+def _adapter(weights: dict[str, Tensor], facts: Mapping[str, Any], where: str) -> Adapter:
+    return Adapter(weights, facts["peft"], schedule_in(facts["schedule"], where), facts["base"])
 
 
 def file_name(parameter: str) -> str:

@@ -5,14 +5,19 @@ Keys renamed by an upgrade of transformers or PEFT are dropped silently by PEFT,
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
 
+from himap_train.limits import bounded
 from himap_train.models.families import family_of
 from himap_train.models.stock import base_model
+from himap_train.models.weight_headers import opened
+from himap_train.structured import named
 
 
 def check_adapter(model: PeftModel, folder: Path) -> None:
@@ -25,7 +30,7 @@ def check_adapter(model: PeftModel, folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no adapter_model.safetensors (pickled adapters are not read)")
-    with safe_open(str(file), framework="pt") as weights:
+    with opened(file) as weights:
         # beside LoRA on embeddings PEFT writes a copy of the frozen ones
         names = {name for name in weights.keys() if not name.endswith(".base_layer.weight")}  # noqa: SIM118
         empty = [name for name in names if 0 in weights.get_slice(name).get_shape()]
@@ -40,3 +45,28 @@ def check_adapter(model: PeftModel, folder: Path) -> None:
     projector_trained = any(f".{part}." in name and "lora_" not in name for name in names for part in projectors)
     if not projector_trained and not any(tensor.any() for name, tensor in expected.items() if "lora_B" in name):
         warnings.warn(f"{folder}: every lora_B is zero, the adapter changes nothing (was it trained?)", stacklevel=3)
+
+
+_INSIDE = {  # around what an adapter's config says, as PEFT looks modules up
+    "rank_pattern": (r"(.*\.)?(", ")$"),
+    "alpha_pattern": (r"(.*\.)?(", ")$"),
+    "layers_pattern": (r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\."),
+    "modules_to_save": (r"(^|.*\.)", r"($|\..*)"),
+}
+
+
+def check_patterns(peft: Mapping[str, Any], names: Iterable[str], source: Path | str) -> None:
+    """Look modules up by the regular expressions of an adapter's config, which PEFT does without a bound.
+
+    Raises:
+        ValueError: One of them is none, or takes seconds.
+    """
+    for key in ("target_modules", "exclude_modules", *_INSIDE):
+        given = peft.get(key) or []
+        before, behind = _INSIDE.get(key, ("", ""))
+        if isinstance(given, str) or key in _INSIDE:  # a list of targets holds plain names
+            with named(source, f"has a `{key}` that is no regular expression"), bounded(f"{source}: `{key}`"):
+                for pattern in [given] if isinstance(given, str) else given:
+                    expression = re.compile(before + pattern + behind)
+                    for name in names:
+                        expression.match(name) if key in _INSIDE else expression.fullmatch(name)

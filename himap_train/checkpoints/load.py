@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from himap_train.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of, read_adapter
-from himap_train.checkpoints.adapter_check import check_adapter
+from himap_train.checkpoints.adapter_check import check_adapter, check_patterns
 from himap_train.checkpoints.adapter_parts import adapter_processor, resized_tokens
 from himap_train.checkpoints.card import adapter_card
 from himap_train.checkpoints.run_facts import run_facts
@@ -27,7 +27,9 @@ from himap_train.data.end_of_answer import end_token_ids
 from himap_train.models.install import install_pruning
 from himap_train.models.loading import load_config, load_llava, resolve_model
 from himap_train.models.stock import base_model
+from himap_train.pruning.reading import schedule_in
 from himap_train.pruning.schedule import PruningSchedule
+from himap_train.structured import named, read_json
 
 Weights = Literal["adapter", "last", "best"]
 """Weights of a run: the adapter that it kept, or one of its training checkpoints."""
@@ -97,9 +99,8 @@ def load_checkpoint(
     source = adapter_source(path)
     if source is None:
         model, processor = load_llava(str(path), **how)
-        saved = PruningSchedule.from_dict(getattr(model.config, "himap", None) or {})
-        wanted = saved if isinstance(schedule, _Saved) else schedule or PruningSchedule()
-        return install_pruning(model, wanted), processor
+        written = getattr(model.config, "himap", None) if isinstance(schedule, _Saved) else None
+        return _pruned(model, schedule_in(written, f"{path}, `himap` of config.json"), schedule, path), processor
     adapter = read_adapter(source)
     adapter.require_finite(str(source))
     base = base or adapter.base
@@ -121,17 +122,26 @@ def load_checkpoint(
     if source.is_file():
         with tempfile.TemporaryDirectory() as folder:
             adapter.write(Path(folder) / "adapter", card="")
-            peft_model = _with_adapter(model, Path(folder) / "adapter")
+            peft_model = _with_adapter(model, Path(folder) / "adapter", source)
     else:
-        peft_model = _with_adapter(model, source)
+        peft_model = _with_adapter(model, source, source)
     generation: Any = model.generation_config  # training taught it to end there
     generation.eos_token_id = end_token_ids(processor, generation.eos_token_id)
-    install_pruning(peft_model, adapter.schedule if isinstance(schedule, _Saved) else schedule or PruningSchedule())
-    return peft_model.eval(), processor
+    return _pruned(peft_model, adapter.schedule, schedule, source).eval(), processor
 
 
-def _with_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    peft_model = PeftModel.from_pretrained(model, str(folder))
+def _pruned(model: Any, saved: PruningSchedule, wanted: PruningSchedule | None | _Saved, path: Path | str) -> Any:
+    if not isinstance(wanted, _Saved):
+        return install_pruning(model, wanted or PruningSchedule())
+    with named(path, "was saved with a schedule that does not fit its model"):
+        return install_pruning(model, saved)
+
+
+def _with_adapter(model: PreTrainedModel, folder: Path, source: Path) -> PeftModel:
+    """The model with the adapter in a folder, which came from `source`."""
+    with named(source, "is no adapter of its base model"):
+        check_patterns(read_json(folder / CONFIG_FILE), [name for name, _ in model.named_modules()], source)
+        peft_model = PeftModel.from_pretrained(model, str(folder))
     check_adapter(peft_model, folder)
     return peft_model
 

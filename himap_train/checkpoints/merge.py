@@ -18,6 +18,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from himap_train.checkpoints.adapter import Adapter
+from himap_train.checkpoints.adapter_check import check_patterns
 from himap_train.checkpoints.weight_files import TensorInfo
 from himap_train.models.families.base import Family
 
@@ -118,6 +119,7 @@ class Merger:
                 f"the adapter changes lm_head, which is tied to the embeddings in {base}: merging would change them "
                 "too. Use the adapter unmerged, or train without lm_head among model.lora_targets"
             )
+        check_patterns(adapter.peft, [name.removesuffix(".weight") for name in self.low_rank], "the adapter")
         self.unused = self.low_rank.keys() | self.whole.keys()
 
     def check_shapes(self, infos: list[TensorInfo]) -> None:

@@ -21,6 +21,7 @@ from himap_train.checkpoints.same_base import require_same_base
 from himap_train.checkpoints.weight_files import TensorInfo, parse_size, plan_shards, read_infos, write_shards
 from himap_train.models.families import family_of_config
 from himap_train.models.loading import load_config, load_processor, local_folder
+from himap_train.pruning.reading import schedule_in
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.storage import atomic_folder
 
@@ -89,7 +90,7 @@ def write_merged(
         if merger:
             merger.finish()
         _write_rest(temporary, source, config, dtype, processor)
-        schedule = PruningSchedule.from_dict(getattr(config, "himap", None) or {})
+        schedule = schedule_in(getattr(config, "himap", None), source / "config.json")
         (temporary / "README.md").write_text(write_card(schedule, config), encoding="utf-8")
 
 

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
+from himap_train.checkpoints.adapter import training_file
+from himap_train.structured import Rule, check_shape, read_json, read_yaml
+
+_CONFIG_SHAPE = {
+    "data?": dict,
+    "model?": dict,
+    "trainer?": dict,
+    "pruning?": {"elastic?": {"budgets": Rule("two numbers", list, lambda pair: len(pair) == 2), "dense_share": float}},
+}
+_ROWS_SHAPE = {
+    "rows": [
+        {
+            "name": str,
+            "metric": str,
+            "overall": {"score": float, "standard_error": float, "count": int},
+            "cost?": {"flops_ratio": float},
+            "flops_ratio?": {"mean": float, "sd": float},
+        }
+    ]
+}
 
 
 @dataclass(frozen=True)
@@ -34,17 +51,18 @@ def run_facts(checkpoint: Path) -> RunFacts:
     """
     config: dict[str, Any] = {}
     if checkpoint.is_file():
-        config = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True).get("himap_config") or {}
+        config = training_file(checkpoint).get("himap_config") or {}
+        check_shape(config, _CONFIG_SHAPE, str(checkpoint), "himap_config")
     for folder in (checkpoint, checkpoint.parent, checkpoint.parent.parent):
         if (folder / "config.yaml").is_file() and (folder / "versions.json").is_file():
             break
     else:
         return RunFacts(config)
-    config = config or yaml.safe_load((folder / "config.yaml").read_text("utf-8")) or {}
+    config = config or read_yaml(folder / "config.yaml", _CONFIG_SHAPE)
     measured = not checkpoint.is_file() or checkpoint.stem == config.get("keep")
     metrics = folder / "metrics.json"
     return RunFacts(
         config,
-        json.loads((folder / "versions.json").read_text("utf-8")),
-        json.loads(metrics.read_text("utf-8"))["rows"] if measured and metrics.is_file() else [],
+        read_json(folder / "versions.json", {str: str}),
+        read_json(metrics, _ROWS_SHAPE)["rows"] if measured and metrics.is_file() else [],
     )

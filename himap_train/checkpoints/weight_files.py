@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from himap_train.models.weight_headers import INDEX, SINGLE, opened, promised_tensors, weight_files
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -51,8 +50,9 @@ class TensorInfo:
 
     def read(self) -> Tensor:
         """Its values. The file is closed again, so that its pages do not stay in memory."""
-        with safe_open(self.file, framework="pt") as weights:
-            return weights.get_tensor(self.name)
+        with opened(self.file) as weights:
+            tensor: Tensor = weights.get_tensor(self.name)
+            return tensor
 
 
 def read_infos(folder: Path) -> list[TensorInfo]:
@@ -62,40 +62,16 @@ def read_infos(folder: Path) -> list[TensorInfo]:
         FileNotFoundError: There are no safetensors, or a shard is gone.
         ValueError: A shard is damaged, or lacks a tensor that the index promises.
     """
-    promised = _promised(folder)
     infos: list[TensorInfo] = []
-    for file in sorted({folder / name for name in promised.values()} or {folder / SINGLE}):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                for name in weights.keys():  # noqa: SIM118  safe_open is no mapping
-                    part = weights.get_slice(name)
-                    infos.append(TensorInfo(name, tuple(part.get_shape()), _dtype(part.get_dtype(), name, file), file))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged or incomplete ({error}); fetch it again") from error
-    gone = sorted(promised.keys() - {info.name for info in infos})
+    for file in weight_files(folder):
+        with opened(file) as weights:
+            for name in weights.keys():  # noqa: SIM118  safe_open is no mapping
+                part = weights.get_slice(name)
+                infos.append(TensorInfo(name, tuple(part.get_shape()), _dtype(part.get_dtype(), name, file), file))
+    gone = sorted(promised_tensors(folder).keys() - {info.name for info in infos})
     if gone:
         raise ValueError(f"{folder / INDEX} promises {len(gone)} tensors that no shard has, the first is {gone[0]}")
     return infos
-
-
-def _promised(folder: Path) -> dict[str, str]:
-    """Tensor name to file name, from the index; empty for a folder with a single file."""
-    if (folder / INDEX).is_file():
-        promised: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-        gone = sorted({name for name in promised.values() if not (folder / name).is_file()})
-        if gone:
-            raise FileNotFoundError(f"{folder} lacks {len(gone)} of its weight files, the first is {gone[0]}")
-        return promised
-    if (folder / SINGLE).is_file():
-        return {}
-    pickled = sorted(folder.glob("*.bin"))
-    way_out = (
-        f"its weights are pickled ({pickled[0].name}), which are not read here. Convert them once, with a "
-        "transformers that reads them: AutoModelForImageTextToText.from_pretrained(A).save_pretrained(B)"
-        if pickled
-        else "fetch the whole model: hf download owner/name --local-dir FOLDER"
-    )
-    raise FileNotFoundError(f"{folder} has no {SINGLE} and no {INDEX}: {way_out}")
 
 
 def _dtype(name: str, tensor: str, file: Path) -> torch.dtype:

@@ -11,9 +11,8 @@ import json
 import re
 import zlib
 from array import array
-from collections import Counter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 _UNPACKED_BYTES, _UNPACKED_TIMES = 2**26, 50  # what a packed file may grow to: the larger; records shrink by ten or so
 _PIECE = 2**20
@@ -35,15 +34,6 @@ def offsets(file: BinaryIO | io.BytesIO) -> array[int]:
             start = position
     offsets.append(position)
     return offsets
-
-
-def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; ValueError where a key stands in it twice, of which Python would take the last."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"an object has the key {twice!r:.60} twice")
-    return found
 
 
 def unpacked(path: Path) -> bytes:

@@ -17,9 +17,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from himap_train.data.json_places import check_encoding, each_key_once, offsets, split_list, unpacked
+from himap_train.data.json_places import check_encoding, offsets, split_list, unpacked
 from himap_train.data.llava_format import length_hint, parse_llava_record
 from himap_train.data.records import Conversation, RecordError
+from himap_train.structured import each_key_once
 
 _TRIED_AT_OPENING = 10
 _RECORD_BYTES = 2**26

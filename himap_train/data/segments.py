@@ -15,6 +15,7 @@ from jinja2.exceptions import TemplateError
 
 from himap_train.data.records import RecordError
 from himap_train.data.turns import Message
+from himap_train.limits import bounded
 
 _PROBE = "Probe"
 
@@ -108,8 +109,9 @@ class Template:
     def _render(self, messages: Sequence[Message], name: str, add_generation_prompt: bool = False) -> str:
         chat = list(messages) if self._takes_parts else [self._as_string(message) for message in messages]
         try:
-            return self._processor.apply_chat_template(chat, add_generation_prompt=add_generation_prompt)
-        except TemplateError as error:
+            with bounded("the checkpoint's chat template"):
+                return self._processor.apply_chat_template(chat, add_generation_prompt=add_generation_prompt)
+        except (TemplateError, ArithmeticError) as error:
             raise RecordError(f"sample {name!r}: the checkpoint's chat template refuses it: {error}") from error
 
     def _can_take_parts(self) -> bool:

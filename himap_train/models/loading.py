@@ -14,6 +14,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 from himap_train.embedded.model import embedded_model_path
 from himap_train.models.families import family_of_config
 from himap_train.models.quantize import Quantize, quantization_config
+from himap_train.models.templates import check_template
+from himap_train.models.weight_headers import opened, weight_files
+from himap_train.structured import Rule, named, read_json, read_text
 
 EMBEDDED = "embedded"
 _WRONG = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -44,15 +47,20 @@ def load_llava(
     folder = resolve_model(path)
     config = load_config(folder)
     quantization = None if quantize is None else quantization_config(family_of_config(config), dtype)
-    model, wrong = stock_model(
-        folder, dtype=dtype, attn_implementation=attn_implementation, quantization_config=quantization
-    )
+    processor = load_processor(folder, config)
+    for file in weight_files(Path(folder)) if Path(folder).is_dir() else ():
+        with opened(file):
+            pass
+    with named(folder, "holds a model that transformers cannot load"):
+        model, wrong = stock_model(
+            folder, dtype=dtype, attn_implementation=attn_implementation, quantization_config=quantization
+        )
     missing = wrong["missing_keys"]
     if missing:  # transformers would leave them random
         raise ValueError(
             f"{path} has no weights for {len(missing)} parameters, the first is {missing[0]}; fetch the model again"
         )
-    return model.eval(), load_processor(folder, config)
+    return model.eval(), processor
 
 
 def load_config(folder: str | Path) -> Any:
@@ -61,14 +69,71 @@ def load_config(folder: str | Path) -> Any:
     Raises:
         ValueError: If it is of no known family, or in the original LLaVA layout.
     """
+    _check_files(Path(folder))
     written, _ = PretrainedConfig.get_config_dict(folder)
     _refuse_original_layout(folder, written)
-    config = AutoConfig.from_pretrained(folder)
+    with named(Path(folder) / "config.json", "is no configuration of a model"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     try:
         family_of_config(config)
     except ValueError as error:
         raise ValueError(f"{folder} holds {error}") from error
     return config
+
+
+_IDS = Rule("a token's number, or a list of such", int | list, lambda ids: isinstance(ids, int) or _whole(ids))
+_SHAPES: dict[str, Any] = {
+    "config.json": {
+        "model_type": str,
+        "architectures?": [str],
+        "text_config?": dict,
+        "vision_config?": dict,
+        "quantization_config?": dict,
+        "himap?": dict,
+    },
+    "generation_config.json": {
+        "eos_token_id?": _IDS,
+        "bos_token_id?": _IDS,
+        "pad_token_id?": int,
+        "max_length?": int,
+        "max_new_tokens?": int,
+        "num_beams?": int,
+        "suppress_tokens?": [int],
+    },
+    "tokenizer.json": dict,
+    "tokenizer_config.json": {"chat_template?": Rule("text, or a list of named texts", str | list, lambda _: True)},
+    "special_tokens_map.json": dict,
+    "added_tokens.json": dict,
+    "preprocessor_config.json": dict,
+    "processor_config.json": {"chat_template?": str},
+    "chat_template.json": {"chat_template": str},
+}
+
+
+def _whole(ids: list[Any]) -> bool:
+    return all(type(number) is int for number in ids)
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError where a file of a model's folder is not what it has to be, before a library reads it.
+
+    Texts are copied into what is exported, so links must not lead to those of somebody else; the hub's own cache
+    links into its `blobs`.
+    """
+    if not folder.is_dir():
+        return
+    inside = folder.resolve()
+    blobs = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else inside
+    for name in (*_SHAPES, "chat_template.jinja"):
+        file = folder / name
+        if not file.exists():
+            continue
+        if not file.resolve().is_relative_to(inside) and not file.resolve().is_relative_to(blobs):
+            raise ValueError(f"{file} is a link out of its folder, to {file.resolve()}; copy what it leads to instead")
+        if name in _SHAPES:
+            read_json(file, _SHAPES[name])
+        else:
+            read_text(file)
 
 
 def _refuse_original_layout(folder: str | Path, written: dict[str, Any]) -> None:
@@ -104,12 +169,28 @@ def load_processor(folder: str | Path, config: Any) -> Any:
         ValueError: If the folder has no processor.
     """
     try:
-        return family_of_config(config).load_processor(str(folder), config)
+        with named(folder):
+            processor = family_of_config(config).load_processor(str(folder), config)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{folder} has no usable processor ({error}); copy processor_config.json, tokenizer.json and "
             "chat_template.jinja of the original checkpoint into it"
         ) from error
+    _check_vocabulary(folder, processor, config.text_config.vocab_size)
+    check_template(processor, str(folder))
+    return processor
+
+
+def _check_vocabulary(folder: str | Path, processor: Any, rows: int) -> None:
+    """Raise ValueError where the tokenizer gives tokens for which there are no embeddings; images have their own."""
+    ids = {token: number for token, number in processor.tokenizer.get_vocab().items() if number >= rows}
+    ids.pop(processor.image_token, None)
+    if ids:
+        token, number = min(ids.items(), key=lambda item: item[1])
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(ids)} tokens without an embedding, the first is {token!r:.40} "
+            f"({number}; text_config.vocab_size in config.json is {rows}); give the tokenizer that belongs to the model"
+        )
 
 
 def resolve_model(path: str | Path) -> str:

@@ -18,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from himap_train.limits import bounded
 from himap_train.models.families import family_of
 from himap_train.models.families.base import Family
 from himap_train.models.stock import base_model
@@ -94,7 +95,8 @@ def _target_pattern(model: nn.Module, targets: str | list[str]) -> str:
         if unmatched:
             raise ValueError(f"LoRA targets {sorted(unmatched)} match nothing; {_available(in_decoder)}")
     try:
-        hits = [name for name in linear if re.fullmatch(pattern, name)]
+        with bounded(f"looking for the LoRA targets {targets!r:.60}"):
+            hits = [name for name in linear if re.fullmatch(pattern, name)]
     except re.error as error:
         raise ValueError(f"LoRA targets {targets!r} are not a valid regular expression: {error}") from error
     if not hits:

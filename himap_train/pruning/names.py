@@ -25,7 +25,7 @@ def check_keys(where: str, given: Mapping[str, Any], valid: Sequence[str], neede
             raise ValueError(f"{where} has the unknown key {key!r}{nearest(str(key), valid)}")
     for key in needed:
         if key not in given:
-            raise ValueError(f"{where} has no {key!r}; found {sorted(given)}")
+            raise ValueError(f"{where} has no {key!r}; found {sorted(map(str, given))}")
 
 
 def field_names(of: type[Any]) -> tuple[str, ...]:

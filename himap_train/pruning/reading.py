@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from himap_train.pruning.presets import PRESETS
 from himap_train.pruning.schedule import PruningSchedule
+from himap_train.structured import named, read_yaml
 
 _SHALLOW = 24
 """Layers from which a preset's relative depths are taken on trust."""
@@ -34,8 +33,28 @@ def read_schedule(value: str | Path | Mapping[str, Any] | PruningSchedule | None
     if isinstance(value, Mapping):
         return PruningSchedule.from_dict(value)
     if Path(value).suffix in (".yaml", ".yml"):
-        return PruningSchedule.from_dict(yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {})
+        return schedule_file(Path(value))
     return PruningSchedule.from_preset(str(value))
+
+
+def schedule_file(file: Path) -> PruningSchedule:
+    """The schedule in a YAML file; an empty file is none.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        ValueError: It holds no schedule; names the file, and the key where it is one.
+    """
+    return schedule_in(read_yaml(file), file)
+
+
+def schedule_in(content: Mapping[str, Any] | None, file: Path | str) -> PruningSchedule:
+    """The schedule that stands in a file as a mapping; dense where there is none.
+
+    Raises:
+        ValueError: It cannot be; names the file.
+    """
+    with named(file, "holds no schedule"):
+        return PruningSchedule() if content is None else PruningSchedule.from_dict(content)
 
 
 def is_preset(schedule: ScheduleArgument) -> bool:

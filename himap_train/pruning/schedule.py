@@ -17,8 +17,10 @@ from himap_train.pruning.keep import Mass
 from himap_train.pruning.names import check_keys, field_names, nearest
 from himap_train.pruning.presets import PRESETS
 from himap_train.pruning.stage import PruningStage
+from himap_train.structured import check_shape
 
 POSITIONS = ("keep", "renumber")
+_SHAPE = {"preset?": str, "stages?": list}  # the rest is looked at where it is used
 PRESET_LAYERS = 32
 """Decoder layers of LLaVA-1.5-7B, for which the published layers were chosen."""
 
@@ -112,6 +114,7 @@ class PruningSchedule:
         Raises:
             ValueError: On an unknown key (the nearest valid one is named) or a wrong value.
         """
+        check_shape(given, _SHAPE, "schedule")
         if set(given) == {"preset"}:
             return cls.from_preset(given["preset"])
         check_keys("schedule", given, field_names(cls))

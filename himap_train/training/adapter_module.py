@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from peft import PeftModel
 from torch import Tensor
 
-from himap_train.checkpoints.adapter import CHECKPOINT_KEY, adapter_facts
+from himap_train.checkpoints.adapter import CHECKPOINT_KEY, FACTS_SHAPE, adapter_facts
 from himap_train.checkpoints.same_base import require_same_base
 from himap_train.models.families import family_of
 from himap_train.models.features import hidden_states
@@ -24,6 +24,7 @@ from himap_train.models.guard import check_pruned, check_trained_weights
 from himap_train.models.install import change_schedule, pruning_of, running
 from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
+from himap_train.structured import check_shape
 from himap_train.training.run.resume_split import begin_next_epoch, continue_in_this_split
 
 
@@ -159,6 +160,7 @@ class AdapterModule(LightningModule):
         """Not strict about what is absent by design, but strict about what was trained."""
         facts = checkpoint.get(CHECKPOINT_KEY)  # None: of an early version
         if facts is not None:
+            check_shape(facts, FACTS_SHAPE, "the checkpoint", CHECKPOINT_KEY)
             config = base_model(self.peft_model).config
             name = str(self.peft_model.peft_config["default"].base_model_name_or_path)
             require_same_base(facts["base"], config, name, facts["peft"]["base_model_name_or_path"])

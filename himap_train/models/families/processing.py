@@ -7,13 +7,14 @@ not. Files of the stock processor are handed on as they are, so that what is exp
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 from transformers.utils.hub import cached_file
+
+from himap_train.structured import read_json
 
 FILES = (
     "processor_config.json",
@@ -76,7 +77,7 @@ class PartsProcessor:
 
 def load_tokenizer(source: str) -> Any:
     """The checkpoint's tokenizer."""
-    return AutoTokenizer.from_pretrained(source)
+    return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
 def _file(source: str, name: str) -> str | None:
@@ -92,7 +93,7 @@ def _template(source: str) -> str | None:
         return Path(found).read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json"):
         found = _file(source, name)
-        template = json.loads(Path(found).read_text(encoding="utf-8")).get("chat_template") if found else None
+        template = read_json(Path(found)).get("chat_template") if found else None
         if isinstance(template, str):
             return template
     return None

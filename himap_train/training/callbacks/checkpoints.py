@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from himap_train.checkpoints.finite import require_finite
 from himap_train.storage import atomic_file
+from himap_train.structured import check_shape
 from himap_train.training.callbacks.progress import step_ended
 
 logger = logging.getLogger(__name__)
@@ -152,8 +153,7 @@ _DAMAGE = (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError, Va
 
 def _read(file: Path) -> dict[str, Any]:
     found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    for key in ("state_dict", "optimizer_states", "loops"):
-        found[key]
+    check_shape(found, {"state_dict": dict, "optimizer_states": list, "loops": dict}, str(file))
     return found
 
 

@@ -24,6 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from transformers.utils import logging as transformers_logging
 
+from himap_train.command_line import check_config_files
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.loading import load_config, load_processor, resolve_model
 from himap_train.storage import remove_leftovers
@@ -75,6 +76,7 @@ class FinetuneCLI(LightningCLI):
         around: tuple[Callable[[FinetuneCLI], None], Callable[[FinetuneCLI], None]] | None = None,
     ) -> None:
         self.around = around
+        check_config_files(sys.argv[1:] if args is None else args)
         _quiet_libraries()
         register_strategies()
         started = ["torchrun", "..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from himap_train.command_line import end_with
 from himap_train.training.schedules.settings import setting_names
 
 
@@ -24,8 +25,8 @@ class SuggestingParser(LightningArgumentParser):
             above = re.findall(r"Parser key \"([\w.]+)\"", message) if found is top_level else []
             wanted = ".".join([*above, *(part for part in found.groups() if part)]).replace("-", "_")
             near = difflib.get_close_matches(wanted, self._keys(), n=1, cutoff=0.5)
-            message += f"\nDid you mean {near[0]!r}?" if near else ""
-        super().error(message, ex)
+            message += f". Did you mean {near[0]!r}?" if near else ""
+        end_with(self, message)
 
     def _keys(self) -> list[str]:
         keys = [key for action in self._actions for key in [action.dest] if key not in ("help", "print_config")]
