@@ -20,6 +20,7 @@ import torch
 
 from himap_train.checkpoints.scheduled import AS_SAVED, load_with_schedule
 from himap_train.command_line import new_output_folder, run_command
+from himap_train.data.pixel_modes import Background
 from himap_train.data.sources import open_source
 from himap_train.evaluation.budgeted import check_budget_argument, prompt_tokens, run_at_budget
 from himap_train.evaluation.compare import Row, evaluate_row
@@ -39,6 +40,7 @@ def main(
     image_folder: str | None = None,
     follow_links: bool = False,
     image_aspect_ratio: AspectRatio = "as_processor",
+    image_background: Background = "white",
     metrics: list[str] = ["exact"],  # noqa: B006 - never changed; the default that --help shows
     batch_size: int = 64,
     max_new_tokens: int = 16,
@@ -61,6 +63,7 @@ def main(
         image_folder: Where the data's image paths start; by default the folder of its file.
         follow_links: Symbolic links in the image folder may lead out of it.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
+        image_background: Colour under transparent images, "white" or "black".
         metrics: exact, gqa, vqa, textvqa, pope, mme, relaxed, anls, choice, choice-strict (as LLaVA's own ScienceQA
             script reads answers), circular; the first gives the score. vqa and textvqa need at least four answers a
             record, those of the annotators.
@@ -95,6 +98,7 @@ def main(
         metrics=metrics,
         limit=limit,
         image_aspect_ratio=image_aspect_ratio,
+        image_background=image_background,
         max_skipped=max_skipped,
     )
     report(row, output, {"checkpoint": checkpoint, "data": data, "seed": seed, "dtype": dtype, "device": device})

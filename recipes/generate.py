@@ -23,6 +23,7 @@ from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Sample, encode_prompt
 from himap_train.data.end_of_answer import end_token_ids
 from himap_train.data.images import open_image
+from himap_train.data.pixel_modes import Background
 from himap_train.data.records import Conversation, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.evaluation.budgeted import check_budget_argument, run_at_budget
@@ -41,6 +42,7 @@ def main(
     budget: float | None = None,
     show_kept: Path | None = None,
     image_aspect_ratio: AspectRatio = "as_processor",
+    image_background: Background = "white",
     max_new_tokens: int = 256,
     seed: int = 0,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -56,6 +58,7 @@ def main(
         budget: Run that schedule's layers at this flops_ratio of the prompt instead, 0.4 say; 1 is dense.
         show_kept: Draw into this file which patches survive each stage.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
+        image_background: Colour under a transparent image, "white" or "black".
         max_new_tokens: Where the answer is cut.
         seed: For the criterion `random`.
         dtype: Dtype of the weights; "auto" as they are stored.
@@ -68,7 +71,7 @@ def main(
     model, processor = load_with_schedule(checkpoint, schedule, dtype, device)
     text_config: Any = base_model(model).config.text_config
     context = text_config.max_position_embeddings - max_new_tokens
-    sample = encode_prompt(conversation, processor, context, image_aspect_ratio)
+    sample = encode_prompt(conversation, processor, context, image_aspect_ratio, image_background)
     if budget is not None:
         images = int((sample["input_ids"] == processor.image_token_id).sum())
         run_at_budget(model, budget, images, len(sample["input_ids"]) - images)
@@ -79,7 +82,8 @@ def main(
     with record_pruning(model) as trace:
         stream(model, processor, sample, max_new_tokens)
     if show_kept is not None:
-        draw(model, processor, sample, conversation, trace.kept).save(show_kept)
+        picture = open_image(conversation.images[0], conversation.id, image_background)
+        draw(model, processor, sample, picture, trace.kept).save(show_kept)
         print(f"kept patches drawn in {show_kept}", file=sys.stderr)
 
 
@@ -117,11 +121,10 @@ def stream(model: Any, processor: Any, sample: Sample, max_new_tokens: int) -> N
 
 
 def draw(
-    model: Any, processor: Any, sample: Sample, conversation: Conversation, kept: list[list[torch.Tensor]]
+    model: Any, processor: Any, sample: Sample, picture: Image.Image, kept: list[list[torch.Tensor]]
 ) -> Image.Image:
     """The picture of what each stage kept of the sample's only image."""
     family, image, image_id = family_of(base_model(model)), sample["images"][0], processor.image_token_id
-    picture = open_image(conversation.images[0], conversation.id)
     count = family.image_tokens(processor, image)
     (stages,) = kept_tokens([stage[0] for stage in kept], sample["input_ids"], image_id, [count])
     return draw_kept(

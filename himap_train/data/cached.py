@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from himap_train.data.encode import Encoder, Sample
 from himap_train.data.feature_store import FeatureStore
 from himap_train.data.images import content_digest, open_image
+from himap_train.data.pixel_modes import Background
 from himap_train.data.records import Conversation, RecordError, Source, changes_with_epoch
 from himap_train.models.families import family_of_processor
 from himap_train.models.families.base import AspectRatio
@@ -69,7 +70,7 @@ class CachedEncoder(Encoder):
             try:
                 found.append({_FEATURES: store.read(digest)})
             except KeyError:
-                open_image(image, where)  # raises RecordError where it is broken, which is why it is not there
+                super()._images(conversation)  # raises RecordError where it is broken, which is why it is not there
                 raise RuntimeError(
                     f"{where}: an image has no features in {store.folder}; it has changed since the run started, or "
                     "files were deleted there. Resume the run (--resume): it computes what is missing"
@@ -120,11 +121,19 @@ class ImagesToEncode(Dataset[tuple[str, dict[str, torch.Tensor] | None]]):
         places: which images.
         processor: the checkpoint's.
         aspect_ratio: as in training.
+        background: as in training.
     """
 
-    def __init__(self, source: Source, places: Sequence[Place], processor: Any, aspect_ratio: AspectRatio) -> None:
+    def __init__(
+        self,
+        source: Source,
+        places: Sequence[Place],
+        processor: Any,
+        aspect_ratio: AspectRatio,
+        background: Background = "white",
+    ) -> None:
         self._source, self._places = source, places
-        self._processor, self._aspect_ratio = processor, aspect_ratio
+        self._processor, self._aspect_ratio, self._background = processor, aspect_ratio, background
 
     def __len__(self) -> int:
         """Number of images."""
@@ -134,7 +143,7 @@ class ImagesToEncode(Dataset[tuple[str, dict[str, torch.Tensor] | None]]):
         """One image."""
         digest, index, position = self._places[number]
         try:
-            image = open_image(self._source[index].images[position], f"record {index}")
+            image = open_image(self._source[index].images[position], f"record {index}", self._background)
             return digest, family_of_processor(self._processor).encode_image(self._processor, image, self._aspect_ratio)
-        except RecordError:
+        except (ValueError, ArithmeticError, MemoryError):  # broken, or too long for the transform: training reports it
             return digest, None

@@ -14,7 +14,7 @@ import numpy as np
 
 from himap_train.data.check_report import DataReport
 from himap_train.data.encode import Encoder
-from himap_train.data.images import image_size
+from himap_train.data.images import image_header
 from himap_train.data.records import Conversation, RecordError, Source
 from himap_train.data.sampling import BatchOrder, padding_waste
 from himap_train.data.tokens import ConversationTokenizer, TokenizedExchange
@@ -81,7 +81,7 @@ def _count(conversation: Conversation, report: DataReport) -> None:
     check_turns(conversation, training=True)
     for image in conversation.images:
         if isinstance(image, Path) and not os.path.isfile(image):  # Path's own raises for a locked folder
-            image_size(image, f"sample {conversation.id!r}")
+            image_header(image, f"sample {conversation.id!r}")
     report.images += len(conversation.images)
     report.text_only += not conversation.images
     report.multi_image += len(conversation.images) > 1
@@ -93,7 +93,10 @@ def _examine(
 ) -> None:
     """Length and image tokens of one record, and whether it fits; RecordError if it cannot be used."""
     where = f"sample {conversation.id!r}"
-    counts = encoder.image_tokens(*(image_size(image, where) for image in conversation.images))
+    headers = [image_header(image, where) for image in conversation.images]
+    counts = encoder.image_tokens(*(size for size, _ in headers))
+    for mode in (mode for _, mode in headers if mode):
+        report.modes[mode] = report.modes.get(mode, 0) + 1
     for count in counts:
         report.image_tokens[count] = report.image_tokens.get(count, 0) + 1
     for exchange in exchanges:

@@ -26,6 +26,7 @@ class DataReport:
         multi_image: scanned records with several.
         answers: answers in the scanned records.
         image_tokens: tokens an image -> number of examined images that take so many.
+        modes: what is unusual about pixels, such as "I;16 (16 bits)" -> number of such images among the examined.
         lengths: (id, tokens) of the examined records, image tokens included.
         token_ids: those of the examined records.
         truncated: ids of examined records that lose questions at the end.
@@ -44,6 +45,7 @@ class DataReport:
     multi_image: int = 0
     answers: int = 0
     image_tokens: dict[int, int] = field(default_factory=dict)
+    modes: dict[str, int] = field(default_factory=dict)
     lengths: list[tuple[str, int]] = field(default_factory=list)
     token_ids: set[int] = field(default_factory=set)
     truncated: list[str] = field(default_factory=list)
@@ -86,6 +88,7 @@ class DataReport:
             f"data {self.name}: {self.records} records, {self.scanned} looked through, {self.examined} tokenized",
             f"  images       {self.images}; records with several {self.multi_image}, text-only {self.text_only}",
             f"  image tokens {tokens} an image",
+            *([f"  pixels       {self._unusual_modes()}"] if self.modes else []),
             f"  answers      {self.answers}",
             f"  length       median {self.percentile(50)}, 95 % up to {self.percentile(95)}, "
             f"longest {self.percentile(100)} tokens (max_length {self.max_length})",
@@ -95,6 +98,10 @@ class DataReport:
             f"  skipped      {len(self.skipped)} of {self.scanned}",
         ]
         return "\n".join(lines + ([self._problems()] if self.skipped else []))
+
+    def _unusual_modes(self) -> str:
+        named = ", ".join(f"{count} {mode}" for mode, count in sorted(self.modes.items()))
+        return f"{sum(self.modes.values())} of {sum(self.image_tokens.values())} examined images are unusual: {named}"
 
     def _expected_padding(self) -> str:
         assert self.padding is not None

@@ -15,6 +15,7 @@ from typing import Any, NotRequired, TypedDict
 import torch
 
 from himap_train.data.images import open_image
+from himap_train.data.pixel_modes import Background, check_background
 from himap_train.data.records import Conversation, RecordError
 from himap_train.data.tokens import ConversationTokenizer, TokenizedExchange
 from himap_train.models.families import family_of_processor
@@ -52,17 +53,23 @@ class Encoder:
         processor: the checkpoint's, from its family.
         max_length: most tokens of a sample, image tokens included; None for no limit.
         image_aspect_ratio: "as_processor", or "pad" to make images square first as LLaVA-1.5 was trained.
+        image_background: colour under transparent images.
 
     Raises:
         ValueError: the processor has no chat template, or its family cannot have images padded.
     """
 
     def __init__(
-        self, processor: Any, max_length: int | None = None, image_aspect_ratio: AspectRatio = "as_processor"
+        self,
+        processor: Any,
+        max_length: int | None = None,
+        image_aspect_ratio: AspectRatio = "as_processor",
+        image_background: Background = "white",
     ) -> None:
         self.processor = processor
         self.max_length = max_length
-        self.image_aspect_ratio = image_aspect_ratio
+        check_background(image_background)
+        self.image_aspect_ratio, self.image_background = image_aspect_ratio, image_background
         self.family = family_of_processor(processor)
         if image_aspect_ratio == "pad" and not self.family.takes_padding:
             raise ValueError(
@@ -177,7 +184,7 @@ class Encoder:
     def _images(self, conversation: Conversation) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
         """Each image as the model takes it, and its number of image tokens."""
         where, family = f"sample {conversation.id!r}", self.family
-        opened = (open_image(image, where) for image in conversation.images)
+        opened = (open_image(image, where, self.image_background) for image in conversation.images)
         with _refused(where):
             images = family.encode_conversation(self.processor, opened, self.image_aspect_ratio)
         return images, [family.image_tokens(self.processor, image) for image in images]
@@ -204,8 +211,10 @@ def _refused(what: str) -> Iterator[None]:
         yield
     except RecordError:
         raise
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise RecordError(f"{what}: {error}") from error
+    except MemoryError as error:
+        raise RecordError(f"{what}: an image does not fit into memory; scale it down") from error
 
 
 def _first(conversation: Conversation, exchanges: int, images: int) -> Conversation:
@@ -221,6 +230,7 @@ def encode_prompt(
     processor: Any,
     max_length: int | None = None,
     image_aspect_ratio: AspectRatio = "as_processor",
+    image_background: Background = "white",
 ) -> Sample:
     """`Encoder.encode_prompt` for a single conversation."""
-    return Encoder(processor, max_length, image_aspect_ratio).encode_prompt(conversation)
+    return Encoder(processor, max_length, image_aspect_ratio, image_background).encode_prompt(conversation)

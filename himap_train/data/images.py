@@ -1,7 +1,7 @@
 """Images: where a record's file may lie, and how it is opened.
 
 Paths come from other people's data, so they are resolved (symbolic links included) and refused when they leave the
-image folder.
+image folder. Only the formats of `FORMATS` are decoded: Pillow would hand others to programs that it finds.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ import hashlib
 import io
 import os
 import re
+import stat
 from functools import lru_cache
 from pathlib import Path
+from typing import get_args
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from himap_train.data.pixel_modes import Background, as_rgb, unusual_mode
 from himap_train.data.records import ImageSource, RecordError
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+
+_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
 _NOT_A_PATH = re.compile(r"data:|[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def resolve_image_path(name: str, folder: Path, where: str, follow_links: bool = False) -> Path:
@@ -69,16 +74,20 @@ def _resolved(folder: Path) -> str:
     return os.path.realpath(folder).rstrip(os.sep)  # "" for the root of the file system
 
 
-def open_image(source: ImageSource, where: str) -> Image.Image:
-    """Decodes one image as RGB, turned upright by its EXIF orientation.
+def open_image(source: ImageSource, where: str, background: Background = "white") -> Image.Image:
+    """Decodes one image as RGB, turned upright by its EXIF orientation, as `pixel_modes.as_rgb` says.
+
+    Args:
+        source: file, bytes of a file, or decoded image.
+        where: the record, for the message.
+        background: colour that lies under what is transparent.
 
     Raises:
         RecordError: missing, not an image, or broken; names the record and the file.
     """
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(_readable(source))
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except _BROKEN as error:
+        return as_rgb(source if isinstance(source, Image.Image) else _opened(source), background)
+    except Exception as error:  # decoders raise many kinds for what is no image
         raise RecordError(f"{where}: {_what_is_wrong(source, error)}") from error
 
 
@@ -88,12 +97,21 @@ def image_size(source: ImageSource, where: str) -> tuple[int, int]:
     Raises:
         RecordError: missing, or the header is not that of an image.
     """
+    return image_header(source, where)[0]
+
+
+def image_header(source: ImageSource, where: str) -> tuple[tuple[int, int], str]:
+    """(width, height), and what is unusual about the pixels ("" for plain colour or grey); see `unusual_mode`.
+
+    Raises:
+        RecordError: missing, or the header is not that of an image.
+    """
     try:
         if isinstance(source, Image.Image):
-            return source.size
-        with Image.open(_readable(source)) as image:
-            return image.size
-    except _BROKEN as error:
+            return source.size, unusual_mode(source)
+        with _opened(source) as image:
+            return image.size, unusual_mode(image)
+    except Exception as error:  # decoders raise many kinds for what is no image
         raise RecordError(f"{where}: {_what_is_wrong(source, error)}") from error
 
 
@@ -104,22 +122,39 @@ def content_digest(source: ImageSource, where: str) -> str:
         RecordError: a file that cannot be read, or pixels that cannot be decoded.
     """
     if isinstance(source, Image.Image):
-        image = open_image(source, where)
-        return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+        digest = hashlib.sha256(f"{source.size}".encode())
+        for background in get_args(Background)[: 1 + source.has_transparency_data]:
+            digest.update(open_image(source, where, background).tobytes())
+        return digest.hexdigest()
     try:
+        if isinstance(source, Path):
+            _require_file(source)
         return hashlib.sha256(source if isinstance(source, bytes) else source.read_bytes()).hexdigest()
-    except OSError as error:
+    except (OSError, ValueError, MemoryError) as error:
         raise RecordError(f"{where}: {_what_is_wrong(source, error)}") from error
 
 
-def _readable(source: Path | bytes) -> Path | io.BytesIO:
-    return io.BytesIO(source) if isinstance(source, bytes) else source
+def _opened(source: Path | bytes) -> Image.Image:
+    """The image with its header read."""
+    if isinstance(source, Path):
+        _require_file(source)
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
 
 
-def _what_is_wrong(source: ImageSource, error: Exception) -> str:
+def _require_file(path: Path) -> None:
+    """Raises OSError for what is no file: opening a pipe would wait for its writer, a device may never end."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = next((kind for is_kind, kind in _KINDS if is_kind(mode)), "a device")
+        raise OSError(f"it is {kind}, expected a file")
+
+
+def _what_is_wrong(source: ImageSource, error: BaseException) -> str:
     name = str(source) if isinstance(source, Path) else "the image stored in the record"
     if isinstance(error, FileNotFoundError):
         return f"image file {name} does not exist; check image_folder and the record's `image`"
     if isinstance(error, UnidentifiedImageError):
-        return f"{name} is not an image file that can be read"
+        return f"{name} is not an image file that can be read; expected {', '.join(FORMATS)}: convert it to one of them"
+    if isinstance(error, MemoryError):
+        return f"{name} does not fit into memory when it is decoded; scale it down"
     return f"{name} is broken ({type(error).__name__}: {error})"

@@ -16,6 +16,7 @@ from himap_train.data.encode import Encoder
 from himap_train.data.feature_store import FeatureStore
 from himap_train.data.lengths import estimate_lengths
 from himap_train.data.loader import BatchLoader, Collate, stream_loader
+from himap_train.data.pixel_modes import Background
 from himap_train.data.records import Source, StreamingSource
 from himap_train.data.sampling import BatchOrder, check_at_least_one, check_same_order
 from himap_train.data.skips import SkipLog
@@ -46,6 +47,7 @@ class LlavaDataModule(LightningDataModule):
         test_limit: test on the first records only.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained; "as_processor" leaves it to the
             checkpoint's image processor, which may cut off the sides.
+        image_background: colour under transparent images: "white", or "black" for drawings in white.
         seed: seed of the order of the training data.
         pad_to_multiple_of: round the length of batches up to a multiple; 8 suits GPUs.
         streaming: read a Hugging Face data set for training without storing it. In the order of the data; a run that is
@@ -77,6 +79,7 @@ class LlavaDataModule(LightningDataModule):
         pad_to_multiple_of: int | None = None,
         streaming: bool = False,
         cache_image_features: bool | str | None = None,
+        image_background: Background = "white",
         processor: Any = None,
     ) -> None:
         super().__init__()
@@ -88,7 +91,7 @@ class LlavaDataModule(LightningDataModule):
         self.max_length, self.image_aspect_ratio = max_length, image_aspect_ratio
         self.num_workers, self.group_by_length, self.max_skipped = num_workers, group_by_length, max_skipped
         self.seed, self.pad_to_multiple_of, self.streaming = seed, pad_to_multiple_of, streaming
-        self.cache_image_features = cache_image_features
+        self.cache_image_features, self.image_background = cache_image_features, image_background
         check_cacheable(cache_image_features, streaming)
         self.image_folder, self.follow_links = image_folder, follow_links
         self._specs = {"train": train, "validation": validation, "test": test}
@@ -125,7 +128,7 @@ class LlavaDataModule(LightningDataModule):
         """
         if self.processor is None:
             raise RuntimeError("LlavaDataModule needs the checkpoint's processor: LlavaDataModule(..., processor=...)")
-        options = (self.processor, self.max_length, self.image_aspect_ratio)
+        options = (self.processor, self.max_length, self.image_aspect_ratio, self.image_background)
         self._encoder = Encoder(*options)
         self._cached_encoder = CachedEncoder(*options) if self.cache_image_features else None
         for split in {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}.get(stage, ()):

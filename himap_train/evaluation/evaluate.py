@@ -13,6 +13,7 @@ from himap_train.checkpoints.finite import require_finite
 from himap_train.checkpoints.scheduled import installed_schedule
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder, Sample
+from himap_train.data.pixel_modes import Background
 from himap_train.data.records import RecordError, Source, StreamingSource
 from himap_train.data.skips import SkipLog
 from himap_train.evaluation.answering import answer_batch, evaluation_mode
@@ -36,6 +37,7 @@ def evaluate(
     metrics: Sequence[str] = ("exact",),
     limit: int | None = None,
     image_aspect_ratio: AspectRatio = "as_processor",
+    image_background: Background = "white",
     max_skipped: int | float = 0.01,
     progress: bool = True,
 ) -> EvaluationResult:
@@ -53,6 +55,7 @@ def evaluate(
         metrics: Names from `METRICS`; the first gives the score.
         limit: Use so many records at most, from the start of the source.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
+        image_background: Colour under transparent images.
         max_skipped: Records that may be unusable: a number, or a fraction below 1. They are reported and not scored.
         progress: Show a bar.
 
@@ -66,7 +69,8 @@ def evaluate(
     base: Any = base_model(model)
     scorers = make_metrics(metrics)
     total = source_length(source, limit)
-    encoder = Encoder(processor, base.config.text_config.max_position_embeddings - max_new_tokens, image_aspect_ratio)
+    longest = base.config.text_config.max_position_embeddings - max_new_tokens
+    encoder = Encoder(processor, longest, image_aspect_ratio, image_background)
     tokens: list[SampleTokens] = []
     predictions: list[Prediction] = []
     skipped = _Skips(total, max_skipped)

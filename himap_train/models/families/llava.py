@@ -12,7 +12,15 @@ from transformers import LlavaProcessor
 
 from himap_train.models.families.base import AspectRatio, Family, Images
 from himap_train.models.families.blocks import TokenBlock
-from himap_train.models.families.pixels import fixed_pixels, is_cropped, model_view, patch_grid, patches_of, tower_flops
+from himap_train.models.families.pixels import (
+    fixed_pixels,
+    is_cropped,
+    model_view,
+    patch_grid,
+    patches_of,
+    require_fixed_bounded,
+    tower_flops,
+)
 from himap_train.models.versions import asked_states, feature_layers
 from himap_train.pruning.places import TokenGrid
 
@@ -56,7 +64,7 @@ class Llava(Family):
     def load_processor(self, folder: str, config: Any) -> LlavaProcessor:
         """The stock one; facts about image tokens that old checkpoints leave out come from the model's config."""
         processor = LlavaProcessor.from_pretrained(folder)
-        set_missing(processor, config)
+        set_missing(processor, folder, config)
         return processor
 
     def encode_image(self, processor: Any, image: Image.Image, aspect_ratio: AspectRatio) -> dict[str, Tensor]:
@@ -70,6 +78,7 @@ class Llava(Family):
 
     def tokens_of_size(self, processor: Any, size: tuple[int, int], aspect_ratio: AspectRatio) -> int:
         """Those of a blank image of this size, or of any size where the processor makes all alike."""
+        require_fixed_bounded(size, processor.image_processor, aspect_ratio)
         if aspect_ratio == "pad" or is_cropped(processor.image_processor):
             size = (8, 8)
         return self.image_tokens(processor, self.encode_image(processor, Image.new("RGB", size), aspect_ratio))
@@ -120,13 +129,14 @@ def mlp_flops(config: Any, features: int) -> tuple[float, float]:
     return 2.0 * features * joined * config.vision_config.hidden_size * width, 2.0 * features * width**2
 
 
-def set_missing(processor: Any, config: Any) -> None:
-    """Give a stock processor the facts about image tokens that its files leave out."""
+def set_missing(processor: Any, folder: str, config: Any) -> None:
+    """Give a stock processor the facts about image tokens that its files in `folder` leave out: 0 is a fact."""
+    written, _ = type(processor).get_processor_dict(folder)
     defaults: dict[str, Any] = {
         "patch_size": config.vision_config.patch_size,
         "vision_feature_select_strategy": select_strategy(config),
         "num_additional_image_tokens": int(has_class_token(config)),
     }
     for name, value in defaults.items():
-        if not getattr(processor, name, None):
+        if written.get(name) is None:
             setattr(processor, name, value)

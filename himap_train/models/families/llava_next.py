@@ -45,7 +45,7 @@ class LlavaNext(Family):
     def load_processor(self, folder: str, config: Any) -> LlavaNextProcessor:
         """The stock one; facts about image tokens that old checkpoints leave out come from the model's config."""
         processor = LlavaNextProcessor.from_pretrained(folder)
-        set_missing(processor, config)
+        set_missing(processor, folder, config)
         return processor
 
     def encode_image(self, processor: Any, image: Image.Image, aspect_ratio: AspectRatio) -> dict[str, Tensor]:

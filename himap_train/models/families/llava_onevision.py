@@ -14,7 +14,7 @@ from himap_train.models.families.anyres import TYPICAL, Anyres, of_crops, pinpoi
 from himap_train.models.families.base import AspectRatio, Family, Images, VisionSizes
 from himap_train.models.families.blocks import TokenBlock
 from himap_train.models.families.llava import has_class_token, mlp_flops, overview_tokens
-from himap_train.models.families.pixels import patches_of, tower_flops
+from himap_train.models.families.pixels import patches_of, require_bounded, tower_flops
 from himap_train.models.families.processing import PartsProcessor, load_tokenizer
 from himap_train.pruning.places import TokenGrid
 
@@ -77,6 +77,8 @@ class LlavaOnevision(Family):
         together = list(images)
         if not together:
             return []
+        if len(together) > 1:
+            _require_bounded_squares([image.size for image in together])
         made = processor.image_processor([together], return_tensors="pt")
         return [
             {
@@ -100,6 +102,7 @@ class LlavaOnevision(Family):
     def tokens_of_sizes(self, processor: Any, sizes: Sequence[tuple[int, int]], aspect_ratio: AspectRatio) -> list[int]:
         """One crop and its newline each where there are several."""
         if len(sizes) > 1:
+            _require_bounded_squares(sizes)
             return [int(processor.settings["overview"]) + 1] * len(sizes)
         return super().tokens_of_sizes(processor, sizes, aspect_ratio)
 
@@ -146,6 +149,12 @@ def _cut_of_config(config: Any) -> Anyres:
 def _cut(processor: Any) -> Anyres:
     parts, settings = processor.image_processor, processor.settings
     return Anyres(pinpoints_of(parts), tile_of(parts), settings["side"], settings["most"])
+
+
+def _require_bounded_squares(sizes: Sequence[tuple[int, int]]) -> None:
+    """Raises ValueError where an image of several is too long to be padded to a square."""
+    for size in sizes:
+        require_bounded(size, (max(size), max(size)), "padded to")
 
 
 def _side(config: Any) -> int:

@@ -12,6 +12,20 @@ from torch import Tensor
 
 from himap_train.models.families.base import AspectRatio
 
+MAX_PIXELS = 2**27
+"""Most pixels that a picture may have on its way to a tower: 400 MB. A strip of 100000 x 1 would take 30 GB as a square
+and several where its short side is made as long as a tower's.
+"""
+
+
+def require_bounded(size: tuple[int, int], made: tuple[int, int], how: str) -> None:
+    """Raises ValueError where a picture of `size` (width, height) would be `made` larger than MAX_PIXELS."""
+    if made[0] * made[1] > MAX_PIXELS:
+        raise ValueError(
+            f"an image of {size[0]} x {size[1]} pixels would be {how} {made[0]} x {made[1]}, and {MAX_PIXELS} pixels "
+            "are the limit; cut it, or scale it down"
+        )
+
 
 def pad_to_square(image: Image.Image, image_mean: Sequence[float]) -> Image.Image:
     """The shorter side padded on both ends with the mean colour, as LLaVA-1.5 does ("expand2square")."""
@@ -19,6 +33,7 @@ def pad_to_square(image: Image.Image, image_mean: Sequence[float]) -> Image.Imag
     if width == height:
         return image
     side = max(width, height)
+    require_bounded(image.size, (side, side), "padded to")
     canvas = Image.new("RGB", (side, side), tuple(int(channel * 255) for channel in image_mean))
     canvas.paste(image, ((side - width) // 2, (side - height) // 2))
     return canvas
@@ -33,8 +48,18 @@ def fixed_pixels(image: Image.Image, image_processor: Any, aspect_ratio: AspectR
         image = pad_to_square(image, image_processor.image_mean)
     elif aspect_ratio != "as_processor":
         raise ValueError(f"image_aspect_ratio is {aspect_ratio!r}; expected 'as_processor' or 'pad'")
+    require_fixed_bounded(image.size, image_processor, "as_processor")
     pixels: Tensor = image_processor([image], return_tensors="pt")["pixel_values"]
     return pixels
+
+
+def require_fixed_bounded(size: tuple[int, int], image_processor: Any, aspect_ratio: AspectRatio) -> None:
+    """Raises ValueError where `fixed_pixels` would make too many pixels of an image of this (width, height)."""
+    long, short = max(size), min(size)
+    if aspect_ratio == "pad":
+        require_bounded(size, (long, long), "padded to")
+    elif getattr(image_processor, "do_resize", True) and (edge := image_processor.size.get("shortest_edge")):
+        require_bounded(size, (size[0] * edge // short, size[1] * edge // short), "scaled to")
 
 
 def is_cropped(image_processor: Any) -> bool:

@@ -46,6 +46,7 @@ class EvaluationSettings:
             "metrics": self.metrics,
             "limit": limit,
             "image_aspect_ratio": data.image_aspect_ratio,
+            "image_background": data.image_background,
             "max_skipped": data.max_skipped,
         }
 

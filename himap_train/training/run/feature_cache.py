@@ -5,7 +5,8 @@ modules in every step, and what does not fit on the disk is known before the fir
 work; the folder may be shared by runs and machines, and what a killed run has written is not computed again.
 
 The features are those of one tower and one way of preprocessing: each has a subfolder, named by a digest of the tower's
-tensors, the image processor's settings, `image_aspect_ratio`, precision, feature layers and selection.
+tensors, the image processor's settings, `image_aspect_ratio`, `image_background`, precision, feature layers and
+selection.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def _store(trainer: Trainer, base: Any, data: LlavaDataModule) -> FeatureStore:
     family = family_of(base)
     blank = family.tower_features(base, family.empty_images(base))[0]
     facts = tower_facts(base, data.processor.image_processor, data.image_aspect_ratio, str(trainer.precision))
-    facts["dtype"] = str(blank.dtype)
+    facts |= {"dtype": str(blank.dtype), "image_background": data.image_background}
     wanted = data.cache_image_features
     root = Path(trainer.default_root_dir) / FOLDER if wanted is True else Path(str(wanted))
     store = FeatureStore(root / facts_key(facts), blank.shape[0], blank.shape[1], blank.dtype)
@@ -163,7 +164,7 @@ def _compute(
     """
     own = missing[trainer.global_rank :: trainer.world_size]
     calls = -(-len(missing[:: trainer.world_size]) // _BATCH)
-    images = ImagesToEncode(source, own, data.processor, data.image_aspect_ratio)
+    images = ImagesToEncode(source, own, data.processor, data.image_aspect_ratio, data.image_background)
     batches, ready = iter(_loader(images, data)), dict[str, torch.Tensor]()
     written: list[str] = []
     failure: str | None = None

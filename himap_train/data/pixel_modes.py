@@ -1,0 +1,92 @@
+"""Any picture as RGB with 8 bits a channel: more bits are scaled down, not cut off, and transparency gets a background.
+
+What Pillow's own `convert("RGB")` does instead: 16 bits become white, floats in [0, 1] black, and transparent pixels
+whatever colour is stored under them, which is black in most drawings.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import numpy as np
+from PIL import Image, ImageOps
+
+Background = Literal["white", "black"]
+"""What lies under transparent pixels."""
+
+_DEPTHS = (8, 16, 31)  # bits of a grey value in mode I: the fewest that hold the brightest
+_BITS_PER_SAMPLE = 258  # tag of TIFF
+
+
+def check_background(background: str) -> None:
+    """Raises ValueError for what is no `Background`."""
+    if background not in get_args(Background):
+        raise ValueError(f"image_background is {background!r}; expected one of {', '.join(get_args(Background))}")
+
+
+def as_rgb(image: Image.Image, background: Background = "white") -> Image.Image:
+    """RGB, turned upright by the EXIF orientation.
+
+    Grey of 9 to 16 bits is scaled by its bit depth. Grey of 32 bits (mode I, which does not say how many are used) is
+    taken for 8, 16 or 31 bits, the fewest that hold the brightest pixel; floats for [0, 1], [0, 255] or [0, 65535] in
+    the same way. Transparency, that of palettes too, is composited on `background`.
+
+    Raises:
+        ValueError: Floats beyond 65535 or none that is finite, whose range nothing tells; a mode without RGB (LAB).
+    """
+    bits = _bits(image)
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        return _grey(_values(image), 2**bits - 1)
+    if image.mode == "I":
+        values = _values(image)
+        most = values.max(initial=0) if bits > 16 else 2**bits - 1
+        return _grey(values, next((2**depth - 1 for depth in _DEPTHS if most < 2**depth), 2**31 - 1))
+    if image.mode == "F":
+        return _grey(*_float_range(_values(image)))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    above = image.convert("RGBA")
+    canvas = Image.new("RGBA", above.size, background)
+    canvas.alpha_composite(above)
+    return canvas.convert("RGB")
+
+
+def unusual_mode(image: Image.Image) -> str:
+    """What is not plain about the pixels of an opened image, from its header; "" for RGB, grey and palettes of 8 bits
+    without transparency.
+    """
+    if image.mode.startswith(("I", "F")):
+        return f"{image.mode} ({_bits(image)} bits)"
+    if image.has_transparency_data:
+        return f"{image.mode} with transparency"
+    return "" if image.mode in ("RGB", "L", "P") else image.mode
+
+
+def _bits(image: Image.Image) -> int:
+    """Bits of a grey value: as a TIFF says, 16 in other files that have more than 8, 32 where there is no file."""
+    found: Any = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE)
+    if found:
+        return int(found[0])
+    return 16 if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")) else 32
+
+
+def _values(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=np.float32)
+
+
+def _float_range(values: np.ndarray) -> tuple[np.ndarray, float]:
+    """Values without those that are not finite, and the one that is white."""
+    finite = np.isfinite(values)
+    most = values[finite].max(initial=-np.inf)
+    white = next((white for white in (1.0, 255.0, 65535.0) if most <= white), None)
+    if white is None or not finite.any():
+        raise ValueError(f"float pixels up to {most:g}, expected at most 1, 255 or 65535; convert it to 8 bits")
+    return np.where(finite, values, 0), white
+
+
+def _grey(values: np.ndarray, white: float) -> Image.Image:
+    """Grey values, of which `white` is the brightest."""
+    return Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8), "L").convert("RGB")
