@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from himap_train.data.cached import CachedEncoder, ImagesToEncode
 from himap_train.data.check import check_source
 from himap_train.data.encode import Encoder
 from himap_train.data.feature_store import FeatureStore
+from himap_train.data.huggingface import parse_row
 from himap_train.data.images import content_digest, image_header, image_size, open_image
 from himap_train.data.records import RecordError
 from himap_train.data.sources import open_source
@@ -112,6 +114,18 @@ def test_transparency_is_laid_on_white_or_black(mode: str) -> None:
     assert [open_image(image, "x").getpixel(at) for at in ((2, 2), (20, 20))] == [(255,) * 3, (0,) * 3]
     assert open_image(image, "x", "black").getextrema() == ((0, 0),) * 3
     assert "with transparency" in image_header(image, "x")[1]
+
+
+def test_the_transparent_grey_of_a_16_bit_png() -> None:
+    grey = Image.fromarray(np.array([[0, 40000]], np.uint16))
+    png = bytearray(as_file(grey, "PNG"))
+    chunk = b"tRNS" + (0).to_bytes(2, "big")
+    at = png.index(b"IDAT") - 4
+    png[at:at] = (2).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    for background, shown in (("white", 255), ("black", 0)):
+        found = open_image(bytes(png), "x", background)  # type: ignore[arg-type]
+        assert [found.getpixel((x, 0))[0] for x in (0, 1)] == [shown, 156]
+    assert image_header(bytes(png), "x")[1] == "I;16 (16 bits) with transparency"
 
 
 def test_half_transparent_pixels_are_mixed() -> None:
@@ -288,3 +302,9 @@ def test_zero_additional_image_tokens_are_a_fact_of_the_processor(name: str, tmp
         content = {**written, "num_additional_image_tokens": value}
         file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
         assert load_llava(tmp_path)[1].num_additional_image_tokens == expected
+
+
+def test_a_record_called_zero_keeps_its_name() -> None:
+    row: dict[str, Any] = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    names = [parse_row({**row, **named}, 3, "mine", None).id for named in ({"id": 0}, {"id": ""}, {})]
+    assert names == ["0", "3", "3"]

@@ -103,7 +103,7 @@ def parse_row(
         RecordError: the row cannot be used; names data set, row and column.
     """
     where = f"data set {name}, row {index}"
-    key = record_name(row.get("id") or None, index, where)
+    key = record_name(None if row.get("id") == "" else row.get("id"), index, where)
     where = f"{where} (id {key!r:.60})"
     turns, indices = _turns(row, where)
     column = next((c for c in IMAGE_COLUMNS if row.get(c) is not None), None)

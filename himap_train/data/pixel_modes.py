@@ -37,7 +37,11 @@ def as_rgb(image: Image.Image, background: Background = "white") -> Image.Image:
     bits = _bits(image)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):
-        return _grey(_values(image), 2**bits - 1)
+        values, clear = _values(image), image.info.get("transparency")
+        grey = _grey(values, 2**bits - 1)
+        if clear is not None:  # of a PNG: the one value that is transparent
+            grey.paste(background, mask=Image.fromarray(values == clear))
+        return grey
     if image.mode == "I":
         values = _values(image)
         most = values.max(initial=0) if bits > 16 else 2**bits - 1
@@ -58,11 +62,10 @@ def unusual_mode(image: Image.Image) -> str:
     """What is not plain about the pixels of an opened image, from its header; "" for RGB, grey and palettes of 8 bits
     without transparency.
     """
-    if image.mode.startswith(("I", "F")):
-        return f"{image.mode} ({_bits(image)} bits)"
+    mode = f"{image.mode} ({_bits(image)} bits)" if image.mode.startswith(("I", "F")) else image.mode
     if image.has_transparency_data:
-        return f"{image.mode} with transparency"
-    return "" if image.mode in ("RGB", "L", "P") else image.mode
+        return f"{mode} with transparency"
+    return "" if mode in ("RGB", "L", "P") else mode
 
 
 def _bits(image: Image.Image) -> int:

@@ -58,7 +58,9 @@ def require_fixed_bounded(size: tuple[int, int], image_processor: Any, aspect_ra
     long, short = max(size), min(size)
     if aspect_ratio == "pad":
         require_bounded(size, (long, long), "padded to")
-    elif getattr(image_processor, "do_resize", True) and (edge := image_processor.size.get("shortest_edge")):
+        return
+    scaled = getattr(image_processor, "do_resize", True) and not image_processor.size.get("longest_edge")
+    if scaled and (edge := image_processor.size.get("shortest_edge")):
         require_bounded(size, (size[0] * edge // short, size[1] * edge // short), "scaled to")
 
 
