@@ -114,11 +114,16 @@ def write_failure(error: BaseException) -> OSError | None:
     return None
 
 
+_LONGEST = 1400
+"""Characters of a message: a path of 5000 is not shown whole."""
+
+
 def told(error: BaseException) -> str:
     """The message of an error; where something else than this module failed to write, with what was kept."""
     failure = write_failure(error) if isinstance(error, OSError) else None
     if failure is None:
-        return str(error)
+        text = str(error)
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 4 :]}"
     refused = failure.errno in _NOT_ALLOWED
     way_out = "Give this user access, or choose another folder" if refused else "Free some space"
     return f"{error}. What was saved before, checkpoints and results, is as it was. {way_out}, and start again"
