@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from naive_methods import by_windows, coverage_order, dart_order, square_places
+from naive_methods import by_windows, coverage_order, dart_order, over_window_means, square_places
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -203,6 +203,8 @@ def dropped_tokens(
             order = sorted(current, key=lambda p: p not in stay)
         else:
             scores = naive_scores(stage.method.name, weights, current, text, count)
+            if stage.method.name == "image_stratified":
+                scores = over_window_means(stage.method.window, square_places(is_image), scores)
             order = sorted(current, key=lambda p: (p not in protected, -scores[p], p))
             if window := getattr(stage.method, "window", 0):
                 order = by_windows(window, square_places(is_image), scores, protected)
@@ -262,7 +264,7 @@ def naive_scores(criterion: str, weights: Tensor, image: list[int], text: list[i
         return {p: float((i + 1) * count // n > i * count // n) for i, p in enumerate(image)}
     if criterion == "image_debiased":
         return {p: sum(float(weights[row, p]) for row in image) / sum(row >= p for row in image) for p in image}
-    rows = {"instruction": text, "last_token": text[-1:], "image": image}[criterion]
+    rows = {"instruction": text, "last_token": text[-1:], "image": image, "image_stratified": image}[criterion]
     return {p: sum(float(weights[row, p]) for row in rows) for p in image}
 
 

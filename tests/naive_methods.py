@@ -69,6 +69,16 @@ def by_windows(side: int, places: dict[int, tuple[int, int, int]], scores: dict[
     return sorted(scores, key=lambda p: (p not in first, round(share[p], 6), -scores[p], p))
 
 
+def over_window_means(side: int, places: dict[int, tuple[int, int, int]], scores: dict[int, float]) -> dict[int, float]:
+    """Each token's score over the mean of those in its window."""
+
+    def window(p: int) -> tuple[int, int, int]:
+        return places[p][0], places[p][1] // side, places[p][2] // side
+
+    together = {p: [scores[q] for q in scores if window(q) == window(p)] for p in scores}
+    return {p: scores[p] * len(together[p]) / sum(together[p]) for p in scores}
+
+
 def square_places(is_image: Tensor) -> dict[int, tuple[int, int, int]]:
     """Image, row and column of each image token, of images that are squares, or else one row."""
     places, start = {}, 0

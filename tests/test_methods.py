@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from naive import even_runs, farthest_first
 from tiny import tiny_llava
 
-from himap_train import Count, Mass, PruningSchedule, PruningStage, Ratio, install_pruning, record_pruning
+from himap_train import Count, Mass, PruningSchedule, PruningStage, Ratio, install_pruning, load_llava, record_pruning
+from himap_train.data.scene_questions import SceneQuestions
 from himap_train.pruning import methods
 from himap_train.pruning.layout import build_layout
 from himap_train.pruning.methods import METHODS, read_method
@@ -25,7 +26,7 @@ from himap_train.pruning.methods.base import Reads, Seen, with_scores
 from himap_train.pruning.methods.divprune import farthest_first as batched_farthest_first
 from himap_train.pruning.places import Places, TokenGrid
 
-NEW = ("first-k", "divprune", "average-pool", "coverage", "dart")
+NEW = ("first-k", "divprune", "average-pool", "coverage", "dart", "image_stratified")
 NO_ATTENTION = [name for name, method in METHODS.items() if method.reads in (Reads.STATES, Reads.NOTHING)]
 
 
@@ -73,6 +74,7 @@ def test_all_that_there_is_changes_nothing() -> None:
         {"name": "coverage", "image_weight": 0, "text_temperature": 0.1},
         *({"name": name, "window": 2} for name in ("instruction", "last_token", "image", "image_debiased")),
         {"name": "image", "window": 3},
+        {"name": "image_stratified", "window": 2},
         {"name": "dart", "image_pivots": 2, "text_pivots": 0},
         {"name": "dart", "image_pivots": 1, "text_pivots": 4},
         {"name": "coverage", "text_weight": 2.0, "text_temperature": 0.05, "image_temperature": 0.5},
@@ -185,6 +187,10 @@ def test_parameters_are_fields(monkeypatch: pytest.MonkeyPatch) -> None:
             "image: window is -2; expected the side of a window",
         ),
         (
+            {"layer": 2, "criterion": {"name": "image_stratified", "window": 0}, "keep_ratio": 0.5},
+            "image_stratified: window is 0; expected 1 or more",
+        ),
+        (
             {"layer": 2, "criterion": {"name": "image", "window": 2}, "keep": Mass(0.9)},
             "chooses by more than its scores, so there is no mass to keep",
         ),
@@ -226,7 +232,7 @@ def test_costs_of_choosing_count() -> None:
     assert extra["coverage"] == 2 * 120 * 100 * 64
     assert extra["dart"] == 2 * 15 * 100 * 64
     assert extra["instruction"] == 2 * 20 * 120 * 64 and extra["last_token"] == 2 * 120 * 64
-    assert extra["image"] == extra["image_debiased"] == 2 * 100 * 120 * 64
+    assert extra["image"] == extra["image_debiased"] == extra["image_stratified"] == 2 * 100 * 120 * 64
     assert extra["random"] == extra["uniform"] == 0
     first = schedule((0, "divprune", 0.25)).cost(config, 100, 20)
     assert first.image_tokens_per_layer == (25,) * 8
@@ -295,6 +301,34 @@ def test_windows_of_a_picture_keep_alike() -> None:
         numbers = [int(stay[block].sum()) for block in blocks]
         assert sum(numbers) == kept and max(numbers) - min(numbers) <= 1
         assert all(grid[block][stay[block]].min() > grid[block][~stay[block]].max() for block in blocks)
+
+
+def test_a_choice_by_region_is_not_one_by_position() -> None:
+    """Overlap with the first and the last k of 144 tokens on the embedded model, 22 of them kept: chance is .15."""
+    model, processor = load_llava("embedded")
+    questions = [SceneQuestions("validation", scenes=6, seed=3)[number] for number in range(6)]
+    image_id = model.config.image_token_id
+
+    def overlap(criterion: str, layer: int) -> tuple[float, float]:
+        install_pruning(model, schedule((layer, criterion, 22)))
+        first, last = [], []
+        for question in questions:
+            text = question.turns[0].text.removeprefix("<image>\n")
+            content = [{"type": "image"}, {"type": "text", "text": text}]
+            prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            inputs = processor(text=prompt, images=question.images[0], return_tensors="pt")
+            with torch.no_grad(), record_pruning(model) as trace:
+                model(**inputs)
+            columns = (inputs["input_ids"][0] == image_id).nonzero()[:, 0].tolist()
+            kept = {columns.index(column) for column in trace.kept[0][0].tolist() if column in columns}
+            first.append(len(kept & set(range(22))) / 22)
+            last.append(len(kept & set(range(122, 144))) / 22)
+        return sum(first) / len(first), sum(last) / len(last)
+
+    for layer in (1, 2):
+        assert overlap("first-k", layer) == (1.0, 0.0)
+        assert max(overlap("image", layer)) > 0.5 and max(overlap("image_debiased", layer)) > 0.4
+        assert max(overlap("image_stratified", layer)) < 0.3
 
 
 def test_scores_are_of_no_use_where_a_set_is_chosen() -> None:

@@ -47,11 +47,27 @@ def windows(layout: TokenLayout, side: int) -> Tensor:
     return number.masked_fill(~layout.image, -1)
 
 
+def over_mean(scores: Tensor, layout: TokenLayout, side: int) -> Tensor:
+    """Scores (B, L), not negative, of image tokens over the mean of their windows', of `side` tokens."""
+    window, order = windows(layout, side).sort(dim=1, stable=True)
+    first, last = _bounds(window)
+    sums = pad(scores.gather(1, order).cumsum(1, dtype=torch.float64), (1, 0))
+    mean = (sums.gather(1, last + 1) - sums.gather(1, first)) / (last - first + 1)
+    mean = torch.zeros_like(scores).scatter(1, order, mean.to(scores.dtype))
+    return scores / mean.clamp(min=torch.finfo(scores.dtype).tiny)
+
+
 def _shares(window: Tensor) -> Tensor:
     """Of windows side by side, (B, L): the middle of each token's place, as a share of its window."""
+    first, last = _bounds(window)
+    return (torch.arange(window.shape[1], device=window.device) - first + 0.5) / (last - first + 1)
+
+
+def _bounds(window: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last column of the window of each of the windows side by side: (B, L) long."""
     columns = torch.arange(window.shape[1], device=window.device).expand_as(window)
     starts = pad(window[:, 1:] != window[:, :-1], (1, 0), value=True)
     ends = pad(starts[:, 1:], (0, 1), value=True)
     first = torch.where(starts, columns, 0).cummax(1).values
     last = torch.where(ends, columns, window.shape[1]).flip(1).cummin(1).values.flip(1)
-    return (columns - first + 0.5) / (last - first + 1)
+    return first, last

@@ -13,6 +13,7 @@ from himap_train.pruning.methods.divprune import DivPrune
 from himap_train.pruning.methods.first_k import FirstK
 from himap_train.pruning.methods.image import ByImage
 from himap_train.pruning.methods.image_debiased import ImageDebiased
+from himap_train.pruning.methods.image_stratified import ImageStratified
 from himap_train.pruning.methods.instruction import Instruction
 from himap_train.pruning.methods.last_token import LastToken
 from himap_train.pruning.methods.random import Random
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
         Instruction,
         ByImage,
         ImageDebiased,
+        ImageStratified,
         LastToken,
         Random,
         Uniform,
