@@ -130,7 +130,7 @@ def mlp_flops(config: Any, features: int) -> tuple[float, float]:
 
 
 def set_missing(processor: Any, folder: str, config: Any) -> None:
-    """Give a stock processor the facts about image tokens that its files in `folder` leave out: 0 is a fact."""
+    """Give a stock processor the facts about image tokens that its files leave out: 0 is one where it fits the model."""
     written, _ = type(processor).get_processor_dict(folder)
     defaults: dict[str, Any] = {
         "patch_size": config.vision_config.patch_size,
@@ -140,3 +140,6 @@ def set_missing(processor: Any, folder: str, config: Any) -> None:
     for name, value in defaults.items():
         if written.get(name) is None:
             setattr(processor, name, value)
+    if not processor.num_additional_image_tokens:  # stock code also writes 0 where the number was never known
+        dropped = int(processor.vision_feature_select_strategy == "default")
+        processor.num_additional_image_tokens = overview_tokens(config) + dropped - patches_of(config.vision_config)
