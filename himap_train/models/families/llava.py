@@ -130,7 +130,7 @@ def mlp_flops(config: Any, features: int) -> tuple[float, float]:
 
 
 def set_missing(processor: Any, folder: str, config: Any) -> None:
-    """Give a stock processor the facts about image tokens that its files leave out: 0 is one where it fits the model."""
+    """Give a stock processor what its files leave out about image tokens; 0 counts where it fits the model."""
     written, _ = type(processor).get_processor_dict(folder)
     defaults: dict[str, Any] = {
         "patch_size": config.vision_config.patch_size,
