@@ -60,7 +60,7 @@ def end_with(parser: ArgumentParser, message: str) -> NoReturn:
 
 
 def check_config_files(options: Sequence[str]) -> None:
-    """Read the files of `--config` as plain data within bounds, before the parser does.
+    """Read the YAML files that options name as plain data within bounds, before the parser does.
 
     Raises:
         FileNotFoundError: There is none.
@@ -68,8 +68,10 @@ def check_config_files(options: Sequence[str]) -> None:
     """
     for option, after in zip(options, [*options[1:], ""], strict=True):
         name, _, value = option.partition("=")
-        if name in ("--config", "-c"):
-            read_yaml(Path(value or after))
+        file = value or ("" if after.startswith(("-", "{")) else after)
+        group = name.startswith("--") and file.endswith((".yaml", ".yml")) and Path(file).exists()  # --model x.yaml
+        if group or (file and name in ("--config", "-c")):
+            read_yaml(Path(file))
 
 
 def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> int:

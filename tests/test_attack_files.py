@@ -99,6 +99,7 @@ SCHEDULES: dict[str, tuple[str, str]] = {
     "criterion a list": ("stages: [{layer: 2, criterion: [image], keep_ratio: 0.5}]", "x.yaml .*criterion .* unknown"),
     "criterion null": ("stages: [{layer: 2, criterion: null, keep_ratio: 0.5}]", "x.yaml .*has no criterion"),
     "count as text": ("stages: [{layer: 2, criterion: image, keep_count: x}]", "x.yaml .*keep_count is 'x'"),
+    "count 10**20": (f"stages: [{{layer: 2, criterion: image, keep_count: {10**20}}}]", "x.yaml .*keep_count is 10+;"),
     "count 1.5": ("stages: [{layer: 2, criterion: image, keep_count: 1.5}]", "x.yaml .*keep_count is 1.5"),
     "mass a list": ("stages: [{layer: 2, criterion: image, keep: [0.9]}]", r"x.yaml .*keep is \[0.9\]; expected a map"),
     "mass as text": ("stages: [{layer: 2, criterion: image, keep: {mass: x}}]", "x.yaml .*mass is 'x'"),
@@ -217,6 +218,7 @@ ADAPTERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "alpha as text": (adapter("lora_alpha", "16"), "`lora_alpha` is str '16'; expected a number above 0"),
     "alpha NaN": (adapter("lora_alpha", float("nan")), "`lora_alpha` is float nan"),
     "alpha 0": (adapter("lora_alpha", 0), "`lora_alpha` is int 0; expected a number above 0"),
+    "rank missing": (adapter("r", ...), "size mismatch|shape|no key `r`"),
     "rank 0": (adapter("r", 0), "`r` is int 0; expected a whole number above 0"),
     "rank 4.5": (adapter("r", 4.5), "`r` is float 4.5; expected a whole number above 0"),
     "rank true": (adapter("r", True), "`r` is bool True"),
@@ -291,6 +293,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "state_dict a list": (checkpoint(lambda c: c.update(state_dict=[1])), "x.ckpt: `state_dict` is list"),
     "state_dict of text": (checkpoint(lambda c: c.update(state_dict={"a": "b"})), "`state_dict.a` is str 'b'"),
     "no facts": (checkpoint(lambda c: c.pop("himap_adapter") and None), "no 'himap_adapter'"),
+    "state_dict empty": (checkpoint(lambda c: c.update(state_dict={})), "x.ckpt: `state_dict` is empty"),
     "facts as text": (checkpoint(lambda c: c.update(himap_adapter="x")), "`himap_adapter` is str 'x'; expected a map"),
     "facts null": (checkpoint(lambda c: c.update(himap_adapter=None)), "`himap_adapter` is empty"),
     "facts empty": (checkpoint(lambda c: c.update(himap_adapter={})), "`himap_adapter` has no key `peft`"),
@@ -328,10 +331,28 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "decoder a list": (edited("model/config.json", "text_config", []), "`text_config` is list"),
     "layers as text": (edited("model/config.json", "text_config.num_hidden_layers", "six"), "num_hidden_layers"),
+    "layers 10**8": (
+        edited("model/config.json", "text_config.num_hidden_layers", 10**8),
+        "`text_config.num_hidden_",
+    ),
+    "tower of 10**8": (
+        edited("model/config.json", "vision_config.num_hidden_layers", 10**8),
+        "`vision_config.num_hidd",
+    ),
+    "rows 10**12": (edited("model/config.json", "text_config.vocab_size", 10**12), "`text_config.vocab_size` is int 1"),
+    "tower's layer": (edited("model/config.json", "vision_feature_layer", 99), "`vision_feature_layer` is 99"),
+    "activation": (edited("model/config.json", "text_config.hidden_act", "zz"), "`text_config.hidden_act` is str 'zz'"),
+    "image token": (edited("model/config.json", "image_token_id", 7), "writes images as token 4, and .* is 7"),
+    "image token, text": (edited("model/config.json", "image_token_id", "x"), "`image_token_id` is str 'x'"),
+    "patch as text": (edited("model/processor_config.json", "patch_size", "x"), "`patch_size` is str 'x'"),
+    "patch 0": (edited("model/processor_config.json", "patch_size", 0), "`patch_size` is int 0"),
     "layers -1": (edited("model/config.json", "text_config.num_hidden_layers", -1), "model"),
     "width 0": (edited("model/config.json", "text_config.hidden_size", 0), "model"),
     "heads 0": (edited("model/config.json", "text_config.num_attention_heads", 0), "model"),
-    "another width": (edited("model/config.json", "text_config.hidden_size", 64), "model"),
+    "another width": (
+        edited("model/config.json", "text_config.hidden_size", 64),
+        "model has .* weights of other shapes .*first is .*weight",
+    ),
     "architectures": (edited("model/config.json", "architectures", "LlavaX"), "`architectures` is str"),
     "himap as text": (edited("model/config.json", "himap", "himap"), "config.json: `himap` is str 'himap'"),
     "himap a list": (edited("model/config.json", "himap", [1]), "config.json: `himap` is list"),
@@ -528,6 +549,27 @@ def test_a_group_in_a_file_of_its_own(group: str, tmp_path: Path, capsys: pytest
         refused(capsys, f"{group}|x.yaml", "finetune", f"--{group}", tmp_path / "x.yaml")
 
 
+@pytest.mark.parametrize("group", ["model", "data", "trainer", "pruning", "evaluation"])
+def test_a_group_that_is_no_mapping(group: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "x.yaml"
+    for value in ("5", "[1]", "null", "text"):
+        file.write_text(f"{group}: {value}")
+        refused(capsys, f"error: .*{group}", "finetune", "--config", file)
+        refused(capsys, f"error: .*{group}", "plan", "--config", file)
+    file.write_bytes(b"\x80\x81")
+    refused(capsys, "x.yaml is not UTF-8", "finetune", f"--{group}", file)
+    refused(capsys, "config", "finetune", "--config")
+
+
+def test_merging_what_does_not_fit(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line, and nothing is taken for granted that `adapter_config.json` does not say."""
+    options = ("--checkpoint", folder / "adapter", "--output", "never", "--no_check=true")
+    weights(lambda tensors: tensors.update({first(tensors): torch.zeros(4, 5)}))(folder)
+    refused(capsys, r"does not fit .*model: \S+: \(\d+, 5\) here, \(\d+, \d+\) in the base\n$", "export", *options)
+    adapter("r", ...)(folder)
+    refused(capsys, "adapter_config.json: no key `r`", "export", *options)
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_bad_adapter(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spoil, message = ADAPTERS[name]
@@ -611,7 +653,10 @@ def test_pickles_of_the_hub_are_not_run(folder: Path) -> None:
 
 def test_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("stages: [{layer: 2, criterion: image, keep_ratio: 1e-1}]")
-    assert read_schedule(tmp_path / "x.yaml").stages[0].keep_ratio == 0.1
+    found = read_schedule(tmp_path / "x.yaml")
+    assert found.stages[0].keep_ratio == 0.1
+    (tmp_path / "x.json").write_text(json.dumps(found.to_dict()))
+    assert read_schedule(tmp_path / "x.json") == found
     (tmp_path / "x.yaml").write_text("[1e3, 1.5e3, -2E-1, .5, 1_0e1, 1e, e3, 0x1e3, 1e3x, '1e3']")
     assert read_yaml(tmp_path / "x.yaml", list) == [1e3, 1.5e3, -0.2, 0.5, 100.0, "1e", "e3", 0x1E3, "1e3x", "1e3"]
 
@@ -665,15 +710,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_in_a_process_of_bounded_memory(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["finetune", "export"])
+def test_in_a_process_of_bounded_memory(recipe: str, folder: Path, tmp_path: Path) -> None:
     """The whole program, with nothing of pytest in it."""
     (tmp_path / "x.yaml").write_text(BOMB)
     header("model/model.safetensors", b"{}", 10**10)(folder)
-    for recipe, options, message in (
-        ("finetune", ["--config", "x.yaml"], "x.yaml .*more than 100000 values"),
-        ("export", ["--checkpoint", folder / "model", "--output", "never"], "model.safetensors is damaged"),
-    ):
-        command = [sys.executable, "-c", LIMITED, RECIPES / f"{recipe}.py", *options]
-        environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent)}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-        check_refused(done.returncode, done.stderr, message)
+    options, message = {
+        "finetune": (["--config", "x.yaml"], "x.yaml .*more than 100000 values"),
+        "export": (["--checkpoint", folder / "model", "--output", "never"], "model.safetensors is damaged"),
+    }[recipe]
+    command = [sys.executable, "-c", LIMITED, RECIPES / f"{recipe}.py", *options]
+    environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    check_refused(done.returncode, done.stderr, message)

@@ -206,6 +206,8 @@ def _from_checkpoint(file: Path) -> Adapter:
         )
     check_shape(checkpoint[CHECKPOINT_KEY], FACTS_SHAPE, str(file), CHECKPOINT_KEY)
     weights = {file_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    if not weights:
+        raise ValueError(f"{file}: `state_dict` is empty; expected the tensors of an adapter")
     return _adapter(weights, checkpoint[CHECKPOINT_KEY], str(file))
 
 

@@ -21,6 +21,7 @@ from himap_train.checkpoints.adapter import Adapter
 from himap_train.checkpoints.adapter_check import check_patterns
 from himap_train.checkpoints.weight_files import TensorInfo
 from himap_train.models.families.base import Family
+from himap_train.structured import check_shape
 
 # Entries of a PEFT config that are understood here or change nothing about the merged weights.
 _UNDERSTOOD = {
@@ -67,6 +68,7 @@ def require_mergeable(peft: dict[str, Any]) -> None:
     """
     if peft.get("peft_type") != "LORA":
         raise ValueError(f"the adapter is of kind {peft.get('peft_type')!r}, only LORA is merged here; {_WITH_PEFT}")
+    check_shape(peft, {"r": int, "lora_alpha": float}, "adapter_config.json")
     plain = {**LoraConfig().to_dict(), "peft_type": "LORA"}
     harmless = (True, False, "gaussian", "orthogonal")  # other ways to start LoRA change the base model's weights too
     others = {
@@ -133,11 +135,11 @@ class Merger:
         wanted |= {name: (pair["B"].shape[0], pair["A"].shape[1]) for name, pair in self.low_rank.items()}
         wrong = [name for name in sorted(wanted) if shapes.get(name) != wanted[name]]
         if wrong:
-            lines = [f"  {name}: {wanted[name]} here, {shapes.get(name, 'none')} in the base" for name in wrong[:5]]
-            more = [f"  and {len(wrong) - 5} more"] if len(wrong) > 5 else []
+            found = [f"{name}: {wanted[name]} here, {shapes.get(name, 'none')} in the base" for name in wrong[:5]]
+            more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
             resized = [name for name in wrong if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
             way_out = [f"Its embeddings were resized; {_WITH_PEFT}"] if resized == wrong else []
-            raise ValueError("\n".join([f"the adapter does not fit {self.base}:", *lines, *more, *way_out]))
+            raise ValueError(f"the adapter does not fit {self.base}: {'; '.join([*found, *more, *way_out])}")
 
     def value(self, info: TensorInfo) -> Tensor:
         """The merged value of one tensor, in the dtype of the base's file or fp32 where it was computed."""

@@ -13,10 +13,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 
 from himap_train.embedded.model import embedded_model_path
 from himap_train.models.families import family_of_config
+from himap_train.models.model_files import check_files
 from himap_train.models.quantize import Quantize, quantization_config
 from himap_train.models.templates import check_template
+from himap_train.models.versions import feature_layers
 from himap_train.models.weight_headers import opened, weight_files
-from himap_train.structured import Rule, named, read_json, read_text
+from himap_train.structured import named
 
 EMBEDDED = "embedded"
 _WRONG = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -55,6 +57,11 @@ def load_llava(
         model, wrong = stock_model(
             folder, dtype=dtype, attn_implementation=attn_implementation, quantization_config=quantization
         )
+    if wrong["mismatched_keys"]:
+        raise ValueError(
+            f"{path} has {len(wrong['mismatched_keys'])} weights of other shapes than its config.json asks for, the "
+            f"first is {wrong['mismatched_keys'][0]}; fetch the model again"
+        )
     missing = wrong["missing_keys"]
     if missing:  # transformers would leave them random
         raise ValueError(
@@ -69,7 +76,7 @@ def load_config(folder: str | Path) -> Any:
     Raises:
         ValueError: If it is of no known family, or in the original LLaVA layout.
     """
-    _check_files(Path(folder))
+    check_files(Path(folder))
     written, _ = PretrainedConfig.get_config_dict(folder)
     _refuse_original_layout(folder, written)
     with named(Path(folder) / "config.json", "is no configuration of a model"):
@@ -78,62 +85,13 @@ def load_config(folder: str | Path) -> Any:
         family_of_config(config)
     except ValueError as error:
         raise ValueError(f"{folder} holds {error}") from error
+    layers, depth = feature_layers(config), getattr(config.vision_config, "num_hidden_layers", None)
+    chosen = [layers] if isinstance(layers, int) else layers
+    if depth is not None and not all(-depth - 1 <= layer <= depth for layer in chosen):
+        raise ValueError(
+            f"{Path(folder) / 'config.json'}: `vision_feature_layer` is {layers}, but the tower's layers are {depth}"
+        )
     return config
-
-
-_IDS = Rule("a token's number, or a list of such", int | list, lambda ids: isinstance(ids, int) or _whole(ids))
-_SHAPES: dict[str, Any] = {
-    "config.json": {
-        "model_type": str,
-        "architectures?": [str],
-        "text_config?": dict,
-        "vision_config?": dict,
-        "quantization_config?": dict,
-        "himap?": dict,
-    },
-    "generation_config.json": {
-        "eos_token_id?": _IDS,
-        "bos_token_id?": _IDS,
-        "pad_token_id?": int,
-        "max_length?": int,
-        "max_new_tokens?": int,
-        "num_beams?": int,
-        "suppress_tokens?": [int],
-    },
-    "tokenizer.json": dict,
-    "tokenizer_config.json": {"chat_template?": Rule("text, or a list of named texts", str | list, lambda _: True)},
-    "special_tokens_map.json": dict,
-    "added_tokens.json": dict,
-    "preprocessor_config.json": dict,
-    "processor_config.json": {"chat_template?": str},
-    "chat_template.json": {"chat_template": str},
-}
-
-
-def _whole(ids: list[Any]) -> bool:
-    return all(type(number) is int for number in ids)
-
-
-def _check_files(folder: Path) -> None:
-    """Raise ValueError where a file of a model's folder is not what it has to be, before a library reads it.
-
-    Texts are copied into what is exported, so links must not lead to those of somebody else; the hub's own cache
-    links into its `blobs`.
-    """
-    if not folder.is_dir():
-        return
-    inside = folder.resolve()
-    blobs = inside.parent.parent / "blobs" if inside.parent.name == "snapshots" else inside
-    for name in (*_SHAPES, "chat_template.jinja"):
-        file = folder / name
-        if not file.exists():
-            continue
-        if not file.resolve().is_relative_to(inside) and not file.resolve().is_relative_to(blobs):
-            raise ValueError(f"{file} is a link out of its folder, to {file.resolve()}; copy what it leads to instead")
-        if name in _SHAPES:
-            read_json(file, _SHAPES[name])
-        else:
-            read_text(file)
 
 
 def _refuse_original_layout(folder: str | Path, written: dict[str, Any]) -> None:
@@ -157,7 +115,8 @@ def stock_model(folder: str | Path, **options: Any) -> tuple[Any, dict[str, list
     Returns:
         The model, and sorted names under `missing_keys`, `unexpected_keys` and `mismatched_keys`.
     """
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True, **options)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported by name instead
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, **options)
     model, found = loaded
     return model, {kind: sorted(map(str, found[kind])) for kind in _WRONG}
 
@@ -176,6 +135,11 @@ def load_processor(folder: str | Path, config: Any) -> Any:
             f"{folder} has no usable processor ({error}); copy processor_config.json, tokenizer.json and "
             "chat_template.jinja of the original checkpoint into it"
         ) from error
+    if processor.image_token_id != config.image_token_id:
+        raise ValueError(
+            f"the processor in {folder} writes images as token {processor.image_token_id}, and `image_token_id` in "
+            f"config.json is {config.image_token_id}; give the processor that belongs to the model"
+        )
     _check_vocabulary(folder, processor, config.text_config.vocab_size)
     check_template(processor, str(folder))
     return processor

@@ -51,7 +51,7 @@ class Count:
     """Keep a number of image tokens.
 
     Args:
-        count: 0 or more.
+        count: 0 or more, below 2**31.
 
     Raises:
         ValueError: Not such a number.
@@ -61,8 +61,8 @@ class Count:
 
     def __post_init__(self) -> None:
         """Check where it is set."""
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 0:
-            raise ValueError(f"keep_count is {self.count!r}; expected an integer of 0 or more")
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or not 0 <= self.count < 2**31:
+            raise ValueError(f"keep_count is {self.count!r}; expected an integer of 0 or more, below 2**31")
 
     def least(self, image: Tensor) -> Tensor:
         """How many stay of `image` tokens; long, of the same shape."""

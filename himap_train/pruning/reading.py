@@ -32,7 +32,7 @@ def read_schedule(value: str | Path | Mapping[str, Any] | PruningSchedule | None
         return value or PruningSchedule()
     if isinstance(value, Mapping):
         return PruningSchedule.from_dict(value)
-    if Path(value).suffix in (".yaml", ".yml"):
+    if Path(value).suffix in (".yaml", ".yml", ".json"):  # JSON is YAML
         return schedule_file(Path(value))
     return PruningSchedule.from_preset(str(value))
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -118,8 +119,15 @@ class FinetuneCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """As Lightning does; numbers that cannot be are refused here, before one of them becomes the seed."""
+        """As Lightning does; what cannot be is refused here, before a number becomes the seed.
+
+        Raises:
+            ValueError: A number cannot be, or a group of keys, for which Lightning takes anything, is no mapping.
+        """
         super().parse_arguments(parser, args)
+        for group in ("model", "data", "trainer", "pruning", "evaluation"):
+            if not isinstance(self.config[group], Namespace):
+                raise ValueError(f"{group} is {self.config[group]!r:.60}; expected a mapping of its keys")
         require_possible(self.config)
 
     def before_instantiate_classes(self) -> None:
