@@ -66,7 +66,7 @@ def check_config_files(options: Sequence[str]) -> None:
         FileNotFoundError: There is none.
         ValueError: It holds no mapping.
     """
-    for option, after in zip(options, [*options[1:], ""], strict=True):
+    for option, after in zip(options, [*options[1:], ""], strict=False):
         name, _, value = option.partition("=")
         file = value or ("" if after.startswith(("-", "{")) else after)
         group = name.startswith("--") and file.endswith((".yaml", ".yml")) and Path(file).exists()  # --model x.yaml
