@@ -37,11 +37,27 @@ def test_strength(curriculum: Curriculum, expected: list[float]) -> None:
 
 def test_ratios_fall_from_dense_to_the_very_schedule() -> None:
     schedule = PruningSchedule((PruningStage(2, "instruction", 0.6), PruningStage(4, "image", 0.1)), "renumber")
-    plan = CurriculumSteps(Curriculum(share=0.5), schedule, 8)
+    plan = CurriculumSteps(Curriculum(share=0.5), schedule, 8, layers=6)
     ratios = [[stage.keep_ratio for stage in plan.at(step).schedule.stages] for step in range(8)]
     assert ratios[0] == [] and ratios[1] == pytest.approx([0.9, 0.775]) and ratios[3] == pytest.approx([0.7, 0.325])
     assert all(plan.at(step).schedule is schedule for step in range(4, 8))
     assert all(plan.at(step).schedule.positions == "renumber" for step in range(8))
+
+
+def test_llavolta_compresses_less_and_less_and_ends_dense() -> None:
+    """Its scripts' pivots, 1300, 2600 and 3900 of 5200 steps: layers 2, 2, 16, strides 8, 2, 2, then none."""
+    settings = Curriculum(phases="llavolta", share=0.75)
+    plan = CurriculumSteps(settings, PruningSchedule(), 5200, layers=32)
+    found = []
+    for step in (0, 1299, 1300, 2599, 2600, 3899, 3900, 5199):
+        found.append([(s.layer, s.criterion, s.keep_ratio) for s in plan.at(step).schedule.stages])
+    first, second, third = ([(layer, "average-pool", ratio)] for layer, ratio in ((2, 1 / 8), (2, 1 / 2), (16, 1 / 2)))
+    assert found == [first, first, second, second, third, third, [], []]
+    assert plan.at(3900).figures == {"train/phase": 3.0} and "3 phases to the schedule" in str(plan)
+    shallow = CurriculumSteps(settings, PruningSchedule(), 8, layers=8)
+    assert [shallow.at(step).schedule.stages[0].layer for step in (0, 2, 4)] == [1, 1, 4]
+    own = CurriculumSteps(Curriculum(phases=["none", {"preset": "himap"}], share=1.0), SCHEDULED, 4, layers=6)
+    assert [len(own.at(step).schedule.stages) for step in range(5)] == [0, 0, 2, 2, 1]
 
 
 class Kept(Callback):
@@ -88,11 +104,23 @@ def test_the_decoder_runs_it_and_a_resumed_run_goes_on_with_it(tmp_path: Path) -
     assert first.seen == straight.seen[:3] and second.seen == straight.seen[3:]
 
 
+def test_phases_run_in_the_decoder_and_the_model_is_served_dense(tmp_path: Path) -> None:
+    settings, kept = PruningSettings(curriculum=Curriculum(phases="llavolta", share=0.75)), Kept()
+    model = tuner(save_tiny(tmp_path / "tiny"), schedule=None)
+    per_step = SchedulePerStep(partial(settings.plan, seed=0))
+    trainer = quiet_trainer(tmp_path, max_steps=8, max_epochs=-1, callbacks=[per_step, kept])
+    trainer.fit(model, datamodule=ToyData(8))
+    assert kept.seen == [4, 4, 16, 16, 16, 16, None, None]
+    assert pruning_of(model.peft_model).schedule == model.schedule == PruningSchedule()
+
+
 @pytest.mark.parametrize(
     ("curriculum", "schedule", "message"),
     [
         (Curriculum(share=1.5), SCHEDULED, "pruning.curriculum.share is 1.5; expected a share from 0 to 1"),
         (Curriculum(steps=0), SCHEDULED, "pruning.curriculum.steps is 0; expected 1 or more"),
+        (Curriculum(phases="llavotla"), PruningSchedule(), "phases 'llavotla' are unknown; did you mean 'llavolta'"),
+        (Curriculum(phases=[]), SCHEDULED, "pruning.curriculum.phases is empty"),
         (Curriculum(), PruningSchedule(), "pruning.curriculum changes .* is dense"),
         (Curriculum(), PruningSchedule((PruningStage(2, "image", keep_count=8),)), r"fixed count \(8\)"),
     ],

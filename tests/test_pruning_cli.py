@@ -80,7 +80,7 @@ def test_print_config_shows_every_key(tiny_path: str, tmp_path: Path, capsys: py
     assert printed == {
         "learnable": None,
         "elastic": None,
-        "curriculum": {"shape": "linear", "share": 0.5, "steps": 4},
+        "curriculum": {"shape": "linear", "share": 0.5, "steps": 4, "phases": None},
         "image_tokens": None,
         "text_tokens": None,
     }

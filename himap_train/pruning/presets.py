@@ -51,6 +51,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "coverage": {"stages": _stages("coverage", (0, 0.111))},
     # DART (arXiv 2502.11494): behind two layers, 64 of 576 tokens.
     "dart": {"stages": _stages("dart", (2, 0.111))},
-    # LLaVolta's compression (arXiv 2406.20092): stride 8 at layer 2. Its stages over training are a curriculum.
+    # LLaVolta's compression (arXiv 2406.20092): stride 8 at layer 2. Its stages over training: `PHASES`.
     "average-pool": {"stages": _stages("average-pool", (2, 0.125))},
 }
+
+PHASES: dict[str, list[dict[str, Any]]] = {
+    # LLaVolta (arXiv 2406.20092), four stages: strides 8 and 2 at layer 2, stride 2 at layer 16, a quarter of the steps
+    # each, then nothing is compressed, as at inference: `share: 0.75` with a dense schedule.
+    "llavolta": [{"stages": _stages("average-pool", place)} for place in ((2, 0.125), (2, 0.5), (16, 0.5))],
+}
+"""Schedules that a curriculum runs one after the other, by name, each for 32 layers."""

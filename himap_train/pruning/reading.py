@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from himap_train.pruning.presets import PRESETS
+from himap_train.pruning.names import nearest
+from himap_train.pruning.presets import PHASES, PRESETS
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.structured import named, read_yaml
 
@@ -19,6 +20,8 @@ _SHALLOW = 24
 
 ScheduleArgument = dict[str, Any] | str | None
 """A preset's name (`none` among them), a YAML file, the stages inline, or null for dense."""
+PhasesArgument = str | list[ScheduleArgument]
+"""A name of `presets.PHASES`, or schedules."""
 
 
 def read_schedule(value: str | Path | Mapping[str, Any] | PruningSchedule | None) -> PruningSchedule:
@@ -73,6 +76,27 @@ def fitted_schedule(value: ScheduleArgument, layers: int) -> PruningSchedule:
     """
     schedule = read_schedule(value)
     return fit_preset(schedule, layers) if is_preset(value) else schedule
+
+
+def read_phases(value: PhasesArgument) -> list[PruningSchedule]:
+    """The schedules that a name or a list stands for.
+
+    Raises:
+        FileNotFoundError: A YAML file that is not there.
+        ValueError: One of them, or the name, is unknown.
+    """
+    if isinstance(value, str) and value not in PHASES:
+        raise ValueError(f"phases {value!r} are unknown{nearest(value, tuple(PHASES))}; or a list of schedules")
+    return [read_schedule(phase) for phase in (PHASES[value] if isinstance(value, str) else value)]
+
+
+def fitted_phases(value: PhasesArgument, layers: int) -> list[PruningSchedule]:
+    """The same for a decoder of so many layers: named ones at the same relative depth, as presets."""
+    phases = read_phases(value)
+    if not isinstance(value, str):
+        return [fitted_schedule(phase, layers) for phase in value]
+    fits = all(stage.layer < layers for phase in phases for stage in phase.stages)
+    return phases if fits else [phase.scaled_to(layers) for phase in phases]
 
 
 def fit_preset(preset: PruningSchedule, layers: int) -> PruningSchedule:

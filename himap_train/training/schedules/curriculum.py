@@ -2,7 +2,8 @@
 
 PyramidDrop, LLaVolta and EPIC start dense or nearly so and prune harder as training goes on, so that the model never
 meets a context much poorer than the one before. The strength s (see `himap_train.pruning.budget.at_strength`) rises
-from 0, dense, to 1, the schedule, over the first `share` of the optimizer steps; afterwards it is exactly 1.
+from 0, dense, to 1, the schedule, over the first `share` of the optimizer steps; afterwards it is exactly 1. Or other
+schedules run one after the other until then: LLaVolta's compress less and less, and end dense.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from himap_train.pruning.budget import at_strength
+from himap_train.pruning.reading import PhasesArgument, fitted_phases, read_phases
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.adapter_module import Step
 from himap_train.training.schedules.requirements import require_ratios, require_share
@@ -26,11 +28,14 @@ class Curriculum:
             them dense).
         share: Share of the optimizer steps over which it rises.
         steps: Stairs of "staged".
+        phases: Schedules that run one after the other, each for an equal part of `share`, in place of a rising
+            strength: a list, or "llavolta", which goes with `share: 0.75` and a dense `model.schedule`.
     """
 
     shape: Literal["linear", "cosine", "staged"] = "linear"
     share: float = 0.3
     steps: int = 4
+    phases: PhasesArgument | None = None
 
     def check(self, schedule: PruningSchedule) -> None:
         """Refuse what cannot be, before anything is loaded.
@@ -39,6 +44,10 @@ class Curriculum:
             ValueError: Naming the key, what was found and what is valid.
         """
         require_share("pruning.curriculum.share", self.share)
+        if self.phases is not None:
+            if not read_phases(self.phases):
+                raise ValueError("pruning.curriculum.phases is empty; give at least one schedule, or null")
+            return
         require_ratios("pruning.curriculum", schedule)
         if self.steps < 1:
             raise ValueError(f"pruning.curriculum.steps is {self.steps}; expected 1 or more stairs")
@@ -61,20 +70,29 @@ class CurriculumSteps:
         settings: Settings of the config.
         schedule: Where it ends.
         total: Optimizer steps of the run.
+        layers: Layers of the decoder.
     """
 
-    def __init__(self, settings: Curriculum, schedule: PruningSchedule, total: int) -> None:
+    def __init__(self, settings: Curriculum, schedule: PruningSchedule, total: int, layers: int) -> None:
         self.settings, self.schedule, self.total = settings, schedule, total
+        self.phases = None if settings.phases is None else fitted_phases(settings.phases, layers)
+        for phase in self.phases or ():
+            phase.validate_for(layers)
 
     def at(self, step: int) -> Step:
         """The schedule of an optimizer step."""
+        if self.phases is not None:
+            rise = self.settings.share * self.total
+            number = math.floor(step / rise * len(self.phases)) if step < rise else len(self.phases)
+            return Step([*self.phases, self.schedule][number], figures={"train/phase": float(number)})
         strength = self.settings.strength(step, self.total)
         schedule = self.schedule if strength == 1.0 else at_strength(self.schedule, strength)
         return Step(schedule, figures={"train/strength": strength})
 
     def __str__(self) -> str:
         """When it ends."""
+        way = f"{self.settings.shape} from dense" if self.phases is None else f"{len(self.phases)} phases"
         return (
-            f"curriculum: {self.settings.shape} from dense to the schedule, which runs from step "
+            f"curriculum: {way} to the schedule, which runs from step "
             f"{math.ceil(self.settings.share * self.total)} of {self.total} on"
         )

@@ -23,7 +23,8 @@ class PruningSettings:
     Args:
         learnable: Keep ratios that the loss decides, under a budget; null for those of `model.schedule`.
         elastic: Another budget in every step, for one checkpoint that serves all of them; null for one schedule.
-        curriculum: From dense to the schedule over the first part of training; null for the schedule from the start.
+        curriculum: From dense, or through other schedules, to the schedule over the first part of training; null for
+            the schedule from the start.
         image_tokens: Image tokens of the sample that budgets are for; null for the training data's mean.
         text_tokens: Its other tokens; null for the training data's mean.
     """
@@ -92,7 +93,8 @@ class PruningSettings:
         if self.elastic is not None:
             return ElasticSteps(self.elastic, schedule, config, seed, self.tokens(tokens))
         assert self.curriculum is not None
-        return CurriculumSteps(self.curriculum, schedule, total)
+        layers = getattr(config, "text_config", config).num_hidden_layers
+        return CurriculumSteps(self.curriculum, schedule, total, layers)
 
 
 def setting_names(group: type = PruningSettings, prefix: str = "pruning") -> Iterator[str]:
