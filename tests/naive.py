@@ -12,7 +12,15 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from naive_methods import by_windows, coverage_order, dart_order, over_window_means, square_places
+from naive_methods import (
+    by_windows,
+    coverage_order,
+    dart_order,
+    over_window_means,
+    rater_tokens,
+    recycled,
+    square_places,
+)
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -69,7 +77,7 @@ def naive_row(
     """One row (T, D) without padding -> final states (T, D) and, per stage, which tokens are alive after it (T,)."""
     decoder = model.model.language_model
     positions, alive = torch.arange(len(hidden)), torch.ones(len(hidden), dtype=torch.bool)
-    weights, keys, history, given = torch.zeros(0), torch.zeros(0), [], hidden
+    weights, keys, before, history, given = torch.zeros(0), torch.zeros(0), hidden, [], hidden
     for index, layer in enumerate(decoder.layers):
         if schedule.enter:  # image tokens are not there before, and come in as they were given
             in_prompt = is_image & (torch.arange(len(hidden)) < prompt)
@@ -81,13 +89,15 @@ def naive_row(
             if forced is not None:
                 alive = forced[number] | (torch.arange(len(hidden)) >= prompt)
             else:
-                drop, means = dropped_tokens(stage, weights.detach(), hidden, is_image, labels, prompt, alive, keys)
+                drop, means = dropped_tokens(
+                    stage, weights.detach(), hidden, is_image, labels, prompt, alive, keys, before
+                )
                 hidden = torch.stack([hidden[means.get(p, [p])].mean(0) for p in range(len(hidden))])
                 alive = alive & ~drop
             if schedule.positions == "renumber":
                 positions = alive.long().cumsum(0) - 1
             history.append(alive)
-        keys = naive_keys(layer, decoder.rotary_emb, hidden, positions)
+        before, keys = hidden, naive_keys(layer, decoder.rotary_emb, hidden, positions)
         hidden, weights = naive_layer(layer, decoder.rotary_emb, hidden, positions, alive)
     return decoder.norm(hidden), history
 
@@ -164,6 +174,7 @@ def dropped_tokens(
     prompt: int,
     alive: Tensor,
     keys: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> tuple[Tensor, dict[int, list[int]]]:
     """Which tokens (T,) leave at this stage, and of which tokens those that stay become the mean.
 
@@ -202,12 +213,18 @@ def dropped_tokens(
             stay = {*protected, *(run[(len(run) - 1) // 2] for run in runs)}
             order = sorted(current, key=lambda p: p not in stay)
         else:
-            scores = naive_scores(stage.method.name, weights, current, text, count)
+            raters = text
+            if stage.method.name == "sparsevlm":
+                raters = rater_tokens(before, current, text)
+            scores = naive_scores(stage.method.name, weights, current, raters, count)
             if stage.method.name == "image_stratified":
                 scores = over_window_means(stage.method.window, square_places(is_image), scores)
             order = sorted(current, key=lambda p: (p not in protected, -scores[p], p))
             if window := getattr(stage.method, "window", 0):
                 order = by_windows(window, square_places(is_image), scores, protected)
+            if stage.method.name == "sparsevlm":
+                order, clusters = recycled(stage.method, hidden, order, protected, count)
+                means |= clusters
         drop[order[count:]] = True
     return drop, means
 
@@ -264,7 +281,9 @@ def naive_scores(criterion: str, weights: Tensor, image: list[int], text: list[i
         return {p: float((i + 1) * count // n > i * count // n) for i, p in enumerate(image)}
     if criterion == "image_debiased":
         return {p: sum(float(weights[row, p]) for row in image) / sum(row >= p for row in image) for p in image}
-    rows = {"instruction": text, "last_token": text[-1:], "image": image, "image_stratified": image}[criterion]
+    rows = {"instruction": text, "sparsevlm": text, "last_token": text[-1:], "image": image, "image_stratified": image}[
+        criterion
+    ]
     return {p: sum(float(weights[row, p]) for row in rows) for p in image}
 
 

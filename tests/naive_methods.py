@@ -89,3 +89,33 @@ def square_places(is_image: Tensor) -> dict[int, tuple[int, int, int]]:
             side = math.isqrt(length) if math.isqrt(length) ** 2 == length else length
             places[token] = (start, (token - start) // side, (token - start) % side)
     return places
+
+
+def rater_tokens(states: Tensor, image: list[int], text: list[int]) -> list[int]:
+    """SparseVLM: text that gets at least the mean of what image tokens spread over it."""
+    given = (states[image].double() @ states[text].double().T).softmax(dim=1).mean(dim=0)
+    return [p for p, share in zip(text, given.tolist(), strict=True) if share >= (1 - 1e-6) / len(text)]
+
+
+def recycled(
+    method: Any, hidden: Tensor, order: list[int], protected: list[int], count: int
+) -> tuple[list[int], dict[int, list[int]]]:
+    """SparseVLM: the order with cluster centres in the last places that stay, and the members of each."""
+    merged = int((len(order) - count) * method.recycle + 1e-9)
+    number = min(merged // 10 + 1, count // 2, count - len(protected)) if merged else 0
+    if number == 0:
+        return order, {}
+    main, pool = order[: count - number], sorted(order[count - number : count + merged])
+    far = {(a, b): float((hidden[a] - hidden[b]).double().norm()) / hidden.shape[1] ** 0.5 for a in pool for b in pool}
+    nearest = {a: sorted(far[a, b] for b in pool)[:number] for a in pool}
+    density = {a: math.exp(-sum(d * d for d in nearest[a]) / number) for a in pool}
+    worth = {}
+    for a in pool:
+        denser = [b for b in pool if (density[b], -b) > (density[a], -a)]
+        worth[a] = density[a] * (min(far[a, b] for b in denser) if denser else max(far[a, b] for b in pool))
+    centres = sorted(sorted(pool, key=lambda a: (-worth[a], a))[:number])
+    clusters = {centre: [centre] for centre in centres}
+    for a in pool:
+        if a not in clusters:
+            clusters[min(centres, key=lambda c: (far[a, c], c))].append(a)
+    return main + centres + [p for p in order if p not in main and p not in centres], clusters

@@ -26,7 +26,7 @@ from himap_train.pruning.methods.base import Reads, Seen, with_scores
 from himap_train.pruning.methods.divprune import farthest_first as batched_farthest_first
 from himap_train.pruning.places import Places, TokenGrid
 
-NEW = ("first-k", "divprune", "average-pool", "coverage", "dart", "image_stratified")
+NEW = ("first-k", "divprune", "average-pool", "coverage", "dart", "image_stratified", "sparsevlm")
 NO_ATTENTION = [name for name, method in METHODS.items() if method.reads in (Reads.STATES, Reads.NOTHING)]
 
 
@@ -74,6 +74,8 @@ def test_all_that_there_is_changes_nothing() -> None:
         {"name": "coverage", "image_weight": 0, "text_temperature": 0.1},
         *({"name": name, "window": 2} for name in ("instruction", "last_token", "image", "image_debiased")),
         {"name": "image", "window": 3},
+        {"name": "sparsevlm", "recycle": 1},
+        {"name": "sparsevlm", "recycle": 0, "window": 2},
         {"name": "image_stratified", "window": 2},
         {"name": "dart", "image_pivots": 2, "text_pivots": 0},
         {"name": "dart", "image_pivots": 1, "text_pivots": 4},
@@ -85,6 +87,14 @@ def test_parameters_equal_the_oracle(criterion: dict[str, Any], labels: bool) ->
     model = tiny_llava()
     case = make_case(model, RAGGED_ANSWERS if labels else RAGGED, "left", seed=6)
     assert_equals_naive(model, schedule((2, criterion, 0.6), (4, criterion, 3)), case, labels)
+
+
+def test_several_clusters_of_recycled_tokens_equal_the_oracle() -> None:
+    """Of 101 tokens that leave 30 and four of the places that stay become four means."""
+    model = tiny_llava()
+    case = make_case(model, ["t3 i144 t6", "t2 i81 t4", "t1 i9 t2"], "left", seed=8)
+    kept = assert_equals_naive(model, schedule((2, "sparsevlm", 0.3), (4, "sparsevlm", 0.15)), case)
+    assert [len(row) - 9 for row in (kept[0][0], kept[1][0])] == [43, 22]
 
 
 @settings(max_examples=60, deadline=None)
@@ -187,6 +197,10 @@ def test_parameters_are_fields(monkeypatch: pytest.MonkeyPatch) -> None:
             "image: window is -2; expected the side of a window",
         ),
         (
+            {"layer": 2, "criterion": {"name": "sparsevlm", "recycle": 1.5}, "keep_ratio": 0.5},
+            "sparsevlm: recycle is 1.5; expected 0 to 1",
+        ),
+        (
             {"layer": 2, "criterion": {"name": "image_stratified", "window": 0}, "keep_ratio": 0.5},
             "image_stratified: window is 0; expected 1 or more",
         ),
@@ -229,6 +243,7 @@ def test_costs_of_choosing_count() -> None:
     nothing = schedule((2, "first-k", 0.25)).cost(config, 100, 20).flops
     extra = {name: schedule((2, name, 0.25)).cost(config, 100, 20).flops - nothing for name in METHODS}
     assert extra["divprune"] == 2 * 100 * 100 * 64 and extra["average-pool"] == 2 * 100 * 64
+    assert extra["sparsevlm"] == 2 * extra["instruction"]
     assert extra["coverage"] == 2 * 120 * 100 * 64
     assert extra["dart"] == 2 * 15 * 100 * 64
     assert extra["instruction"] == 2 * 20 * 120 * 64 and extra["last_token"] == 2 * 120 * 64

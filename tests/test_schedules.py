@@ -45,7 +45,7 @@ def test_shallow_decoders_are_told_what_a_scaled_preset_means(
 
 
 @pytest.mark.parametrize("layers", [8, 12, 24, 40])
-@pytest.mark.parametrize("name", ["hidrop", "window-fastv", "coverage", "dart"])
+@pytest.mark.parametrize("name", ["hidrop", "window-fastv", "coverage", "dart", "sparsevlm"])
 def test_newer_presets_fit_another_depth(name: str, layers: int) -> None:
     schedule = PruningSchedule.from_preset(name).scaled_to(layers)
     schedule.validate_for(layers)
@@ -82,6 +82,13 @@ def test_hidrop_has_the_published_counts(name: str, first: int, average: int) ->
     assert sum(per_layer) / 32 == average
     assert PruningSchedule.from_dict(schedule.to_dict()) == schedule
     assert {stage.criterion for stage in schedule.stages} == {"last_token"}
+
+
+def test_sparsevlm_has_the_released_counts() -> None:
+    """300, 200, 110 behind layers 2, 6, 15: what is called 192 tokens is 203 on average over the layers."""
+    per_layer = PruningSchedule.from_preset("sparsevlm").cost(LLAVA_7B).image_tokens_per_layer
+    assert per_layer == (576,) * 3 + (300,) * 4 + (200,) * 9 + (110,) * 16
+    assert round(sum(per_layer) / 32) == 203
 
 
 def test_hidrop_has_the_published_flops() -> None:

@@ -42,11 +42,13 @@ class ScoreCollector:
     and are not computed a second time.
     """
 
-    def __init__(self, stage: PruningStage, layout: TokenLayout, counts: TokenCounts) -> None:
+    def __init__(
+        self, stage: PruningStage, layout: TokenLayout, counts: TokenCounts, states: Tensor | None = None
+    ) -> None:
         self.stage = stage
         reads_attention = stage.method.reads is Reads.ATTENTION
         rows = stage.method.rows(layout, counts) if reads_attention else None
-        self._given = Seen(layout, counts, rows=rows)
+        self._given = Seen(layout, counts, rows=rows, states=states)
         self._seen: Seen | None = None
 
     @torch.no_grad()

@@ -167,7 +167,7 @@ def _prefill(
             layouts.append(layout)
         if states is not None:
             states.append(scatter_back(tokens.hidden, layout.columns, layout.valid, length))
-        collector = _collector(removals.get(number + 1), layout, always=ratios is not None)
+        collector = _collector(removals.get(number + 1), tokens, layout, always=ratios is not None)
         report = {"score_collector": collector} if collector else {}
         tokens = tokens.run(layer, number, call | report)
     pruning.last = seen
@@ -176,11 +176,11 @@ def _prefill(
     return scatter_back(decoder.norm(tokens.hidden), layout.columns, layout.valid, length)
 
 
-def _collector(removal: Removal | None, layout: TokenLayout, always: bool) -> ScoreCollector | None:
+def _collector(removal: Removal | None, tokens: Tokens, layout: TokenLayout, always: bool) -> ScoreCollector | None:
     """HiMAP: what the layer before a stage reports to; None where nothing will be ranked."""
     if removal is None or not (removal.removes or always) or not removal.stage.reads_before:
         return None
-    return ScoreCollector(removal.stage, layout, removal.before)
+    return ScoreCollector(removal.stage, layout, removal.before, tokens.hidden.detach())
 
 
 @torch.no_grad()

@@ -45,6 +45,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "uniform": {"stages": _stages("uniform", *_HIMAP)},
     # The control for position bias.
     "first-k": {"stages": _stages("first-k", *_HIMAP)},
+    # SparseVLM (arXiv 2410.04417), the released counts for "192 tokens": 300, 200 and 110 behind layers 2, 6 and 15.
+    "sparsevlm": {"stages": _stages("sparsevlm", (3, 0.5208), (7, 0.3472), (16, 0.191))},
     # DivPrune (arXiv 2503.02175): before the decoder, 9.8 % of the tokens.
     "divprune": {"stages": _stages("divprune", (0, 0.098))},
     # MMTok (arXiv 2508.18264): before the decoder, 64 of 576 tokens.

@@ -17,6 +17,7 @@ from himap_train.pruning.methods.image_stratified import ImageStratified
 from himap_train.pruning.methods.instruction import Instruction
 from himap_train.pruning.methods.last_token import LastToken
 from himap_train.pruning.methods.random import Random
+from himap_train.pruning.methods.sparsevlm import SparseVLM
 from himap_train.pruning.methods.stride import Stride
 from himap_train.pruning.methods.uniform import Uniform
 from himap_train.pruning.names import check_keys, field_names, nearest
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
         ImageDebiased,
         ImageStratified,
         LastToken,
+        SparseVLM,
         Random,
         Uniform,
         Stride,

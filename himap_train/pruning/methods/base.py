@@ -56,7 +56,7 @@ class Seen:
         attention: Their attention, averaged over heads, a block of rows at a time: which of the R rows, and
             (B, rows, columns up to the last that any of them sees) fp32. To be read once, in `score`.
         keys: (B, K, L, D) of the layer before, rotary embedding applied.
-        states: (B, L, D), at the stage's input.
+        states: (B, L, D), at the stage's input; while attention or keys are read, at the input of the layer before.
         scores: (B, L), what `score` gave; for `choose`.
     """
 
