@@ -28,6 +28,8 @@ PLANS = {
     "divprune": PruningSchedule((PruningStage(0, "divprune", 0.3),)),
     "average-pool": PruningSchedule((PruningStage(0, "average-pool", 0.25),)),
     "coverage": PruningSchedule((PruningStage(0, "coverage", 0.3),)),
+    "sparsevlm": PruningSchedule((PruningStage(2, {"name": "sparsevlm", "recycle": 0.8}, 0.4),)),
+    "stratified": PruningSchedule((PruningStage(2, {"name": "image_stratified", "window": 2}, 0.4),)),
     "coverage, dart": PruningSchedule((PruningStage(0, "coverage", 0.7), PruningStage(2, "dart", 0.5))),
     "nothing left": PruningSchedule((PruningStage(0, "stride", 0.0),)),
     "then himap": PruningSchedule((*FIRST, PruningStage(1, "instruction", 0.3), PruningStage(3, "image", 0.1))),
