@@ -52,7 +52,7 @@ class Dart(Method):
         """Pivots first, then what each of them takes."""
         assert seen.keys is not None and seen.states is not None
         image, text = Members.of(seen.layout, seen.counts), Members.question(seen.layout, seen.counts)
-        norms = seen.keys.float().unflatten(3, (2, -1)).norm(dim=3).sum((1, 3))
+        norms = torch.hypot(*seen.keys.float().chunk(2, dim=3)).sum((1, 3))
         device, must = norms.device, image.gather(seen.layout.protected) & image.real
         stay = kept.flatten().to(device, non_blocking=True)
         most = max(self.image_pivots, int(seen.counts.protected.max()))
