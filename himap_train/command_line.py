@@ -59,8 +59,12 @@ def end_with(parser: ArgumentParser, message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def check_config_files(options: Sequence[str]) -> None:
+def check_config_files(options: Sequence[str], groups: bool = False) -> None:
     """Read the YAML files that options name as plain data within bounds, before the parser does.
+
+    Args:
+        options: Of a command line.
+        groups: Whether other options than `--config` may stand for a group of settings in a file: `--model x.yaml`.
 
     Raises:
         FileNotFoundError: There is none.
@@ -69,7 +73,7 @@ def check_config_files(options: Sequence[str]) -> None:
     for option, after in zip(options, [*options[1:], ""], strict=False):
         name, _, value = option.partition("=")
         file = value or ("" if after.startswith(("-", "{")) else after)
-        group = name.startswith("--") and file.endswith((".yaml", ".yml")) and Path(file).exists()  # --model x.yaml
+        group = groups and name.startswith("--") and file.endswith((".yaml", ".yml")) and Path(file).exists()
         if group or (file and name in ("--config", "-c")):
             read_yaml(Path(file))
 

@@ -77,7 +77,7 @@ class FinetuneCLI(LightningCLI):
         around: tuple[Callable[[FinetuneCLI], None], Callable[[FinetuneCLI], None]] | None = None,
     ) -> None:
         self.around = around
-        check_config_files(sys.argv[1:] if args is None else args)
+        check_config_files(sys.argv[1:] if args is None else args, groups=True)
         _quiet_libraries()
         register_strategies()
         started = ["torchrun", "..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
