@@ -123,6 +123,20 @@ def test_adapters_with_embeddings_load_and_merge_with_peft(base: str, tmp_path: 
     torch.testing.assert_close(logits(load_checkpoint(tmp_path / "b")[0]), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_resized_embeddings_may_come_with_a_tokenizer_for_them(base: str, tmp_path: Path) -> None:
+    with_embeddings(base, tmp_path / "a", "resized")
+    processor = tiny_processor()
+    processor.tokenizer.add_tokens([f"<new{number}>" for number in range(39)])  # 261 and 39 are 300
+    processor.save_pretrained(tmp_path / "a")
+    assert len(load_checkpoint(tmp_path / "a")[1].tokenizer) == 300
+    processor.tokenizer.add_tokens(["<one more>"])
+    processor.save_pretrained(tmp_path / "a")
+    with pytest.raises(
+        ValueError, match=r"1 tokens without an embedding.*<one more>.*\(300; the adapter's have 300 rows"
+    ):
+        load_checkpoint(tmp_path / "a")
+
+
 def test_resized_embeddings_without_their_head_are_refused(base: str, tmp_path: Path) -> None:
     model = load_llava(base)[0]
     model.resize_token_embeddings(300)

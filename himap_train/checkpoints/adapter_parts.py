@@ -7,7 +7,7 @@ from typing import Any
 
 from himap_train.checkpoints.adapter import Adapter
 from himap_train.models.families.processing import load_tokenizer
-from himap_train.models.loading import load_processor
+from himap_train.models.loading import check_tokens, load_processor
 
 _TEMPLATE = "chat_template.jinja"
 
@@ -30,39 +30,18 @@ def adapter_processor(source: Path, base: str | Path, config: Any, tokens: int |
 
     tokenizer_here = brings("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     if tokenizer_here and brings("processor_config.json", "preprocessor_config.json"):
-        processor = load_processor(source, config)
+        processor = load_processor(source, config, tokens)
     else:
         processor = load_processor(base, config)
         if tokenizer_here:
             processor.tokenizer = load_tokenizer(str(source))
+            check_tokens(processor, source, config, tokens)
             processor.chat_template = processor.tokenizer.chat_template or processor.chat_template
     if brings(_TEMPLATE):
         processor.chat_template = (source / _TEMPLATE).read_text("utf-8")
     elif not processor.chat_template:
         processor.chat_template = load_processor(base, config).chat_template
-    if tokenizer_here:
-        _require_fitting(source, processor, config, tokens or config.text_config.vocab_size)
     return processor
-
-
-def _require_fitting(source: Path, processor: Any, config: Any, tokens: int) -> None:
-    """Raise ValueError where ids of a tokenizer mean something else to the model, or nothing."""
-    tokenizer = processor.tokenizer
-    found = tokenizer.convert_tokens_to_ids(processor.image_token)
-    if found != config.image_token_id:
-        raise ValueError(
-            f"the tokenizer in {source} gives {processor.image_token} the id {found}, and the base model takes "
-            f"{config.image_token_id} for images; remove the tokenizer's files from there to use the base's"
-        )
-    beyond = {token: number for token, number in tokenizer.get_added_vocab().items() if number >= tokens}
-    if beyond:
-        token, number = min(beyond.items(), key=lambda item: item[1])
-        raise ValueError(
-            f"the tokenizer in {source} has {len(beyond)} tokens for which the model has no embedding, the first is "
-            f"{token!r} ({number}, of {tokens} rows): it was trained on resized embeddings, and they are not in the "
-            "adapter. Save it with them (PEFT: save_pretrained(..., save_embedding_layers=True)), or give the resized "
-            "base model as base"
-        )
 
 
 def resized_tokens(adapter: Adapter, config: Any) -> int | None:

@@ -121,11 +121,16 @@ def stock_model(folder: str | Path, **options: Any) -> tuple[Any, dict[str, list
     return model, {kind: sorted(map(str, found[kind])) for kind in _WRONG}
 
 
-def load_processor(folder: str | Path, config: Any) -> Any:
+def load_processor(folder: str | Path, config: Any, rows: int | None = None) -> Any:
     """The checkpoint's processor, as its family gives it.
 
+    Args:
+        folder: Where it is.
+        config: The model's.
+        rows: As in `check_tokens`.
+
     Raises:
-        ValueError: If the folder has no processor.
+        ValueError: The folder has no processor, or one that does not go with the model.
     """
     try:
         with named(folder):
@@ -135,25 +140,37 @@ def load_processor(folder: str | Path, config: Any) -> Any:
             f"{folder} has no usable processor ({error}); copy processor_config.json, tokenizer.json and "
             "chat_template.jinja of the original checkpoint into it"
         ) from error
-    if processor.image_token_id != config.image_token_id:
-        raise ValueError(
-            f"the processor in {folder} writes images as token {processor.image_token_id}, and `image_token_id` in "
-            f"config.json is {config.image_token_id}; give the processor that belongs to the model"
-        )
-    _check_vocabulary(folder, processor, config.text_config.vocab_size)
+    check_tokens(processor, folder, config, rows)
     check_template(processor, str(folder))
     return processor
 
 
-def _check_vocabulary(folder: str | Path, processor: Any, rows: int) -> None:
-    """Raise ValueError where the tokenizer gives tokens for which there are no embeddings; images have their own."""
-    ids = {token: number for token, number in processor.tokenizer.get_vocab().items() if number >= rows}
-    ids.pop(processor.image_token, None)
+def check_tokens(processor: Any, folder: str | Path, config: Any, rows: int | None = None) -> None:
+    """Raise ValueError where ids of a processor's tokenizer mean something else to the model, or nothing.
+
+    Args:
+        processor: What is checked.
+        folder: Where its tokenizer is from, for the message.
+        config: The model's.
+        rows: Of embeddings that an adapter brings; None for the model's own.
+    """
+    image = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    if image != config.image_token_id:
+        raise ValueError(
+            f"the processor in {folder} writes images as token {image}, and `image_token_id` in config.json is "
+            f"{config.image_token_id}; give the processor that belongs to the model"
+        )
+    own = config.text_config.vocab_size
+    there = f"text_config.vocab_size in config.json is {own}" if rows is None else f"the adapter's have {rows} rows"
+    vocabulary = processor.tokenizer.get_vocab()
+    ids = {token: number for token, number in vocabulary.items() if number >= (rows or own)}
+    ids.pop(processor.image_token, None)  # images have embeddings of their own
     if ids:
         token, number = min(ids.items(), key=lambda item: item[1])
         raise ValueError(
             f"the tokenizer in {folder} has {len(ids)} tokens without an embedding, the first is {token!r:.40} "
-            f"({number}; text_config.vocab_size in config.json is {rows}); give the tokenizer that belongs to the model"
+            f"({number}; {there}); give the tokenizer that belongs to the model, or the embeddings with the adapter "
+            "(PEFT: save_pretrained(..., save_embedding_layers=True))"
         )
 
 
