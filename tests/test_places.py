@@ -20,14 +20,16 @@ from himap_train.pruning.places import Places, TokenGrid, even_order
 
 
 def by_hand(rows: int, columns: int) -> list[tuple[int, int]]:
-    """Farthest points, from the middle, the earlier of two at the same distance."""
+    """Farthest points, from the middle; of those at one distance the least crowded for its place, then the earlier."""
     points = [(row, column) for row in range(rows) for column in range(columns)]
     middle = ((rows - 1) / 2, (columns - 1) / 2)
     chosen = [min(points, key=lambda point: (round(math.dist(point, middle) ** 2 * 4), points.index(point)))]
+    full = {p: sum(2**40 // max((p[0] - q[0]) ** 2 + (p[1] - q[1]) ** 2, 1) for q in points) for p in points}
     while len(chosen) < len(points):
         left = [point for point in points if point not in chosen]
-        near = {point: min((point[0] - c[0]) ** 2 + (point[1] - c[1]) ** 2 for c in chosen) for point in left}
-        chosen.append(max(left, key=lambda point: (near[point], -points.index(point))))
+        squares = {point: [(point[0] - c[0]) ** 2 + (point[1] - c[1]) ** 2 for c in chosen] for point in left}
+        crowd = {point: sum(2**40 // square for square in squares[point]) / full[point] for point in left}
+        chosen.append(max(left, key=lambda point: (min(squares[point]), -crowd[point], -points.index(point))))
     return chosen
 
 
@@ -42,6 +44,15 @@ def test_no_part_of_the_picture_is_far_from_a_kept_token(kept: int, hole: float)
     """12 of 144 by stride are one column: the other end of the picture is 11 patches away."""
     points = by_hand(12, 12)
     assert max(min(math.dist(point, chosen) for chosen in points[:kept]) for point in points) <= hole
+
+
+@pytest.mark.parametrize("kept", range(16, 144, 8))
+@pytest.mark.parametrize("shape", [(12, 12), (9, 16)])
+def test_every_part_of_the_picture_keeps_its_share(kept: int, shape: tuple[int, int]) -> None:
+    chosen = even_order(*shape).view(shape) < kept
+    for parts in (chosen.tensor_split(3, 0), chosen.tensor_split(3, 1)):  # bands of a third
+        shares = [float(part.float().mean()) for part in parts]
+        assert max(shares) - min(shares) <= 0.13, shares
 
 
 def kept_columns(model: Any, schedule: PruningSchedule, call: dict[str, Any]) -> list[list[list[int]]]:

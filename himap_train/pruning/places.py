@@ -133,16 +133,22 @@ def _facts(grid: TokenGrid) -> Tensor:
 def even_order(rows: int, columns: int) -> Tensor:
     """Number of each patch in a farthest-point sequence over a grid: (rows * columns,) long.
 
-    The first is the patch nearest the middle; each next one is that whose nearest chosen patch is farthest, ties to the
-    earlier one (Gonzalez 1985: any beginning covers the grid within twice the best radius for its number).
+    The first is the patch nearest the middle; each next one is that whose nearest chosen patch is farthest (Gonzalez
+    1985: any beginning covers the grid within twice the best radius for its number). Of several such patches, which
+    soon are most, the least crowded one: that with the smallest sum of inverse squared distances to all chosen, as a
+    share of the sum to all patches, which is smaller at the border. Ties to the earlier one.
     """
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    y, x = 2 * y.flatten() - (rows - 1), 2 * x.flatten() - (columns - 1)  # twice the distance from the middle, exact
-    nearest = -(y**2 + x**2) - 1
-    order = torch.zeros(rows * columns, dtype=torch.long)
+    y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
+    # Whole numbers, so that symmetric patches tie: twice the coordinates, from the middle; parts of 2**40 as crowding.
+    nearest = -((2 * y - (rows - 1)) ** 2) - (2 * x - (columns - 1)) ** 2 - 1
+    near = 2**40 // ((y - y[:, None]) ** 2 + (x - x[:, None]) ** 2).clamp(min=1)
+    full, crowd = near.sum(0).double(), torch.zeros_like(nearest)
+    order = torch.zeros_like(nearest)
     for number in range(rows * columns):
-        chosen = int(nearest.argmax())
+        farthest = nearest == nearest.max()
+        chosen = int((crowd / full).masked_fill(~farthest, torch.inf).argmin())
         order[chosen] = number
         to_chosen = (y - y[chosen]) ** 2 + (x - x[chosen]) ** 2
         nearest = to_chosen if number == 0 else torch.minimum(nearest, to_chosen)
+        crowd += near[chosen]
     return order
