@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from himap_train.data.records import Conversation, Turn
-from himap_train.embedded.scene_text import TYPES, ask
-from himap_train.embedded.scenes import Scenes
+from himap_train.embedded.scene_source import Scenes
 
 
 class SceneQuestions(Scenes):
     """Map-style source of `Conversation`; `meta["type"]` names the type of its last question.
 
+    On fine scenes `meta["patches"]` holds the image tokens that show what it is about: what an oracle would keep.
+
     Args:
-        split: "train", "validation" or "test".
+        split: "train", "validation" or "test"; of the fine scenes "fine-train" and so on.
         scenes: how many scenes. Training may ask for any number: they are never stored.
         seed: another seed, other scenes (of the same source images).
         questions_per_scene: conversations about each scene, all on the same image, one after the other.
@@ -42,15 +43,16 @@ class SceneQuestions(Scenes):
         return self.scenes * self.questions_per_scene
 
     def __getitem__(self, index: int) -> Conversation:
-        """Conversation `index`; types follow one another through `TYPES`."""
+        """Conversation `index`; types follow one another through `types`."""
         if not 0 <= index < len(self):
             raise IndexError(f"conversation {index} of {len(self)}")
         scene, image = self.scene(index // self.questions_per_scene)
         rng = self.generator(index // self.questions_per_scene, 1 + index % self.questions_per_scene)
         turns: list[Turn] = []
         for turn in range(self.turns):
-            kind = TYPES[(index * self.turns + turn) % len(TYPES)]
-            question, answer = ask(scene, kind, rng)
+            kind = self.types[(index * self.turns + turn) % len(self.types)]
+            question, answer, patches = self.ask(scene, kind, rng)
             turns += [Turn("user", question if turn else f"<image>\n{question}"), Turn("assistant", answer)]
         name = f"{self.split}-{self.seed}-{self.epoch}-{index}"
-        return Conversation(id=name, images=(image,), turns=tuple(turns), meta={"type": kind})
+        meta = {"type": kind} | ({"patches": " ".join(map(str, patches))} if patches else {})
+        return Conversation(id=name, images=(image,), turns=tuple(turns), meta=meta)

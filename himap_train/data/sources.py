@@ -18,7 +18,7 @@ _SCENE_OPTIONS = ("scenes", "seed", "questions_per_scene", "turns", "fixed")
 _FORMS = (
     "a LLaVA file *.json, *.jsonl or *.ndjson (also *.gz), a folder or *.parquet file with a Hugging Face data set "
     "(folder:split for one of its splits), the name of one on the hub (owner/name or owner/name:split), or "
-    "embedded:train|validation|test"
+    "embedded:[fine-]train|validation|test"
 )
 
 
@@ -34,9 +34,9 @@ def open_source(
     Args:
         spec: a LLaVA file (`*.json`, or `*.jsonl` or `*.ndjson` for files larger than memory; `*.gz` of each); a
             folder (from `save_to_disk`, or with parquet or JSON files) or `*.parquet` file with a Hugging Face data
-            set; the name of one on the hub; `embedded:train|validation|test` for the scenes in the package, with
-            options as in `embedded:train?scenes=5000&turns=2` (`fixed=1`: the same in every epoch). A Hugging Face
-            split stands after a colon: `owner/name:test`.
+            set; the name of one on the hub; `embedded:train|validation|test`, or `embedded:fine-train` and so on, for
+            the scenes in the package, with options as in `embedded:train?scenes=5000&turns=2` (`fixed=1`: the same in
+            every epoch). A Hugging Face split stands after a colon: `owner/name:test`.
         image_folder: where image paths start; by default the folder of the data file.
         split: split of a Hugging Face data set when spec names none.
         streaming: read a Hugging Face data set from start to end without storing it.

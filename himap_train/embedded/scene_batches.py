@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-from himap_train.embedded.build import IMAGE_TOKENS
-from himap_train.embedded.scene_dense import dense_texts
-from himap_train.embedded.scene_text import TYPES, ask
+from himap_train.embedded.scene_source import Scenes
 from himap_train.embedded.scene_training import image_features, pixels
-from himap_train.embedded.scenes import Scenes
+from himap_train.embedded.words import copying
 
 
 def branches(
@@ -88,27 +86,40 @@ class SceneBatches:
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor, split: str, seed: int) -> None:
         self.model, self.tokenizer, self.seed = model, processor.tokenizer, seed
+        self.image_size: int = model.model.vision_tower.config.image_size
         self.source = Scenes(split, seed)  # drawn when asked for
-        prefix = "USER: " + "<image>" * IMAGE_TOKENS + "\n"
+        prefix = "USER: " + "<image>" * model.config.image_seq_length + "\n"
         self.prefix: list[int] = self.tokenizer.encode(prefix, add_special_tokens=False)
 
     def get(
-        self, number: int, size: int, order: Sequence[str], dense: bool = False, chained: bool = False
+        self,
+        number: int,
+        size: int,
+        order: Sequence[str],
+        dense: bool = False,
+        chained: bool = False,
+        copied: Sequence[str] = (),
     ) -> tuple[Tensor, dict[str, Tensor], list[list[str]]]:
         """Image features, branches and question types of batch `number`; the types of `order` for every scene.
 
-        With `dense` there are the dense texts instead of the later half of the questions.
+        With `dense` there are the dense texts instead of the later half of the questions; with `copied`, words, one
+        request more, to say some of them.
         """
         rng = np.random.default_rng([self.seed, number])
         scenes = [self.source.scene(number * size + i) for i in range(size)]
         types = [[order[(q + i) % len(order)] for q in range(len(order))] for i in range(size)]
-        texts = [[ask(scene, t, rng) for t in row] for (scene, _), row in zip(scenes, types, strict=True)]
+        texts = [
+            [self.source.ask(scene, t, rng)[:2] for t in row] for (scene, _), row in zip(scenes, types, strict=True)
+        ]
         if dense:
             texts = [
-                row[: len(row) // 2] + dense_texts(scene, rng) for row, (scene, _) in zip(texts, scenes, strict=True)
+                row[: len(row) // 2] + self.source.dense(scene, rng)
+                for row, (scene, _) in zip(texts, scenes, strict=True)
             ]
+        if copied:
+            texts = [[*row, copying(copied, rng)] for row in texts]
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            features = image_features(self.model, pixels([image for _, image in scenes]))
+            features = image_features(self.model, pixels([image for _, image in scenes], self.image_size))
         return features.bfloat16(), branches(self.tokenizer, texts, chained), types
 
 
@@ -120,7 +131,7 @@ def accuracy(
     data, size = SceneBatches(model, processor, split, seed), min(16, scenes)
     right: dict[str, list[bool]] = defaultdict(list)
     for number in range(scenes // size):
-        features, rows, types = data.get(number, size, TYPES)
+        features, rows, types = data.get(number, size, data.source.types)
         with torch.autocast("cpu", torch.bfloat16):
             logits, target = answer_logits(model, features, data.prefix, rows)
         scene, row = (rows["labels"] != -100).nonzero(as_tuple=True)
@@ -129,5 +140,5 @@ def accuracy(
         for i, kinds in enumerate(types):
             for b, kind in enumerate(kinds):
                 right[kind].append(bool(good[(scene == i) & (branch == b)].all()))
-    table = {kind: float(np.mean(right[kind])) for kind in TYPES}
+    table = {kind: float(np.mean(right[kind])) for kind in data.source.types}
     return {k: round(v, 4) for k, v in (table | {"all": float(np.mean(list(table.values())))}).items()}

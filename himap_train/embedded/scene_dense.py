@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from numpy.random import Generator
 
+from himap_train.embedded.fine_scenes import FineScene, place_of
 from himap_train.embedded.scene_text import COLOURS, DESCRIBE, KINDS, PLACES, Scene, describe, sides, single_kinds
 
 
@@ -36,3 +37,15 @@ def dense_texts(scene: Scene, rng: Generator) -> list[tuple[str, str]]:
         ("Where is what?", catalogue(scene, rng)),
         ("What is where?", neighbours(scene, rng)),
     ]
+
+
+def fine_catalogue(scene: FineScene, rng: Generator) -> list[tuple[str, str]]:
+    """The catalogue of a fine scene, as `catalogue`: every kind and colour, how many and in which of nine places."""
+    start, parts = int(rng.integers(len(KINDS))), []
+    for kind in KINDS[start:] + KINDS[:start]:
+        places = [place_of(cell) for cell in scene.cells(kind=kind)]
+        parts.append(" ".join([f"{kind} yes {len(places)}", *places]) if places else f"{kind} no 0")
+    for colour in COLOURS:
+        found = [(place_of(cell), item.digit) for cell, item in scene.things if item.colour == colour]
+        parts.append(f"{colour} card yes {found[0][0]} {found[0][1]}" if found else f"{colour} card no")
+    return [("Where is what?", ", ".join(parts))]

@@ -118,34 +118,35 @@ def ask(scene: Scene, kind_of_question: str, rng: Generator) -> tuple[str, str]:
     return _ASK[kind_of_question](scene, rng)
 
 
-def _pick(rng: Generator, options: Sequence[T]) -> T:
+def pick(rng: Generator, options: Sequence[T]) -> T:
+    """One of `options`, each as likely as another."""
     return options[int(rng.integers(len(options)))]
 
 
 def _ask_place(scene: Scene, rng: Generator) -> tuple[str, str]:
     answers = sorted({scene.kind_at(p) for p in range(len(PLACES))})
-    answer = _pick(rng, answers)  # over what is there, not over places: "nothing" and repeated kinds are no safe guess
-    place = _pick(rng, [p for p in range(len(PLACES)) if scene.kind_at(p) == answer])
+    answer = pick(rng, answers)  # over what is there, not over places: "nothing" and repeated kinds are no safe guess
+    place = pick(rng, [p for p in range(len(PLACES)) if scene.kind_at(p) == answer])
     return f"What is at the {PLACES[place]}?", answer
 
 
 def _ask_where(scene: Scene, rng: Generator) -> tuple[str, str]:
     cards = scene.places(kind="card")
     if rng.random() < 0.3:
-        place = _pick(rng, cards)
+        place = pick(rng, cards)
         item = scene.cells[place]
         return f"Where is the {item.colour if item else ''} card?", PLACES[place]
-    kind = _pick(rng, single_kinds(scene))
+    kind = pick(rng, single_kinds(scene))
     return f"Where is the {kind}?", PLACES[scene.places(kind=kind)[0]]
 
 
 def _ask_exist(scene: Scene, rng: Generator) -> tuple[str, str]:
     yes = bool(rng.integers(2))
     if rng.random() < 0.25:
-        colour = _pick(rng, [c for c in COLOURS if bool(scene.places(colour=c)) == yes])
-        return f"Is there {_article(colour)} {colour} card?", "yes" if yes else "no"
-    kind = _pick(rng, [k for k in KINDS if bool(scene.count(k)) == yes])
-    return f"Is there {_article(kind)} {kind}?", "yes" if yes else "no"
+        colour = pick(rng, [c for c in COLOURS if bool(scene.places(colour=c)) == yes])
+        return f"Is there {article(colour)} {colour} card?", "yes" if yes else "no"
+    kind = pick(rng, [k for k in KINDS if bool(scene.count(k)) == yes])
+    return f"Is there {article(kind)} {kind}?", "yes" if yes else "no"
 
 
 def _ask_count(scene: Scene, rng: Generator) -> tuple[str, str]:
@@ -153,12 +154,12 @@ def _ask_count(scene: Scene, rng: Generator) -> tuple[str, str]:
         return "How many cards are there?", str(scene.count("card"))
     counts = {kind: scene.count(kind) for kind in KINDS}
     wanted = max(counts.values()) if rng.random() < 0.75 else int(rng.integers(2))
-    kind = _pick(rng, [k for k, n in counts.items() if n == wanted])
+    kind = pick(rng, [k for k, n in counts.items() if n == wanted])
     return f"How many {PLURALS[kind]} are there?", str(wanted)
 
 
 def _ask_colour(scene: Scene, rng: Generator) -> tuple[str, str]:
-    place = _pick(rng, scene.places(kind="card"))
+    place = pick(rng, scene.places(kind="card"))
     item = scene.cells[place] or Item("")
     if rng.random() < 0.5:
         return f"What colour is the card at the {PLACES[place]}?", item.colour
@@ -166,7 +167,7 @@ def _ask_colour(scene: Scene, rng: Generator) -> tuple[str, str]:
 
 
 def _ask_digit(scene: Scene, rng: Generator) -> tuple[str, str]:
-    place = _pick(rng, scene.places(kind="card"))
+    place = pick(rng, scene.places(kind="card"))
     item = scene.cells[place] or Item("")
     if rng.random() < 0.4:
         return f"Which digit is at the {PLACES[place]}?", item.digit
@@ -178,11 +179,12 @@ def _ask_next_to(scene: Scene, rng: Generator) -> tuple[str, str]:
     for kind in single_kinds(scene):
         for side, answer in sides(scene, kind):
             options.setdefault(answer, []).append(f"What is {side} the {kind}?")
-    answer = _pick(rng, sorted(options))
-    return _pick(rng, options[answer]), answer
+    answer = pick(rng, sorted(options))
+    return pick(rng, options[answer]), answer
 
 
-def _article(word: str) -> str:
+def article(word: str) -> str:
+    """The indefinite article before `word`."""
     return "an" if word[0] in "aeiou" else "a"
 
 

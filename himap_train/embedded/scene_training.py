@@ -38,9 +38,10 @@ def step(optimizer: torch.optim.Optimizer, loss: Tensor, now: int, steps: int, p
     optimizer.step()
 
 
-def pixels(images: Sequence[Image.Image]) -> Tensor:
-    """(B, 3, 96, 96) as the processor makes them: values -1 to 1."""
-    array = np.stack([np.asarray(image) for image in images])
+def pixels(images: Sequence[Image.Image], size: int = IMAGE_SIZE) -> Tensor:
+    """(B, 3, size, size) as the processor makes them: resized where they must be, values -1 to 1."""
+    same = (image.resize((size, size), Image.Resampling.BICUBIC) if image.width != size else image for image in images)
+    array = np.stack([np.asarray(image) for image in same])
     return torch.from_numpy(array).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 

@@ -1,10 +1,9 @@
 """Questions about composed scenes of real images: the data set that ships with the package.
 
 A scene is 96x96 pixels: on a crop of a photograph, nine places (three by three) that hold an emoji, a coloured card
-with a handwritten digit, or nothing. Scenes are drawn when they are asked for, about a millisecond each, from (split,
-seed, epoch, index) alone, so a data set can be as long as one likes. Train, validation and test never share an emoji,
-a handwritten digit or a photograph: `assets/scenes/NOTICE` has the sources. Training images are also varied
-(mirrored, turned, recoloured).
+with a handwritten digit, or nothing. Scenes are drawn when they are asked for, about a millisecond each, so a set can
+be as long as one likes (`scene_source.py`). Train, validation and test never share an emoji, a handwritten digit or a
+photograph: `assets/scenes/NOTICE` has the sources. Training images are also varied (mirrored, turned, recoloured).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
-from himap_train.embedded.scene_text import COLOURS, COLUMNS, Item, Scene, compose
+from himap_train.embedded.scene_text import COLOURS, COLUMNS, Item, Scene
 
 ASSETS = Path(__file__).parents[1] / "assets/scenes"
 SPLITS = ("train", "validation", "test")
@@ -35,37 +34,12 @@ _CARD_RGB = dict(
 FloatArray = np.ndarray
 
 
-class Scenes:
-    """The scenes of one split: what each holds, and its picture.
-
-    Args:
-        split: "train", "validation" or "test".
-        seed: another seed, other scenes (of the same source images).
-        epoch: another epoch, other scenes; set it to train on fresh scenes all the time.
-    """
-
-    def __init__(self, split: str, seed: int = 0, epoch: int = 0) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r} of the embedded scenes; there are {', '.join(SPLITS)}")
-        self.split, self.seed, self.epoch = split, seed, epoch
-
-    def scene(self, index: int) -> tuple[Scene, Image.Image]:
-        """What scene `index` holds, and its picture."""
-        rng = self.generator(index, 0)
-        scene = compose(rng)
-        return scene, draw(scene, self.split, rng)
-
-    def generator(self, scene: int, stream: int) -> Generator:
-        """Random numbers of a scene: stream 0 composes and draws it, others ask about it."""
-        return np.random.default_rng([SPLITS.index(self.split), self.seed, self.epoch, scene, stream])
-
-
 def draw(scene: Scene, split: str, rng: Generator) -> Image.Image:
     """The picture of a scene, RGB, 96x96, from this split's source images."""
-    canvas = _background(split, rng)
+    canvas = background(split, rng)
     for place, item in enumerate(scene.cells):
         if item is not None:
-            rgb, alpha = _card(item, split, rng) if item.kind == "card" else _object(item.kind, split, rng)
+            rgb, alpha = (card if item.kind == "card" else sprite)(item, split, rng, _SIZES)
             size = len(alpha)
             top, left = ((c * CELL) + int(rng.integers(CELL - size + 1)) for c in divmod(place, len(COLUMNS)))
             window = canvas[top : top + size, left : left + size]
@@ -74,21 +48,21 @@ def draw(scene: Scene, split: str, rng: Generator) -> Image.Image:
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
 
 
-def _background(split: str, rng: Generator) -> FloatArray:
-    """A photograph's crop, mirrored at random and mixed into a random colour: (96, 96, 3)."""
-    crops = _backgrounds(split)
+def background(split: str, rng: Generator, size: int = IMAGE_SIZE) -> FloatArray:
+    """A photograph's crop, mirrored at random and mixed into a random colour: (size, size, 3)."""
+    crops = _backgrounds(split, size)
     crop = crops[int(rng.integers(len(crops)))][:: _sign(rng), :: _sign(rng)]
     colour, strength = rng.uniform(60, 220, 3), rng.uniform(0.15, 0.45)
     return np.asarray(strength * crop + (1 - strength) * colour, dtype=np.float32)
 
 
-def _object(kind: str, split: str, rng: Generator) -> tuple[FloatArray, FloatArray]:
-    """Colour (s, s, 3) and opacity (s, s, 1) of one of this split's images of the kind."""
-    sprites = _sprites(split)[kind]
-    which, size = int(rng.integers(len(sprites))), int(rng.integers(_SIZES[0], _SIZES[1] + 1))
+def sprite(item: Item, split: str, rng: Generator, sizes: tuple[int, int]) -> tuple[FloatArray, FloatArray]:
+    """Colour (s, s, 3) and opacity (s, s, 1) of one of this split's images of the item's kind, s one of `sizes`."""
+    sprites = _sprites(split)[item.kind]
+    which, size = int(rng.integers(len(sprites))), int(rng.integers(sizes[0], sizes[1] + 1))
     vary = split == "train"
     mirror, turn = (bool(rng.integers(2)), int(rng.integers(-2, 3)) * 6) if vary else (False, 0)
-    pixels = _scaled(split, kind, which, size, mirror, turn)
+    pixels = _scaled(split, item.kind, which, size, mirror, turn)
     rgb = pixels[..., :3].astype(np.float32)
     if vary and rng.random() < 0.5:  # a kind is a shape: a green heart must be a heart though no green one was seen
         rgb = rgb[..., rng.permutation(3)] if rng.random() < 0.8 else rgb.mean(-1, keepdims=True)
@@ -96,12 +70,14 @@ def _object(kind: str, split: str, rng: Generator) -> tuple[FloatArray, FloatArr
     return (rgb * gain.astype(np.float32)).clip(0, 255), pixels[..., 3:] / np.float32(255)
 
 
-def _card(item: Item, split: str, rng: Generator) -> tuple[FloatArray, FloatArray]:
-    """A square of the card's colour with a handwritten digit in white or black."""
+def card(
+    item: Item, split: str, rng: Generator, sizes: tuple[int, int], margin: int = 2
+) -> tuple[FloatArray, FloatArray]:
+    """A square of the card's colour with a handwritten digit in white or black, `margin` pixels from its edges."""
     samples = _digits(split)[int(item.digit)]
-    size = int(rng.integers(_SIZES[0], _SIZES[1] + 1))
+    size = int(rng.integers(sizes[0], sizes[1] + 1))
     turn = int(rng.integers(-1, 2)) * 8 if split == "train" else 0
-    ink = _ink(split, int(item.digit), int(rng.integers(len(samples))), size, turn)
+    ink = _ink(split, int(item.digit), int(rng.integers(len(samples))), size, turn, margin)
     colour = np.asarray(_CARD_RGB[item.colour], np.float32) + rng.uniform(-15, 15, 3).astype(np.float32)
     pen = np.float32(250 if item.colour not in ("yellow", "orange") else 10)
     return colour + ink * (pen - colour), np.ones((size, size, 1), np.float32)
@@ -122,13 +98,15 @@ def _scaled(split: str, kind: str, which: int, size: int, mirror: bool, turn: in
 
 
 @lru_cache(maxsize=_KEPT)
-def _ink(split: str, digit: int, which: int, size: int, turn: int) -> FloatArray:
+def _ink(split: str, digit: int, which: int, size: int, turn: int, margin: int) -> FloatArray:
     """Opacity of the pen, (size, size, 1): the 8x8 sample scaled to the card less a margin."""
     sample = Image.fromarray((_digits(split)[digit][which] * 15.9).astype(np.uint8))
-    inner = size - 4
+    inner = size - 2 * margin
     drawn = sample.resize((inner, inner), Image.Resampling.BICUBIC)
     ink = np.zeros((size, size, 1), np.float32)
-    ink[2 : 2 + inner, 2 : 2 + inner, 0] = np.asarray(drawn.rotate(turn, Image.Resampling.BILINEAR)) / 255
+    ink[margin : margin + inner, margin : margin + inner, 0] = (
+        np.asarray(drawn.rotate(turn, Image.Resampling.BILINEAR)) / 255
+    )
     return ink
 
 
@@ -152,10 +130,12 @@ def _digits(split: str) -> list[FloatArray]:
     return [images[labels == digit] for digit in range(10)]
 
 
-@lru_cache(maxsize=len(SPLITS))
-def _backgrounds(split: str) -> FloatArray:
-    """(n, 96, 96, 3) crops of this split's photographs."""
+@lru_cache(maxsize=2 * len(SPLITS))
+def _backgrounds(split: str, size: int) -> FloatArray:
+    """(n, size, size, 3) crops of this split's photographs."""
     sheet = np.asarray(Image.open(ASSETS / "backgrounds.jpg"))
     rows = json.loads((ASSETS / "backgrounds.json").read_text())
     crops = [sheet[:, i * IMAGE_SIZE : (i + 1) * IMAGE_SIZE] for i, row in enumerate(rows) if row["split"] == split]
+    if size != IMAGE_SIZE:
+        crops = [np.asarray(Image.fromarray(crop).resize((size, size), Image.Resampling.BICUBIC)) for crop in crops]
     return np.stack(crops).astype(np.float32)
