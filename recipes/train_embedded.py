@@ -27,6 +27,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,14 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from himap_train.embedded.build import build_model, build_processor, export
 from himap_train.embedded.scene_batches import SceneBatches, accuracy, answer_logits
 from himap_train.embedded.scene_text import TYPES, WORDS
-from himap_train.embedded.scene_training import dense_scene, image_features, optimizer, patch_labels, pixels, step
+from himap_train.embedded.scene_training import (
+    dense_scene,
+    optimizer,
+    patch_labels,
+    pixels,
+    step,
+    train_tower,
+)
 from himap_train.embedded.scenes import draw
 from himap_train.embedded.start import PatchHeads, grow, scale_features, shrink, start_attention, start_words
 
@@ -77,25 +85,10 @@ LESSONS = {
 TOWER = {"tower": (1000, 0, 1.5e-3), "tower_again": (420, 1000, 8e-4)}  # steps, seed, peak learning rate
 
 
-def train_tower(
-    model: LlavaForConditionalGeneration, heads: PatchHeads, steps: int, seed: int, batch: int, peak: float
-) -> None:
-    """Tower, projector and heads; frozen heads stay so. Prints for each head the fraction of patches that are right."""
-    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-    tower.set_attn_implementation("bf16_plain")
-    trained = [*tower.parameters(), *projector.parameters(), *heads.parameters()]
-    optim = optimizer([p for p in trained if p.requires_grad])
-    rng, start = np.random.default_rng([1, seed]), time.time()
-    for now in range(steps):
-        scenes = [dense_scene(rng) for _ in range(batch)]
-        with torch.autocast("cpu", torch.bfloat16):
-            features = image_features(model, pixels([draw(scene, "train", rng) for scene in scenes]))
-            loss, right = heads(features, patch_labels(scenes))
-        step(optim, loss, now, steps, peak)
-        if now % 25 == 0 or now == steps - 1:
-            rates = " ".join(f"{name} {rate:.3f}" for name, rate in right.items())
-            print(f"tower {now}/{steps} {time.time() - start:.0f} s, loss {loss.item():.3f}, {rates}", flush=True)
-    tower.set_attn_implementation("sdpa")  # as after loading: the later stages then see the same features
+def pictures(rng: np.random.Generator, size: int) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+    """A batch for the tower."""
+    scenes = [dense_scene(rng) for _ in range(size)]
+    return pixels([draw(scene, "train", rng) for scene in scenes]), [patch_labels(scenes)]
 
 
 def train_decoder(
@@ -143,7 +136,8 @@ def train(work: Path, processor: LlavaProcessor, scale: float, seed: int, batch:
 
     def tower(name: str) -> None:
         steps, own, peak = TOWER[name]
-        stage(name, lambda: train_tower(model, heads, scaled(steps, scale), own + seed, 4 * batch, peak))
+        drawn = partial(pictures, size=4 * batch)
+        stage(name, lambda: train_tower(model, heads, drawn, scaled(steps, scale), peak, own + seed))
 
     def decoder(name: str) -> None:
         stage(name, lambda: train_decoder(model, processor, LESSONS[name], scale, seed, batch))

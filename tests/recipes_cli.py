@@ -5,15 +5,21 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 from himap_train.command_line import run_command
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-def run_recipe(name: str, *argv: object) -> int:
-    """What `python recipes/<name>.py <argv>` runs; its exit status."""
+def recipe_module(name: str) -> Any:
+    """`recipes/<name>.py` as a module."""
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # jsonargparse looks type hints up there
     spec.loader.exec_module(module)
-    return run_command(module.main, [str(argument) for argument in argv])
+    return module
+
+
+def run_recipe(name: str, *argv: object) -> int:
+    """What `python recipes/<name>.py <argv>` runs; its exit status."""
+    return run_command(recipe_module(name).main, [str(argument) for argument in argv])

@@ -13,6 +13,7 @@ from himap_train.data.sources import open_source
 from himap_train.embedded.fine_scenes import (
     FINE_CELL,
     FINE_GRID,
+    FINE_KINDS,
     FINE_SIZE,
     FINE_TYPES,
     FineScene,
@@ -22,10 +23,10 @@ from himap_train.embedded.fine_scenes import (
 )
 from himap_train.embedded.scene_dense import fine_catalogue
 from himap_train.embedded.scene_source import Scenes
-from himap_train.embedded.scene_text import COLOURS, KINDS
+from himap_train.embedded.scene_text import COLOURS
 from himap_train.embedded.words import EXTRA_WORDS, copying
 
-SINGULAR = {"mailboxes": "mailbox"} | {kind + "s": kind for kind in KINDS}
+SINGULAR = {"mailboxes": "mailbox"} | {kind + "s": kind for kind in FINE_KINDS}
 MOVES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 MAJORITY = {"where": 0.2, "exist": 0.56, "count": 0.45, "colour": 0.25, "digit": 0.18, "next_to": 0.2}
 
@@ -127,8 +128,8 @@ def test_the_catalogue_says_all_about_kinds_and_cards() -> None:
     rng = np.random.default_rng(8)
     scene = compose_fine(rng)
     parts = fine_catalogue(scene, rng)[0][1].split(", ")
-    assert len(parts) == len(KINDS) + len(COLOURS)
-    for part in parts[: len(KINDS)]:
+    assert len(parts) == len(FINE_KINDS) + len(COLOURS)
+    for part in parts[: len(FINE_KINDS)]:
         kind, there, number, *places = part.split()
         where = [region(*cell) for cell, item in scene.things if item.kind == kind]
         assert (there == "yes") == bool(where) and int(number) == len(where) and " ".join(places) == " ".join(where)

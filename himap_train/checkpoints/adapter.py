@@ -22,8 +22,7 @@ from torch import Tensor
 from himap_train.checkpoints.finite import require_finite
 from himap_train.checkpoints.generation_file import write_end_tokens
 from himap_train.checkpoints.same_base import base_facts, plain
-from himap_train.embedded.model import embedded_model_path
-from himap_train.models.loading import EMBEDDED
+from himap_train.embedded.model import EMBEDDED_MODELS, embedded_model_path
 from himap_train.models.stock import base_model
 from himap_train.pruning.reading import schedule_file, schedule_in
 from himap_train.pruning.schedule import PruningSchedule
@@ -226,10 +225,8 @@ def file_name(parameter: str) -> str:
 
 def portable_name(base: str) -> str:
     """The name of a base model as another machine understands it."""
-    try:
-        return EMBEDDED if Path(base) == embedded_model_path() else base
-    except FileNotFoundError:  # installed without the embedded model
-        return base
+    names = [name for name, folder in EMBEDDED_MODELS.items() if Path(base).parts[-2:] == ("assets", folder)]
+    return next((name for name in names if Path(base) == embedded_model_path(name)), base)
 
 
 def _write_json(file: Path, content: Any) -> None:

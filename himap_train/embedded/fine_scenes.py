@@ -20,6 +20,7 @@ from himap_train.embedded.scenes import background, card, sprite
 
 FINE_SIZE, FINE_GRID = 256, 16
 FINE_CELL = FINE_SIZE // FINE_GRID
+FINE_KINDS = ("face", "monkey", "heart", "moon", "book", "cloud", "clock", "arrow", "mailbox")  # known at 16 pixels
 FINE_TYPES = ("where", "exist", "count", "colour", "digit", "next_to")
 _SPRITE_SIZES, _CARD_SIZES = (14, 16), (12, 12)  # a margin of 2 leaves a digit its own 8 pixels
 Cell = tuple[int, int]  # row, column
@@ -40,8 +41,8 @@ class FineScene:
         return [item for _, item in self.things if item.kind == "card"]
 
     def single_kinds(self) -> list[str]:
-        """Kinds of which there is exactly one, in the order of `KINDS`."""
-        return [kind for kind in KINDS if len(self.cells(kind=kind)) == 1]
+        """Kinds of which there is exactly one, in the order of `FINE_KINDS`."""
+        return [kind for kind in FINE_KINDS if len(self.cells(kind=kind)) == 1]
 
     def beside(self) -> Iterator[tuple[str, str, str]]:
         """(kind, side, kind of what lies there) for every thing whose kind is single, where something lies."""
@@ -80,7 +81,7 @@ def compose_fine(rng: Generator) -> FineScene:
 
     Things that are no pair do not touch, so nothing but a pair's other half lies beside anything.
     """
-    kinds = rng.permutation(KINDS).tolist()
+    kinds = rng.permutation(FINE_KINDS).tolist()
     copies = int(rng.choice([0, 2, 3, 4]))
     colours, digits = rng.permutation(COLOURS).tolist(), rng.permutation(DIGITS).tolist()
     cards = [Item("card", colours[c], digits[c]) for c in range(4 + int(rng.integers(3)))]
@@ -141,7 +142,7 @@ def _ask_where(scene: FineScene, rng: Generator) -> tuple[str, str, list[Cell]]:
 
 def _ask_exist(scene: FineScene, rng: Generator) -> tuple[str, str, list[Cell]]:
     yes = bool(rng.integers(2))
-    options = [[("kind", kind) for kind in KINDS], [("colour", colour) for colour in COLOURS]]
+    options = [[("kind", kind) for kind in FINE_KINDS], [("colour", colour) for colour in COLOURS]]
     fitting = [[o for o in group if bool(scene.cells(**dict([o]))) == yes] for group in options]
     what, name = pick(rng, pick(rng, [group for group in fitting if group]))
     words = f"{name} card" if what == "colour" else name
@@ -149,7 +150,7 @@ def _ask_exist(scene: FineScene, rng: Generator) -> tuple[str, str, list[Cell]]:
 
 
 def _ask_count(scene: FineScene, rng: Generator) -> tuple[str, str, list[Cell]]:
-    counts = {kind: len(scene.cells(kind=kind)) for kind in KINDS}
+    counts = {kind: len(scene.cells(kind=kind)) for kind in FINE_KINDS}
     wanted = max(counts.values()) if rng.random() < 0.6 else int(rng.integers(2))
     kind = pick(rng, [k for k, n in counts.items() if n == wanted])
     return f"How many {PLURALS[kind]} are there?", str(wanted), scene.cells(kind=kind)

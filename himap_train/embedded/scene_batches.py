@@ -99,11 +99,12 @@ class SceneBatches:
         dense: bool = False,
         chained: bool = False,
         copied: Sequence[str] = (),
+        copies: int = 1,
     ) -> tuple[Tensor, dict[str, Tensor], list[list[str]]]:
         """Image features, branches and question types of batch `number`; the types of `order` for every scene.
 
-        With `dense` there are the dense texts instead of the later half of the questions; with `copied`, words, one
-        request more, to say some of them.
+        With `dense` there are the dense texts instead of the later half of the questions; with `copied`, words,
+        `copies` requests more, to say some of them.
         """
         rng = np.random.default_rng([self.seed, number])
         scenes = [self.source.scene(number * size + i) for i in range(size)]
@@ -117,7 +118,7 @@ class SceneBatches:
                 for row, (scene, _) in zip(texts, scenes, strict=True)
             ]
         if copied:
-            texts = [[*row, copying(copied, rng)] for row in texts]
+            texts = [[*row, *(copying(copied, rng) for _ in range(copies))] for row in texts]
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             features = image_features(self.model, pixels([image for _, image in scenes], self.image_size))
         return features.bfloat16(), branches(self.tokenizer, texts, chained), types

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from numpy.random import Generator
 
-from himap_train.embedded.fine_scenes import FineScene, place_of
+from himap_train.embedded.fine_scenes import FINE_KINDS, FineScene, place_of
 from himap_train.embedded.scene_text import COLOURS, DESCRIBE, KINDS, PLACES, Scene, describe, sides, single_kinds
 
 
@@ -41,8 +41,8 @@ def dense_texts(scene: Scene, rng: Generator) -> list[tuple[str, str]]:
 
 def fine_catalogue(scene: FineScene, rng: Generator) -> list[tuple[str, str]]:
     """The catalogue of a fine scene, as `catalogue`: every kind and colour, how many and in which of nine places."""
-    start, parts = int(rng.integers(len(KINDS))), []
-    for kind in KINDS[start:] + KINDS[:start]:
+    start, parts = int(rng.integers(len(FINE_KINDS))), []
+    for kind in FINE_KINDS[start:] + FINE_KINDS[:start]:
         places = [place_of(cell) for cell in scene.cells(kind=kind)]
         parts.append(" ".join([f"{kind} yes {len(places)}", *places]) if places else f"{kind} no 0")
     for colour in COLOURS:

@@ -6,7 +6,8 @@ Shapes: B scenes, T image tokens (144), D width (128), L rows of a sequence, d w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from transformers import AttentionInterface, LlavaForConditionalGeneration
 
 from himap_train.embedded.build import IMAGE_SIZE, PATCH_SIZE
 from himap_train.embedded.scene_text import COLOURS, COLUMNS, DIGITS, KINDS, ROWS, Item, Scene
-from himap_train.embedded.start import HEADS
+from himap_train.embedded.start import HEADS, PatchHeads
 
 _GRID = IMAGE_SIZE // PATCH_SIZE
 _PER_CELL = _GRID // len(ROWS)
@@ -76,6 +77,35 @@ def image_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -
     """What the decoder gets for an image, (B, T, D): tower, without its class token, then projector."""
     hidden = model.model.vision_tower(pixel_values).last_hidden_state[:, 1:]
     return model.model.multi_modal_projector(hidden)
+
+
+def train_tower(
+    model: LlavaForConditionalGeneration,
+    heads: PatchHeads,
+    batch: Callable[[np.random.Generator], tuple[Tensor, list[dict[str, Tensor]]]],
+    steps: int,
+    peak: float,
+    seed: int,
+) -> None:
+    """Tower, projector and heads (frozen ones stay so). Prints for each head the fraction of patches that are right.
+
+    `batch` draws a batch's pixels and the labels of its parts, (B, T) each, in order.
+    """
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    tower.set_attn_implementation("bf16_plain")
+    trained = [*tower.parameters(), *projector.parameters(), *heads.parameters()]
+    optim = optimizer([p for p in trained if p.requires_grad])
+    rng, start = np.random.default_rng([1, seed]), time.time()
+    for now in range(steps):
+        pixel_values, labels = batch(rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            parts = image_features(model, pixel_values).split([len(part["kind"]) for part in labels])
+            losses, rights = zip(*[heads(part, label) for part, label in zip(parts, labels, strict=True)], strict=True)
+        step(optim, sum(losses), now, steps, peak)
+        if now % 25 == 0 or now == steps - 1:
+            rates = " ".join(f"{name} " + " ".join(f"{right[name]:.3f}" for right in rights) for name in HEADS)
+            print(f"tower {now}/{steps} {time.time() - start:.0f} s, {rates}", flush=True)
+    tower.set_attn_implementation("sdpa")  # as after loading: the later stages then see the same features
 
 
 def bf16_attention(

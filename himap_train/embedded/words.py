@@ -38,12 +38,17 @@ EXTRA_WORDS = tuple(
 
 
 def copying(words: Sequence[str], rng: Generator) -> tuple[str, str]:
-    """A request to say one to four words, and the words; every fourth time some are letters in a row."""
+    """A request to say one to four words, and the words. Every third is the beginning of one with letters behind it.
+
+    Every beginning of a word is a token of the tokenizer, and unknown words are made of these: so each gets its turn.
+    """
 
     def word() -> str:
-        if rng.random() < 0.25:
-            return "".join(rng.choice(list(string.ascii_letters + string.digits), size=int(rng.integers(2, 7))))
-        return words[int(rng.integers(len(words)))]
+        chosen = words[int(rng.integers(len(words)))]
+        if rng.random() < 2 / 3:
+            return chosen
+        letters = rng.choice(list(string.ascii_letters + string.digits), size=int(rng.integers(0, 4)))
+        return chosen[: 1 + int(rng.integers(len(chosen)))] + "".join(letters)
 
     said = " ".join(word() for _ in range(int(rng.integers(1, 5))))
     return f"Say {said}.", said

@@ -24,17 +24,20 @@ def point(row: Mapping[str, Any]) -> tuple[float, float]:
     return float(row["flops_ratio"]["mean"]), 100 * float(row["overall"]["score"])
 
 
-def save_trade_off(folder: Path, scores: Scores, dense: Mapping[str, Sequence[float]]) -> str:
+def save_trade_off(
+    folder: Path, scores: Scores, dense: Mapping[str, Sequence[float]], drawn: Sequence[str] | None = None
+) -> str:
     """Write budgets.md, budgets.json and budgets.png; returns the table.
 
     Args:
         folder: Where to.
-        scores: All with the same budgets.
+        scores: Name to what it has at each budget that it can meet.
         dense: Name to accuracies in % without pruning, one a seed; the first is the picture's band.
+        drawn: Which of the names are in the picture; None for all.
     """
-    budgets = list(next(iter(scores.values())))
+    budgets = sorted({budget for at in scores.values() for budget in at})
     lines = [
-        [name, *(mean_and_spread([score for _, score in at[budget]]) for budget in budgets)]
+        [name, *(mean_and_spread([score for _, score in at[b]]) if b in at else "" for b in budgets)]
         for name, at in scores.items()
     ]
     text = markdown_lines(["`flops_ratio`", *(str(budget) for budget in budgets)], lines)
@@ -42,7 +45,8 @@ def save_trade_off(folder: Path, scores: Scores, dense: Mapping[str, Sequence[fl
     (folder / "budgets.md").write_text(text, encoding="utf-8")
     content = json.dumps({"scores": scores, "dense": dense}, indent=2)
     (folder / "budgets.json").write_text(content + "\n", encoding="utf-8")
-    draw_trade_off(scores, next(iter(dense.values()))).savefig(folder / "budgets.png", dpi=150)
+    shown = {name: at for name, at in scores.items() if drawn is None or name in drawn}
+    draw_trade_off(shown, next(iter(dense.values()))).savefig(folder / "budgets.png", dpi=150)
     return text
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import constants, get_session, hf_hub_download, snapshot_do
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
-from himap_train.embedded.model import embedded_model_path
+from himap_train.embedded.model import EMBEDDED_MODELS, embedded_model_path
 from himap_train.models.families import family_of_config
 from himap_train.models.model_files import check_files
 from himap_train.models.quantize import Quantize, quantization_config
@@ -34,7 +34,8 @@ def load_llava(
     """Load a model of a known family (LLaVA and its like) as it is, in evaluation mode.
 
     Args:
-        path: A local folder, a model id on the Hugging Face hub, or "embedded" for the small LLaVA in this package.
+        path: A local folder, a model id on the Hugging Face hub, or "embedded" or "embedded-fine" for
+            a small LLaVA in this package.
         dtype: As stored ("auto"), or a torch dtype or its name.
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; None lets transformers choose.
         quantize: "4bit" stores the decoder's linear layers in 4 bits (see `quantize`).
@@ -180,8 +181,8 @@ def resolve_model(path: str | Path) -> str:
     Raises:
         FileNotFoundError: If it is no folder with a config.json and the hub does not give one within seconds.
     """
-    if str(path) == EMBEDDED:
-        return str(embedded_model_path())
+    if str(path) in EMBEDDED_MODELS:
+        return str(embedded_model_path(str(path)))
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
             found = sorted(entry.name for entry in Path(path).iterdir())[:8]
