@@ -56,9 +56,8 @@ def open_table(spec: str, benchmark: Benchmark) -> Table:
     name, *given = [spec] if Path(spec).exists() else spec.split(":")
     path, ending = Path(name), Path(name).suffix.lower()
     if path.is_file() and ending in (*_JSON, *_TABLES):
-        return rows_table(
-            str(path), _csv_rows(path, _TABLES[ending]) if ending in _TABLES else read_json(path), path.parent
-        )
+        rows = _csv_rows(path, _TABLES[ending]) if ending in _TABLES else read_json(path)
+        return rows_table(str(path), rows, path.parent)
     *config, split = given or [benchmark.split]
     table = _dataset_table(_dataset(path, config[0] if config else benchmark.config, split, bool(config)), spec, path)
     if benchmark.images and "image" not in table.columns:

@@ -50,10 +50,8 @@ def with_answers(table: Table, benchmark: Benchmark, answers: Path | None) -> tu
             )
         rows = [{**by_key[key], **row} for key, row in zip(keys, rows, strict=True)]
     joined = rows_table(table.name, rows, table.folder)
-    kind = column_in(joined.columns, f"{benchmark.type}|category")
-    return joined, replace(
-        benchmark, prompt="{text}", options="", type=kind, answer=ANSWERS, key="question_id", numbered=False, group=""
-    )
+    own: dict[str, Any] = {"prompt": "{text}", "answer": ANSWERS, "type": column_in(joined.columns, benchmark.type)}
+    return joined, replace(benchmark, **own, key="question_id", options="", group="", numbered=False)
 
 
 def _entries(answers: Path) -> Iterator[dict[str, Any]]:

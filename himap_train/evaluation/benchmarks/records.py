@@ -45,17 +45,14 @@ class BenchmarkRecords:
         self._check_columns()
         rows = list(range(table.size))
         if benchmark.only and benchmark.only[0] in table.columns:
-            rows = [i for i in rows if str(table.facts(i)[benchmark.only[0]]) == benchmark.only[1]]
+            rows = [i for i in rows if str(table.facts(i).get(benchmark.only[0])) == benchmark.only[1]]
         self._places = [(row, 0) for row in rows]
         if not self._places:
             raise ValueError(f"{table.name}: none of its {table.size} rows counts ({benchmark.only or 'it is empty'})")
         answers = (value_in(table.facts(row), benchmark.answer) for row in rows[:_TRIED])
         self.scored = bool(benchmark.metrics) and any(answer not in (None, []) for answer in answers)
-        if (
-            self.scored
-            and "circular" in benchmark.metrics
-            and not any(self._index(row) >= CIRCULAR_OFFSET for row in rows)
-        ):
+        circular = self.scored and "circular" in benchmark.metrics
+        if circular and not any(self._index(row) >= CIRCULAR_OFFSET for row in rows):
             self._places = [(row, turn) for row in rows for turn in range(len(self._texts(table.facts(row))))]
 
     def __len__(self) -> int:
@@ -134,10 +131,10 @@ class BenchmarkRecords:
     def _answers(self, answer: Any, texts: list[str], turn: int, where: str) -> str:
         """Accepted answers as JSON; those that name an option by its letter now."""
         found = answer if isinstance(answer, list) else [] if answer is None else [answer]
-        letters = ascii_uppercase[: len(texts)]
+        letters = list(ascii_uppercase[: len(texts)])
         if self._benchmark.numbered or turn:
             for place, one in enumerate(found):
-                number = int(one) if str(one).isdecimal() else letters.find(str(one).strip() or "?")
+                number = int(one) if str(one).isdecimal() else letters.index(one) if one in letters else -1
                 if not 0 <= number < len(texts):
                     raise RecordError(f"{where}: the answer is {one!r:.60}; expected one of the options {texts}")
                 found = [*found[:place], letters[(number - turn) % len(texts)], *found[place + 1 :]]
