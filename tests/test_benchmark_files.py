@@ -8,7 +8,7 @@ from pathlib import Path
 
 import benchmark_files as files
 import pytest
-from benchmark_files import lines, llava_questions, png
+from benchmark_files import lines, llava_questions, picture, png
 from recipes_cli import run_recipe
 from training_toys import save_tiny
 
@@ -280,6 +280,8 @@ def test_free_form(tmp_path):
     task = open_task(str(path), prompt="{q}\n{options}", answer="right", options="of", type="nested.kind")
     assert asked(task) == ["<image>\nWhich ?\nA. ant\nB. bee"]
     assert task.metrics == ("choice",) and figures(task, "(b)") == {"choice": 1.0, "choice/4": 1.0}
+    photo = files.save(tmp_path / "photo", [{"photo": picture(2), "question": "?", "answer": "a"}], photo=files.IMAGE)
+    assert open_task(str(photo), answer="answer").source[0].images == (png(2),)  # whatever the column is called
     (tmp_path / "own.csv").write_text("question,answer\nWhat?,a cat\n")
     assert asked(open_task(str(tmp_path / "own.csv"), answer="answer")) == ["What?"]
 
@@ -317,6 +319,9 @@ def test_broken_files_are_named(tmp_path):
     (tmp_path / "latin.csv").write_bytes("question,answer\nWie groß?,1\n".encode("latin-1"))
     with pytest.raises(ValueError, match="latin.csv cannot be read as a table"):
         open_task(str(tmp_path / "latin.csv"), answer="answer")
+    blind = lines(tmp_path / "blind.jsonl", [{"question": "?", "answer": "yes", "category": "a"}])
+    with pytest.raises(ValueError, match=r"expected also 'image\|images'"):
+        open_task(str(blind), "pope")
     half = lines(tmp_path / "half.jsonl", [{"question": "\ud83d?", "answer": "a"}])
     with pytest.raises(RecordError, match="row 0: the text has half a character"):
         open_task(str(half), answer="answer").source[0]
@@ -328,10 +333,10 @@ def test_broken_files_are_named(tmp_path):
         open_task(str(tmp_path / "m.tsv"), "mmbench")
     with pytest.raises(FileNotFoundError, match="no/such/folder"):
         open_task("no/such/folder", "pope")
-    bad = files.save(tmp_path / "ai2d", [{"question": "?", "options": ["a", "b"], "answer": "4"}])
+    bad = files.save(tmp_path / "ai2d", [{"question": "?", "options": ["a", "b"], "answer": "4", "image": None}])
     with pytest.raises(RecordError, match=r"row 0: the answer is '4'; expected one of the options \['a', 'b'\]"):
         open_task(str(bad), "ai2d").source[0]
-    empty = files.save(tmp_path / "empty", [{"question": "?", "query": "?", "answer": None, "type": "a"}])
+    empty = files.save(tmp_path / "empty", [{"question": "?", "image": None, "answer": None, "type": "a"}])
     with pytest.raises(ValueError, match="'answer|label' is empty, so there is nothing to score"):
         open_task(str(empty), "chartqa")
 

@@ -158,18 +158,21 @@ def _dataset(path: Path, config: str, split: str, named: bool) -> Any:
 def _dataset_table(dataset: Any, name: str, path: Path) -> Table:
     images = [column for column, kind in dataset.features.items() if "Image(" in str(kind)]
     labels = {column: kind.names for column, kind in dataset.features.items() if hasattr(kind, "names")}
+    own_name = bool(images) and not {"image", "images"} & set(dataset.column_names)  # of the column of images
     whole = dataset.with_format("arrow")
     light = whole.remove_columns(images)
 
     def reading(rows: Any) -> Callable[[int], dict[str, Any]]:
         def read(index: int) -> dict[str, Any]:
             row = plain_row(rows[index], f"data set {name}, row {index}")
-            return {c: labels[c][v] if c in labels and v is not None else v for c, v in row.items()}
+            row = {c: labels[c][v] if c in labels and v is not None else v for c, v in row.items()}
+            return {"image": row[images[0]], **row} if own_name and rows is whole else row
 
         return read
 
     folder = path if path.is_dir() else path.parent
-    return Table(name, dataset.column_names, len(dataset), reading(whole), reading(light), folder)
+    columns = [*dataset.column_names, *(["image"] if own_name else [])]
+    return Table(name, columns, len(dataset), reading(whole), reading(light), folder)
 
 
 def _joined(table: Table, images: Table, column: str) -> Table:

@@ -62,7 +62,7 @@ def open_task(
         if answers is not None:
             raise ValueError(f"--answers {answers} goes with a --benchmark, which says how answers belong to questions")
         return Task(open_source(data, image_folder, split="test", follow_links=follow_links))
-    free = Benchmark("{question}", ("choice" if own.get("options") else "exact",))
+    free = Benchmark("{question}", ("choice" if own.get("options") else "exact",), needs_image=False)
     entry = replace(BENCHMARKS[benchmark] if benchmark else free, **own)
     table = open_table(data, entry)
     if set(TEXT_COLUMNS) & set(table.columns):

@@ -17,6 +17,7 @@ from himap_train.evaluation.benchmarks.table import Benchmark
 from himap_train.evaluation.choice import CIRCULAR_OFFSET
 
 _MADE = ("question", "options", "options_in_line")  # names in prompts that are no columns of their own
+_IMAGES = "image|images"
 _TRIED = 100
 
 
@@ -68,7 +69,7 @@ class BenchmarkRecords:
         place, turn = self._places[index]
         row, benchmark = self._table.row(place), self._benchmark
         where = f"{self._table.name}, row {place}"
-        found = value_in(row, "image|images")
+        found = value_in(row, _IMAGES)
         images = [
             image_source(image, self._folder, where, self._links)
             for image in (found if isinstance(found, list) else [found])
@@ -99,7 +100,7 @@ class BenchmarkRecords:
         wanted += [benchmark.question] if "question" in self._prompt.names else []
         wanted += [benchmark.type] if benchmark.type not in ("", "with_image") else []
         wanted += self._options[:2] or [name for name in self._prompt.names if name in _MADE[1:]]
-        wanted += [] if benchmark.export else [benchmark.answer]
+        wanted += ([] if benchmark.export else [benchmark.answer]) + ([_IMAGES] if benchmark.needs_image else [])
         missing = [name for name in wanted if not column_in(columns, name)]
         if missing:
             raise ValueError(

@@ -36,6 +36,7 @@ class Benchmark:
         without: Text that is taken out of questions.
         match: What an answer file and LLaVA's question file share; see `llava_files`.
         export: What a judge or server takes; see `export`.
+        needs_image: A file without a column of images is not its file.
     """
 
     prompt: str = SHORT
@@ -55,6 +56,7 @@ class Benchmark:
     without: str = ""
     match: tuple[str, ...] = ("question_id",)
     export: str = ""
+    needs_image: bool = True
 
 
 _VQA = Benchmark(metrics=("vqa",), split="validation", answer="answers", export="vqa")
