@@ -78,9 +78,8 @@ def main(
         follow_links: Symbolic links in the image folder may lead out of it.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
         image_background: Colour under transparent images, "white" or "black".
-        metrics: exact, gqa, vqa, textvqa, pope, mme, relaxed, anls, choice, choice-strict (as LLaVA's own ScienceQA
-            script reads answers), circular, cider; the first gives the score. By default the benchmark's, or exact.
-            vqa and textvqa need at least four answers a record, those of the annotators.
+        metrics: exact, gqa, vqa, textvqa (both need the annotators' answers, four or more), pope, mme, relaxed, anls,
+            choice, choice-strict (as LLaVA's ScienceQA script), circular, cider; the first gives the score.
         batch_size: Questions in a batch.
         max_new_tokens: Where an answer is cut; by default as the benchmark has it, or 16.
         num_workers: Processes that decode images and encode ahead of the model.
