@@ -5,7 +5,7 @@ python recipes/evaluate.py --schedule himap   # the same, pruned without trainin
 python recipes/evaluate.py --checkpoint runs/elastic --budget 0.4   # one checkpoint at the cost that is wanted
 python recipes/evaluate.py --checkpoint runs/mine --data test.json --image-folder images --output runs/mine/test
 python recipes/evaluate.py --checkpoint llava-hf/llava-1.5-7b-hf --dtype bfloat16 --batch-size 8 --schedule himap
-                           --data pope.jsonl --metrics [pope] --image-aspect-ratio pad
+                           --benchmark pope --data lmms-lab/POPE --image-aspect-ratio pad
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import torch
 from himap_train.checkpoints.scheduled import AS_SAVED, load_with_schedule
 from himap_train.command_line import new_output_folder, run_command
 from himap_train.data.pixel_modes import Background
-from himap_train.data.sources import open_source
+from himap_train.evaluation.benchmarks.export import SUBMISSIONS, export
+from himap_train.evaluation.benchmarks.opening import Task, open_task
 from himap_train.evaluation.budgeted import check_budget_argument, prompt_tokens, run_at_budget
 from himap_train.evaluation.compare import Row, evaluate_row
 from himap_train.evaluation.metrics import make_metrics
-from himap_train.evaluation.tables import FILES, print_table, save_table
+from himap_train.evaluation.tables import FILES, json_ready, print_table, save_table
 from himap_train.models.families.base import AspectRatio
 from himap_train.pruning.reading import ScheduleArgument
 
@@ -35,15 +36,22 @@ PREDICTIONS = "predictions.jsonl"
 def main(
     checkpoint: str = "embedded",
     data: str = "embedded:test",
+    benchmark: str | None = None,
+    answers: Path | None = None,
+    prompt: str = "",
+    answer_column: str = "",
+    options_column: str = "",
+    type_column: str = "",
     schedule: ScheduleArgument = AS_SAVED,
     budget: float | None = None,
     image_folder: str | None = None,
     follow_links: bool = False,
     image_aspect_ratio: AspectRatio = "as_processor",
     image_background: Background = "white",
-    metrics: list[str] = ["exact"],  # noqa: B006 - never changed; the default that --help shows
+    metrics: list[str] | None = None,
     batch_size: int = 64,
-    max_new_tokens: int = 16,
+    max_new_tokens: int | None = None,
+    num_workers: int = 0,
     limit: int | None = None,
     max_skipped: int | float = 0.01,
     output: Path | None = None,
@@ -53,22 +61,28 @@ def main(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
 ) -> None:
-    """Answer every question of a data set greedily and score the answers.
+    r"""Answer every question of a data set greedily and score the answers.
 
     Args:
         checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
         data: embedded:test, a LLaVA file (.json, .jsonl), a Hugging Face data set (folder, .parquet, owner/name:split).
+        benchmark: pope, textvqa, gqa, mme, ...: `data` is its file, as on the Hugging Face hub or as LLaVA has it.
+        answers: Answer file of the benchmark, for LLaVA's question files.
+        prompt: What is asked, with columns in braces: "{question}\nAnswer with one word."; for files of any columns.
+        answer_column: Column of the accepted answers.
+        options_column: Column with the list of options, which stand in the prompt as {options}.
+        type_column: Column of the category, for scores of each.
         schedule: as-saved, none, a preset (himap, fastv, ...), a pruning.yaml, or the stages inline.
         budget: Run that schedule's layers at this flops_ratio of the mean prompt instead, 0.4 say; 1 is dense.
         image_folder: Where the data's image paths start; by default the folder of its file.
         follow_links: Symbolic links in the image folder may lead out of it.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
         image_background: Colour under transparent images, "white" or "black".
-        metrics: exact, gqa, vqa, textvqa, pope, mme, relaxed, anls, choice, choice-strict (as LLaVA's own ScienceQA
-            script reads answers), circular; the first gives the score. vqa and textvqa need at least four answers a
-            record, those of the annotators.
+        metrics: exact, gqa, vqa, textvqa (both need the annotators' answers, four or more), pope, mme, relaxed, anls,
+            choice, choice-strict (as LLaVA's ScienceQA script), circular, cider; the first gives the score.
         batch_size: Questions in a batch.
-        max_new_tokens: Where an answer is cut.
+        max_new_tokens: Where an answer is cut; by default as the benchmark has it, or 16.
+        num_workers: Processes that decode images and encode ahead of the model.
         limit: Only the first so many records.
         max_skipped: Unusable records that are tolerated: a number, or a fraction below 1.
         output: Folder for metrics.json, predictions.jsonl, table.md and accuracy.png.
@@ -79,45 +93,55 @@ def main(
         device: "auto", "cpu", "cuda", "cuda:1", ...
     """
     check_budget_argument(budget, schedule)
-    make_metrics(metrics)  # a misspelt name fails before anything is loaded
+    make_metrics(metrics or ["exact"])  # a misspelt name fails before anything is loaded
+    columns = {"prompt": prompt, "answer": answer_column, "options": options_column, "type": type_column}
+    task = open_task(data, benchmark, answers, image_folder, follow_links, **columns)
     if output is not None:
-        new_output_folder(output, (*FILES, PREDICTIONS), overwrite)
-    source = open_source(data, image_folder, split="test", follow_links=follow_links)
+        new_output_folder(output, (*FILES, PREDICTIONS, *SUBMISSIONS), overwrite)
+    elif task.metrics == ("none",):
+        raise ValueError(f"{data} has no answers, so they are only written down: name a folder with --output")
     model, processor = load_with_schedule(checkpoint, schedule, dtype, device)
     if budget is not None:
-        run_at_budget(model, budget, *prompt_tokens(source, processor, image_aspect_ratio, limit))
+        run_at_budget(model, budget, *prompt_tokens(task.source, processor, image_aspect_ratio, limit))
     how = schedule if isinstance(schedule, str) else "own schedule" if schedule else "dense"
     torch.manual_seed(seed)
     row = evaluate_row(
         name or f"{checkpoint}, {how}{'' if budget is None else f' at {budget}'}",
         model,
         processor,
-        source,
+        task.source,
         batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        metrics=metrics,
+        max_new_tokens=max_new_tokens or task.max_new_tokens,
+        metrics=metrics or task.metrics,
+        num_workers=num_workers,
         limit=limit,
         image_aspect_ratio=image_aspect_ratio,
         image_background=image_background,
         max_skipped=max_skipped,
     )
-    report(row, output, {"checkpoint": checkpoint, "data": data, "seed": seed, "dtype": dtype, "device": device})
+    facts = {"checkpoint": checkpoint, "data": data, "benchmark": benchmark, "seed": seed}
+    report(row, task, output, {**facts, "dtype": dtype, "device": device})
 
 
-def report(row: Row, output: Path | None, facts: dict[str, object]) -> None:
+def report(row: Row, task: Task, output: Path | None, facts: dict[str, object]) -> None:
     """The table and all figures on the screen; the files in `output`."""
     print(f"schedule: {row.schedule.to_dict()}")
     print_table([row])
     for figure, value in row.result.figures.items():
         if figure.split("/")[0] != row.result.metric:  # those are in the table
             print(f"{figure}: {value:.4f}")
+    if row.result.image_tokens_per_layer:
+        print(f"image tokens, average over layers: {row.result.image_tokens_per_layer.mean:.1f}")
     if row.result.skipped:
         print(f"skipped records: {len(row.result.skipped)}")
     if output is None:
         return
     save_table([row], output, facts)
     with (output / PREDICTIONS).open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in row.result.predictions)
+        for answer in row.result.predictions:
+            file.write(json.dumps(json_ready(asdict(answer)), ensure_ascii=False) + "\n")
+    if task.export:
+        print(f"for the judge or server: {export(task.export, row.result.predictions, task.facts, output)}")
     print(f"saved in {output}")
 
 

@@ -23,7 +23,7 @@ from himap_train import PruningSchedule, PruningStage, install_pruning, remove_p
 from himap_train.checkpoints.scheduled import load_with_schedule
 from himap_train.command_line import run_command
 from himap_train.data.batches import collate
-from himap_train.data.encode import encode_prompt
+from himap_train.data.encode import Encoder, encode_prompt
 from himap_train.data.records import Conversation, RecordError, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.data.skips import TooManySkippedError
@@ -223,6 +223,39 @@ def test_broken_records_are_reported_and_limited(model, processor, source):
         evaluate(model, processor, Broken(source), max_skipped=0, **QUIET)
     with pytest.raises(ValueError, match="no sample was scored"):
         evaluate(model, processor, Source(), **QUIET)
+
+
+def test_workers_change_nothing(model, processor, source):
+    install_pruning(model, SCHEDULE)
+    alone, shared = (
+        evaluate(model, processor, source, batch_size=2, num_workers=workers, **QUIET) for workers in (0, 2)
+    )
+    assert shared.predictions == alone.predictions and len(alone.predictions) == 7
+    assert shared.kept == alone.kept == (8.0, 2.0)
+    # 16 tokens in two layers, 8 in two, 2 in two; of an image less and an image more that is the mean
+    assert shared.image_tokens_per_layer == alone.image_tokens_per_layer
+    assert alone.image_tokens_per_layer.mean == pytest.approx((16 + 8 + 2) / 3)
+    remove_pruning(model)  # shared with the tests after this one
+
+
+def test_workers_report_broken_images(model, processor, source, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    records = Source([replace(source[0], images=(tmp_path / "broken.png",)), *source[1:5]])
+    settings = {"batch_size": 2, "num_workers": 1, **QUIET}
+    result = evaluate(model, processor, records, max_skipped=1, **settings)
+    assert [prediction.index for prediction in result.predictions] == [1, 2, 3, 4]
+    assert len(result.skipped) == 1 and "broken.png" in result.skipped[0]
+    with pytest.raises(TooManySkippedError, match="broken.png"):
+        evaluate(model, processor, records, max_skipped=0, **settings)
+
+
+def test_prompts_are_counted_without_decoding_images(processor, source, monkeypatch):
+    encoded = [encode_prompt(conversation, processor)["input_ids"] for conversation in source]
+    images = [int((ids == processor.image_token_id).sum()) for ids in encoded]
+    monkeypatch.setattr("himap_train.data.encode.open_image", pytest.fail)
+    counts = [Encoder(processor).prompt_tokens(conversation) for conversation in source]
+    assert counts == [(image, len(ids) - image) for image, ids in zip(images, encoded, strict=True)]
+    assert {image for image, _ in counts} == {0, 16, 32}
 
 
 def test_a_prompt_longer_than_the_context_is_not_cut(model, processor, source):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from processes import in_processes
 
+from himap_train.evaluation.captions import CIDEr, words
 from himap_train.evaluation.choice import (
     CircularChoice,
     MultipleChoice,
@@ -401,9 +402,40 @@ def test_a_repeated_key_is_counted_once():
         metric.summary()
 
 
+# ---- captions ----
+
+
+def test_cider_is_that_of_the_coco_code():
+    """Numbers of pycocoevalcap 1.2 with its Java tokenizer."""
+    references = [
+        ["A man's dog sits on a red bike.", "The dog is on the bike!", "A dog (brown) on a bicycle"],
+        ["Two cats sleep on the couch.", "Two cats lying on a couch"],
+        ["A woman isn't riding a horse.", "a woman rides a horse near a fence", "Woman on horse"],
+    ]
+    captions = ["a dog on a red bike", "Two cats sleep on a bed", "zebra"]
+    metric = CIDEr()
+    metric.update(captions, references, [{"type": "a"}, {"type": "b"}, {"type": "b"}], ["0", "1", "2"])
+    overall, by_type = metric.summary()
+    assert overall.score == pytest.approx(2.022691397438342)
+    assert by_type["a"].score == pytest.approx(2.22947352)
+    assert metric.compute()["cider"].item() == pytest.approx(2.022691397438342)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A man's dog isn't here, it's on a T-shirt.", "a man 's dog is n't here it 's on a t-shirt"),
+        ("1,000 people -- in the U.S. & (can't)...", "1,000 people in the u.s. & -lrb- ca n't -rrb-"),
+        ("Don’t walk! At 10:30 a.m., 50% off; Dr. Who", "do n't walk at 10:30 a.m. 50 % off dr. who"),
+    ],
+)
+def test_words_are_those_of_the_java_tokenizer(text, expected):
+    assert " ".join(words(text)) == expected
+
+
 def test_metrics_by_name():
     assert [metric.name for metric in make_metrics(["pope", "exact"])] == ["pope", "exact"]
-    assert len(METRICS) == 11
+    assert len(METRICS) == 13
     with pytest.raises(ValueError, match="unknown metric .'exakt'.; choose from exact, gqa"):
         make_metrics(["exakt"])
     with pytest.raises(ValueError, match="at least one"):
@@ -426,3 +458,24 @@ def test_rows_of_several_processes_are_joined():
         assert count == 5
         assert values["mme_acc/count"] == pytest.approx(80.0)  # four of five right: sample 3 is wrong
         assert values["mme_acc_plus/count"] == pytest.approx(200 / 3)  # a and c, whose questions lie on different ranks
+
+
+def test_cider_of_several_processes_is_that_of_all_captions():
+    cases = [("a dog", ["a dog runs"], "a"), ("a cat", ["a cat sits", "one cat"], "b"), ("a cow", ["a red cow"], "b")]
+    alone = figures(fill(CIDEr(), cases))
+
+    def joined():
+        rank = torch.distributed.get_rank()
+        metric = CIDEr()
+        for number, (said, answers, kind) in list(enumerate(cases))[rank::2]:
+            metric.update([said], [answers], [{"type": kind}], [str(number)])
+        metric.join(from_all(metric))
+        return figures(metric)
+
+    assert in_processes(2, joined) == [alone, alone]
+
+
+def test_answers_that_nobody_scores_have_no_number():
+    metric = make_metrics(["none"])[0]
+    metric.update(["a"], [[]], [{}], ["0"])
+    assert math.isnan(metric.summary()[0].score)

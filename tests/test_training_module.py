@@ -253,6 +253,11 @@ def test_bf16_mixed_keeps_what_is_trained_in_fp32(tiny_path: str, tmp_path: Path
     assert all(torch.isfinite(value).all() for value in weights(model).values())
 
 
+def test_answers_are_encoded_by_as_many_workers_as_training_has() -> None:
+    data = LlavaDataModule(num_workers=3, processor=tiny_processor())
+    assert EvaluationSettings().for_data(data, None)["num_workers"] == 3
+
+
 def test_validation_gives_training_mode_back_to_the_decoder_alone(tiny_path: str, tmp_path: Path) -> None:
     """`GenerationAccuracy` evaluates, pruned and dense, between two training steps."""
     data = LlavaDataModule(batch_size=2, train_limit=8, validation_limit=4, max_length=400, processor=tiny_processor())

@@ -14,7 +14,7 @@ from typing import Any, NotRequired, TypedDict
 
 import torch
 
-from himap_train.data.images import open_image
+from himap_train.data.images import image_size, open_image
 from himap_train.data.pixel_modes import Background, check_background
 from himap_train.data.records import Conversation, RecordError
 from himap_train.data.tokens import ConversationTokenizer, TokenizedExchange
@@ -120,10 +120,8 @@ class Encoder:
         Raises:
             RecordError: the conversation or one of its images cannot be used, or the prompt is longer than max_length.
         """
-        exchanges = self._tokenizer(conversation, prompt=True)
         images, counts = self._images(conversation)
-        joined = [token for exchange in exchanges for token in exchange.prompt + exchange.answer]
-        ids = self._expand(joined, counts)
+        ids = self._prompt_ids(conversation, counts)
         if self.max_length is not None and len(ids) > self.max_length:
             raise SampleTooLongError(self._too_long(conversation, "the prompt takes", len(ids)))
         return {
@@ -133,6 +131,17 @@ class Encoder:
             "images": images,
             "answer": conversation.answer,
         }
+
+    def prompt_tokens(self, conversation: Conversation) -> tuple[int, int]:
+        """(image tokens, other tokens) of `encode_prompt`, reading no more than the headers of images.
+
+        Raises:
+            RecordError: the conversation or one of its images cannot be used.
+        """
+        sizes = (image_size(image, f"sample {conversation.id!r}") for image in conversation.images)
+        ids = self._prompt_ids(conversation, self.image_tokens(*sizes))
+        images = ids.count(self._image_id)
+        return images, len(ids) - images
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of bare text, without template."""
@@ -188,6 +197,10 @@ class Encoder:
         with _refused(where):
             images = family.encode_conversation(self.processor, opened, self.image_aspect_ratio)
         return images, [family.image_tokens(self.processor, image) for image in images]
+
+    def _prompt_ids(self, conversation: Conversation, counts: list[int]) -> list[int]:
+        exchanges = self._tokenizer(conversation, prompt=True)
+        return self._expand([token for one in exchanges for token in one.prompt + one.answer], counts)
 
     def _expand(self, ids: list[int], counts: list[int]) -> list[int]:
         remaining = iter(counts)

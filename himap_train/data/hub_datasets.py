@@ -7,17 +7,18 @@ from typing import Any
 _TIMEOUT_S = 5.0
 
 
-def load_from_hub(name: str, split: str, streaming: bool) -> Any:
+def load_from_hub(name: str, split: str, streaming: bool, config: str | None = None) -> Any:
     """`datasets.load_dataset` behind one quick question whether the hub answers.
 
     Args:
         name: owner/name.
         split: one of its splits.
         streaming: do not download it first.
+        config: one of its configs, where it has several.
 
     Raises:
         ConnectionError: the hub cannot be reached.
-        ValueError: the hub has no such data set or split, it needs a token, or it is a script, which is never run.
+        ValueError: the hub has no such data set, config or split, it needs a token, or it is a script: none is run.
     """
     import datasets
     import huggingface_hub
@@ -25,11 +26,13 @@ def load_from_hub(name: str, split: str, streaming: bool) -> Any:
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
         _ask(name)
     try:
-        return datasets.load_dataset(name, split=split, streaming=streaming)
+        return datasets.load_dataset(name, config, split=split, streaming=streaming)
     except ConnectionError as error:
         raise ConnectionError(_unreachable(name, "it is not in the local cache and HF_HUB_OFFLINE is set")) from error
     except (ValueError, FileNotFoundError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"data set {name}, split {split!r}: {error}") from error
+        raise ValueError(
+            f"data set {name}{f', config {config!r}' if config else ''}, split {split!r}: {error}"
+        ) from error
 
 
 def _ask(name: str) -> None:

@@ -49,13 +49,13 @@ class HuggingFaceRecords:
         """Record `index`; RecordError if it cannot be used."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: record {index} of {len(self)}")
-        row = _python(self._dataset[index], f"data set {self.name}, row {index}")
+        row = plain_row(self._dataset[index], f"data set {self.name}, row {index}")
         return parse_row(row, index, self.name, self.image_folder, self.follow_links)
 
     def length_hint(self, index: int) -> tuple[int, int]:
         """(characters, images) of a record without reading its images; (0, 0) for one that cannot be used."""
         try:
-            turns, indices = _turns(_python(self._texts[index], self.name), self.name)
+            turns, indices = _turns(plain_row(self._texts[index], self.name), self.name)
         except RecordError:
             return 0, 0
         return sum(len(turn.text) for turn in turns), len(indices)
@@ -85,8 +85,8 @@ def check_columns(columns: list[str], name: str) -> None:
         )
 
 
-def _python(table: Any, where: str) -> dict[str, Any]:
-    """The only row of an Arrow table."""
+def plain_row(table: Any, where: str) -> dict[str, Any]:
+    """The only row of an Arrow table; RecordError for what Python cannot hold."""
     try:
         row: dict[str, Any] = table.to_pylist()[0]
         return row
@@ -109,7 +109,8 @@ def parse_row(
     column = next((c for c in IMAGE_COLUMNS if row.get(c) is not None), None)
     value = row[column] if column else []
     images = [
-        _image(image, image_folder, where, follow_links) for image in (value if isinstance(value, list) else [value])
+        image_source(image, image_folder, where, follow_links)
+        for image in (value if isinstance(value, list) else [value])
     ]
     if indices and max(indices) >= len(images):
         raise RecordError(f"{where}: a turn shows image {max(indices)}, but there are {len(images)} in `images`")
@@ -164,7 +165,8 @@ def _number(value: Any, following: int, where: str) -> int:
     return int(value)
 
 
-def _image(value: Any, folder: Path | None, where: str, follow_links: bool) -> ImageSource:
+def image_source(value: Any, folder: Path | None, where: str, follow_links: bool) -> ImageSource:
+    """An image as a row holds it: decoded, bytes, a path below `folder`, or {"bytes", "path"}."""
     if isinstance(value, Mapping) and value.get("bytes") is not None:
         value = value["bytes"]
     if isinstance(value, Image.Image | bytes):

@@ -13,7 +13,7 @@ from himap_train.data.llava_file import LlavaFile, is_llava_file
 from himap_train.data.records import Source, StreamingSource
 from himap_train.data.scene_questions import SceneQuestions
 
-_HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
+HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
 _SCENE_OPTIONS = ("scenes", "seed", "questions_per_scene", "turns", "fixed")
 _FORMS = (
     "a LLaVA file *.json, *.jsonl or *.ndjson (also *.gz), a folder or *.parquet file with a Hugging Face data set "
@@ -55,7 +55,7 @@ def open_source(
         return LlavaFile(path, image_folder, follow_links)
     root = Path(image_folder) if image_folder else None
     if path.is_dir() or path.suffix.lower() == ".parquet":
-        dataset = _local(path, split, streaming)
+        dataset = local_dataset(path, split, streaming)
         root = root or (path if path.is_dir() else path.parent)
     elif path.exists():
         kind = f"*{path.suffix}" if path.suffix else "without an ending"
@@ -63,7 +63,7 @@ def open_source(
             f"data {text!r}: files {kind} are not read. Write LLaVA records, one JSON object a line, into a file "
             f"*.jsonl; expected {_FORMS}"
         )
-    elif _HUB_NAME.fullmatch(str(path)):
+    elif HUB_NAME.fullmatch(str(path)):
         dataset = load_from_hub(str(path), split, streaming)
     else:
         raise FileNotFoundError(f"data {text!r} is not there (current folder: {Path.cwd()}); expected {_FORMS}")
@@ -89,7 +89,13 @@ def _path_and_split(text: str, split: str) -> tuple[Path, str]:
     return Path(text), split
 
 
-def _local(path: Path, split: str, streaming: bool) -> Any:
+def local_dataset(path: Path, split: str, streaming: bool) -> Any:
+    """A split of a Hugging Face data set in a folder, or a parquet file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: a loading script, no such split, or files that cannot be read.
+    """
     import datasets
     import pyarrow.parquet
 

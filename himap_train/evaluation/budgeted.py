@@ -84,11 +84,10 @@ def prompt_tokens(
     image = text = count = 0
     for _, read in islice(numbered_records(source), SAMPLES if limit is None else min(limit, SAMPLES)):
         try:
-            ids = encoder.encode_prompt(read())["input_ids"]
+            images, others = encoder.prompt_tokens(read())
         except RecordError:
             continue  # the evaluation reports it
-        found = int((ids == processor.image_token_id).sum())
-        image, text, count = image + found, text + len(ids) - found, count + 1
+        image, text, count = image + images, text + others, count + 1
     if not image:
         raise ValueError(
             f"a budget is a share of what samples with images cost, and none of the first {count} usable records has "

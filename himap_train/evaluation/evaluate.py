@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from himap_train.bar import progress_bar
 from himap_train.checkpoints.finite import require_finite
 from himap_train.checkpoints.scheduled import installed_schedule
-from himap_train.data.batches import collate, pad_token_id_of
-from himap_train.data.encode import Encoder, Sample
+from himap_train.data.batches import Batch, collate, pad_token_id_of
+from himap_train.data.encode import Encoder
+from himap_train.data.loader import worker_options
 from himap_train.data.pixel_modes import Background
-from himap_train.data.records import RecordError, Source, StreamingSource
+from himap_train.data.records import Conversation, RecordError, Source, StreamingSource
 from himap_train.data.skips import SkipLog
 from himap_train.evaluation.answering import answer_batch, evaluation_mode
 from himap_train.evaluation.metrics import make_metrics
@@ -40,6 +43,7 @@ def evaluate(
     image_background: Background = "white",
     max_skipped: int | float = 0.01,
     progress: bool = True,
+    num_workers: int = 0,
 ) -> EvaluationResult:
     """Answer every question of `source` greedily and score the answers.
 
@@ -58,6 +62,7 @@ def evaluate(
         image_background: Colour under transparent images.
         max_skipped: Records that may be unusable: a number, or a fraction below 1. They are reported and not scored.
         progress: Show a bar.
+        num_workers: Processes that decode images and encode ahead of the model; 0 does it between the answers.
 
     Raises:
         RuntimeError: The schedule did not act.
@@ -75,14 +80,14 @@ def evaluate(
     predictions: list[Prediction] = []
     skipped = _Skips(total, max_skipped)
     with evaluation_mode(model), progress_bar("evaluating", total, progress) as advance:
-        for read in question_batches(source, batch_size, limit, skipped.add):
-            batch, samples = _encoded(read, encoder, scorers, skipped)
-            if samples:
-                padded = collate(samples, pad_token_id_of(processor.tokenizer), padding_side="left")
+        for count, batch, padded in _encoded(
+            question_batches(source, batch_size, limit, skipped.add), encoder, scorers, skipped, num_workers
+        ):
+            if padded:
                 texts, found = answer_batch(model, processor, padded, max_new_tokens)
                 tokens += found
                 predictions += _score(scorers, batch, texts)
-            advance(len(read))
+            advance(count)
     parts = from_all((tokens, predictions, skipped.reasons, scorers))
     for number, scorer in enumerate(scorers):
         scorer.join(scored[number] for *_, scored in parts)
@@ -119,6 +124,7 @@ def _result(
         kept_sd=tuple(kept.sd for kept in tokens.kept),
         flops_ratio=tokens.flops_ratio,
         image_only_flops_ratio=tokens.image_only_flops_ratio,
+        image_tokens_per_layer=tokens.per_layer,
         seconds=seconds,
         predictions=predictions,
         skipped=skipped,
@@ -137,26 +143,64 @@ class _Skips:
         self.reasons.append(str(error))
 
 
+class _Encoding(Dataset[tuple[Batch | None, dict[int, RecordError]]]):
+    """Conversations -> the padded batch of those that can be encoded, and by place why others cannot."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+
+    def __getitem__(self, conversations: list[Conversation]) -> tuple[Batch | None, dict[int, RecordError]]:
+        samples, errors = [], {}
+        for place, conversation in enumerate(conversations):
+            try:
+                samples.append(self._encoder.encode_prompt(conversation))
+            except RecordError as error:
+                errors[place] = error
+        pad = pad_token_id_of(self._encoder.processor.tokenizer)
+        return collate(samples, pad, padding_side="left") if samples else None, errors
+
+
+def _as_it_is(encoded: Any) -> Any:
+    return encoded
+
+
 def _encoded(
-    batch: list[Question], encoder: Encoder, scorers: list[SampleMetric], skipped: _Skips
-) -> tuple[list[Question], list[Sample]]:
-    """The questions that can be used, and their samples: those that every metric can score, whatever the answer."""
-    good, samples = [], []
-    for question in batch:
-        try:
-            sample = encoder.encode_prompt(question.conversation)
-            for scorer in scorers:
-                scorer.check(question.answers, question.conversation)
-        except RecordError as error:
-            skipped.add(question.index, error)
-        else:
-            good.append(question)
-            samples.append(sample)
-    return good, samples
+    batches: Iterator[list[Question]], encoder: Encoder, scorers: list[SampleMetric], skipped: _Skips, num_workers: int
+) -> Iterator[tuple[int, list[Question], Batch | None]]:
+    """The number of questions read, those that can be used, and their batch: those that every metric can score,
+    whatever the answer. Only conversations go to the workers, and only tensors come back.
+    """
+    waiting: deque[tuple[int, list[Question]]] = deque()
+
+    def conversations() -> Iterator[list[Conversation]]:
+        for read in batches:
+            good = []
+            for question in read:
+                try:
+                    for scorer in scorers:
+                        scorer.check(_answers(question, scorers), question.conversation)
+                except RecordError as error:
+                    skipped.add(question.index, error)
+                else:
+                    good.append(question)
+            waiting.append((len(read), good))
+            yield [question.conversation for question in good]
+
+    options: dict[str, Any] = {"batch_size": None, "sampler": conversations(), "collate_fn": _as_it_is}
+    for padded, errors in DataLoader(_Encoding(encoder), **options, **worker_options(num_workers)):
+        count, good = waiting.popleft()
+        for place, error in errors.items():
+            skipped.add(good[place].index, error)
+        yield count, [question for place, question in enumerate(good) if place not in errors], padded
+
+
+def _answers(question: Question, scorers: list[SampleMetric]) -> list[str]:
+    """Its accepted answers; none where nothing compares with them, as in test sets that servers score."""
+    return question.answers if any(scorer.reads_answers for scorer in scorers) else []
 
 
 def _score(scorers: list[SampleMetric], batch: list[Question], texts: list[str]) -> list[Prediction]:
-    answers = [question.answers for question in batch]
+    answers = [_answers(question, scorers) for question in batch]
     meta = [question.conversation.meta for question in batch]
     keys, clusters = [str(question.index) for question in batch], [question.cluster for question in batch]
     for scorer in scorers:
@@ -168,8 +212,8 @@ def _score(scorers: list[SampleMetric], batch: list[Question], texts: list[str])
             type=question.conversation.meta.get("type", ""),
             prompt=question.text,
             prediction=text,
-            answers=question.answers,
-            score=scorers[0].measure(text, question.answers, question.conversation.meta)[0],
+            answers=accepted,
+            score=scorers[0].measure(text, accepted, question.conversation.meta)[0],
         )
-        for question, text in zip(batch, texts, strict=True)
+        for question, accepted, text in zip(batch, answers, texts, strict=True)
     ]

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
+from himap_train.evaluation.captions import CIDEr
 from himap_train.evaluation.choice import CircularChoice, MultipleChoice, StrictChoice
 from himap_train.evaluation.exact import GQA, ExactMatch
 from himap_train.evaluation.sample_metric import SampleMetric
 from himap_train.evaluation.text import ANLS, RelaxedAccuracy
 from himap_train.evaluation.vqa import TextVQAAccuracy, VQAAccuracy
 from himap_train.evaluation.yes_no import MME, POPE
+
+
+class Unscored(SampleMetric):
+    """Answers that are only written down, for a judge or a server: no score."""
+
+    name = "none"
+    reads_answers = False
+
+    def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
+        """No number."""
+        return (math.nan,)
+
 
 METRICS: dict[str, type[SampleMetric]] = {
     metric.name: metric
@@ -25,6 +39,8 @@ METRICS: dict[str, type[SampleMetric]] = {
         MultipleChoice,
         StrictChoice,
         CircularChoice,
+        CIDEr,
+        Unscored,
     )
 }
 

@@ -11,7 +11,7 @@ from himap_train.evaluation.token_counts import Measured
 
 @dataclass(frozen=True)
 class Prediction:
-    """One answer, as it is written to predictions.jsonl."""
+    """One answer, as it is written to predictions.jsonl; `score` is NaN where one alone has none (captions)."""
 
     index: int
     id: str
@@ -41,6 +41,8 @@ class EvaluationResult:
         seconds: Wall time.
         predictions: Every answer, in the order of the source.
         skipped: Records that could not be used, and why.
+        image_tokens_per_layer: Image tokens of a sample averaged over layers, as papers count them; None where no
+            sample has an image.
     """
 
     metric: str
@@ -56,6 +58,7 @@ class EvaluationResult:
     seconds: float
     predictions: list[Prediction] = field(repr=False)
     skipped: list[str] = field(default_factory=list)
+    image_tokens_per_layer: Measured | None = None
 
     @property
     def score(self) -> float:

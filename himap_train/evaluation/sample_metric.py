@@ -30,11 +30,14 @@ class GroupScore:
 
 @dataclass(frozen=True)
 class Rows:
-    """N samples, each once: `values` (N, columns) float64, `clusters` (N,) int64, `groups` N names of types."""
+    """N samples, each once: `values` (N, columns) float64, `clusters` (N,) int64, `groups` N names of types, `texts` N
+    answers with their references.
+    """
 
     values: torch.Tensor
     clusters: torch.Tensor
     groups: list[str]
+    texts: Sequence[tuple[str, Sequence[str]]] = ()
 
     def where(self, group: str) -> torch.Tensor:
         """(N,) bool: the samples of one group."""
@@ -45,6 +48,10 @@ class Rows:
         return sorted(set(self.groups) - {""})
 
 
+_Row = tuple[tuple[float, ...], str, str, tuple[str, Sequence[str]]]
+"""Numbers, cluster, group, and the answer with its references."""
+
+
 class SampleMetric(Metric):
     """Scores each answer by `measure`; the first number that `measure` returns is the sample's score in [0, 1].
 
@@ -53,12 +60,13 @@ class SampleMetric(Metric):
     """
 
     name: ClassVar[str]
+    reads_answers: ClassVar[bool] = True
     full_state_update = False
     higher_is_better = True
 
     def __init__(self) -> None:
         super().__init__(sync_on_compute=False)
-        self._rows: dict[str, tuple[tuple[float, ...], str, str]] = {}  # key -> numbers, cluster, group
+        self._rows: dict[str, _Row] = {}  # by key
 
     @abstractmethod
     def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
@@ -99,11 +107,12 @@ class SampleMetric(Metric):
         for i, (prediction, accepted, facts, key) in enumerate(zip(predictions, answers, meta, keys, strict=True)):
             cluster = self.cluster_of(key, clusters[i] if clusters is not None else key, facts)
             numbers = self.measure(prediction, accepted, facts)
-            self._rows.setdefault(key, (numbers, cluster, facts.get("type", facts.get("category", ""))))
+            group = facts.get("type", facts.get("category", ""))
+            self._rows.setdefault(key, (numbers, cluster, group, (prediction, accepted)))
 
     def join(self, parts: Iterable[SampleMetric]) -> None:
         """Hold what all processes have scored, this one among them; of a key that several have, the first's row."""
-        rows: dict[str, tuple[tuple[float, ...], str, str]] = {}
+        rows: dict[str, _Row] = {}
         for part in parts:
             rows = part._rows | rows
         self._rows = rows
@@ -116,10 +125,10 @@ class SampleMetric(Metric):
         """
         if not self._rows:
             raise ValueError(f"{self.name}: no sample was scored; check the data source and the limit")
-        values, clusters, groups = zip(*(self._rows[key] for key in sorted(self._rows)), strict=True)
+        values, clusters, groups, texts = zip(*(self._rows[key] for key in sorted(self._rows)), strict=True)
         numbers = {cluster: number for number, cluster in enumerate(sorted(set(clusters)))}
         ids = torch.tensor([numbers[cluster] for cluster in clusters])
-        return Rows(torch.tensor(values, dtype=torch.float64), ids, list(groups))
+        return Rows(torch.tensor(values, dtype=torch.float64), ids, list(groups), texts)
 
     def figures(self, rows: Rows) -> dict[str, float]:
         """The published figures of this metric, the main one first: here the mean score, overall and per type."""

@@ -123,7 +123,7 @@ def _ratio(row: Row, measured: Measured | None) -> str:
 
 
 def _score(score: GroupScore | None, spread: bool = False) -> str:
-    if score is None:
+    if score is None or math.isnan(score.score):
         return ""
     error = f" ± {100 * score.standard_error:.1f}" if spread and math.isfinite(score.standard_error) else ""
     return f"{100 * score.score:.1f}{error}"

@@ -44,6 +44,7 @@ class MeasuredTokens:
         kept: Image tokens after each stage; empty when dense.
         flops_ratio: Ratio of the whole prefill; None where no sample has an image.
         image_only_flops_ratio: The paper's, image tokens alone; None where no sample has an image.
+        per_layer: Image tokens averaged over layers; None where no sample has an image.
     """
 
     image: Measured
@@ -51,6 +52,7 @@ class MeasuredTokens:
     kept: tuple[Measured, ...]
     flops_ratio: Measured | None
     image_only_flops_ratio: Measured | None
+    per_layer: Measured | None
 
 
 def measured_tokens(samples: Sequence[SampleTokens], schedule: PruningSchedule, config: Any) -> MeasuredTokens:
@@ -73,4 +75,5 @@ def measured_tokens(samples: Sequence[SampleTokens], schedule: PruningSchedule, 
         kept=tuple(Measured.of(counts) for counts in zip(*(sample.kept for sample in samples), strict=True)),
         flops_ratio=Measured.of([one.flops_ratio for one in costs]) if costs else None,
         image_only_flops_ratio=Measured.of([one.image_only_flops_ratio for one in costs]) if costs else None,
+        per_layer=Measured.of([statistics.fmean(one.image_tokens_per_layer) for one in costs]) if costs else None,
     )

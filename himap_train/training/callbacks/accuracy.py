@@ -48,6 +48,7 @@ class EvaluationSettings:
             "image_aspect_ratio": data.image_aspect_ratio,
             "image_background": data.image_background,
             "max_skipped": data.max_skipped,
+            "num_workers": data.num_workers,
         }
 
 

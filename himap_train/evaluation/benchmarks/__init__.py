@@ -1,0 +1,1 @@
+"""Benchmarks from their own files: what their columns mean, how they are asked and scored, and what servers take."""

@@ -1,0 +1,84 @@
+"""From a benchmark's name and files, or a prompt and columns, to questions and how they are scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from himap_train.data.huggingface import TEXT_COLUMNS
+from himap_train.data.records import Source, StreamingSource
+from himap_train.data.sources import open_source
+from himap_train.evaluation.benchmarks.files import open_table
+from himap_train.evaluation.benchmarks.llava_files import AskedForLetters, is_question_file, with_answers
+from himap_train.evaluation.benchmarks.records import BenchmarkRecords
+from himap_train.evaluation.benchmarks.table import BENCHMARKS, Benchmark
+from himap_train.pruning.names import check_keys
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions, the metrics that score them (("none",) without answers), where answers are cut, and what kind of
+    submission is written ("" for none).
+    """
+
+    source: Source | StreamingSource
+    metrics: tuple[str, ...] = ("exact",)
+    max_new_tokens: int = 16
+    export: str = ""
+
+    def facts(self, index: int) -> dict[str, Any]:
+        """The row of a question without images; empty where the source has none."""
+        return self.source.facts(index) if isinstance(self.source, BenchmarkRecords) else {}
+
+
+def open_task(
+    data: str,
+    benchmark: str | None = None,
+    answers: Path | None = None,
+    image_folder: str | None = None,
+    follow_links: bool = False,
+    **columns: str,
+) -> Task:
+    """Questions from any file; without a benchmark or columns those of `open_source`.
+
+    Args:
+        data: As in `open_source`, and *.tsv, *.csv, and `:config:split` behind a Hugging Face data set.
+        benchmark: Name in `BENCHMARKS`.
+        answers: Answer file for LLaVA's question files.
+        image_folder: Where image paths start.
+        follow_links: See `resolve_image_path`.
+        **columns: Texts for fields of `Benchmark` (prompt, answer, options, type) in place of its own; "" leaves them.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: No such benchmark, or its files are not as expected.
+        ConnectionError: The hub cannot be reached.
+    """
+    own: dict[str, Any] = {name: value for name, value in columns.items() if value}
+    if benchmark is not None:
+        check_keys("--benchmark", {benchmark: None}, list(BENCHMARKS))
+    if benchmark is None and not own:
+        if answers is not None:
+            raise ValueError(f"--answers {answers} goes with a --benchmark, which says how answers belong to questions")
+        return Task(open_source(data, image_folder, split="test", follow_links=follow_links))
+    free = Benchmark("{question}", ("choice" if own.get("options") else "exact",), needs_image=False)
+    entry = replace(BENCHMARKS[benchmark] if benchmark else free, **own)
+    table = open_table(data, entry)
+    if set(TEXT_COLUMNS) & set(table.columns):
+        source = open_source(data, image_folder, split=entry.split, follow_links=follow_links)
+        if entry.type == "with_image" and isinstance(source, Source):
+            source = AskedForLetters(source)
+        return Task(source, entry.metrics or ("none",), entry.max_new_tokens, entry.export)
+    if is_question_file(table):
+        if answers is None and not entry.export:
+            raise ValueError(f"{data} is LLaVA's question file; name the benchmark's file of answers: --answers FILE")
+        table, entry = with_answers(table, entry, answers)
+    elif answers is not None:
+        raise ValueError(
+            f"--answers {answers} goes with LLaVA's question files; {data} has the columns {table.columns}"
+        )
+    records = BenchmarkRecords(table, entry, Path(image_folder) if image_folder else None, follow_links)
+    if not records.scored and not entry.export:
+        raise ValueError(f"{data}: column {entry.answer!r} is empty, so there is nothing to score; is it a test split?")
+    return Task(records, entry.metrics if records.scored else ("none",), entry.max_new_tokens, entry.export)

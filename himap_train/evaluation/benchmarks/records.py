@@ -1,0 +1,142 @@
+"""A benchmark's rows as a source of conversations: the question as it is asked, the accepted answers, the type."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from himap_train.data.huggingface import image_source
+from himap_train.data.llava_format import checked_text
+from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Turn
+from himap_train.evaluation.benchmarks.files import Table
+from himap_train.evaluation.benchmarks.prompt import Prompt, column_in, value_in
+from himap_train.evaluation.benchmarks.table import Benchmark
+from himap_train.evaluation.choice import CIRCULAR_OFFSET
+
+_MADE = ("question", "options", "options_in_line")  # names in prompts that are no columns of their own
+_IMAGES = "image|images"
+_TRIED = 100
+
+
+class BenchmarkRecords:
+    """Map-style source of a benchmark's questions. Images stay undecoded.
+
+    Where the metric is `circular` and the file has no rotations of the options (MMBench numbers them i + 10^6 ...),
+    they are made.
+
+    Args:
+        table: Its rows.
+        benchmark: What the columns are.
+        image_folder: Where paths of images start; by default the folder of the file.
+        follow_links: See `resolve_image_path`.
+
+    Raises:
+        ValueError: A column is missing, or no row counts.
+    """
+
+    def __init__(
+        self, table: Table, benchmark: Benchmark, image_folder: Path | None = None, follow_links: bool = False
+    ) -> None:
+        self._table, self._benchmark, self._prompt = table, benchmark, Prompt(benchmark.prompt)
+        self._folder, self._links = image_folder or table.folder, follow_links
+        self._options = benchmark.options.split(",") if benchmark.options else []
+        self._check_columns()
+        rows = list(range(table.size))
+        if benchmark.only and benchmark.only[0] in table.columns:
+            rows = [i for i in rows if str(table.facts(i).get(benchmark.only[0])) == benchmark.only[1]]
+        self._places = [(row, 0) for row in rows]
+        if not self._places:
+            raise ValueError(f"{table.name}: none of its {table.size} rows counts ({benchmark.only or 'it is empty'})")
+        answers = (value_in(table.facts(row), benchmark.answer) for row in rows[:_TRIED])
+        self.scored = bool(benchmark.metrics) and any(answer not in (None, []) for answer in answers)
+        circular = self.scored and "circular" in benchmark.metrics
+        if circular and not any(self._index(row) >= CIRCULAR_OFFSET for row in rows):
+            self._places = [(row, turn) for row in rows for turn in range(len(self._texts(table.facts(row))))]
+
+    def __len__(self) -> int:
+        """Number of questions."""
+        return len(self._places)
+
+    def facts(self, index: int) -> dict[str, Any]:
+        """The row of a question as the file has it, without images."""
+        return self._table.facts(self._places[index][0])
+
+    def __getitem__(self, index: int) -> Conversation:
+        """Question `index`; RecordError if it cannot be used."""
+        place, turn = self._places[index]
+        row, benchmark = self._table.row(place), self._benchmark
+        where = f"{self._table.name}, row {place}"
+        found = value_in(row, _IMAGES)
+        images = [
+            image_source(image, self._folder, where, self._links)
+            for image in (found if isinstance(found, list) else [found])
+            if image is not None
+        ]
+        texts = self._texts(row)
+        options = dict(zip(ascii_uppercase, texts[turn:] + texts[:turn], strict=False))
+        question = str(value_in(row, benchmark.question) or "").replace(benchmark.without or "\0", "")
+        made = {
+            "question": question.strip(),
+            "options": "\n".join(f"{letter}. {text}" for letter, text in options.items()),
+            "options_in_line": " ".join(f"({letter}) {text}" for letter, text in options.items()),
+        }
+        text = self._prompt.fill({**row, **made}).replace(IMAGE_PLACEHOLDER, "")
+        turns = (Turn("user", "".join([f"{IMAGE_PLACEHOLDER}\n"] * len(images)) + text),)
+        meta = options | self._meta(row, bool(images))
+        if self.scored:
+            meta["answers"] = self._answers(value_in(row, benchmark.answer), texts, turn, where)
+        checked_text(" ".join([text, *meta.values()]), f"{where}: the text")
+        if benchmark.key == "index":
+            meta["index"] = str(self._index(place) + turn * CIRCULAR_OFFSET)
+        name = meta.get("index", value_in(row, benchmark.key))
+        return Conversation(str(place if name is None else name), tuple(images), turns, meta)
+
+    def _check_columns(self) -> None:
+        benchmark, columns = self._benchmark, self._table.columns
+        wanted = [name for name in self._prompt.names if name not in _MADE]
+        wanted += [benchmark.question] if "question" in self._prompt.names else []
+        wanted += [benchmark.type] if benchmark.type not in ("", "with_image") else []
+        wanted += self._options[:2] or [name for name in self._prompt.names if name in _MADE[1:]]
+        wanted += ([] if benchmark.export else [benchmark.answer]) + ([_IMAGES] if benchmark.needs_image else [])
+        missing = [name for name in wanted if not column_in(columns, name)]
+        if missing:
+            raise ValueError(
+                f"{self._table.name} has the columns {columns}; expected also {', '.join(map(repr, missing))}. Is it "
+                "this benchmark's file? Other columns: --prompt '{question} ...', --answer-column, --options-column, "
+                "--type-column"
+            )
+
+    def _index(self, place: int) -> int:
+        """MMBench's number of a question; its row where the file has none."""
+        index = str(self._table.facts(place).get("index", place))
+        return int(index) if index.isdecimal() else place
+
+    def _texts(self, row: Mapping[str, Any]) -> list[str]:
+        """Texts of the options, in order."""
+        if len(self._options) == 1:
+            found = value_in(row, self._options[0])
+            return [str(text) for text in found] if isinstance(found, list) else []
+        texts = [value_in(row, column) for column in self._options]
+        return [str(text) for text in texts[: texts.index(None) if None in texts else None]]
+
+    def _meta(self, row: Mapping[str, Any], with_image: bool) -> dict[str, str]:
+        kind, group = value_in(row, self._benchmark.type), value_in(row, self._benchmark.group)
+        if self._benchmark.type == "with_image":
+            kind = "image" if with_image else "text"
+        facts = {"type": ", ".join(map(str, kind)) if isinstance(kind, list) else kind, "scene": group}
+        return {name: str(value) for name, value in facts.items() if value is not None}
+
+    def _answers(self, answer: Any, texts: list[str], turn: int, where: str) -> str:
+        """Accepted answers as JSON; those that name an option by its letter now."""
+        found = answer if isinstance(answer, list) else [] if answer is None else [answer]
+        letters = list(ascii_uppercase[: len(texts)])
+        if self._benchmark.numbered or turn:
+            for place, one in enumerate(found):
+                number = int(one) if str(one).isdecimal() else letters.index(one) if one in letters else -1
+                if not 0 <= number < len(texts):
+                    raise RecordError(f"{where}: the answer is {one!r:.60}; expected one of the options {texts}")
+                found = [*found[:place], letters[(number - turn) % len(texts)], *found[place + 1 :]]
+        return json.dumps(found, ensure_ascii=False, default=str)
