@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from recipes_cli import run_recipe
+from training_toys import finetune
 
 from himap_train.analysis.oracle import oracle_accuracy
 from himap_train.data.sources import open_source
@@ -75,16 +75,12 @@ def test_learns_words_that_no_scene_uses(tmp_path: Path, monkeypatch: pytest.Mon
     assert not set(WORDS) & set(ALL_WORDS)
     monkeypatch.chdir(Path(__file__).parents[1])
     train, test = own_records(tmp_path, 240, 0), own_records(tmp_path, 24, 1)
-    options = [
-        "--config",
-        "configs/own_data.yaml",
-        "--data.train",
-        train,
-        "--data.validation",
-        test,
-        "--data.test",
-        test,
+    data = [
+        part
+        for name, file in (("train", train), ("validation", test), ("test", test))
+        for part in (f"--data.{name}", str(file))
     ]
-    assert run_recipe("finetune", *options, "--output", tmp_path / "run", "--trainer.max_epochs", 3) == 0
+    options = ["--config", "configs/own_data.yaml", *data, "--trainer.max_epochs", "3"]
+    assert finetune(*options, "--output", str(tmp_path / "run")) == 0
     rows = {row["name"]: row for row in json.loads((tmp_path / "run/metrics.json").read_text())["rows"]}
     assert rows["adapted pruned"]["overall"]["score"] > 0.9, rows["adapted pruned"]["overall"]
