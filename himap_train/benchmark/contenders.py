@@ -156,6 +156,11 @@ def find_method(name: str, layers: int) -> Method:
             f"{name} keeps by attention mass, and a benchmark runs random weights, whose attention says nothing of the "
             "tokens that stay: give keep_ratio of about what recipes/evaluate.py reports as kept"
         )
+    return scheduled(name, schedule)
+
+
+def scheduled(name: str, schedule: PruningSchedule) -> Method:
+    """A schedule as a method."""
     return Method(name, schedule, _why(schedule), partial(_pruned, schedule))
 
 
