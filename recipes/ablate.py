@@ -34,7 +34,7 @@ def main(
     checkpoint: str = "embedded",
     data: str = "embedded:test",
     preset: str = "table4",
-    layers: list[list[int]] | None = None,
+    layers: list[list[int | dict[str, Any]]] | None = None,
     ratios: list[list[float]] | None = None,
     criteria: list[list[str | dict[str, Any]]] | None = None,
     controls: list[str] = list(CONTROLS),  # noqa: B006, B008 - never changed; the default that --help shows
@@ -59,8 +59,10 @@ def main(
     Args:
         checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
         data: embedded:test, a LLaVA file (.json, .jsonl), a Hugging Face data set (folder, .parquet, owner/name:split).
-        preset: table4 (the paper's criteria and pairs of them), kr (layers and ratios), same-criterion.
-        layers: In place of the preset's: for each stage its choices, [[1,2],[3,4]]; all are crossed.
+        preset: table4 (the paper's criteria and pairs of them), kr (layers and ratios), same-criterion, depth (one
+            layer for all, or one for each sample).
+        layers: In place of the preset's: for each stage its choices, [[1,2],[3,4]]; all are crossed. A choice may be
+            {first: 1, last: 4, attention_below: 0.7}, the first of these where a sample has read its image.
         ratios: The same of what each stage keeps of the original image tokens.
         criteria: The same of what ranks them; a name, or a mapping with parameters.
         controls: Criteria that look at nothing, run at all the same layers and ratios; [] for none.

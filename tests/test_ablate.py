@@ -96,6 +96,18 @@ def test_what_it_refuses_before_the_model_is_read(
     assert not (tmp_path / "new").exists()
 
 
+def test_depth_sets_one_layer_for_all_against_one_for_each() -> None:
+    found = schedules("depth", 8, ("uniform",))
+    fixed = {one.stages[0].layer for one in found if len(one.stages) == 1}
+    waiting = [[(stage.layer, stage.attention_below) for stage in one.stages] for one in found if one.by_sample]
+    assert fixed == {1, 2, 3, 4} and len(waiting) == 2 * 4
+    assert waiting[0] == [(1, 0.1), (2, 0.1), (3, 0.1), (4, None)]
+    lines = lines_of(fake_rows(runs_of(found, [0]), lambda one, seed: len(one.stages) / 10))
+    assert "| instruction | 1..4 <0.75 | 0.125 | 40.0 ± 1.2 | 16 -> 8 |" in ablation_table(lines)
+    cells = panels_of(lines)["keep 0.125", "criterion", "layer"]
+    assert cells["uniform", "1..4 <0.1"] == pytest.approx(40) and len(cells) == 2 * 8
+
+
 def test_chance_gets_every_seed_and_all_else_one() -> None:
     by_chance = PruningSchedule((PruningStage(1, "random", 0.5),))
     assert runs_of([PruningSchedule(), by_chance], [3, 4]) == [(PruningSchedule(), 3), (by_chance, 3), (by_chance, 4)]
@@ -176,7 +188,7 @@ def test_heat_maps_show_what_varies_in_two_directions() -> None:
     figure = draw_heat_maps(kr, "score")
     axes = next(axes for axes in figure.axes if axes.get_title() == title)
     labels = [[text.get_text() for text in texts] for texts in (axes.get_yticklabels(), axes.get_xticklabels())]
-    assert labels == [["2", "4", "8", "12"], ["8", "12", "15", "20"]]  # by size
+    assert labels == [["2", "4", "8", "12"], ["8", "12", "15", "20"]]
     assert axes.images[0].get_array()[1, 2] == pytest.approx(4 * 0.5 + 15 * 0.125)
     assert "3.9" in [text.get_text() for text in axes.texts]
 

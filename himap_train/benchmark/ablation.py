@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 from himap_train.pruning.methods import read_method
@@ -18,9 +18,12 @@ _HIMAP, _RATIOS = ("instruction", "image"), (0.5, 0.125)
 
 @dataclass(frozen=True)
 class Grid:
-    """Choices that are crossed, each with a value for every stage; of criteria, perhaps for the first stages alone."""
+    """Choices that are crossed, each with a value for every stage; of criteria, perhaps for the first stages alone.
 
-    layers: Sequence[tuple[int, ...]] = ((2, 8),)
+    A layer may be `{first: 2, last: 16, attention_below: 0.3}`: the stage waits between these.
+    """
+
+    layers: Sequence[tuple[int | dict[str, Any], ...]] = ((2, 8),)
     ratios: Sequence[tuple[float, ...]] = (_RATIOS,)
     criteria: Sequence[tuple[Any, ...]] = (_HIMAP,)
 
@@ -38,6 +41,15 @@ PRESETS: dict[str, list[Grid]] = {
         Grid(
             ratios=[(0.75, 0.25), _RATIOS, (0.25, 0.0625)],
             criteria=[_HIMAP, *((name, name) for name in ("instruction", "image", "image_debiased", "last_token"))],
+        )
+    ],
+    # One stage at a layer for all samples, against one that waits until each has read its image.
+    "depth": [
+        Grid(
+            layers=[(2,), (4,), (8,), (12,), (16,)]
+            + [({"first": 2, "last": 16, "attention_below": share},) for share in (0.1, 0.3, 0.5, 0.75)],
+            ratios=[(0.125,)],
+            criteria=[("instruction",)],
         )
     ],
 }
@@ -81,26 +93,32 @@ def schedules_of(
     """
     for control in controls:
         read_method(control, "--controls")
-    scale = scale and depth is not None and max(max(layers) for grid in grids for layers in grid.layers) >= depth
-    found, impossible = [PruningSchedule()], list[str]()
+    keys = ("layer", "criterion", "keep_ratio")
+    found, impossible = {"": PruningSchedule()}, dict[str, str]()
     for grid in grids:
         lengths = dict.fromkeys(map(len, grid.criteria))
         criteria = [*grid.criteria, *((control,) * length for length in lengths for control in controls)]
-        for stages in (list(zip(*crossed, strict=False)) for crossed in product(grid.layers, criteria, grid.ratios)):
+        for crossed in product(grid.layers, criteria, grid.ratios):
+            stages = list(zip(*crossed, strict=False))
+            name = ", ".join(f"{criterion} at {layer} keeps {ratio}" for layer, criterion, ratio in stages)
             try:
-                schedule = PruningSchedule(tuple(PruningStage(*stage) for stage in stages))
-                if depth is not None:
-                    schedule = schedule.scaled_to(depth) if scale else schedule
-                    schedule.validate_for(depth)
+                each = (PruningStage.each_from_dict(dict(zip(keys, stage, strict=True))) for stage in stages)
+                found[name] = PruningSchedule(tuple(chain(*each)))
             except ValueError as error:
-                impossible.append(
-                    f"{', '.join(f'{what} at {at} keeps {ratio}' for at, what, ratio in stages)}: {error}"
-                )
-            else:
-                found.append(schedule)
+                impossible[name] = str(error)
+    if depth is not None:
+        too_deep = any(stage.layer >= depth for schedule in found.values() for stage in schedule.stages)
+        for name, schedule in list(found.items()):
+            try:
+                found[name] = schedule.scaled_to(depth) if scale and too_deep else schedule
+                found[name].validate_for(depth)
+            except ValueError as error:
+                impossible[name] = str(error)
+                del found[name]
     if impossible and not skip_impossible:
         raise ValueError(
             f"{len(impossible)} schedules of the grid are impossible ({len(found) - 1} are not), and nothing was run; "
-            f"give other values, or leave them out with --skip_impossible. {'; '.join(dict.fromkeys(impossible))}"
+            f"give other values, or leave them out with --skip_impossible. "
+            + "; ".join(f"{name}: {error}" for name, error in impossible.items())
         )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found.values()))

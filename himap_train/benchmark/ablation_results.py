@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from himap_train.benchmark.benchmark_tables import MIB
 from himap_train.evaluation.accuracy_against_cost import mean_and_spread
 from himap_train.evaluation.tables import markdown_lines
 from himap_train.pruning.schedule import PruningSchedule
+from himap_train.pruning.stage import PruningStage
 
 Panels = dict[tuple[str, str, str], dict[tuple[str, str], float]]
 """Title, what goes down and what goes across -> label down and label across -> score in %."""
@@ -28,14 +28,25 @@ class Line:
 
     Attributes:
         rows: As `ablation_rows` has them.
-        parts: Stage by stage its criteria, its layers, and what it keeps.
+        parts: Stage by stage its criteria, its layers, and what it keeps; a range of layers counts once.
+        places: The last stage of each among all of the schedule.
         scores: In %, one a seed.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.rows, stages = rows, PruningSchedule.from_dict(rows[0]["schedule"]).stages
-        kept = (next(iter(stage.keep.to_dict().values())) for stage in stages)
-        self.parts = [s.criterion for s in stages], [str(s.layer) for s in stages], [str(value) for value in kept]
+        self.rows, self.places = rows, list[int]()
+        self.parts: tuple[list[str], ...] = [], [], []
+        waits: PruningStage | None = None
+        for number, stage in enumerate(PruningSchedule.from_dict(rows[0]["schedule"]).stages):
+            if stage.waits:
+                waits = waits or stage
+                continue
+            layer = f"{waits.layer}..{stage.layer} <{waits.attention_below}" if waits else str(stage.layer)
+            labels = stage.criterion, layer, str(next(iter(stage.keep.to_dict().values())))
+            for part, label in zip(self.parts, labels, strict=True):
+                part.append(label)
+            self.places.append(number)
+            waits = None
         self.scores = [100 * row["overall"]["score"] for row in rows]
 
     def mean(self, *keys: str | int) -> float:
@@ -68,7 +79,7 @@ def ablation_table(lines: Sequence[Line]) -> str:
 
 def _cells(line: Line, dense: Line) -> list[str]:
     error = line.rows[0]["overall"]["standard_error"] if len(line.rows) == 1 else None
-    tokens = [line.mean("image_tokens"), *(line.mean("kept", stage) for stage in range(len(line.parts[0])))]
+    tokens = [line.mean("image_tokens"), *(line.mean("kept", place) for place in line.places)]
     cells = [", ".join(line.parts[0]) or "dense", *map(", ".join, line.parts[1:])]
     cells += [mean_and_spread(line.scores) + ("" if error is None else f" ± {100 * error:.1f}")]
     cells += [" -> ".join(f"{count:.1f}".removesuffix(".0") for count in tokens)]
@@ -97,27 +108,24 @@ def panels_of(lines: Sequence[Line]) -> Panels:
                 title = f"{_PARTS[a]} {joined[a]}\n{_PARTS[b]} {joined[b]}"
                 stages.setdefault((title, f"{name} of stage 1", f"{name} of stage 2"), {})[first, second] = score
             whole.setdefault((f"{name} {joined[part]}", _PARTS[a], _PARTS[b]), {})[joined[a], joined[b]] = score
-    planes = [{key: cells for key, cells in some.items() if _is_plane(cells)} for some in (stages, whole)]
-    return planes[0] or planes[1]
-
-
-def _is_plane(cells: dict[tuple[str, str], float]) -> bool:
-    """Whether there is more than a line or a diagonal: two lines of several cells."""
-    return sum(count > 1 for count in Counter(down for down, _ in cells).values()) > 1
+    for panels in (stages, whole):  # what has two lines of several cells is more than a line or a diagonal
+        lengths = {key: Counter(down for down, _ in cells).values() for key, cells in panels.items()}
+        if planes := {key: panels[key] for key, counts in lengths.items() if sum(n > 1 for n in counts) > 1}:
+            return planes
+    return {}
 
 
 def draw_heat_maps(panels: Panels, label: str) -> Figure:
     """All panels, of which there is one at least, on one scale of colours."""
     across, down = min(len(panels), 4), math.ceil(len(panels) / 4)
     figure = Figure(figsize=(1.2 + 3.6 * across, 0.6 + 3.2 * down), layout="constrained")
-    FigureCanvasAgg(figure)
     places = figure.subplots(down, across, squeeze=False).flatten()
     scores = [score for cells in panels.values() for score in cells.values()]
     low, high = min(scores), max(scores)
     for axes in places[len(panels) :]:
         axes.set_visible(False)
     for axes, ((title, vertical, horizontal), cells) in zip(places, panels.items(), strict=False):
-        rows, columns = (_sorted({key[axis]: None for key in cells}) for axis in (0, 1))
+        rows, columns = (list(dict.fromkeys(key[axis] for key in cells)) for axis in (0, 1))
         values = [[cells.get((row, column), math.nan) for column in columns] for row in rows]
         shown = axes.imshow(values, vmin=low, vmax=high, aspect="auto")
         for (row, column), score in cells.items():
@@ -129,11 +137,3 @@ def draw_heat_maps(panels: Panels, label: str) -> Figure:
         axes.set_title(title, fontsize=9)
     figure.colorbar(shown, ax=list(places), label=label)
     return figure
-
-
-def _sorted(labels: dict[str, None]) -> list[str]:
-    """Numbers by size, all else as it came."""
-    try:
-        return sorted(labels, key=lambda label: [float(part) for part in label.split(", ")])
-    except ValueError:
-        return list(labels)

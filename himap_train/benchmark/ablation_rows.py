@@ -77,18 +77,10 @@ def measured(
     clock: Clock,
     **settings: Any,
 ) -> dict[str, Any]:
-    """What `compare.Row` holds; seconds of the prefill and of a decoded token, in pairs with dense; most bytes of the
-    prefill beside weights and inputs, and of the cache that it leaves.
+    """What `compare.Row` holds, with `settings` of `evaluate`; seconds of the prefill of `batch` and of a
+    token decoded behind it, in pairs with dense; most bytes of the prefill beside weights and inputs, and its cache's.
 
-    Args:
-        run: What is measured.
-        model: Stock, in evaluation mode.
-        processor: Its processor.
-        source: Questions.
-        batch: What is timed.
-        rounds: Pairs.
-        clock: On a CPU.
-        **settings: Those of `evaluate`.
+    The model is stock and in evaluation mode, before and after.
     """
     method, dense = scheduled("", run[0]), find_method(DENSE, 0)
     torch.manual_seed(run[1])
@@ -104,14 +96,8 @@ def measured(
 
 
 def timed_batch(model: nn.Module, processor: Any, source: Source | StreamingSource, count: int, **how: Any) -> Batch:
-    """The first prompts with images, padded to the left, for a model.
-
-    Args:
-        model: Takes them.
-        processor: Its processor.
-        source: Questions that can be iterated anew.
-        count: Prompts at most.
-        **how: Images are read, see `Encoder`.
+    """At most `count` prompts with images from the start of a source, padded to the left; images are read as `Encoder`
+    is told.
 
     Raises:
         ValueError: No usable record has an image.
