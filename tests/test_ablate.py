@@ -189,6 +189,8 @@ def test_heat_maps_show_what_varies_in_two_directions() -> None:
     axes = next(axes for axes in figure.axes if axes.get_title() == title)
     labels = [[text.get_text() for text in texts] for texts in (axes.get_yticklabels(), axes.get_xticklabels())]
     assert labels == [["2", "4", "8", "12"], ["8", "12", "15", "20"]]
+    kept = next(axes for axes in figure.axes if axes.get_xlabel() == "keep of stage 2")
+    assert [text.get_text() for text in kept.get_xticklabels()] == ["0.0625", "0.125", "0.25"]  # by size
     assert axes.images[0].get_array()[1, 2] == pytest.approx(4 * 0.5 + 15 * 0.125)
     assert "3.9" in [text.get_text() for text in axes.texts]
 

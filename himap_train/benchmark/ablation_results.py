@@ -118,22 +118,30 @@ def panels_of(lines: Sequence[Line]) -> Panels:
 def draw_heat_maps(panels: Panels, label: str) -> Figure:
     """All panels, of which there is one at least, on one scale of colours."""
     across, down = min(len(panels), 4), math.ceil(len(panels) / 4)
-    figure = Figure(figsize=(1.2 + 3.6 * across, 0.6 + 3.2 * down), layout="constrained")
+    names = {name for cells in panels.values() for pair in cells for name in pair}
+    width = 2.4 + 0.08 * max(map(len, names)) + 0.3 * max(len({column for _, column in c}) for c in panels.values())
+    figure = Figure(figsize=(1.2 + width * across, 0.6 + 3.2 * down), layout="constrained")
     places = figure.subplots(down, across, squeeze=False).flatten()
     scores = [score for cells in panels.values() for score in cells.values()]
     low, high = min(scores), max(scores)
     for axes in places[len(panels) :]:
         axes.set_visible(False)
     for axes, ((title, vertical, horizontal), cells) in zip(places, panels.items(), strict=False):
-        rows, columns = (list(dict.fromkeys(key[axis] for key in cells)) for axis in (0, 1))
+        rows, columns = (sorted(dict.fromkeys(key[axis] for key in cells), key=_size) for axis in (0, 1))
         values = [[cells.get((row, column), math.nan) for column in columns] for row in rows]
         shown = axes.imshow(values, vmin=low, vmax=high, aspect="auto")
         for (row, column), score in cells.items():
             colour = "black" if score > (low + high) / 2 else "white"
             axes.text(columns.index(column), rows.index(row), f"{score:.1f}", color=colour, ha="center", va="center")
-        axes.set_xticks(range(len(columns)), columns, rotation=20 if len(columns[0]) > 6 else 0)
+        slanted = {"rotation": 25, "ha": "right"} if max(map(len, columns)) > 6 else {}
+        axes.set_xticks(range(len(columns)), columns, **slanted)
         axes.set_yticks(range(len(rows)), rows)
         axes.set(xlabel=horizontal, ylabel=vertical)
         axes.set_title(title, fontsize=9)
     figure.colorbar(shown, ax=list(places), label=label)
     return figure
+
+
+def _size(label: str) -> list[float]:
+    """What sorts numbers by size, and leaves all else behind them as it came."""
+    return [float(part) if part.replace(".", "", 1).isdigit() else math.inf for part in label.split(", ")]
