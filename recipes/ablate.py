@@ -78,7 +78,7 @@ def main(
         timed_prompts: Prompts in the batch that is timed.
         clock: On a CPU, "wall", or "cpu" for the time of this process alone (one thread, on a machine that is shared).
         output: Folder for rows.json, ablation.md and heat_maps.png.
-        overwrite: Take the rows that are there away first.
+        overwrite: Take the rows that are there away first: after a change of what a checkpoint or data name stands for.
         dtype: Dtype of the weights; "auto" as they are stored.
         device: "auto", "cpu", "cuda", "cuda:1", ...
     """
