@@ -191,6 +191,10 @@ def dropped_tokens(
         in_turn = [p for p in range(prompt) if turn[p] == group and not supervised[p]]
         text = [p for p in in_turn if not is_image[p] and p > tokens[0]] or [in_turn[-1]]
         protected = [p for p in current if (supervised[p + 1] if p + 1 < prompt else labels is None)]
+        if stage.attention_below is not None:
+            share = sum(float(weights[row, p]) for row in text for p in current) / len(text)
+            if share >= stage.attention_below:
+                continue
         if "keep" in stage.to_dict():
             scores = naive_scores(stage.criterion, weights, current, text, 0)
             count = mass_count(stage.keep, scores, protected, len(tokens))

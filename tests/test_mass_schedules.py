@@ -58,7 +58,7 @@ def test_dict_form_and_yaml_are_lossless(tmp_path: Path) -> None:
     assert read_schedule(tmp_path / "pruning.yaml") == MASS
     assert [stage.layer for stage in MASS.scaled_to(8).stages] == [1, 2, 3]
     assert MASS.scaled_to(8).stages[0].keep == MASS.stages[0].keep
-    assert MASS.by_mass and not PruningSchedule.from_preset("himap").by_mass
+    assert MASS.by_sample and not PruningSchedule.from_preset("himap").by_sample
 
 
 def stage(layer: int = 2, criterion: str = "instruction", **size: Any) -> dict[str, Any]:

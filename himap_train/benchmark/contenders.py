@@ -151,11 +151,16 @@ def find_method(name: str, layers: int) -> Method:
     if name not in METHODS and not name.endswith((".yaml", ".yml")):
         raise ValueError(f"method {name!r} is unknown{nearest(name, METHODS)}; or a YAML file with a schedule")
     schedule = fitted_schedule(name, layers)
-    if schedule.by_mass:
+    if schedule.by_sample:
         raise ValueError(
-            f"{name} keeps by attention mass, and a benchmark runs random weights, whose attention says nothing of the "
-            "tokens that stay: give keep_ratio of about what recipes/evaluate.py reports as kept"
+            f"{name} keeps by attention mass or waits, and a benchmark runs random weights, whose attention says "
+            "nothing of the tokens that stay: give keep_ratio of about what recipes/evaluate.py reports as kept"
         )
+    return scheduled(name, schedule)
+
+
+def scheduled(name: str, schedule: PruningSchedule) -> Method:
+    """A schedule as a method."""
     return Method(name, schedule, _why(schedule), partial(_pruned, schedule))
 
 

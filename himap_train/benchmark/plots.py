@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from himap_train.benchmark.measured_method import Row
@@ -86,7 +85,6 @@ def _series(axis: str, found: Sequence[tuple[int, Row]], panels: Sequence[Axes])
 
 def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure
 
 

@@ -76,9 +76,10 @@ def _prefill(model: Any, batch: Batch, peer: bool) -> Any:
 
 
 def _decode(model: Any, cache: Any, batch: Batch) -> None:
-    token = batch.input_ids[:, -1:]
+    token, mask = batch.input_ids[:, -1:], batch.given.get("attention_mask")
     for _ in range(DECODED):
-        token = model(input_ids=token, use_cache=True, **{CACHE: cache}).logits.argmax(-1)
+        mask = None if mask is None else torch.nn.functional.pad(mask, (0, 1), value=1)
+        token = model(input_ids=token, attention_mask=mask, use_cache=True, **{CACHE: cache}).logits.argmax(-1)
 
 
 def _generate(model: Any, batch: Batch) -> Any:

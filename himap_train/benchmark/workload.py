@@ -6,7 +6,7 @@ are the answer, which is what training predicts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -59,27 +59,34 @@ class Workload:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch on the device of the model: `input_ids` and `labels` (B, S), images as the model takes them."""
+    """A batch on the device of the model.
+
+    Attributes:
+        input_ids: (B, S).
+        labels: (B, S).
+        features: Of each image, where the vision tower does not run.
+        given: What the model is given beside the ids otherwise: pixels, and the mask of a padded batch.
+    """
 
     input_ids: Tensor
     labels: Tensor
-    features: list[Tensor]
-    pixels: Tensor | None
+    features: list[Tensor] = field(default_factory=list)
+    given: dict[str, Tensor] = field(default_factory=dict)
 
     def images(self) -> dict[str, Any]:
         """Keyword arguments of the model; made anew for each call, since `generate` takes entries out."""
-        if self.pixels is not None:
-            return {"pixel_values": self.pixels}
+        if self.given:
+            return dict(self.given)
         features: Any = list(self.features)
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
 
     def for_states(self) -> dict[str, Any]:
         """The same for `hidden_states`."""
-        return {"images": self.images()} if self.pixels is not None else self.images()
+        return {"images": self.images()} if self.given else self.images()
 
     def tensors(self) -> list[Tensor]:
         """All that a call is given."""
-        return [self.input_ids, self.labels, *self.features, *([] if self.pixels is None else [self.pixels])]
+        return [self.input_ids, self.labels, *self.features, *self.given.values()]
 
 
 def make_batch(model: LlavaForConditionalGeneration, workload: Workload, whole: bool = False, seed: int = 0) -> Batch:
@@ -99,12 +106,12 @@ def make_batch(model: LlavaForConditionalGeneration, workload: Workload, whole: 
     ids[:, workload.text_before : workload.text_before + workload.image_tokens] = IMAGE_ID
     labels = ids.clone()
     labels[:, : -workload.answer] = -100
-    pixels, features = None, []
+    given, features = {}, []
     if whole:
         images = workload.batch * workload.image_tokens // TOKENS_PER_IMAGE
-        pixels = torch.randn(images, 3, 336, 336, generator=noise).to(model.device, model.dtype)
+        given = {"pixel_values": torch.randn(images, 3, 336, 336, generator=noise).to(model.device, model.dtype)}
     else:
         shape = (workload.batch, workload.image_tokens, text.hidden_size)
         features = list((0.3 * torch.randn(shape, generator=noise)).to(model.device, model.dtype))
         features = [feature.requires_grad_() for feature in features]
-    return Batch(ids.to(model.device), labels.to(model.device), features, pixels)
+    return Batch(ids.to(model.device), labels.to(model.device), features, given)

@@ -106,7 +106,7 @@ def outputs(path: Path | str, base: str | None = None) -> Outputs:
         pruned = model(**inputs).logits.float()
     kept = [[row.tolist() for row in stage] for stage in trace.kept]
     pruning = pruning_of(model)
-    by_mass = pruning is not None and pruning.schedule.by_mass
+    by_mass = pruning is not None and pruning.schedule.by_sample
     dense = remove_pruning(model)(**inputs).logits.float()
     dtype = next(model.parameters()).dtype
     return Outputs(str(dtype).removeprefix("torch."), dense, pruned, kept, by_mass)

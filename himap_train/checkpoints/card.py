@@ -105,10 +105,11 @@ def _card(
 def _schedule(schedule: PruningSchedule) -> str:
     stages = yaml.safe_dump(schedule.to_dict(), sort_keys=False).strip()
     text = "`keep_ratio` is the fraction kept of the original image tokens."
-    if schedule.by_mass:
+    if schedule.by_sample:
         text += (
             " `keep: {mass: m}` keeps the fewest image tokens of each sample that hold the share m of the attention, "
-            "between `at_least` and `at_most` of the original ones."
+            "between `at_least` and `at_most` of the original ones. With `attention_below: a` a stage acts on samples "
+            "whose text gives the image less than the share a of its attention."
         )
     return f"{text}\n```yaml\n{stages}\n```"
 

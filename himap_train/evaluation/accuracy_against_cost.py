@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from himap_train.evaluation.chart import COLOURS
@@ -64,7 +63,6 @@ def draw_trade_off(scores: Scores, dense: Sequence[float]) -> Figure:
         dense: Accuracies of the dense model in %, one a seed; a band.
     """
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     middle, spread = float(np.mean(dense)), float(np.std(dense, ddof=1)) if len(dense) > 1 else 0.0
     axes.axhspan(middle - spread, middle + spread, color="#dddddd", zorder=0)

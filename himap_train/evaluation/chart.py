@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from himap_train.evaluation.compare import Row
@@ -20,7 +19,6 @@ def draw_chart(rows: Sequence[Row]) -> Figure:
     with_cost = any(row.cost for row in rows)
     widths = [max(4.0, 1.0 + 0.25 * (len(types) + 1) * (len(rows) + 1)), 4.5][: 1 + with_cost]
     figure = Figure(figsize=(sum(widths), 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(widths), squeeze=False, gridspec_kw={"width_ratios": widths})[0]
     _bars(axes[0], rows, types)
     if with_cost:

@@ -60,7 +60,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     """The table as GitHub Markdown, ending with what its numbers are."""
     header, *lines = _cells(rows)
     table, result = markdown_lines(header, lines), rows[0].result
-    spread = "; tokens and ratios ± standard deviation over samples" if any(r.schedule.by_mass for r in rows) else ""
+    spread = "; tokens and ratios ± standard deviation over samples" if any(r.schedule.by_sample for r in rows) else ""
     score = f"{result.metric} score in %, ± standard error of the mean over {result.overall.count} samples"
     return f"{table}\n{score}{spread}.\n"
 
@@ -105,7 +105,7 @@ def tokens_text(row: Row) -> str:
     """Image tokens of a sample and what each stage leaves: "144 -> 72 -> 18"; means where samples differ, and where
     that is the schedule's doing their standard deviation: "144 -> 51.3 ± 12.0".
     """
-    spreads = row.result.kept_sd if row.schedule.by_mass else (0.0,) * len(row.result.kept)
+    spreads = row.result.kept_sd if row.schedule.by_sample else (0.0,) * len(row.result.kept)
     numbers = zip((row.result.image_tokens, *row.result.kept), (0.0, *spreads), strict=True)
     return " -> ".join(
         f"{mean:.0f}"
@@ -119,7 +119,7 @@ def _ratio(row: Row, measured: Measured | None) -> str:
     """Mean over samples, with the standard deviation where the schedule lets samples keep numbers of their own."""
     if measured is None:
         return ""
-    return f"{measured.mean:.3f}" + (f" ± {measured.sd:.3f}" if row.schedule.by_mass else "")
+    return f"{measured.mean:.3f}" + (f" ± {measured.sd:.3f}" if row.schedule.by_sample else "")
 
 
 def _score(score: GroupScore | None, spread: bool = False) -> str:

@@ -28,8 +28,8 @@ from himap_train.models.cpu_attention import CausalBlocks, runs_in_blocks
 from himap_train.pruning.layout import TokenCounts, TokenLayout
 from himap_train.pruning.learned.marginal import HIDDEN, Marginal, shadow_gain
 from himap_train.pruning.methods.attention import attention_blocks
-from himap_train.pruning.methods.base import Reads, Seen, with_scores
-from himap_train.pruning.stage import PruningStage
+from himap_train.pruning.methods.base import Method, Reads, Seen, with_scores
+from himap_train.pruning.stage import LOOKS, PruningStage
 
 PREFIX = "himap_"
 AttentionResult = tuple[Tensor, Tensor | None]
@@ -46,22 +46,22 @@ class ScoreCollector:
         self, stage: PruningStage, layout: TokenLayout, counts: TokenCounts, states: Tensor | None = None
     ) -> None:
         self.stage = stage
-        reads_attention = stage.method.reads is Reads.ATTENTION
-        rows = stage.method.rows(layout, counts) if reads_attention else None
-        self._given = Seen(layout, counts, rows=rows, states=states)
+        self._given = Seen(layout, counts, states=states)
         self._seen: Seen | None = None
 
     @torch.no_grad()
     def collect(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """Read (B, H, L, D) queries and (B, K, L, D) keys with the rotary embedding applied."""
         if self._seen is None:
-            rows, valid = self._given.rows, self._given.layout.valid
-            if rows is None:
-                shown = replace(self._given, keys=key.detach())
-            else:
-                blocks = attention_blocks(query, key, rows.index, valid, scaling, rows.fewest)
-                shown = replace(self._given, attention=blocks)
-            self._seen = with_scores(self.stage.method, shown)
+            method, shown = self.stage.method, self._given
+            if self.stage.waits:
+                looks = LOOKS.score(_with_attention(LOOKS, shown, query, key, scaling))
+                shown = replace(shown, looks=looks)
+            if self.stage.ranks_before and method.reads is Reads.ATTENTION:
+                shown = with_scores(method, _with_attention(method, shown, query, key, scaling))
+            elif self.stage.ranks_before:
+                shown = with_scores(method, replace(shown, keys=key.detach()))
+            self._seen = shown
 
     def seen(self) -> Seen:
         """What the method has seen, with its scores.
@@ -75,6 +75,13 @@ class ScoreCollector:
                 "its attention function was replaced: call install_pruning again"
             )
         return self._seen
+
+
+def _with_attention(method: Method, given: Seen, query: Tensor, key: Tensor, scaling: float) -> Seen:
+    """With the rows of attention that a method asks for."""
+    rows = method.rows(given.layout, given.counts)
+    blocks = attention_blocks(query, key, rows.index, given.layout.valid, scaling, rows.fewest)
+    return replace(given, rows=rows, attention=blocks)
 
 
 def _flash_attention(

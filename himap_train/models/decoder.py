@@ -31,7 +31,7 @@ from himap_train.pruning.learned.marginal import marginal_tokens
 from himap_train.pruning.methods.base import Reads, Seen, with_scores
 from himap_train.pruning.places import Places, TokenGrid
 from himap_train.pruning.ranks import image_ranks, select
-from himap_train.pruning.removal import Removal, plan_removals, settle_mass
+from himap_train.pruning.removal import Removal, plan_removals, settle_mass, settle_waiting
 from himap_train.pruning.token_map import TokenMap, scatter_back
 
 
@@ -152,9 +152,11 @@ def _prefill(
         if removal := removals.get(number):
             if removal.removes or ratios is not None:
                 shown = _shown(removal, tokens, layout, collector)
-                if shown.scores is not None:
+                if shown.looks is not None:
+                    removals = settle_waiting(removals, number, shown.looks, layout)
+                elif shown.scores is not None:
                     removals = settle_mass(removals, number, shown.scores, layout)
-                    removal = removals[number]
+                removal = removals[number]
                 ranks = _ranks(removal, shown)
                 if ratios is not None:
                     carried = tokens.marginal.moved if tokens.marginal else None
@@ -187,10 +189,10 @@ def _collector(removal: Removal | None, tokens: Tokens, layout: TokenLayout, alw
 def _shown(removal: Removal, tokens: Tokens, layout: TokenLayout, collector: ScoreCollector | None) -> Seen:
     """HiMAP: what a stage's method may look at, with its scores."""
     states = tokens.hidden.detach()
-    if collector is not None:
-        return replace(collector.seen(), states=states)
-    shown = Seen(layout, removal.before, states=states)
-    return shown if removal.stage.removes_all else with_scores(removal.stage.method, shown)
+    seen = Seen(layout, removal.before) if collector is None else collector.seen()
+    seen = replace(seen, states=states)
+    ready = removal.stage.removes_all or removal.stage.ranks_before
+    return seen if ready else with_scores(removal.stage.method, seen)
 
 
 @torch.no_grad()

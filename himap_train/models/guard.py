@@ -30,7 +30,7 @@ def check_ran(pruning: Any, before: Any) -> None:
         )
     turns = (last.images > 0).sum(1)  # in each the image token that a text is predicted from stays
     for stage, kept in zip(pruning.schedule.stages, last.kept_rows, strict=False):
-        most = stage.keep.most(last.images).sum(1) + turns
+        most = stage.most(last.images).sum(1) + turns
         if bool((kept > most).any()):
             raise RuntimeError(
                 f"the stage at layer {stage.layer} left {kept.tolist()} image tokens of {last.image_rows.tolist()}, at "

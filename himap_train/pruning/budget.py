@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from himap_train.pruning.keep import Count, Mass
+from himap_train.pruning.keep import Ratio
 
 if TYPE_CHECKING:
     from himap_train.pruning.schedule import PruningSchedule
@@ -22,7 +22,7 @@ def at_strength(schedule: PruningSchedule, strength: float) -> PruningSchedule:
     """The schedule at a strength in [0, 2]; stages that would remove nothing are left out.
 
     Raises:
-        ValueError: The strength is outside, or a stage has a fixed count or keeps by attention mass.
+        ValueError: The strength is outside, or a stage has a fixed count, keeps by attention mass or waits.
     """
     if not 0.0 <= strength <= 2.0:
         raise ValueError(f"strength is {strength}; expected 0 (dense) to 1 (the schedule) to 2 (no image token left)")
@@ -93,15 +93,11 @@ def check_budget(flops_ratio: float, least: float, first_layer: int) -> None:
 
 
 def _at_strength(stage: PruningStage, strength: float) -> PruningStage:
-    if isinstance(stage.keep, Mass):
+    if stage.waits or not isinstance(stage.keep, Ratio):
+        how = "waits" if stage.waits else "keeps by attention mass"
+        how = how if stage.keep_count is None else f"keeps a fixed count ({stage.keep_count})"
         raise ValueError(
-            f"the stage at layer {stage.layer} keeps by attention mass ({stage.keep.mass}), whose cost follows each "
-            "sample and cannot be set to a budget: give keep_ratio instead, or bound the cost with at_most"
-        )
-    if isinstance(stage.keep, Count):
-        raise ValueError(
-            f"the stage at layer {stage.layer} keeps a fixed count ({stage.keep.count}), which cannot follow a budget; "
-            "give keep_ratio instead"
+            f"the stage at layer {stage.layer} {how}, which cannot follow a budget; give keep_ratio at one layer"
         )
     ratio = stage.keep.ratio
     return stage.keeping(1 - strength * (1 - ratio) if strength <= 1 else (2 - strength) * ratio)

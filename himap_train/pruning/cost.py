@@ -37,7 +37,7 @@ class Cost:
         kv_bytes: Keys and values of all layers after the prefill.
         kv_bytes_ratio: Against the dense cache.
         image_tokens_per_layer: Image tokens that each layer runs on.
-        upper_bound: Whether a stage keeps by attention mass, so that samples cost this or less.
+        upper_bound: Whether a stage keeps by attention mass or waits, so that samples cost this or less.
     """
 
     flops: float
@@ -60,10 +60,10 @@ def image_tokens_per_layer(
         num_layers: Layers of the decoder.
         image_tokens: Image tokens of the sample.
         kept: Image tokens that each stage was seen to leave. None takes what the schedule says, which is the most that
-            may stay where a stage keeps by attention mass.
+            may stay where a stage keeps by attention mass or waits.
     """
     if kept is None:
-        kept = [int(stage.keep.most(torch.tensor(image_tokens))) for stage in schedule.stages]
+        kept = [int(stage.most(torch.tensor(image_tokens))) for stage in schedule.stages]
     stays = {stage.layer: count for stage, count in zip(schedule.stages, kept, strict=True)}
     current, per_layer = image_tokens, []
     for layer in range(num_layers):
@@ -83,8 +83,8 @@ def schedule_cost(
 ) -> Cost:
     """Cost of a schedule on a model.
 
-    Where a stage keeps by attention mass the number of tokens follows each sample: without `kept` the cost is then that
-    of the most that may stay, an upper bound.
+    Where a stage keeps by attention mass or waits the number of tokens follows each sample: without `kept` the cost is
+    then that of the most that may stay, an upper bound.
 
     Args:
         schedule: What is removed where.
@@ -119,7 +119,7 @@ def schedule_cost(
         kv_bytes=kv_bytes,
         kv_bytes_ratio=kv_bytes / dense_kv_bytes,
         image_tokens_per_layer=layers,
-        upper_bound=schedule.by_mass and kept is None,
+        upper_bound=schedule.by_sample and kept is None,
     )
 
 
@@ -149,8 +149,7 @@ def choosing_flops(
     total = 0.0
     for stage in schedule.stages:
         before = tokens_before(schedule, stage, layers, image_tokens)
-        if not stage.removes_all:
-            total += stage.method.flops(widths(text), before, text_tokens, layers[stage.layer])
+        total += stage.flops(widths(text), before, text_tokens, layers[stage.layer])
     return total
 
 

@@ -1,8 +1,8 @@
 """How many tokens each stage of a batch leaves.
 
 How many stay is known before a forward pass runs, from the schedule and what the batch holds, except at a stage that
-keeps a share of the attention: there the scores say it, and shapes then wait for one transfer of (B, G) numbers to the
-host, once for each such stage.
+keeps a share of the attention or waits until the image has been read: there the scores say it, and shapes then wait for
+one transfer of (B, G) numbers to the host, once for each such stage.
 
 Shapes: B rows, L current columns, G groups (see `layout`).
 """
@@ -24,7 +24,8 @@ from himap_train.pruning.stage import PruningStage
 class Removal:
     """One stage of one batch: how many tokens there are before and after it.
 
-    Of a stage that keeps by attention mass `after` is the fewest that may be left, until `settle_mass` knows better.
+    Of a stage that keeps by attention mass, or waits, `after` is the fewest that may be left, until `settle_mass` or
+    `settle_waiting` knows better.
     """
 
     stage: PruningStage
@@ -40,7 +41,7 @@ class Removal:
 def plan_removals(stages: tuple[PruningStage, ...], counts: TokenCounts) -> dict[int, Removal]:
     """All counts of a forward pass before it runs, by layer: they follow from the schedule and what the batch holds.
 
-    Those of a stage that keeps by attention mass and of the stages behind it are bounds, see `settle_mass`.
+    Those of a stage that keeps by attention mass or waits, and of the stages behind it, are bounds, see `Removal`.
     """
     removals = {}
     for stage in stages:
@@ -66,9 +67,35 @@ def settle_mass(removals: dict[int, Removal], layer: int, scores: Tensor, layout
     held_by = tokens_for_mass(scores, layout, stage.keep.mass, groups=counts.image.shape[1])
     # The stage's one transfer. `after` so far is the fewest that may stay: protected tokens and `at_least` are in it.
     kept = torch.maximum(torch.minimum(held_by.cpu(), stage.keep.most(counts.image)), removal.after.current)
-    settled = replace(counts, current=torch.minimum(kept, counts.current))
+    return _settled(removals, layer, torch.minimum(kept, counts.current))
+
+
+def settle_waiting(removals: dict[int, Removal], layer: int, looks: Tensor, layout: TokenLayout) -> dict[int, Removal]:
+    """The plan once it is known which rows (and turns) the stage at `layer`, which waits, acts on.
+
+    Args:
+        removals: The plan so far.
+        layer: Layer of the stage.
+        looks: (B, L), what `instruction` scores there.
+        layout: The current layout.
+    """
+    removal = removals[layer]
+    assert removal.stage.attention_below is not None
+    shares = []
+    for number in range(removal.before.image.shape[1]):
+        here = layout.group == number
+        rows = (layout.ranking & here).sum(1).clamp(min=1)
+        shares.append((looks * (layout.image & here)).sum(1) / rows)
+    acts = (torch.stack(shares, dim=1) < removal.stage.attention_below).cpu()
+    return _settled(removals, layer, torch.where(acts, removal.after.current, removal.before.current))
+
+
+def _settled(removals: dict[int, Removal], layer: int, current: Tensor) -> dict[int, Removal]:
+    """The plan with `current` (B, G) tokens behind the stage at `layer`."""
+    stage, before = removals[layer].stage, removals[layer].before
+    after = replace(before, current=current)
     behind = tuple(later.stage for number, later in removals.items() if number > layer)
-    return {**removals, layer: Removal(stage, counts, settled), **plan_removals(behind, settled)}
+    return {**removals, layer: Removal(stage, before, after), **plan_removals(behind, after)}
 
 
 def _bounded(kept: Tensor, counts: TokenCounts) -> Tensor:

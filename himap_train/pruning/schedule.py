@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from himap_train.pruning.budget import at_budget
@@ -92,9 +93,9 @@ class PruningSchedule:
         return any(stage.method.uses_places and not stage.removes_all for stage in self.stages)
 
     @property
-    def by_mass(self) -> bool:
-        """Whether a stage keeps by attention mass, so that the number of tokens and the cost follow each sample."""
-        return any(isinstance(stage.keep, Mass) for stage in self.stages)
+    def by_sample(self) -> bool:
+        """Whether a stage keeps by attention mass, or waits: the number of tokens and the cost follow each sample."""
+        return any(isinstance(stage.keep, Mass) or stage.waits for stage in self.stages)
 
     @classmethod
     def from_preset(cls, name: str) -> PruningSchedule:
@@ -118,9 +119,10 @@ class PruningSchedule:
         if set(given) == {"preset"}:
             return cls.from_preset(given["preset"])
         check_keys("schedule", given, field_names(cls))
-        stages = enumerate(given.get("stages") or ())
+        places = enumerate(given.get("stages") or ())
+        stages = [PruningStage.each_from_dict(stage, where=f"stages[{number}]") for number, stage in places]
         return cls(
-            stages=tuple(PruningStage.from_dict(stage, where=f"stages[{number}]") for number, stage in stages),
+            stages=tuple(chain(*stages)),
             positions=given.get("positions", "keep"),
             enter=given.get("enter", 0),
         )
@@ -147,8 +149,8 @@ class PruningSchedule:
     def scaled_to(self, num_layers: int, reference_layers: int = PRESET_LAYERS) -> PruningSchedule:
         """The same schedule at the same relative depth of another decoder.
 
-        Layers stay distinct, and those of 1 or more at least 1. On a decoder with too few layers for the stages those
-        that would stand at one layer become the last of them.
+        Layers stay distinct, and those of 1 or more at least 1. On a decoder with too few layers for the stages, and
+        where stages wait, those that would stand at one layer become the last of them.
 
         Raises:
             ValueError: If the decoder has no layer for the last stage.
@@ -163,7 +165,7 @@ class PruningSchedule:
             earliest, wish = enter + (stage.layer > self.enter), scaled_layer(stage.layer)
             one_each[max(earliest, wish)] = stage.at(max(earliest, wish))
             stages.append(stage.at(max(earliest, wish, stages[-1].layer + 1 if stages else 0)))
-        if stages and stages[-1].layer >= num_layers:
+        if stages and (stages[-1].layer >= num_layers or any(stage.waits for stage in stages)):
             stages = list(one_each.values())
         scaled = replace(self, stages=tuple(stages), enter=enter)
         scaled.validate_for(num_layers)

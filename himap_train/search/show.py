@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -55,7 +54,6 @@ def describe(schedule: PruningSchedule) -> str:
 def draw_search(found: Sequence[Found], dense_loss: float) -> Figure:
     """A line of panels a budget: loss against trial, and the image tokens of every layer coloured by loss."""
     figure = Figure(figsize=(11, 3.6 * len(found)), layout="constrained")
-    FigureCanvasAgg(figure)
     for one, (history, shapes) in zip(found, figure.subplots(len(found), 2, squeeze=False), strict=True):
         losses = [trial.loss for trial in one.trials.done]
         history.plot(losses, "o", color="#5e81ac", markersize=4, label="trial")

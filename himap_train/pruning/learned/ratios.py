@@ -87,10 +87,12 @@ class KeepRatios:
         if schedule is None:
             return torch.zeros(number, dtype=torch.float64)
         schedule.validate_for(self.layers)
-        if schedule.enter or any(s.keep_ratio is None or s.layer < self.first_layer for s in schedule.stages):
+        if schedule.enter or any(
+            s.keep_ratio is None or s.waits or s.layer < self.first_layer for s in schedule.stages
+        ):
             raise ValueError(
-                f"start has the stages {schedule.to_dict()['stages']}; expected a keep_ratio in each, from first_layer "
-                f"{self.first_layer} on"
+                f"start has the stages {schedule.to_dict()['stages']}; expected a keep_ratio in each, none that waits, "
+                f"from first_layer {self.first_layer} on"
             )
         kept = torch.ones(number, dtype=torch.float64)
         for stage in schedule.stages:

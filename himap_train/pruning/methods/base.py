@@ -58,6 +58,7 @@ class Seen:
         keys: (B, K, L, D) of the layer before, rotary embedding applied.
         states: (B, L, D), at the stage's input; while attention or keys are read, at the input of the layer before.
         scores: (B, L), what `score` gave; for `choose`.
+        looks: (B, L), what `instruction` scores, for a stage that waits.
     """
 
     layout: TokenLayout
@@ -67,6 +68,7 @@ class Seen:
     keys: Tensor | None = None
     states: Tensor | None = None
     scores: Tensor | None = None
+    looks: Tensor | None = None
 
     @property
     def groups(self) -> int:

@@ -1,0 +1,118 @@
+"""The rows of an ablation: each schedule answers the data and is timed, and is written down before the next starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from himap_train.benchmark.contenders import DENSE, find_method, scheduled
+from himap_train.benchmark.peak_memory import cache_bytes, peak_bytes
+from himap_train.benchmark.tasks import inference_task, prefilled_cache
+from himap_train.benchmark.timing import Clock, Spread, time_pairs
+from himap_train.benchmark.workload import Batch
+from himap_train.data.batches import collate, pad_token_id_of
+from himap_train.data.encode import Encoder, Sample
+from himap_train.data.records import RecordError, Source, StreamingSource
+from himap_train.evaluation.compare import evaluate_row
+from himap_train.evaluation.questions import numbered_records
+from himap_train.evaluation.tables import json_ready
+from himap_train.models.features import prompt_inputs
+from himap_train.models.stock import base_model
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.storage import atomic_file
+from himap_train.structured import read_json
+
+ROWS = "rows.json"
+Run = tuple[PruningSchedule, int]
+"""A schedule, and the seed of what it draws."""
+
+
+def runs_of(schedules: Sequence[PruningSchedule], seeds: Sequence[int]) -> list[Run]:
+    """Each schedule once, and for every seed where it chooses by chance."""
+    chance = {one: any(stage.criterion == "random" for stage in one.stages) for one in schedules}
+    return [(one, seed) for one in schedules for seed in (seeds if chance[one] else seeds[:1])]
+
+
+def run_all(
+    runs: Sequence[Run], measure: Callable[[Run], dict[str, Any]], folder: Path, settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The rows of all runs, in order; those that the folder has under the same settings are not run again.
+
+    Args:
+        runs: What to measure.
+        measure: Gives the figures of a row, as JSON types.
+        folder: Its rows.json is written anew after each run, and keeps the rows of other runs and settings.
+        settings: What the figures depend on beside the run, as JSON types.
+
+    Raises:
+        ValueError: rows.json is no such file.
+    """
+    file, found = folder / ROWS, []
+    rows = read_json(file, {"rows": [{"run": dict}]})["rows"] if file.exists() else []
+    known = {json.dumps(row["run"], sort_keys=True): row for row in rows}
+    for run in runs:
+        facts = {"schedule": run[0].to_dict(), "seed": run[1], **settings}
+        key = json.dumps(facts, sort_keys=True)
+        if key not in known:
+            known[key] = json_ready({"run": facts, **measure(run)})
+            with atomic_file(file) as part:
+                part.write_text(json.dumps({"rows": list(known.values())}, indent=1), encoding="utf-8")
+        found.append(known[key])
+    return found
+
+
+def measured(
+    run: Run,
+    model: nn.Module,
+    processor: Any,
+    source: Source | StreamingSource,
+    batch: Batch,
+    rounds: int,
+    clock: Clock,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What `compare.Row` holds, with `settings` of `evaluate`; seconds of the prefill of `batch` and of a
+    token decoded behind it, in pairs with dense; most bytes of the prefill beside weights and inputs, and its cache's.
+
+    The model is stock and in evaluation mode, before and after.
+    """
+    method, dense = scheduled("", run[0]), find_method(DENSE, 0)
+    torch.manual_seed(run[1])
+    with method.active(model):
+        found = evaluate_row("", model, processor, source, **settings, progress=False).to_dict()
+    for measure in ("decode", "prefill"):
+        theirs, ours = (inference_task(measure, model, which, batch) for which in (dense, method))
+        pairs = time_pairs(theirs, ours, rounds, batch.input_ids.device, clock=clock)
+        found[measure] = {"seconds": asdict(Spread.of(pairs.second)), "of_dense": asdict(pairs.ratio)}
+    found["peak_bytes"] = peak_bytes(ours, model, batch)
+    found["kv_bytes"] = cache_bytes(prefilled_cache(model, method, batch))
+    return found
+
+
+def timed_batch(model: nn.Module, processor: Any, source: Source | StreamingSource, count: int, **how: Any) -> Batch:
+    """At most `count` prompts with images from the start of a source, padded to the left; images are read as `Encoder`
+    is told.
+
+    Raises:
+        ValueError: No usable record has an image.
+    """
+    encoder, samples = Encoder(processor, None, **how), list[Sample]()
+    for _, read in numbered_records(source):
+        try:
+            samples.append(encoder.encode_prompt(read()))
+        except RecordError:
+            continue  # the evaluation reports it
+        samples = [sample for sample in samples if sample["images"]]
+        if len(samples) == count:
+            break
+    if not samples:
+        raise ValueError("no usable record has an image, so there is nothing to prune")
+    given = prompt_inputs(base_model(model), collate(samples, pad_token_id_of(processor.tokenizer), "left"))
+    ids = given.pop("input_ids")
+    return Batch(ids, ids, given=given)
