@@ -232,6 +232,9 @@ def test_each_task_runs_at_the_budget_of_its_own_prompts(himap, tiny):
     model.generate_until(requests)
     ratios = [ran[0].stages[0].keep_ratio for ran in model._ran.values()]
     assert ratios[0] > ratios[1]  # text is not pruned: more of it leaves less for the images
+    alone = himap.Himap(tiny, "himap", 0.9, device="cpu")
+    alone.generate_until(asked(alone, "long", long, {"max_new_tokens": 1}))
+    assert alone._ran["long"][0] == model._ran["long"][0]
     padding = asked(model, "short", short[:1], {"max_new_tokens": 1})
     padding[0].metadata["__padding_only__"] = True
     model.generate_until(padding)

@@ -119,7 +119,7 @@ class Himap(harness("api.model").lmms):  # type: ignore[misc]
             texts, tokens = answer_batch(self.model, processor, batch, room, how.search)
             return [how.cut(text) for text in texts], tokens
 
-        return self._run(requests, [str(how) for how in hows], self._encoder.encode_prompt, answer, "")
+        return self._run(requests, self._encoder.encode_prompt, answer, "")
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[Any]:
         """Mean losses of the continuations, infinite for an unusable document, and whether greedy decoding would give
@@ -138,7 +138,7 @@ class Himap(harness("api.model").lmms):  # type: ignore[misc]
         def rank(rows: list[int], samples: list[Sample]) -> tuple[list[tuple[float, bool]], list[SampleTokens]]:
             return answer_losses(self.model, collate(samples, pad_token_id_of(self._encoder.processor.tokenizer)))
 
-        found = self._run(requests, [""] * len(requests), self._encoder.encode, rank, (math.inf, False))
+        found = self._run(requests, self._encoder.encode, rank, (math.inf, False))
         return [harness("api.instance").GenerationResult(pair) for pair in found]  # 0.7.3 makes a text of anything else
 
     def generate_until_multi_round(self, requests: Sequence[Request]) -> NoReturn:
@@ -160,18 +160,17 @@ class Himap(harness("api.model").lmms):  # type: ignore[misc]
     def _run(
         self,
         requests: Sequence[Request],
-        kinds: Sequence[str],
         encode: Callable[[Conversation], Sample],
         answer: Callable[[list[int], list[Sample]], tuple[list[Outcome], list[SampleTokens]]],
         nothing: Outcome,
     ) -> list[Outcome]:
-        """What `answer` makes of each request, in batches of one task and kind, the longest first."""
+        """What `answer` makes of each request, in batches of one task, the longest first."""
         found = [nothing] * len(requests)
-        groups: dict[tuple[str, str], list[int]] = {}
+        groups: dict[str, list[int]] = {}
         for row, request in enumerate(requests):
-            groups.setdefault((request.task_name, kinds[row]), []).append(row)
+            groups.setdefault(request.task_name, []).append(row)
         with progress_bar("lmms-eval", len(requests), self._rank == 0) as advance, evaluation_mode(self.model):
-            for (task, _), rows in groups.items():
+            for task, rows in groups.items():
                 self._start(task, requests[rows[0]])
                 skipped = SkipLog(len(rows), self._max_skipped)
                 rows.sort(key=lambda row: len(requests[row].args[0]), reverse=True)
