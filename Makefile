@@ -6,8 +6,11 @@ BIN := $(VENV)/bin
 # The other end of the range of transformers, everything else as in constraints.txt.
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.20.2
+# What lmms-eval needs to start; all that it names would bring an older protobuf than constraints.txt has.
+LMMS_EVAL := .venv-lmms-eval
+LMMS_EVAL_NEEDS := evaluate loguru pytablewriter pytz sacrebleu tenacity
 
-.PHONY: quickstart test test-oldest clean
+.PHONY: quickstart test test-oldest test-lmms-eval clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python recipes/finetune.py --config configs/quickstart.yaml
@@ -20,6 +23,9 @@ test: $(VENV)/.installed-dev
 
 test-oldest: $(OLDEST)/.installed-dev
 	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "core and not slow and not gpu"
+
+test-lmms-eval: $(LMMS_EVAL)/.installed-dev
+	$(LMMS_EVAL)/bin/python -m pytest -m lmms_eval tests/test_lmms_eval.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -38,5 +44,11 @@ $(OLDEST)/.installed-dev: pyproject.toml constraints.txt Makefile
 	$(OLDEST)/bin/pip install -q -c $(OLDEST)/constraints.txt -e ".[dev]"
 	touch $@
 
+$(LMMS_EVAL)/.installed-dev: pyproject.toml constraints.txt Makefile
+	$(PYTHON) -m venv $(LMMS_EVAL)
+	$(LMMS_EVAL)/bin/pip install -q -c constraints.txt -e . pytest $(LMMS_EVAL_NEEDS)
+	$(LMMS_EVAL)/bin/pip install -q -c constraints.txt --no-deps lmms-eval
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(OLDEST)
+	rm -rf $(VENV) $(OLDEST) $(LMMS_EVAL)

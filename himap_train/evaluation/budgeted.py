@@ -54,13 +54,18 @@ def run_at_budget(model: nn.Module, budget: float, image_tokens: int, text_token
     Raises:
         ValueError: The schedule is dense or has fixed counts, or the budget is below the least possible.
     """
+    require_stages(model, budget)
     schedule = installed_schedule(model)
-    if not schedule.stages:
+    change_schedule(model, schedule.at_budget(base_model(model).config, budget, image_tokens, text_tokens))
+
+
+def require_stages(model: nn.Module, budget: float) -> None:
+    """Raise ValueError unless the installed schedule has layers to meet a budget at."""
+    if not installed_schedule(model).stages:
         raise ValueError(
             f"--budget {budget}: this checkpoint was saved without a schedule, so there are no layers to remove tokens "
             "at; name them with --schedule, such as --schedule himap"
         )
-    change_schedule(model, schedule.at_budget(base_model(model).config, budget, image_tokens, text_tokens))
 
 
 def prompt_tokens(

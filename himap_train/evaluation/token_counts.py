@@ -42,6 +42,7 @@ class MeasuredTokens:
         image: Image tokens of a sample.
         text: Its other prompt tokens.
         kept: Image tokens after each stage; empty when dense.
+        image_per_layer: Image tokens that a layer runs on, averaged over all layers.
         flops_ratio: Ratio of the whole prefill; None where no sample has an image.
         image_only_flops_ratio: The paper's, image tokens alone; None where no sample has an image.
         per_layer: Image tokens averaged over layers; None where no sample has an image.
@@ -50,6 +51,7 @@ class MeasuredTokens:
     image: Measured
     text: Measured
     kept: tuple[Measured, ...]
+    image_per_layer: Measured
     flops_ratio: Measured | None
     image_only_flops_ratio: Measured | None
     per_layer: Measured | None
@@ -69,11 +71,34 @@ def measured_tokens(samples: Sequence[SampleTokens], schedule: PruningSchedule, 
         return schedule_cost(schedule, config, sample.image, sample.text, kept=sample.kept)
 
     costs = [cost(sample) for sample in samples] if any(sample.image for sample in samples) else []
+    per_layer = [statistics.fmean(one.image_tokens_per_layer) for one in costs] or [0.0]
     return MeasuredTokens(
         image=Measured.of([sample.image for sample in samples]),
         text=Measured.of([sample.text for sample in samples]),
         kept=tuple(Measured.of(counts) for counts in zip(*(sample.kept for sample in samples), strict=True)),
+        image_per_layer=Measured.of(per_layer),
         flops_ratio=Measured.of([one.flops_ratio for one in costs]) if costs else None,
         image_only_flops_ratio=Measured.of([one.image_only_flops_ratio for one in costs]) if costs else None,
         per_layer=Measured.of([statistics.fmean(one.image_tokens_per_layer) for one in costs]) if costs else None,
+    )
+
+
+def report(samples: Sequence[SampleTokens], schedule: PruningSchedule, config: Any) -> str:
+    """What a published score needs beside it: tokens and cost, measured on the prompts with images, and the schedule.
+
+    Args:
+        samples: Prompts that were run.
+        schedule: That they ran under.
+        config: Hugging Face configuration of the model.
+    """
+    shown = [sample for sample in samples if sample.image]
+    text = f"{len(samples)} prompts, {len(samples) - len(shown)} without an image; schedule {schedule.to_dict()}"
+    found = measured_tokens(shown, schedule, config) if shown else None
+    if found is None or found.flops_ratio is None or found.image_only_flops_ratio is None:
+        return text
+    counts = " -> ".join(f"{count.mean:.1f}" for count in (found.image, *found.kept))
+    return (
+        f"{text}; image tokens {counts}, {found.image_per_layer.mean:.1f} averaged over layers; others "
+        f"{found.text.mean:.1f}; flops_ratio {found.flops_ratio.mean:.3f}, of image tokens alone "
+        f"{found.image_only_flops_ratio.mean:.3f}"
     )
