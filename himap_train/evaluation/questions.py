@@ -47,11 +47,12 @@ class Question:
             RecordError: There is none, or they are something else.
         """
         meta = self.conversation.meta
-        if "answers" not in meta and self.conversation.answer:
+        if "answers" not in meta and self.conversation.answer.strip():
             return [self.conversation.answer]
         key = "answers" if "answers" in meta else "answer"
         answers = _listed(meta.get(key, ""))
-        if not answers or not all(isinstance(answer, str | int | float) for answer in answers):
+        good = all(isinstance(answer, str | int | float) and answer == answer for answer in answers)  # not nan
+        if not good or not any(str(answer).strip() for answer in answers):
             found = f"`{key}` is {meta[key]:.200}" if key in meta else "neither an assistant turn nor `answers`"
             raise RecordError(
                 f"sample {self.conversation.id!r} has no answer to compare with: {found}; expected an answer, or a "
