@@ -65,7 +65,7 @@ def test_answer_of_a_record_without_an_assistants_turn(tmp_path: Path) -> None:
     turns = {"conversations": [{"from": "human", "value": "Who?"}]}
     assert question("llava", {**turns, "answer": "cat"}, tmp_path).answers == ["cat"]
     assert question("llava", {**turns, "answer": 1, "choices": ["1", "2"]}, tmp_path).answers == ["B"]
-    with pytest.raises(RecordError, match=r"'7' has no answer .* neither an assistant turn nor `answers`"):
+    with pytest.raises(RecordError, match=r"'7'\) has no answer .* neither an assistant turn nor `answers`"):
         assert question("llava", turns, tmp_path).answers
     turns["conversations"].append({"from": "gpt", "value": " \n"})
     with pytest.raises(RecordError, match="neither an assistant turn nor"):
@@ -91,7 +91,9 @@ def test_answer_of_a_record_without_an_assistants_turn(tmp_path: Path) -> None:
     ],
 )
 def test_answers_that_are_none_name_the_record_and_the_key(answers: Any, tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match=r"'7' has no answer to compare with: `answers` is .*expected an answer, or"):
+    with pytest.raises(
+        RecordError, match=r"'7'\) has no answer to compare with: `answers` is .*expected an answer, or"
+    ):
         assert question("llava", {"answers": answers}, tmp_path).answers
 
 

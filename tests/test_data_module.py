@@ -171,7 +171,10 @@ def test_broken_images_are_counted_over_all_workers(tmp_path, data, workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_more_broken_images_than_allowed_end_the_run(tmp_path, data, workers):
     (tmp_path / "b.png").unlink()
-    with pytest.raises(TooManySkippedError, match="max_skipped allows 1; the last: sample '.*b.png does not exist"):
+    with pytest.raises(
+        TooManySkippedError,
+        match=r"max_skipped allows 1; the last: data.json, record \d+ \(id '\d+'\): .*b.png does not exist",
+    ):
         fit(tmp_path, module(data, num_workers=workers), epochs=1)
 
 

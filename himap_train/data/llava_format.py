@@ -53,7 +53,7 @@ def parse_llava_record(
     turns = parse_turns(record["conversations"], where)
     names = _image_names(record, where)
     images = tuple(resolve_image_path(path, image_folder, where, follow_links) for path in names)
-    return Conversation(name, images, turns, meta_of(record, _OWN_KEYS, where))
+    return Conversation(name, images, turns, meta_of(record, _OWN_KEYS, where), where)
 
 
 def record_name(value: Any, index: int, where: str) -> str:

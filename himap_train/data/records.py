@@ -42,12 +42,19 @@ class Conversation:
         images: the images in the order of their places; empty for text-only.
         turns: an optional system turn, then user and assistant in turn.
         meta: further facts as strings; `meta["type"]` is the question type in the embedded data.
+        place: where the record stands, such as "a.json, record 3 (id 'x')", for messages.
     """
 
     id: str
     images: tuple[ImageSource, ...]
     turns: tuple[Turn, ...]
     meta: dict[str, str] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
+
+    @property
+    def where(self) -> str:
+        """What messages call the record: its place, or its name where it has none."""
+        return self.place or f"sample {self.id!r}"
 
     @property
     def answer(self) -> str:

@@ -17,7 +17,7 @@ def check_turns(conversation: Conversation, training: bool) -> None:
         conversation: from any source.
         training: at least one answer, and no empty one.
     """
-    where = f"sample {conversation.id!r}"
+    where = conversation.where
     turns = (
         conversation.turns[1:]
         if conversation.turns[:1] and conversation.turns[0].role == "system"

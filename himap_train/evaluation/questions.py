@@ -55,7 +55,7 @@ class Question:
         if not good or not any(str(answer).strip() for answer in answers):
             found = f"`{key}` is {meta[key]:.200}" if key in meta else "neither an assistant turn nor `answers`"
             raise RecordError(
-                f"sample {self.conversation.id!r} has no answer to compare with: {found}; expected an answer, or a "
+                f"{self.conversation.where} has no answer to compare with: {found}; expected an answer, or a "
                 'list of accepted ones or of {"answer": ...}'
             )
         letters = list(options_of(meta))
