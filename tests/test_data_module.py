@@ -228,7 +228,7 @@ def test_data_that_is_not_there_ends_the_run_before_it_starts(tmp_path, data):
 
 @pytest.mark.parametrize("option", ["batch_size", "eval_batch_size", "max_length", "train_limit", "pad_to_multiple_of"])
 def test_numbers_below_one_are_refused(option):
-    with pytest.raises(ValueError, match=f"data.{option} is 0; expected at least 1"):
+    with pytest.raises(ValueError, match=f"data.{option} is 0; expected a whole number from 1 on"):
         LlavaDataModule(**{option: 0})
 
 
