@@ -55,6 +55,8 @@ VQA_V2 = [{"answer": "cat", "answer_confidence": "yes", "answer_id": 1}, {"answe
         ({"answers": 0, "A": "5", "B": "0"}, ["A"]),
         ({"answers": "0", "A": "5", "B": "0"}, ["0"]),
         ({"answers": 7, "choices": ["5", "7"]}, ["7"]),
+        ({"answers": 1, "options": {"A": "5", "B": "6"}}, ["B"]),
+        ({"answers": [1, 2], "options": ["5", None, 6]}, ["1", "C"]),  # there is no B
     ],
 )
 def test_answers_in_every_form(form: str, facts: dict[str, Any], answers: list[str], tmp_path: Path) -> None:

@@ -347,6 +347,7 @@ def test_references_are_read_exactly(reference, options, letter):
 def test_options_in_a_list():
     assert options_of({"choices": '["a cat", "a dog"]', "type": "x"}) == {"A": "a cat", "B": "a dog"}
     assert options_of({"options": "[broken"}) == {}
+    assert options_of({"options": '[{"A": "a cat", "(B)": 2, "C": null, "note": "x"}]'}) == {"A": "a cat", "B": "2"}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,12 @@ from PIL import Image
 IMAGE_PLACEHOLDER = "<image>"
 """Marks the place of an image in a turn, as LLaVA's data does, whatever token the checkpoint uses for it."""
 
+
+def blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: white space, zero-width and control characters alone."""
+    return not any(character.isprintable() and not character.isspace() for character in text)
+
+
 Role = Literal["user", "assistant", "system"]
 ImageSource = Image.Image | Path | bytes
 """A decoded image, a file, or the bytes of a file. `encode` decodes the last two, so it happens in the workers."""

@@ -49,11 +49,15 @@ _REFERENCE = re.compile(r"\(?([A-Za-z])[).:]{0,2}")
 
 def options_of(meta: Mapping[str, str]) -> dict[str, str]:
     """Letter to text of the options: facts of the record whose name is a capital letter and that are not empty; else
-    the list under `options` or `choices`, in its order.
+    what is under `options` or `choices`, a list in its order or a mapping.
     """
     named = {name: text for name, text in meta.items() if len(name) == 1 and "A" <= name <= "Z" and text}
     for key in ("options", "choices"):
-        named = named or dict(zip(ascii_uppercase, map(str, json_list(meta.get(key, ""))), strict=False))
+        given = json_list(meta.get(key, ""))
+        mapping = len(given) == 1 and isinstance(given[0], dict)
+        pairs = given[0].items() if mapping else zip(ascii_uppercase, given, strict=False)
+        texts = {name.strip("() "): str(text) for name, text in pairs if isinstance(text, str | int | float)}
+        named = named or {name: text for name, text in texts.items() if len(name) == 1 and "A" <= name <= "Z"}
     return named
 
 
