@@ -309,6 +309,10 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "image of nothing": ({"images": [{"bytes": None, "path": None}]}, "an image is dict"),
     "image of text": ({"images": [{"bytes": b"text", "path": None}]}, "is not an image file"),
     "image outside": ({"images": [{"bytes": None, "path": "/etc/passwd"}]}, "leaves the image folder"),
+    "image NUL": (
+        {"images": [{"bytes": None, "path": "a\0.png"}]},
+        r"x.parquet, row 3 \(id 'bad'\): the image path is 'a\\x00.png'",
+    ),
     "image in base64": ({"images": [{"bytes": None, "path": "A" * 5000}]}, "the image path has 5000 characters"),
 }
 
