@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SECONDS, WAITED = 5, 60
+SECONDS, WAITED = 5, 120
 """Of computing, which neighbours on the machine don't make longer: the slowest input, an expression that is given up
 after 3 s, takes 3.1. And of waiting, for what never comes.
 """
