@@ -138,7 +138,7 @@ class Encoder:
         Raises:
             RecordError: the conversation or one of its images cannot be used.
         """
-        sizes = (image_size(image, f"sample {conversation.id!r}") for image in conversation.images)
+        sizes = (image_size(image, conversation.where) for image in conversation.images)
         ids = self._prompt_ids(conversation, self.image_tokens(*sizes))
         images = ids.count(self._image_id)
         return images, len(ids) - images
