@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _HOST = re.sub(r"\W", "-", socket.gethostname()) or "host"
-_TEMPORARY = re.compile(r"\.(?P<name>.+?)(?:\.(?P<host>[\w-]+)@)?\.?(?P<process>\d+)\.(?P<kind>tmp|old)")
+_TEMPORARY = re.compile(r"\.(?P<name>.+?)\.(?:(?P<host>[\w-]+)@)?(?P<process>\d+)\.(?P<kind>tmp|old)")
 """`.NAME.HOST@PROCESS.tmp`, or without the host, as earlier versions wrote it."""
 
 
@@ -77,7 +77,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> list[Path]:
-    """Take away what killed processes of this machine left half-written in a folder, of one target or of all.
+    """Take away what this user's killed processes on this machine left half-written in a folder, of one target or all.
 
     A folder that was moved aside, and whose successor did not come, is moved back.
 
@@ -89,11 +89,15 @@ def remove_leftovers(folder: Path, name: str | None = None) -> list[Path]:
         found = _TEMPORARY.fullmatch(entry.name)
         if not found or name not in (None, found["name"]) or not _is_gone(found["host"], int(found["process"])):
             continue
+        if not _is_own(entry):
+            continue
         target = folder / found["name"]
         if found["kind"] == "old" and not target.exists():
             os.replace(entry, target)
             continue
-        shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() and not entry.is_symlink() else entry.unlink(
+            missing_ok=True
+        )
         removed.append(entry)
     return removed
 
@@ -176,6 +180,14 @@ def _is_gone(host: str | None, process: int) -> bool:
     except PermissionError:
         pass
     return False
+
+
+def _is_own(entry: Path) -> bool:
+    """Whether an entry of a folder belongs to this user; False where another process has taken it away."""
+    try:
+        return entry.lstat().st_uid == os.geteuid()
+    except FileNotFoundError:
+        return False
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -16,6 +16,7 @@ from training_toys import finetune, save_tiny
 
 from himap_train.checkpoints.export import export_adapter, export_merged
 from himap_train.checkpoints.load import load_checkpoint, save_adapter
+from himap_train.models.families.llava import Llava
 from himap_train.models.install import pruning_of
 from himap_train.models.loading import load_llava
 from himap_train.training.run.unseen_tokens import unseen_tokens_warning
@@ -62,6 +63,25 @@ def test_tokenizer_and_template_are_the_adapters_own(adapter: Path, tmp_path: Pa
 
 def test_adapter_without_any_has_the_bases(adapter: Path) -> None:
     assert load_checkpoint(adapter)[1].chat_template == tiny_processor().chat_template
+
+
+@pytest.mark.parametrize(
+    ("what", "read"),
+    [("nothing", ["base"]), ("tokenizer", ["base"]), ("processor", ["adapter"]), ("mute", ["adapter", "base"])],
+)
+def test_each_processor_is_read_once(
+    base: str, adapter: Path, what: str, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if what == "mute":  # a processor without a template
+        with_own(adapter, "processor")
+        (adapter / "chat_template.jinja").unlink()
+    elif what != "nothing":
+        with_own(adapter, what)
+    load, found = Llava.load_processor, list[str]()
+    names = {base: "base", str(adapter): "adapter"}
+    monkeypatch.setattr(Llava, "load_processor", lambda *given: found.append(names[given[1]]) or load(*given))
+    assert (load_checkpoint(adapter)[1].chat_template == TEMPLATE) == (what in ("tokenizer", "processor"))
+    assert found == read
 
 
 def test_tokenizers_that_do_not_fit_are_refused(adapter: Path) -> None:

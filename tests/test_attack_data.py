@@ -33,7 +33,7 @@ DEEP = 100_000
 DIGITS = "9" * 5000
 SURROGATE = "caf\ud83d"
 TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-SECONDS, MEGABYTES = 30, 700
+MEGABYTES = 700
 
 
 def record(image: Any = None, question: str = "q", answer: Any = "a", **more: Any) -> str:
@@ -103,7 +103,7 @@ RECORDS: dict[str, tuple[str | bytes, str]] = {
     "conversations null": (record(conversations=None), "`conversations` is NoneType None"),
     "conversations text": (record(conversations="q"), "`conversations` is str 'q'"),
     "conversations an object": (record(conversations={"from": "human"}), "`conversations` is dict"),
-    "no turns": (turns(), "'bad' has no question"),
+    "no turns": (turns(), r"record 3 \(id 'bad'\) has no question"),
     "turn null": (turns(None), r"conversations\[0\]: expected the keys"),
     "turn a list": (turns([]), r"conversations\[0\]: expected the keys"),
     "turn without value": (turns({"from": "human"}), r"conversations\[0\]: expected the keys `from` and `value`"),
@@ -121,7 +121,7 @@ RECORDS: dict[str, tuple[str | bytes, str]] = {
     "value true": (record(answer=True), "`value` is bool True; expected text"),
     "asked twice": (turns(TURNS[0], TURNS[0], TURNS[1]), "turn 1 is of the user, expected the assistant"),
     "answered first": (turns(TURNS[1]), "turn 0 is of the assistant, expected the user"),
-    "no answer": (turns(TURNS[0]), "'bad' has (a question but )?no answer"),
+    "no answer": (turns(TURNS[0]), r"record 3 \(id 'bad'\) has (a question but )?no answer"),
     "no image": (record(None, "<image>\nq"), "1 <image> in the conversation but 0 image"),
     "no place": (record("a.png", "q"), "0 <image> in the conversation but 1 image"),
     "image in an answer": (record("a.png", "q", "<image>"), "<image> in a turn that is not the user's"),
@@ -223,7 +223,7 @@ def folder(tmp_path: Path) -> Path:
 def bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Time and memory of each input, and nothing run."""
     monkeypatch.chdir(tmp_path)
-    with harmless(tmp_path, SECONDS, MEGABYTES):
+    with harmless(tmp_path, MEGABYTES):
         yield
 
 
@@ -260,6 +260,7 @@ def test_a_bad_record(name: str, folder: Path, tiny: str, capsys: pytest.Capture
     with pytest.raises(TooManySkippedError, match="x.jsonl: 1 of 5 records cannot be used"):
         report.require_usable(0)
     assert re.search(message, report.skipped[3], re.MULTILINE) or "answer" in message
+    assert report.skipped[3].startswith("x.jsonl, record 3")
     command = ("--checkpoint", tiny, "--data", lines, "--max_new_tokens", 1, "--max_skipped", 1)
     assert run_recipe("evaluate", *command) == 0
     assert "skipped records: 1\n" in capsys.readouterr().out
@@ -308,6 +309,10 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "image of nothing": ({"images": [{"bytes": None, "path": None}]}, "an image is dict"),
     "image of text": ({"images": [{"bytes": b"text", "path": None}]}, "is not an image file"),
     "image outside": ({"images": [{"bytes": None, "path": "/etc/passwd"}]}, "leaves the image folder"),
+    "image NUL": (
+        {"images": [{"bytes": None, "path": "a\0.png"}]},
+        r"x.parquet, row 3 \(id 'bad'\): the image path is 'a\\x00.png'",
+    ),
     "image in base64": ({"images": [{"bytes": None, "path": "A" * 5000}]}, "the image path has 5000 characters"),
 }
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from training_toys import finetune
 
+from himap_train.data.module import LlavaDataModule
 from himap_train.models import loading
-from himap_train.training.run.numbers import RANGES
+from himap_train.ranges import RANGES
+from himap_train.structured import plain_yaml
+from himap_train.training.callbacks.accuracy import EvaluationSettings
+from himap_train.training.callbacks.checkpoints import SaveLast
+from himap_train.training.module import LlavaFineTuner
 
 WRONG = {
     "seed_everything": ["-1"],
@@ -75,3 +82,20 @@ def test_refused(
     assert f"error: {key} is " in found and "; expected " in found and "Traceback" not in found
     assert shown in found or key == "model.betas"
     assert not (tmp_path / "run").exists()
+
+
+IN_PYTHON: dict[str, Callable[..., Any]] = {
+    "model": LlavaFineTuner,
+    "data": LlavaDataModule,
+    "evaluation": EvaluationSettings,
+    "save_every": lambda save_every: SaveLast(Path("last.ckpt"), save_every),
+}
+
+
+@pytest.mark.parametrize("key", [key for key in WRONG if key.split(".")[0] in IN_PYTHON])
+def test_refused_in_python(key: str) -> None:
+    """As soon as an object is made, with the same words."""
+    group, name = key.split(".")[0], key.split(".")[-1]
+    for value in WRONG[key]:
+        with pytest.raises(ValueError, match=rf"^{key} is .*; expected "):
+            IN_PYTHON[group](**{name: plain_yaml(value)})

@@ -55,6 +55,8 @@ VQA_V2 = [{"answer": "cat", "answer_confidence": "yes", "answer_id": 1}, {"answe
         ({"answers": 0, "A": "5", "B": "0"}, ["A"]),
         ({"answers": "0", "A": "5", "B": "0"}, ["0"]),
         ({"answers": 7, "choices": ["5", "7"]}, ["7"]),
+        ({"answers": 1, "options": {"A": "5", "B": "6"}}, ["B"]),
+        ({"answers": [1, 2], "options": ["5", None, 6]}, ["1", "C"]),  # there is no B
     ],
 )
 def test_answers_in_every_form(form: str, facts: dict[str, Any], answers: list[str], tmp_path: Path) -> None:
@@ -65,16 +67,35 @@ def test_answer_of_a_record_without_an_assistants_turn(tmp_path: Path) -> None:
     turns = {"conversations": [{"from": "human", "value": "Who?"}]}
     assert question("llava", {**turns, "answer": "cat"}, tmp_path).answers == ["cat"]
     assert question("llava", {**turns, "answer": 1, "choices": ["1", "2"]}, tmp_path).answers == ["B"]
-    with pytest.raises(RecordError, match=r"'7' has no answer .* neither an assistant turn nor `answers`"):
+    with pytest.raises(RecordError, match=r"'7'\) has no answer .* neither an assistant turn nor `answers`"):
+        assert question("llava", turns, tmp_path).answers
+    turns["conversations"].append({"from": "gpt", "value": " \n"})
+    with pytest.raises(RecordError, match="neither an assistant turn nor"):
         assert question("llava", turns, tmp_path).answers
 
 
 @pytest.mark.parametrize(
     "answers",
-    [[], "", {}, [None], [["cat"]], [{"text": "cat"}], [{"answer": None}], {"answer": []}, "['cat']", "[" * 9999],
+    [
+        [],
+        "",
+        " ",
+        {},
+        [None],
+        [""],
+        ["cat", float("nan")],
+        [["cat"]],
+        [{"text": "cat"}],
+        [{"answer": None}],
+        {"answer": []},
+        "['cat']",
+        "[" * 9999,
+    ],
 )
 def test_answers_that_are_none_name_the_record_and_the_key(answers: Any, tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match=r"'7' has no answer to compare with: `answers` is .*expected an answer, or"):
+    with pytest.raises(
+        RecordError, match=r"'7'\) has no answer to compare with: `answers` is .*expected an answer, or"
+    ):
         assert question("llava", {"answers": answers}, tmp_path).answers
 
 

@@ -24,10 +24,10 @@ GOOD = [
 BAD = [
     (llava_record("gone", "gone.png", "<image>Q", "A"), "image file .*gone.png does not exist"),
     (llava_record("broken", "broken.png", "<image>Q", "A"), "broken.png is not an image file"),
-    (llava_record("mute", None, "Q"), "'mute' has a question but no answer"),
-    (llava_record("places", "a.png", "Q", "A"), "'places': 0 <image> in the conversation but 1 image"),
+    (llava_record("mute", None, "Q"), r"'mute'\) has a question but no answer"),
+    (llava_record("places", "a.png", "Q", "A"), r"'places'\): 0 <image> in the conversation but 1 image"),
     (llava_record("out", "../a.png", "<image>Q", "A"), "leaves the image folder"),
-    (llava_record("huge", None, "Q" * 300, "A"), "'huge': the first question and answer take .* max_length is 150"),
+    (llava_record("huge", None, "Q" * 300, "A"), r"'huge'\): the first question and answer take .* max_length is 150"),
     ({"id": "empty"}, "no key `conversations`"),
 ]
 
@@ -72,6 +72,7 @@ def test_what_is_wrong_is_found_and_named(source):
     for index, (_, message) in enumerate(BAD, start=4):
         assert re.search(message, report.skipped[index]), report.skipped[index]
         assert report.skipped[index] in str(report)
+        assert report.skipped[index].startswith(f"data.json, record {index} (id '")
     report.require_usable(len(BAD))
     with pytest.raises(
         TooManySkippedError, match=r"(?s)7 of 11 records cannot be used, max_skipped allows 1.*gone.png.*Repair"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from data_examples import (
@@ -216,6 +218,8 @@ BAD = [
     (talk(images=()), "'sample' has no question"),
     (talk("Only a question"), "'sample' has a question but no answer; training needs both"),
     (talk("Q", "  "), "'sample' has an empty answer"),
+    (talk("Q", "\u200b\ufeff\0"), "'sample' has an empty answer"),
+    (replace(talk("<video>Q", "A"), meta={"video": "a.mp4"}), "'sample' shows a video, and only images are read"),
     (talk("<image>\nQ", "A"), "'sample': 1 <image> in the conversation but 0 image"),
     (talk("Q", "A", images=(picture(),)), "'sample': 0 <image> in the conversation but 1 image"),
     (talk("<image><image>Q", "A", images=(picture(),)), "'sample': 2 <image> in the conversation but 1 image"),

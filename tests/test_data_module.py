@@ -171,7 +171,10 @@ def test_broken_images_are_counted_over_all_workers(tmp_path, data, workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_more_broken_images_than_allowed_end_the_run(tmp_path, data, workers):
     (tmp_path / "b.png").unlink()
-    with pytest.raises(TooManySkippedError, match="max_skipped allows 1; the last: sample '.*b.png does not exist"):
+    with pytest.raises(
+        TooManySkippedError,
+        match=r"max_skipped allows 1; the last: data.json, record \d+ \(id '\d+'\): .*b.png does not exist",
+    ):
         fit(tmp_path, module(data, num_workers=workers), epochs=1)
 
 
@@ -225,7 +228,7 @@ def test_data_that_is_not_there_ends_the_run_before_it_starts(tmp_path, data):
 
 @pytest.mark.parametrize("option", ["batch_size", "eval_batch_size", "max_length", "train_limit", "pad_to_multiple_of"])
 def test_numbers_below_one_are_refused(option):
-    with pytest.raises(ValueError, match=f"data.{option} is 0; expected at least 1"):
+    with pytest.raises(ValueError, match=f"data.{option} is 0; expected a whole number from 1 on"):
         LlavaDataModule(**{option: 0})
 
 

@@ -31,7 +31,7 @@ from himap_train.embedded.scene_text import TYPES
 from himap_train.evaluation.compare import compare, evaluate_row
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.questions import Question, question_batches
-from himap_train.evaluation.tables import markdown_table, print_table, save_table
+from himap_train.evaluation.tables import markdown_lines, markdown_table, print_table, save_table
 from himap_train.models.install import pruning_of
 from himap_train.models.stock import base_model
 from himap_train.pruning.reading import fit_preset, is_preset
@@ -308,6 +308,10 @@ def test_each_process_gets_its_share(monkeypatch):
         shares.append([question.index for batch in batches for question in batch])
     assert [len(share) for share in shares] == [3, 3, 3]  # as many for each: ranks must stay in step
     assert set(sum(shares, [])) == set(range(7))
+
+
+def test_types_do_not_end_cells():
+    assert markdown_lines(["", "a|b\nc"], [["dense", "1"]]) == "|  | a\\|b c |\n| :-- | --: |\n| dense | 1 |\n"
 
 
 def test_table_files_and_numbers(model, processor, source, tmp_path):

@@ -16,11 +16,12 @@ import torch
 from data_examples import image_folder, llava_record
 from lightning.pytorch import Callback
 from PIL import Image
-from processes import in_processes
+from processes import dead_process, in_processes
 from safetensors import safe_open
 from tiny import IMAGE_TOKENS, tiny_processor
 from training_toys import SCHEDULE, collate, finetune, quiet_trainer, sample, save_tiny, tuner
 
+from himap_train import storage
 from himap_train.data.feature_store import DamagedShardError, FeatureStore
 from himap_train.data.images import content_digest
 from himap_train.data.module import LlavaDataModule
@@ -185,6 +186,18 @@ def test_second_run_computes_nothing(
     fit(tiny_path, data, tmp_path, str(tmp_path / "cache"))
     assert "6 images are there, 0.0 MB to write" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in shards(tmp_path)} == before
+
+
+def test_what_a_killed_run_left_half_written_goes(tiny_path: str, data: str, tmp_path: Path) -> None:
+    """And what others are writing, here or on other machines, stays."""
+    fit(tiny_path, data, tmp_path, str(tmp_path / "cache"))
+    folder = shards(tmp_path)[0].parent
+    gone = folder / f".x.safetensors.{storage._HOST}@{dead_process()}.tmp"
+    running, elsewhere = folder / f".x.safetensors.{storage._HOST}@1.tmp", folder / ".x.safetensors.other-host@9.tmp"
+    for path in (gone, running, elsewhere):
+        path.write_bytes(b"half")
+    fit(tiny_path, data, tmp_path, str(tmp_path / "cache"))
+    assert not gone.exists() and running.exists() and elsewhere.exists()
 
 
 def test_a_changed_image_is_computed_again(tiny_path: str, data: str, tmp_path: Path) -> None:

@@ -54,6 +54,12 @@ def test_gqa_ignores_case_and_punctuation():
     assert figures(fill(GQA(), [("T-shirt.", ["tshirt"], "q"), ("left of", ["left"], "q")]))["gqa"] == 0.5
 
 
+@pytest.mark.parametrize("metric", [ExactMatch, GQA])
+def test_the_same_letters_are_the_same_however_they_are_encoded(metric):
+    cases = [("cafe\u0301", ["caf\u00e9"], ""), ("cafe", ["caf\u00e9"], "")]
+    assert list(figures(fill(metric(), cases)).values()) == [0.5]
+
+
 # ---- VQA ----
 
 
@@ -166,6 +172,8 @@ def test_mme_accuracy_plus_needs_both_questions_of_an_image():
 def test_yes_no_metrics_refuse_other_references():
     with pytest.raises(ValueError, match="'cat' is neither yes nor no"):
         fill(POPE(), [("yes", ["cat"], "q")])
+    with pytest.raises(ValueError, match="'yes' or 'no' is neither yes nor no"):
+        fill(MME(), [("yes", ["yes", "no"], "q")])
 
 
 # ---- text ----
@@ -205,6 +213,9 @@ def test_anls_divides_by_the_raw_length():
         ("Red ", "red", True),
         ("1e2", "100", True),
         ("many", "100", False),
+        ("infinity", "Infinity", True),  # words
+        ("nan", "NaN", True),
+        ("5", "1e999", False),
     ],
 )
 def test_relaxed(prediction, answer, match):
@@ -253,6 +264,22 @@ OPTIONS = {"A": "a cat", "B": "a dog", "C": "a dog and a cat"}
         ("Option A is right, if you ask me", "A"),
         ("The answer is A. The answer is B.", ""),
         ("answer a question", ""),
+        ("Option A is wrong. The answer is B.", "B"),
+        ("Option A: yes. Option C: no. The answer is B.", "B"),
+        ("The answer is I think B", "B"),  # I is no option
+        ("The answer is A or B", ""),
+        ("the answer is (a), (b)", ""),
+        ("The answer is A, I think", "A"),
+        # what is refused is not named
+        ("A is wrong", ""),
+        ("(A) is wrong, (B) is right", "B"),
+        ("The answer is not (A)", ""),
+        ("Not option A. B.", "B"),
+        ("It isn’t A", ""),
+        ("It is not a dog.", ""),
+        # as Chinese writes them
+        ("（Ｂ）", "B"),
+        ("Ｂ．a dog", "B"),
         # a letter by itself
         ("It can only be A.", "A"),
         ("A is what I think", "A"),
@@ -285,6 +312,11 @@ def test_extract_letter(prediction, letter):
         ("It has 12 legs", ["1", "2", "12"], "C"),
         ("It has 1.5 legs", ["1", "2", "12"], ""),
         ("the same", ["the same", "the same"], ""),
+        ("A. Lincoln", ["T. Edison", "A. Lincoln"], "B"),  # the whole answer is a text before it starts with a letter
+        ("A", ["C", "A"], "A"),  # but a letter alone is one
+        ("C", ["C", "A"], "A"),  # if an option has it
+        ("", ["", "a dog"], ""),
+        ("It is not vitamin B", ["vitamin B", "vitamin C"], ""),
     ],
 )
 def test_letters_inside_the_text_of_an_option_are_that_option(prediction, options, letter):
@@ -315,6 +347,7 @@ def test_references_are_read_exactly(reference, options, letter):
 def test_options_in_a_list():
     assert options_of({"choices": '["a cat", "a dog"]', "type": "x"}) == {"A": "a cat", "B": "a dog"}
     assert options_of({"options": "[broken"}) == {}
+    assert options_of({"options": '[{"A": "a cat", "(B)": 2, "C": null, "note": "x"}]'}) == {"A": "a cat", "B": "2"}
 
 
 @pytest.mark.parametrize(
@@ -349,6 +382,8 @@ def test_extract_letter_without_options():
     assert extract_letter("C.", {}) == "C"
     assert extract_letter("I think it is D", {}) == "D"
     assert extract_letter("nothing", {}) == ""
+    assert extract_letter("The answer is I think B", {}) == "B"
+    assert extract_letter("The answer is I.", {}) == "I"
 
 
 def test_multiple_choice_takes_letter_or_text_as_reference():

@@ -86,14 +86,21 @@ def test_12_bits_of_a_tiff_are_12_bits() -> None:
     assert open_image(bytes(data), "x").getpixel((0, 0)) == (128, 128, 128)
 
 
-def test_floats_without_a_known_range_are_refused_and_what_is_no_number_is_black() -> None:
-    holes = np.full((2, 2), 0.5, np.float32)
-    holes[0, 0] = np.nan
-    assert open_image(Image.fromarray(holes), "x").getpixel((0, 0)) == (0, 0, 0)
-    assert open_image(Image.fromarray(holes), "x").getpixel((1, 1)) == (128, 128, 128)
-    for values in (1e6, np.nan):
-        with pytest.raises(RecordError, match="record 7: .*expected at most 1, 255 or 65535; convert it to 8 bits"):
-            open_image(Image.fromarray(np.full((2, 2), values, np.float32)), "record 7")
+@pytest.mark.parametrize("odd", [1e6, np.nan, np.inf, -np.inf, -0.01])
+def test_floats_without_a_known_range_are_refused(odd: float, tmp_path: Path) -> None:
+    """One pixel is enough; file and record are named."""
+    values = np.full((2, 2), 0.5, np.float32)
+    values[0, 1] = odd
+    Image.fromarray(values).save(tmp_path / "x.tiff")
+    expected = r"record 7: .*x.tiff .*grey values from .*, expected 0 to 1 or 255 or 65535; convert it to 8 bits"
+    with pytest.raises(RecordError, match=expected):
+        open_image(tmp_path / "x.tiff", "record 7")
+
+
+def test_negative_whole_numbers_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[5, -3]], np.int32)).save(tmp_path / "x.tiff")
+    with pytest.raises(RecordError, match=r"record 7: .*x.tiff .*grey values from -3 to 5, expected 0 to 255 or"):
+        open_image(tmp_path / "x.tiff", "record 7")
 
 
 def ink(mode: str) -> Image.Image:

@@ -6,14 +6,13 @@ import os
 import signal
 import socket
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from export_toys import PRUNED, trained
+from processes import dead_process
 from safetensors.torch import save_file
 from test_training_resume import full_disk
 from tiny import tiny_processor
@@ -37,10 +36,6 @@ def adapter(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_adapter(trained(base), tmp_path_factory.mktemp("run") / "adapter", PRUNED, tiny_processor())
 
 
-def dead_process() -> int:
-    return int(subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True).stdout)
-
-
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
 def test_files_carry_the_permissions_that_the_umask_leaves(base: str, tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
@@ -59,16 +54,29 @@ def test_files_carry_the_permissions_that_the_umask_leaves(base: str, tmp_path: 
     }
 
 
-def test_leftovers_of_processes_that_are_gone_go_and_others_stay(tmp_path: Path) -> None:
+def test_leftovers_of_processes_that_are_gone_go_and_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     host, gone = storage._HOST, dead_process()
     ours = [f".last.ckpt.{host}@{gone}.tmp", f".config.yaml.{host}@{gone}.old", f".best.ckpt.{gone}.tmp"]
     alive = [f".last.ckpt.{host}@{os.getpid()}.tmp", f".last.ckpt.other-host@{gone}.tmp"]
-    others = ["last.ckpt.1.tmp", ".notes.tmp", f".a.{gone}.part", ".hidden", f"model.{gone}.tmp", "config.yaml"]
+    others = [
+        "last.ckpt.1.tmp",
+        ".notes.tmp",
+        f".a.{gone}.part",
+        ".hidden",
+        f"model.{gone}.tmp",
+        "config.yaml",
+        f".a{gone}.tmp",
+    ]
     for name in (*ours, *alive, *others):
         (tmp_path / name).write_text("x")
     folder = tmp_path / f".adapter.{host}@{gone}.tmp"
     folder.mkdir()
     (folder / "a").write_text("x")
+    with monkeypatch.context() as other_user:
+        other_user.setattr(os, "geteuid", lambda: 4321)
+        assert remove_leftovers(tmp_path) == []
     assert {path.name for path in remove_leftovers(tmp_path)} == {*ours, folder.name}
     assert {path.name for path in tmp_path.iterdir()} == {*alive, *others}
     assert socket.gethostname()

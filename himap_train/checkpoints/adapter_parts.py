@@ -31,6 +31,8 @@ def adapter_processor(source: Path, base: str | Path, config: Any, tokens: int |
     tokenizer_here = brings("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     if tokenizer_here and brings("processor_config.json", "preprocessor_config.json"):
         processor = load_processor(source, config, tokens)
+        if not processor.chat_template and not brings(_TEMPLATE):
+            processor.chat_template = load_processor(base, config).chat_template
     else:
         processor = load_processor(base, config)
         if tokenizer_here:
@@ -39,8 +41,6 @@ def adapter_processor(source: Path, base: str | Path, config: Any, tokens: int |
             processor.chat_template = processor.tokenizer.chat_template or processor.chat_template
     if brings(_TEMPLATE):
         processor.chat_template = (source / _TEMPLATE).read_text("utf-8")
-    elif not processor.chat_template:
-        processor.chat_template = load_processor(base, config).chat_template
     return processor
 
 

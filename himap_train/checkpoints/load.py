@@ -110,7 +110,7 @@ def load_checkpoint(
         require_same_base(adapter.base_facts, config, base, adapter.base)
         tokens = resized_tokens(adapter, config)
         processor = adapter_processor(source, resolve_model(base), config, tokens)
-        model, _ = load_llava(base, **how)
+        model, _ = load_llava(base, processor=processor, **how)
     except OSError as error:
         raise FileNotFoundError(
             f"the adapter {source} was trained on {base!r}, which cannot be loaded here: {error}. "

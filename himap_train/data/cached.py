@@ -63,7 +63,7 @@ class CachedEncoder(Encoder):
         return {**sample, "images": [], "image_features": torch.stack(features) if features else self._filled().none()}
 
     def _images(self, conversation: Conversation) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
-        store, where = self._filled(), f"sample {conversation.id!r}"
+        store, where = self._filled(), conversation.where
         found: list[dict[str, torch.Tensor]] = []
         for image in conversation.images:
             digest = content_digest(image, where)
@@ -107,7 +107,7 @@ class ImageDigests(Dataset[list[Place]]):
             return []
         for position, image in enumerate(conversation.images):
             try:
-                found.append((content_digest(image, f"sample {conversation.id!r}"), index, position))
+                found.append((content_digest(image, conversation.where), index, position))
             except RecordError:
                 continue
         return found

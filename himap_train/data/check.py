@@ -81,7 +81,7 @@ def _count(conversation: Conversation, report: DataReport) -> None:
     check_turns(conversation, training=True)
     for image in conversation.images:
         if isinstance(image, Path) and not os.path.isfile(image):  # Path's own raises for a locked folder
-            image_header(image, f"sample {conversation.id!r}")
+            image_header(image, conversation.where)
     report.images += len(conversation.images)
     report.text_only += not conversation.images
     report.multi_image += len(conversation.images) > 1
@@ -92,8 +92,7 @@ def _examine(
     conversation: Conversation, exchanges: list[TokenizedExchange], encoder: Encoder, report: DataReport
 ) -> None:
     """Length and image tokens of one record, and whether it fits; RecordError if it cannot be used."""
-    where = f"sample {conversation.id!r}"
-    headers = [image_header(image, where) for image in conversation.images]
+    headers = [image_header(image, conversation.where) for image in conversation.images]
     counts = encoder.image_tokens(*(size for size, _ in headers))
     for mode in (mode for _, mode in headers if mode):
         report.modes[mode] = report.modes.get(mode, 0) + 1

@@ -138,7 +138,7 @@ class Encoder:
         Raises:
             RecordError: the conversation or one of its images cannot be used.
         """
-        sizes = (image_size(image, f"sample {conversation.id!r}") for image in conversation.images)
+        sizes = (image_size(image, conversation.where) for image in conversation.images)
         ids = self._prompt_ids(conversation, self.image_tokens(*sizes))
         images = ids.count(self._image_id)
         return images, len(ids) - images
@@ -192,7 +192,7 @@ class Encoder:
 
     def _images(self, conversation: Conversation) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
         """Each image as the model takes it, and its number of image tokens."""
-        where, family = f"sample {conversation.id!r}", self.family
+        where, family = conversation.where, self.family
         opened = (open_image(image, where, self.image_background) for image in conversation.images)
         with _refused(where):
             images = family.encode_conversation(self.processor, opened, self.image_aspect_ratio)
@@ -212,7 +212,7 @@ class Encoder:
 
     def _too_long(self, conversation: Conversation, what: str, length: int) -> str:
         return (
-            f"sample {conversation.id!r}: {what} {length} tokens, image tokens included, and max_length is "
+            f"{conversation.where}: {what} {length} tokens, image tokens included, and max_length is "
             f"{self.max_length}; set a larger max_length or shorten the sample"
         )
 

@@ -118,7 +118,7 @@ def parse_row(
         unused = sorted(set(range(len(images))) - set(indices))
         raise RecordError(f"{where}: {len(images)} image(s), but no turn shows number {unused[0]}")
     known = (*TEXT_COLUMNS, *IMAGE_COLUMNS, "id")
-    return Conversation(key, tuple(images[i] for i in indices), turns, meta_of(row, known, where))
+    return Conversation(key, tuple(images[i] for i in indices), turns, meta_of(row, known, where), where)
 
 
 def _turns(row: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], list[int]]:

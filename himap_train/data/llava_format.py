@@ -22,6 +22,7 @@ ROLES: dict[str, Role] = {
     "system": "system",
 }
 _OWN_KEYS = ("id", "image", "images", "conversations")
+_ANY_FORM = ("answer", "answers", "options", "choices")  # judged when they are needed
 _LONGEST_ID = 1000
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 60
@@ -53,7 +54,7 @@ def parse_llava_record(
     turns = parse_turns(record["conversations"], where)
     names = _image_names(record, where)
     images = tuple(resolve_image_path(path, image_folder, where, follow_links) for path in names)
-    return Conversation(name, images, turns, meta_of(record, _OWN_KEYS, where))
+    return Conversation(name, images, turns, meta_of(record, _OWN_KEYS, where), where)
 
 
 def record_name(value: Any, index: int, where: str) -> str:
@@ -83,7 +84,7 @@ def checked_text(value: Any, what: str) -> str:
 
 
 def meta_of(record: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, str]:
-    """What a record has beside its `known` keys, as text; lists, and answers that are no text, as JSON.
+    """What a record has beside its `known` keys, as text; lists, and answers and options that are no text, as JSON.
 
     Raises:
         RecordError: text with half a character.
@@ -91,9 +92,9 @@ def meta_of(record: Mapping[str, Any], known: Iterable[str], where: str) -> dict
     meta: dict[str, str] = {}
     for key, value in record.items():
         items = value if isinstance(value, list) else [value]
-        answers = key in ("answer", "answers") and not isinstance(value, str | None)  # of any form: judged when needed
-        if answers or (key not in known and all(isinstance(item, str | int | float) for item in items)):
-            listed = answers or items is value
+        any_form = key in _ANY_FORM and not isinstance(value, str | None)
+        if any_form or (key not in known and all(isinstance(item, str | int | float) for item in items)):
+            listed = any_form or items is value
             meta[key] = json.dumps(items, ensure_ascii=False, default=str) if listed else str(value)
             checked_text(key + meta[key], f"{where}: `{key!r:.60}`")
     return meta

@@ -18,11 +18,12 @@ from himap_train.data.lengths import estimate_lengths
 from himap_train.data.loader import BatchLoader, Collate, stream_loader
 from himap_train.data.pixel_modes import Background
 from himap_train.data.records import Source, StreamingSource
-from himap_train.data.sampling import BatchOrder, check_at_least_one, check_same_order
+from himap_train.data.sampling import BatchOrder, check_same_order
 from himap_train.data.skips import SkipLog
 from himap_train.data.sources import open_source
 from himap_train.data.windows import WindowedLoader, Windows
 from himap_train.models.families.base import AspectRatio
+from himap_train.ranges import require_possible
 
 
 class LlavaDataModule(LightningDataModule):
@@ -56,6 +57,9 @@ class LlavaDataModule(LightningDataModule):
             running the tower: a folder, which several runs and machines may share, or true for one in the folder of the
             run. It is filled before training. Large: 1.2 MB an image for LLaVA-1.5 in bf16.
         processor: the checkpoint's; no key of a config, `finetune.py` loads that of `model.path`.
+
+    Raises:
+        ValueError: a number cannot be; names key, value and what is allowed.
     """
 
     def __init__(
@@ -82,10 +86,8 @@ class LlavaDataModule(LightningDataModule):
         image_background: Background = "white",
         processor: Any = None,
     ) -> None:
+        require_possible({f"data.{name}": value for name, value in locals().items()})
         super().__init__()
-        check_at_least_one(batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
-        check_at_least_one(pad_to_multiple_of=pad_to_multiple_of, train_limit=train_limit)
-        check_at_least_one(validation_limit=validation_limit, test_limit=test_limit)
         self.processor = processor
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.max_length, self.image_aspect_ratio = max_length, image_aspect_ratio
@@ -165,17 +167,8 @@ class LlavaDataModule(LightningDataModule):
             lengths, images = estimate_lengths(source, encoder, self.limits["train"])
         dataset = self._dataset("train", source, self._cached_encoder or encoder)
         windows = self._windows()
-        order = BatchOrder(
-            len(dataset),
-            self.batch_size,
-            lengths,
-            True,
-            self.seed,
-            replicas,
-            rank,
-            accumulate=windows.accumulate,
-            image_tokens=images,
-        )
+        groups: dict[str, Any] = {"accumulate": windows.accumulate, "image_tokens": images}
+        order = BatchOrder(len(dataset), self.batch_size, lengths, True, self.seed, replicas, rank, **groups)
         trained = self._trained_batches if self.trainer else None
         return BatchLoader(dataset, order, self._collate(), self.num_workers, windows, trained)
 

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 Background = Literal["white", "black"]
 """What lies under transparent pixels."""
 
-_DEPTHS = (8, 16, 31)  # bits of a grey value in mode I: the fewest that hold the brightest
+_WHITES = {"I": (255.0, 65535.0, 2.0**31), "F": (1.0, 255.0, 65535.0)}  # the first that no pixel is above is white
 _BITS_PER_SAMPLE = 258  # tag of TIFF
 
 
@@ -32,7 +32,8 @@ def as_rgb(image: Image.Image, background: Background = "white") -> Image.Image:
     the same way. Transparency, that of palettes too, is composited on `background`.
 
     Raises:
-        ValueError: Floats beyond 65535 or none that is finite, whose range nothing tells; a mode without RGB (LAB).
+        ValueError: Grey that is negative or no number, floats beyond 65535, whose range nothing tells; a mode without
+            RGB (LAB).
     """
     bits = _bits(image)
     image = ImageOps.exif_transpose(image)
@@ -42,12 +43,9 @@ def as_rgb(image: Image.Image, background: Background = "white") -> Image.Image:
         if clear is not None:  # of a PNG: the one value that is transparent
             grey.paste(background, mask=Image.fromarray(values == clear))
         return grey
-    if image.mode == "I":
-        values = _values(image)
-        most = values.max(initial=0) if bits > 16 else 2**bits - 1
-        return _grey(values, next((2**depth - 1 for depth in _DEPTHS if most < 2**depth), 2**31 - 1))
-    if image.mode == "F":
-        return _grey(*_float_range(_values(image)))
+    if image.mode in _WHITES:
+        values, whites = _values(image), _WHITES[image.mode]
+        return _grey(values, _white(values, whites if bits > 16 else (2.0**bits - 1,)))
     if not image.has_transparency_data:
         return image.convert("RGB")
     if image.mode == "La":
@@ -80,14 +78,14 @@ def _values(image: Image.Image) -> np.ndarray:
     return np.asarray(image, dtype=np.float32)
 
 
-def _float_range(values: np.ndarray) -> tuple[np.ndarray, float]:
-    """Values without those that are not finite, and the one that is white."""
-    finite = np.isfinite(values)
-    most = values[finite].max(initial=-np.inf)
-    white = next((white for white in (1.0, 255.0, 65535.0) if most <= white), None)
-    if white is None or not finite.any():
-        raise ValueError(f"float pixels up to {most:g}, expected at most 1, 255 or 65535; convert it to 8 bits")
-    return np.where(finite, values, 0), white
+def _white(values: np.ndarray, whites: tuple[float, ...]) -> float:
+    """The first of some values that no pixel is above."""
+    least, most = values.min(initial=0), values.max(initial=0)  # nan where one is nan
+    for white in whites:
+        if least >= 0 and most <= white:
+            return white
+    allowed = " or ".join(f"{white:g}" for white in whites)
+    raise ValueError(f"grey values from {least:g} to {most:g}, expected 0 to {allowed}; convert it to 8 bits")
 
 
 def _grey(values: np.ndarray, white: float) -> Image.Image:

@@ -41,19 +41,19 @@ class PlainText:
         self._written = re.compile("|".join(written) or "(?!)")
         self._either = re.compile("|".join([*marked, *written]) or "(?!)")
 
-    def hide(self, text: str, name: str) -> str:
+    def hide(self, text: str, where: str) -> str:
         """What someone wrote, with a mark in each special token.
 
         Args:
             text: of one turn.
-            name: name of the sample, for messages.
+            where: the record, for messages.
 
         Raises:
             RecordError: the mark itself is in the text, or half a character.
         """
-        checked_text(text, f"sample {name!r}: the text")
+        checked_text(text, f"{where}: the text")
         if _MARK in text:
-            raise RecordError(f"sample {name!r}: the text holds U+FDD0, which is no character; take it out")
+            raise RecordError(f"{where}: the text holds U+FDD0, which is no character; take it out")
         while self._written.search(text):
             text = self._written.sub(lambda match: _marked(match[0]), text)
         return text

@@ -16,6 +16,12 @@ from PIL import Image
 IMAGE_PLACEHOLDER = "<image>"
 """Marks the place of an image in a turn, as LLaVA's data does, whatever token the checkpoint uses for it."""
 
+
+def blank(text: str) -> bool:
+    """Whether nothing of a text can be seen: white space, zero-width and control characters alone."""
+    return not any(character.isprintable() and not character.isspace() for character in text)
+
+
 Role = Literal["user", "assistant", "system"]
 ImageSource = Image.Image | Path | bytes
 """A decoded image, a file, or the bytes of a file. `encode` decodes the last two, so it happens in the workers."""
@@ -42,12 +48,19 @@ class Conversation:
         images: the images in the order of their places; empty for text-only.
         turns: an optional system turn, then user and assistant in turn.
         meta: further facts as strings; `meta["type"]` is the question type in the embedded data.
+        place: where the record stands, such as "a.json, record 3 (id 'x')", for messages.
     """
 
     id: str
     images: tuple[ImageSource, ...]
     turns: tuple[Turn, ...]
     meta: dict[str, str] = field(default_factory=dict)
+    place: str = field(default="", compare=False)
+
+    @property
+    def where(self) -> str:
+        """What messages call the record: its place, or its name where it has none."""
+        return self.place or f"sample {self.id!r}"
 
     @property
     def answer(self) -> str:

@@ -129,13 +129,6 @@ class BatchOrder:
         return np.random.default_rng([self._seed, epoch, stream])
 
 
-def check_at_least_one(**settings: int | None) -> None:
-    """Raises ValueError naming a setting of the data that is zero or negative; None means not set."""
-    for name, value in settings.items():
-        if value is not None and value < 1:
-            raise ValueError(f"data.{name} is {value}; expected at least 1")
-
-
 def check_same_order(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Compares what the order of the training data depends on in a run and in the one that it resumes.
 

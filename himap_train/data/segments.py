@@ -59,12 +59,12 @@ class Template:
         self._ends = [token for token in special if token != processor.image_token]
         self._takes_parts = self._can_take_parts()
 
-    def exchanges(self, messages: Sequence[Message], name: str, open_end: bool = False) -> list[Exchange]:
+    def exchanges(self, messages: Sequence[Message], where: str, open_end: bool = False) -> list[Exchange]:
         """Cuts a conversation up to its last answer.
 
         Args:
             messages: from `to_messages`.
-            name: name of the sample, for messages.
+            where: the record, for messages.
             open_end: the last turn is a question whose answer is to be generated: an exchange without an answer.
 
         Raises:
@@ -74,11 +74,11 @@ class Template:
         done, end = "", ""  # what the template has rendered up to the end of the last answer
         cuts = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         for index in [*cuts, len(messages)] if open_end else cuts:
-            before = self._render(messages[:index], name, add_generation_prompt=True)
-            prompt = _after(before, done, end, name)
+            before = self._render(messages[:index], where, add_generation_prompt=True)
+            prompt = _after(before, done, end, where)
             if index == len(messages):
                 return [*found, Exchange(prompt)]
-            answer, end, done = self._answer(messages[: index + 1], before, name)
+            answer, end, done = self._answer(messages[: index + 1], before, where)
             found.append(Exchange(prompt, answer, end or str(self._processor.tokenizer.eos_token)))
         return found
 
@@ -89,30 +89,30 @@ class Template:
             RecordError: the template cannot express a question with its answer.
         """
         turns = [{"role": role, "content": [{"type": "text", "text": _PROBE}]} for role in ("user", "assistant")]
-        return self.exchanges(turns, "of one question")[0].end.lstrip(" ")
+        return self.exchanges(turns, "a question and an answer")[0].end.lstrip(" ")
 
-    def _answer(self, messages: Sequence[Message], before: str, name: str) -> tuple[str, str, str]:
+    def _answer(self, messages: Sequence[Message], before: str, where: str) -> tuple[str, str, str]:
         """Text of the last answer with what leads to it, the template's own end token or "", and all that the template
         has rendered up to the answer's end.
         """
         probe = {"role": "assistant", "content": [{"type": "text", "text": _PROBE}]}
-        around = _behind(self._render([*messages[:-1], probe], name), before, name)
+        around = _behind(self._render([*messages[:-1], probe], where), before, where)
         lead, found, tail = around.partition(_PROBE)
-        rendered = self._render(messages, name)
-        text = _rest(_behind(rendered, before, name), lead, name)
+        rendered = self._render(messages, where)
+        text = _rest(_behind(rendered, before, where), lead, where)
         if not found or not text.endswith(tail):
-            raise RecordError(f"sample {name!r}: the chat template does not show the answer as it is")
+            raise RecordError(f"{where}: the chat template does not show the answer as it is")
         end = next((token for token in self._ends if tail.lstrip(" ").startswith(token)), "")
         spaces = tail[: len(tail) - len(tail.lstrip(" "))] if end else ""
         return lead + text[: len(text) - len(tail)], spaces + end, rendered[: len(rendered) - len(tail)]
 
-    def _render(self, messages: Sequence[Message], name: str, add_generation_prompt: bool = False) -> str:
+    def _render(self, messages: Sequence[Message], where: str, add_generation_prompt: bool = False) -> str:
         chat = list(messages) if self._takes_parts else [self._as_string(message) for message in messages]
         try:
             with bounded("the checkpoint's chat template"):
                 return self._processor.apply_chat_template(chat, add_generation_prompt=add_generation_prompt)
         except (TemplateError, ArithmeticError) as error:
-            raise RecordError(f"sample {name!r}: the checkpoint's chat template refuses it: {error}") from error
+            raise RecordError(f"{where}: the checkpoint's chat template refuses it: {error}") from error
 
     def _can_take_parts(self) -> bool:
         """Whether the template takes content as a list of parts; those of text-only models take a string."""
@@ -129,25 +129,25 @@ class Template:
         return {**message, "content": text}
 
 
-def _rest(text: str, start: str, name: str) -> str:
+def _rest(text: str, start: str, where: str) -> str:
     if not text.startswith(start):
         raise RecordError(
-            f"sample {name!r}: the chat template renders earlier turns differently when a turn is added, so the "
+            f"{where}: the chat template renders earlier turns differently when a turn is added, so the "
             "answers cannot be found in it; give the checkpoint a template that renders turns one after the other"
         )
     return text[len(start) :]
 
 
-def _behind(text: str, prompt: str, name: str) -> str:
+def _behind(text: str, prompt: str, where: str) -> str:
     """What follows a prompt. Where a template sets an answer apart by other white space than it ends a prompt with
     (LLaVA-OneVision's: a space and a line break, but a line break alone), that of the prompt counts.
     """
     if text.startswith(prompt):
         return text[len(prompt) :]
-    return _rest(text, prompt.rstrip(), name).lstrip()
+    return _rest(text, prompt.rstrip(), where).lstrip()
 
 
-def _after(text: str, done: str, end: str, name: str) -> str:
+def _after(text: str, done: str, end: str, where: str) -> str:
     """What follows the last answer and its end token; the space that a template without one puts there goes."""
-    rest = _rest(text, done, name)
+    rest = _rest(text, done, where)
     return rest[len(end) :] if end and rest.startswith(end) else rest.lstrip(" ") if done else rest

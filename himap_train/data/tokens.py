@@ -59,17 +59,17 @@ class ConversationTokenizer:
         check_turns(conversation, training=not prompt)
         messages = to_messages(conversation)
         for part in (part for message in messages for part in message["content"] if part["type"] == "text"):
-            part["text"] = self._text.hide(part["text"], conversation.id)
+            part["text"] = self._text.hide(part["text"], conversation.where)
         if prompt and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        exchanges = self._join(self._template.exchanges(messages, conversation.id, open_end=prompt))
+        exchanges = self._join(self._template.exchanges(messages, conversation.where, open_end=prompt))
         found = sum(ids.count(self._image_id) for exchange in exchanges for ids in (exchange.prompt, exchange.answer))
         shown = sum(part["type"] == "image" for message in messages for part in message["content"])
         if messages[-1]["role"] == "user" and not prompt:
             shown -= sum(part["type"] == "image" for part in messages[-1]["content"])
         if found != shown:
             raise RecordError(
-                f"sample {conversation.id!r}: {shown} image(s) but {found} image token(s) after the chat template; "
+                f"{conversation.where}: {shown} image(s) but {found} image token(s) after the chat template; "
                 "the template drops or repeats images"
             )
         return exchanges
@@ -78,7 +78,7 @@ class ConversationTokenizer:
         characters = sum(len(turn.text) for turn in conversation.turns)
         if characters > self._characters or len(conversation.turns) > _TURNS:
             raise RecordError(
-                f"sample {conversation.id!r} has {characters} characters in {len(conversation.turns)} turns; at most "
+                f"{conversation.where} has {characters} characters in {len(conversation.turns)} turns; at most "
                 f"{self._characters} (the more the larger max_length is) in {_TURNS} turns are read; split it or take "
                 "it out"
             )

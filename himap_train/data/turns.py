@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Turn
+from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Turn, blank
 
 Message = dict[str, Any]
 
@@ -17,7 +17,7 @@ def check_turns(conversation: Conversation, training: bool) -> None:
         conversation: from any source.
         training: at least one answer, and no empty one.
     """
-    where = f"sample {conversation.id!r}"
+    where = conversation.where
     turns = (
         conversation.turns[1:]
         if conversation.turns[:1] and conversation.turns[0].role == "system"
@@ -33,8 +33,11 @@ def check_turns(conversation: Conversation, training: bool) -> None:
     if len(turns) < (2 if training else 1):
         what = "no question" if not turns else "a question but no answer"
         raise RecordError(f"{where} has {what}; {'training needs both' if training else 'there is nothing to answer'}")
-    if training and any(not turn.text.strip() for turn in turns if turn.role == "assistant"):
+    if training and any(blank(turn.text) for turn in turns if turn.role == "assistant"):
         raise RecordError(f"{where} has an empty answer; take the record out, or give it an answer")
+    for kind in ("video", "audio"):
+        if {kind, f"{kind}s"} & set(conversation.meta) and any(f"<{kind}>" in turn.text for turn in turns):
+            raise RecordError(f"{where} shows a {kind}, and only images are read; take the record out")
     _check_image_places(conversation, where)
 
 

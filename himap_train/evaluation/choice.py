@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
 from typing import Any
+from unicodedata import normalize
 
 import torch
 
@@ -26,14 +27,21 @@ STRICT_LETTERS = tuple("ABCDE")
 
 _JOINED = r"(?!\W*(?:or|and|nor)?\W*\b[A-Za-z]\b(?!'))"  # "A or B", "(A), (B)": several, so none of them leads
 _LEADING_LETTER = re.compile(rf"[(\[\"'*]*([A-Za-z])[)\]\"'*]*(?:$|\s*\n|(?:[.:,]|(?<=[)\]*]))(?=\s|$){_JOINED})")
-_NAMED_LETTER = re.compile(  # "the answer is (b)", "Option A is right", "answer: the letter C"; "answer is a dog" isn't
-    r"\b(?:answer|option|choice)(?:\s+is|\s+would\s+be)?\b[\s:=*\"']*(?:(?:the\s+)?(?:option|choice|letter)\b[\s:*\"']*)?"
-    r"[(\[]?(?-i:([A-Z])(?![\w'-])|([a-z])(?=[)\].,;:!*\"']|\s*$))",
+_OPTION = r"(?:(?:the\s+)?(?:option|choice|letter)\b[\s:*\"']*)?"
+_NAMED_LETTERS = re.compile(  # "the answer is (b)", "Option A or B", "answer: the letter C"; "answer is a dog" isn't
+    rf"\b(answer|option|choice)(?:\s+is|\s+would\s+be)?\b[\s:=*\"']*{_OPTION}"
+    r"[(\[]?(?-i:(?!I\s+[a-z])([A-Z])(?![\w'-])|([a-z])(?=[)\].,;:!*\"']|\s*$))"
+    rf"(?:\W*(?:[,/]|\b(?:or|and|nor)\b)\W*{_OPTION}(?-i:(?![AI]\s+[a-z])([A-Z])(?![\w'-])|(?<=\()([a-z])(?=\))))?",
     re.IGNORECASE,
+)
+_MARKED = r"[(\[\"'*]{0,4}(?:(?<=\()[a-z]|\b[A-Z])\b[)\]\"'*]{0,4}"
+_REFUSED = re.compile(  # "not B", "isn't option (b)", "A is wrong", "option A isn't": none of these names its letter
+    rf"(?:\b[Nn]ot|n['’]t)\s+(?:(?:the\s+)?(?:option|choice|letter)\s+)?{_MARKED}"
+    rf"|(?:\b(?:[Oo]ption|[Cc]hoice)\s+)?{_MARKED}\s+is(?:n['’]t|\s+(?:\w+\s+)?(?:not|wrong|incorrect))\b"
 )
 # Articles and pronouns are followed by a word, letters at most by one of these.
 _LONE_LETTER = re.compile(
-    r"(?<![\w'-])(?<!\bnot )(?:([B-HJ-Z])|([AI])(?!\s+(?!(?:or|and|nor|is|was|because|since|as|but)\b)\w))(?![\w'-])"
+    r"(?<![\w'-])(?:([B-HJ-Z])|([AI])(?!\s+(?!(?:or|and|nor|is|was|because|since|as|but)\b)\w))(?![\w'-])"
     r"|(?<!\w)\(([a-z])\)"
 )
 _REFERENCE = re.compile(r"\(?([A-Za-z])[).:]{0,2}")
@@ -41,11 +49,15 @@ _REFERENCE = re.compile(r"\(?([A-Za-z])[).:]{0,2}")
 
 def options_of(meta: Mapping[str, str]) -> dict[str, str]:
     """Letter to text of the options: facts of the record whose name is a capital letter and that are not empty; else
-    the list under `options` or `choices`, in its order.
+    what is under `options` or `choices`, a list in its order or a mapping.
     """
     named = {name: text for name, text in meta.items() if len(name) == 1 and "A" <= name <= "Z" and text}
     for key in ("options", "choices"):
-        named = named or dict(zip(ascii_uppercase, map(str, json_list(meta.get(key, ""))), strict=False))
+        given = json_list(meta.get(key, ""))
+        mapping = len(given) == 1 and isinstance(given[0], dict)
+        pairs = given[0].items() if mapping else zip(ascii_uppercase, given, strict=False)
+        texts = {name.strip("() "): str(text) for name, text in pairs if isinstance(text, str | int | float)}
+        named = named or {name: text for name, text in texts.items() if len(name) == 1 and "A" <= name <= "Z"}
     return named
 
 
@@ -80,30 +92,33 @@ def read_reference(answer: str, options: Mapping[str, str]) -> str:
 def extract_letter(prediction: str, options: Mapping[str, str]) -> str:
     """The letter that an answer names, or '' if it names none or several.
 
-    The first of these that says something decides: the answer is a letter or starts with one ("b", "(B)", "B. a cat");
-    it is the text of an option; "answer", "option" or "choice", with or without "is" or ":", comes before a letter; a
-    capital letter, or one in brackets, stands as a word by itself ("A" and "I" before another word are words, and
-    letters inside the text of an option belong to that); it contains the text of an option, of texts in each other the
-    longest. Texts ignore case and a final full stop.
+    The first of these that says something decides: the whole answer is a letter ("b", "(B)", "B."); the whole answer is
+    the text of an option; it starts with a letter ("B. a cat"); "answer", or else "option" or "choice", with or without
+    "is" or ":", comes before a letter; a capital letter, or one in brackets, stands as a word by itself ("A" and "I"
+    before another word are words); it contains the text of an option, of texts in each other the longest.
+
+    Letters are those of options, and letters inside the text of an option belong to that. What an answer refuses ("not
+    B", "A is wrong") it does not name. Texts ignore case and a final full stop; full-width characters are plain ones.
 
     Args:
         prediction: what the model said.
         options: letter to text; may be empty if unknown, then any letter counts and texts can't.
     """
-    said, known = prediction.strip(), set(options) or set(ascii_uppercase)
-    start = _LEADING_LETTER.match(said)
-    if start and start[1].upper() in known:
-        return start[1].upper()
-    texts = {letter: plain(text) for letter, text in options.items()}
-    named = {
-        (match[1] or match[2]).upper()
-        for match in _NAMED_LETTER.finditer(said)
-        if not any(plain(said[match.start(match.lastindex or 0) :]).startswith(t) for t in texts.values() if len(t) > 1)
-    }
-    contained, rest = _contained(said, texts)
-    lone = {next(filter(None, groups)).upper() for groups in _LONE_LETTER.findall(rest)}
+    said, known = normalize("NFKC", prediction).strip(), set(options) or set(ascii_uppercase)
+    whole = _REFERENCE.fullmatch(said)
+    if whole and whole[1].upper() in known:
+        return whole[1].upper()
+    texts = {letter: plain(normalize("NFKC", text)) for letter, text in options.items() if plain(text)}
     equal = {letter for letter, text in texts.items() if text == plain(said)}
-    letters = next((found for found in (equal, named & known, lone & known, contained) if found), set())
+    contained, rest = _contained(said, texts)
+    rest = _REFUSED.sub(" ", rest).strip()
+    start = _LEADING_LETTER.match(rest)
+    named: dict[bool, set[str]] = {True: set(), False: set()}
+    for word, *found in _NAMED_LETTERS.findall(rest):
+        named[word.lower() == "answer"].update(letter.upper() for letter in found)
+    lone = {next(filter(None, groups)).upper() for groups in _LONE_LETTER.findall(rest)}
+    ordered = (equal, {start[1].upper()} if start else set(), named[True], named[False], lone)
+    letters = next((found for letters in ordered if (found := letters & known)), contained)
     return letters.pop() if len(letters) == 1 else ""
 
 
@@ -114,8 +129,10 @@ def _contained(said: str, texts: Mapping[str, str]) -> tuple[set[str], str]:
     if not wanted:
         return set(), said
     either = "|".join(r"\s+".join(map(re.escape, text.split())) for text in wanted)
-    pattern = re.compile(rf"(?<!\w)(?<!\d\.)(?:{either})(?!\w|[.,]\d)", re.IGNORECASE)
-    found = {plain(text) for text in pattern.findall(said)}
+    pattern = re.compile(
+        rf"((?:\bnot|n['’]t)\s+(?:an?\s+|the\s+)?)?(?<!\w)(?<!\d\.)({either})(?!\w|[.,]\d)", re.IGNORECASE
+    )
+    found = {plain(text) for refused, text in pattern.findall(said) if not refused}
     return {letter for letter, text in texts.items() if text in found}, pattern.sub(" text ", said)
 
 

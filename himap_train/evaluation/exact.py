@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
+from unicodedata import normalize
 
 from himap_train.evaluation.sample_metric import SampleMetric
 
@@ -11,13 +12,13 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def plain(text: str) -> str:
-    """Lower case, single spaces, without a final full stop."""
-    return " ".join(text.lower().split()).rstrip(".").strip()
+    """Lower case, single spaces, without a final full stop, each letter with its accents as one character."""
+    return " ".join(normalize("NFC", text).lower().split()).rstrip(".").strip()
 
 
 def without_punctuation(text: str) -> str:
-    """Lower case, single spaces, ASCII punctuation removed."""
-    return " ".join(text.lower().translate(_PUNCTUATION).split())
+    """Lower case, single spaces, ASCII punctuation removed, each letter with its accents as one character."""
+    return " ".join(normalize("NFC", text).lower().translate(_PUNCTUATION).split())
 
 
 class ExactMatch(SampleMetric):

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, cast
 
 import torch
 
-from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Source, StreamingSource
+from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Source, StreamingSource, blank
 from himap_train.evaluation.choice import json_list, options_of
 
 WINDOW_BATCHES = 16
@@ -47,18 +48,19 @@ class Question:
             RecordError: There is none, or they are something else.
         """
         meta = self.conversation.meta
-        if "answers" not in meta and self.conversation.answer:
+        if "answers" not in meta and not blank(self.conversation.answer):
             return [self.conversation.answer]
         key = "answers" if "answers" in meta else "answer"
         answers = _listed(meta.get(key, ""))
-        if not answers or not all(isinstance(answer, str | int | float) for answer in answers):
+        good = all(isinstance(answer, str | int | float) and answer == answer for answer in answers)  # not nan
+        if not good or all(blank(str(answer)) for answer in answers):
             found = f"`{key}` is {meta[key]:.200}" if key in meta else "neither an assistant turn nor `answers`"
             raise RecordError(
-                f"sample {self.conversation.id!r} has no answer to compare with: {found}; expected an answer, or a "
+                f"{self.conversation.where} has no answer to compare with: {found}; expected an answer, or a "
                 'list of accepted ones or of {"answer": ...}'
             )
-        letters = list(options_of(meta))
-        return [letters[a] if type(a) is int and 0 <= a < len(letters) else str(a) for a in answers]
+        numbered = {ascii_uppercase.index(letter): letter for letter in options_of(meta)}
+        return [numbered.get(a, str(a)) if type(a) is int else str(a) for a in answers]
 
     @property
     def cluster(self) -> str:

@@ -85,7 +85,7 @@ class SampleMetric(Metric):
             self.measure("", answers, conversation.meta)
             self.cluster_of("", "", conversation.meta)
         except ValueError as error:
-            raise RecordError(f"sample {conversation.id!r}, metric {self.name}: {error}") from error
+            raise RecordError(f"{conversation.where}, metric {self.name}: {error}") from error
 
     def update(
         self,

@@ -66,9 +66,10 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def markdown_lines(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A GitHub Markdown table of figures: the first column left, the others right."""
+    """A GitHub Markdown table of figures: the first column left, the others right; what would end a cell is escaped."""
     marks = [":--", *["--:"] * (len(header) - 1)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, marks, *lines))
+    escaped = ([" ".join(cell.split()).replace("|", r"\|") for cell in line] for line in (header, marks, *lines))
+    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
 def json_ready(value: Any) -> Any:

@@ -4,6 +4,7 @@ al. 2020).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torchmetrics.functional.text import edit_distance
@@ -35,9 +36,10 @@ def _collapse(text: str) -> str:
 
 def _number(text: str) -> float | None:
     try:
-        return float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
+        number = float(text.rstrip("%")) / 100 if text.endswith("%") else float(text)
     except ValueError:
         return None
+    return number if math.isfinite(number) else None  # "Infinity" and "nan" are words
 
 
 def relaxed_match(prediction: str, answer: str) -> bool:

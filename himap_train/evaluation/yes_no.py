@@ -29,12 +29,13 @@ def mme_answer(text: str) -> str:
 
 
 def _truth(answers: Sequence[str]) -> float:
-    truth = answers[0].strip().rstrip(".").lower()
-    if truth not in ("yes", "no"):
+    truths = {answer.strip().rstrip(".").lower() for answer in answers}
+    if truths not in ({"yes"}, {"no"}):
         raise ValueError(
-            f"the reference answer {answers[0]!r} is neither yes nor no; choose another metric for this data"
+            f"the reference answer {' or '.join(map(repr, answers))} is neither yes nor no; choose another metric for "
+            "this data"
         )
-    return float(truth == "yes")
+    return float(truths == {"yes"})
 
 
 def f1_figures(said: list[bool], true: list[bool]) -> dict[str, float]:

@@ -30,6 +30,7 @@ def load_llava(
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
     quantize: Quantize | None = None,
+    processor: Any = None,
 ) -> tuple[Any, Any]:
     """Load a model of a known family (LLaVA and its like) as it is, in evaluation mode.
 
@@ -39,6 +40,7 @@ def load_llava(
         dtype: As stored ("auto"), or a torch dtype or its name.
         attn_implementation: "sdpa", "eager" or "flash_attention_2"; None lets transformers choose.
         quantize: "4bit" stores the decoder's linear layers in 4 bits (see `quantize`).
+        processor: Its processor, where that is loaded already.
 
     Returns:
         The model and its processor.
@@ -50,7 +52,8 @@ def load_llava(
     folder = resolve_model(path)
     config = load_config(folder)
     quantization = None if quantize is None else quantization_config(family_of_config(config), dtype)
-    processor = load_processor(folder, config)
+    if processor is None:
+        processor = load_processor(folder, config)
     for file in weight_files(Path(folder)) if Path(folder).is_dir() else ():
         with opened(file):
             pass

@@ -50,7 +50,7 @@ _SHAPES: dict[str, Any] = {
         "num_beams?": int,
         "suppress_tokens?": [int],
     },
-    "tokenizer.json": dict,
+    "tokenizer.json": {"model": dict},
     "tokenizer_config.json": {"chat_template?": Rule("text, or a list of named texts", str | list, lambda _: True)},
     "special_tokens_map.json": dict,
     "added_tokens.json": dict,

@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import RecordError, Source
 from himap_train.data.tokens import ConversationTokenizer
+from himap_train.models.families.processing import FILES
 from himap_train.models.loading import load_config, load_processor, resolve_model
 from himap_train.models.training_cost import tokens_of_image
 from himap_train.planning.run_plan import Sample
@@ -61,11 +62,17 @@ def read_sample(
         text_tokens: Given instead of what the data says.
         supervised: Given instead of what the data says.
         images: Images of a conversation, where the data says nothing.
+
+    Raises:
+        ValueError: The model's folder has a processor that cannot be used.
     """
     image_tokens = tokens_of_image(config)
+    here = any((Path(path) / name).is_file() for name in (*FILES, "tokenizer.json", "tokenizer_config.json"))
+    processor = load_processor(path, config) if here else None
     if text_tokens is None:
         try:
-            sample, where = _from_data(data, path, config, image_tokens)
+            processor = processor or load_processor(resolve_model(path), config)
+            sample, where = _from_data(data, processor, image_tokens)
             if supervised is not None:
                 sample = replace(sample, supervised=supervised, most_supervised=supervised)
             return sample, where
@@ -79,13 +86,13 @@ def read_sample(
     return Sample(images, image_tokens, text_tokens, text_tokens, answer, answer), where
 
 
-def _from_data(data: LlavaDataModule, path: str, config: Any, image_tokens: int) -> tuple[Sample, str]:
+def _from_data(data: LlavaDataModule, processor: Any, image_tokens: int) -> tuple[Sample, str]:
     """Up to `_READ` conversations, spread over the source; those with images decide, where there are any."""
     source = data.source("train")
     if not isinstance(source, Source):
         raise ValueError("it is a stream")
     size = min(data.limits["train"] or len(source), len(source))
-    tokenize, counts = ConversationTokenizer(load_processor(resolve_model(path), config)), []
+    tokenize, counts = ConversationTokenizer(processor), []
     for index in np.unique(np.linspace(0, size - 1, min(size, _READ)).astype(int)):
         try:
             conversation = source[int(index)]

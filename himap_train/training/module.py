@@ -26,6 +26,7 @@ from himap_train.models.stock import base_model
 from himap_train.models.versions import checkpoint_activations
 from himap_train.pruning.reading import fit_preset, is_preset, read_schedule
 from himap_train.pruning.schedule import PruningSchedule
+from himap_train.ranges import require_possible
 from himap_train.training.adapter_module import AdapterModule, Teacher
 from himap_train.training.averaging import WindowMean
 from himap_train.training.callbacks.progress import step_ended
@@ -61,6 +62,9 @@ class LlavaFineTuner(AdapterModule):
         quantize: "4bit" stores the frozen decoder in 4 bits (QLoRA; needs bitsandbytes and CUDA), null as it is.
         loss_average: "token" averages over all tokens of an optimizer step, "batch" over micro-batches.
         loss_chunk: Supervised positions whose logits exist at a time; 0 for all at once.
+
+    Raises:
+        ValueError: A number cannot be; names key, value and what is allowed.
     """
 
     def __init__(
@@ -83,6 +87,7 @@ class LlavaFineTuner(AdapterModule):
         loss_average: Literal["token", "batch"] = "token",
         loss_chunk: int = 1024,
     ) -> None:
+        require_possible({f"model.{name}": value for name, value in locals().items()})
         super().__init__(read_schedule(schedule))
         self.path = path
         self._preset = is_preset(schedule)

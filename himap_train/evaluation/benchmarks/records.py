@@ -92,7 +92,7 @@ class BenchmarkRecords:
         if benchmark.key == "index":
             meta["index"] = str(self._index(place) + turn * CIRCULAR_OFFSET)
         name = meta.get("index", value_in(row, benchmark.key))
-        return Conversation(str(place if name is None else name), tuple(images), turns, meta)
+        return Conversation(str(place if name is None else name), tuple(images), turns, meta, where)
 
     def _check_columns(self) -> None:
         benchmark, columns = self._benchmark, self._table.columns

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from himap_train.data.module import LlavaDataModule
 from himap_train.evaluation.compare import compare
 from himap_train.pruning.schedule import PruningSchedule
+from himap_train.ranges import require_possible
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class EvaluationSettings:
     batch_size: int = 32
     max_new_tokens: int = 16
     metrics: list[str] = field(default_factory=lambda: ["exact"])
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a number that cannot be."""
+        require_possible({f"evaluation.{name}": value for name, value in vars(self).items()})
 
     def for_data(self, data: LlavaDataModule, limit: int | None) -> dict[str, Any]:
         """Keyword arguments of `evaluate`."""

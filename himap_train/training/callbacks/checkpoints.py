@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from himap_train.checkpoints.finite import require_finite
+from himap_train.ranges import require_possible
 from himap_train.storage import atomic_file
 from himap_train.structured import check_shape
 from himap_train.training.callbacks.progress import step_ended
@@ -66,6 +67,7 @@ class SaveLast(Checkpoint):
     """`last.ckpt` after each validation, at the end of each epoch, and every so many optimizer steps."""
 
     def __init__(self, file: Path, every_n_steps: int | None = None) -> None:
+        require_possible({"save_every": every_n_steps})
         self.file = file
         self.every_n_steps = every_n_steps
 

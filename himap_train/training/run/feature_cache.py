@@ -32,7 +32,7 @@ from himap_train.models.families import family_of
 from himap_train.models.stock import base_model
 from himap_train.models.tower import check_frozen, facts_key, tower_facts
 from himap_train.processes import from_all
-from himap_train.storage import atomic_file
+from himap_train.storage import atomic_file, remove_leftovers
 from himap_train.training.run.launch import agree, say
 
 logger = logging.getLogger(__name__)
@@ -91,8 +91,13 @@ def _store(trainer: Trainer, base: Any, data: LlavaDataModule) -> FeatureStore:
 
 
 def _prepared(store: FeatureStore, facts: dict[str, Any]) -> str | None:
-    """Say of which tower the features are, and clear damaged shards away; the error, if there was one."""
+    """Say of which tower the features are, and clear away damaged shards and what killed processes have left.
+
+    Returns:
+        The error, if there was one.
+    """
     try:
+        remove_leftovers(store.folder)
         if not (store.folder / FACTS).exists():  # else it is somebody's already, and says the same
             with atomic_file(store.folder / FACTS) as file:
                 file.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")

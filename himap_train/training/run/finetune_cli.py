@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from himap_train.command_line import check_config_files
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.loading import load_config, load_processor, resolve_model
+from himap_train.ranges import require_possible
 from himap_train.storage import remove_leftovers
 from himap_train.training.callbacks.accuracy import EvaluationSettings, GenerationAccuracy
 from himap_train.training.callbacks.checkpoints import (
@@ -47,7 +48,6 @@ from himap_train.training.module import LlavaFineTuner
 from himap_train.training.run.folder import claim_folder
 from himap_train.training.run.launch import AroundTraining, FineTuneTrainer, is_first_process
 from himap_train.training.run.measured_rows import MeasuredRows
-from himap_train.training.run.numbers import require_possible
 from himap_train.training.run.parser import SuggestingParser
 from himap_train.training.run.rehearsal import rehearsal_folder, rehearse
 from himap_train.training.run.strategy_names import (

@@ -1,4 +1,4 @@
-"""Which numbers of a config are possible, known before anything is loaded.
+"""Which numbers of a config are possible, known before anything is loaded, from a command line or in Python.
 
 Those of `pruning:` depend on one another and on the schedule; they are checked there.
 """
@@ -81,7 +81,7 @@ def require_possible(config: Any) -> None:
     """Raise for the first number of a config that cannot be; null, and what is no number, is left to the types.
 
     Args:
-        config: Gives a value for a dotted key: `config.get("model.lora_lr")`.
+        config: Gives a value for a dotted key, None for one that it lacks: `config.get("model.lora_lr")`.
 
     Raises:
         ValueError: Names key, value and what is allowed.
