@@ -1,114 +1,37 @@
-"""Inter-layer information flow: from which layer on which tokens have taken from the image what they take.
+"""A first schedule from the information flow: what keeps the most of what image tokens give to text.
 
-HiMAP (CVPR 2025, section 3) finds that shallow layers carry what the image says into the instruction and deeper ones
-mix it among the image tokens, and prunes behind each of the two. It measures that by saliency, which needs gradients;
-here it is the attention itself: of the instruction's rows the mean share that goes to image tokens, and of the image's
-rows that which goes to other image tokens. One dense pass reads both at every layer.
-
-Shapes: B rows, L columns, R ranking rows, H heads, K key-value heads, D head width.
+HiMAP (CVPR 2025, section 3) reads from the saliency in which layers the text takes from the image, and prunes behind
+them. Here the saliency of each layer says what its image tokens are worth: a schedule keeps of it, layer by layer, the
+share of the image tokens that it keeps there. That takes a choice of tokens that looks at nothing; a ranking that is
+worth something keeps more. Under a budget the most is kept by one cut and, where the text has taken what it takes, the
+exit of all that is left: the optimum of a linear programme with one constraint has no more levels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from himap_train.evaluation.answering import evaluation_mode
-from himap_train.models.families import family_of
-from himap_train.models.install import install_pruning
-from himap_train.models.stock import base_model
-from himap_train.pruning.layout import build_layout
-from himap_train.pruning.methods.attention import attention_blocks
-from himap_train.pruning.methods.base import RankingRows
-from himap_train.pruning.methods.image import ByImage
-from himap_train.pruning.methods.instruction import Instruction
+from himap_train.analysis.saliency import measure
+from himap_train.evaluation.samples import EncodedSamples
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.search.samples import EncodedBatch, SearchSamples
 from himap_train.search.space import Point, Space
 
-HANDED_OVER = 0.5
-"""Share of a flow's total over all layers behind which its stage stands."""
-SPLIT = 0.25
-"""What HiMAP's second stage keeps of what its first one kept."""
+HANDED_OVER = 0.9
+"""Share of a flow's total behind which it is called over."""
 
 
-@dataclass(frozen=True)
-class Flow:
-    """Attention to image tokens at every layer, mean over samples and rows, 0 to 1.
-
-    Attributes:
-        instruction: From the prompt's text behind the image.
-        image: From other image tokens.
-    """
-
-    instruction: tuple[float, ...]
-    image: tuple[float, ...]
-
-
-class FlowCollector:
-    """Takes the place of a `ScoreCollector` at every layer of one dense forward of a batch.
+def image_to_text(model: nn.Module, samples: EncodedSamples) -> tuple[float, ...]:
+    """Saliency of what image tokens give to text in each layer, mean over samples; see `analysis.saliency`.
 
     Args:
-        rows: The ranking rows of the instruction and of the image.
-        image: (B, L) bool, image tokens.
-        valid: (B, L) bool, not padding.
-    """
-
-    def __init__(self, rows: Sequence[RankingRows], image: Tensor, valid: Tensor) -> None:
-        self.rows, self.image, self.valid = rows, image, valid
-        self.layers: list[list[float]] = []
-
-    def collect(self, query: Tensor, key: Tensor, scaling: float) -> None:
-        """One layer's (B, H, L, D) queries and (B, K, L, D) keys: for each kind of rows the sum over the batch."""
-        self.layers.append([float(self._share(query, key, scaling, rows)) for rows in self.rows])
-
-    def _share(self, query: Tensor, key: Tensor, scaling: float, rows: RankingRows) -> Tensor:
-        total = torch.zeros(len(query), device=query.device)
-        columns = torch.arange(query.shape[2], device=query.device)
-        for part, attention in attention_blocks(query, key, rows.index, self.valid, scaling, rows.fewest):
-            seen = attention.shape[2]
-            others = columns[:seen] != rows.index[:, part].unsqueeze(2)
-            source = rows.may_rank[:, part, :seen] & self.image[:, None, :seen] & others
-            total += (attention * source).sum((1, 2))
-        return (total / rows.may_rank.any(2).sum(1).clamp(min=1)).sum()
-
-
-def information_flow(model: nn.Module, samples: SearchSamples) -> Flow:
-    """The flow on samples, from one dense pass over each batch.
-
-    Args:
-        model: LLaVA or PeftModel around one; is dense afterwards.
+        model: Of a known family, or a PeftModel around one; is dense afterwards.
         samples: From `read_samples`.
     """
-    install_pruning(model, PruningSchedule())
-    totals: Any = 0
-    with evaluation_mode(model):
-        for batch in samples.batches:
-            totals = totals + torch.tensor(_layers(base_model(model), batch), dtype=torch.float64)
-    instruction, image = (totals / samples.count).T.tolist()
-    return Flow(tuple(instruction), tuple(image))
-
-
-def _layers(base: Any, batch: EncodedBatch) -> list[list[float]]:
-    ids, mask = batch.texts["input_ids"], batch.texts["attention_mask"]
-    layout, counts = build_layout(ids == base.config.image_token_id, mask, batch.labels != -100)
-    rows = [method.rows(layout, counts) for method in (Instruction(), ByImage())]
-    collector = FlowCollector(rows, layout.image, layout.valid)
-    base.model(
-        input_ids=ids,
-        attention_mask=mask,
-        mm_encoder_outputs={"image": batch.encoded},
-        **family_of(base).forward_inputs(base.config, ids, batch.sizes),
-        **batch.sizes,
-        use_cache=False,
-        score_collector=collector,
-    )
-    return collector.layers
+    return tuple(torch.stack([flow.image_to_text.sum(1) for flow in measure(model, samples)]).mean(0).tolist())
 
 
 def handed_over(flow: Sequence[float], share: float = HANDED_OVER) -> int:
@@ -118,16 +41,40 @@ def handed_over(flow: Sequence[float], share: float = HANDED_OVER) -> int:
     return next((layer for layer, done in enumerate(before, start=1) if done >= share * total), len(flow))
 
 
-def suggest(flow: Flow, space: Space) -> Point:
-    """Layers from the flow: the first stage behind the instruction's, the others behind the image's.
+def kept_flow(flow: Sequence[float], space: Space, schedule: PruningSchedule) -> float:
+    """Share of the flow's total that a schedule keeps if its choice of tokens looks at nothing."""
+    counts = space.layer_counts(schedule)
+    kept = sum(given * count for given, count in zip(flow, counts, strict=True))
+    return kept / (space.tokens["image_tokens"] * sum(flow))
 
-    Further stages divide what the image's flow still carries into equal parts. A layer that the budget or the decoder
-    has no room for becomes the nearest one that they have.
-    """
-    room = space.num_layers - space.stages  # each later stage needs a layer of its own behind
-    layers = [min(handed_over(flow.instruction), space.deepest_first, room)]
-    for number in range(1, space.stages):
-        share = HANDED_OVER + (1 - HANDED_OVER) * (number - 1) / (space.stages - 1)
-        wanted = max(handed_over(flow.image, share), layers[-1] + 1)
-        layers.append(min(wanted, room + number))
-    return space.point(layers, [SPLIT] * (space.stages - 1))
+
+def suggest(flow: Sequence[float], space: Space) -> Point:
+    """The point that keeps most of the flow at the budget: one cut, and an exit if there may be two stages."""
+    layers, bare, total = space.num_layers, space.least(0), sum(flow)
+    before = [0.0, *accumulate(flow)]
+    found: list[tuple[float, int, int]] = []
+    for first in range(space.earliest, space.deepest_first + 1):
+        for last in range(first + 1, layers + 1) if space.stages > 1 else [layers]:  # `layers`: no exit
+            # Layers before the cut cost 1, those behind the exit `bare`, and those between them what is left.
+            ratio = (space.budget * layers - first - (layers - first) * bare) / ((last - first) * (1 - bare))
+            if 0 <= ratio <= 1:
+                kept = before[first] + ratio * (before[last] - before[first])
+                found.append((-kept / total, first, last))
+    points = [_point(space, first, last) for _, first, last in sorted(found)]
+    return next((point for point in points if space.schedule(point) is not None), _point(space, space.earliest, layers))
+
+
+def _point(space: Space, first: int, last: int) -> Point:
+    """A cut and an exit, which is none behind the last layer; further stages take nothing away."""
+    splits = [0.0 if last < space.num_layers else 1.0, *[1.0] * space.stages]
+    exits = [min(last, space.num_layers - 1)] * (space.stages - 1)
+    return space.point([first, *exits], splits[: space.stages - 1])
+
+
+def reason(flow: Sequence[float], space: Space, schedule: PruningSchedule) -> str:
+    """Why a schedule is suggested, in one line."""
+    return (
+        f"keeps {kept_flow(flow, space, schedule):.0%} of what image tokens give to text (saliency) if it chooses "
+        f"blindly, the most at flops_ratio {space.budget:g}; {HANDED_OVER:.0%} has gone over before layer "
+        f"{handed_over(flow)} of {len(flow)}"
+    )
