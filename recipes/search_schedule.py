@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from himap_train.analysis.saliency import measure
 from himap_train.bar import progress_bar
 from himap_train.checkpoints.scheduled import load_with_schedule
 from himap_train.command_line import new_output_folder, run_command
@@ -24,7 +25,7 @@ from himap_train.evaluation.samples import read_samples
 from himap_train.models.families.base import AspectRatio
 from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.search.flow import image_to_text
+from himap_train.search.flow import mean_image_to_text
 from himap_train.search.objective import Objective
 from himap_train.search.one_budget import budgets_of, search_budget
 from himap_train.search.proposals import Method
@@ -102,7 +103,7 @@ def main(
         for one in wanted
     ]
     print(f"{drawn.count} samples, {drawn.image_tokens:.0f} image and {drawn.text_tokens:.0f} text tokens on average")
-    flow, objective = image_to_text(model, drawn), Objective(model, drawn, seed)
+    flow, objective = mean_image_to_text(measure(model, drawn)), Objective(model, drawn, seed)
     print_flow(flow)
     dense = objective(PruningSchedule())
     found: list[Found] = []

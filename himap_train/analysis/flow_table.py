@@ -6,12 +6,14 @@ sees the other, or not at all. Which one is chosen decides whether image tokens 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from himap_train.analysis.knockout import KnockedOut
 from himap_train.analysis.pairs import ANSWER, IMAGE, INSTRUCTION, KINDS, SYSTEM
 from himap_train.analysis.saliency import Formula, SampleFlow
 
@@ -75,13 +77,41 @@ class Concentration:
     effective: float
 
 
-def grouped(flows: Sequence[SampleFlow]) -> dict[str, list[SampleFlow]]:
-    """All samples, then those of each type and of each turn where there are several."""
-    groups = {ALL: list(flows)}
+@dataclass(frozen=True)
+class CutRow:
+    """What a group's answers are like where a window of layers is cut.
+
+    Attributes:
+        group: As in `FlowRow`.
+        cut: As in `KnockedOut`.
+        layers: "2 to 3"; "" where nothing is cut.
+        samples: Of the group.
+        accuracy: Share that is right.
+        error: Its standard error.
+        consistency: Share that is answered as by the whole model.
+        pairs: Taken from a sample of any group in each layer, mean.
+        overlap: As in `KnockedOut`, of all groups.
+    """
+
+    group: str
+    cut: str
+    layers: str
+    samples: int
+    accuracy: float
+    error: float
+    consistency: float
+    pairs: float
+    overlap: float
+
+
+def grouped(flows: Sequence[SampleFlow]) -> dict[str, list[int]]:
+    """Numbers of all samples, then of those of each type and of each turn where there are several."""
+    groups = {ALL: list(range(len(flows)))}
     for fact in ("type", "turn"):
-        values = sorted({flow.meta[fact] for flow in flows if fact in flow.meta})
+        facts = [flow.meta.get(fact) for flow in flows]
+        values = sorted({value for value in facts if value})
         if len(values) > 1:
-            groups |= {f"{fact} {v}": [flow for flow in flows if flow.meta.get(fact) == v] for v in values}
+            groups |= {f"{fact} {v}": [number for number, value in enumerate(facts) if value == v] for v in values}
     return groups
 
 
@@ -94,7 +124,8 @@ def flow_rows(flows: Sequence[SampleFlow], formula: Formula = "paper") -> list[F
             where the paper's Eqs. 2 to 4 sum columns.
     """
     rows: list[FlowRow] = []
-    for group, members in grouped(flows).items():
+    for group, numbers in grouped(flows).items():
+        members = [flows[number] for number in numbers]
         for name in (*FLOWS, OTHERS):
             targets, sources = FLOWS[name.removesuffix("_others")]
             if formula == "published-code" and targets == KINDS:
@@ -127,8 +158,8 @@ def _numbers(flow: SampleFlow, targets: tuple[int, ...], sources: tuple[int, ...
 def concentrations(flows: Sequence[SampleFlow]) -> list[Concentration]:
     """Of every group and layer."""
     rows: list[Concentration] = []
-    for group, members in grouped(flows).items():
-        found = torch.stack([_concentration(flow.image_to_text) for flow in members]).nanmean(0)  # (N, 2)
+    for group, numbers in grouped(flows).items():
+        found = torch.stack([_concentration(flows[number].image_to_text) for number in numbers]).nanmean(0)  # (N, 2)
         rows += [Concentration(group, layer, tenth, even) for layer, (tenth, even) in enumerate(found.tolist())]
     return rows
 
@@ -139,6 +170,18 @@ def _concentration(given: Tensor) -> Tensor:
     most = max(round(given.shape[1] / 10), 1)
     entropy = torch.special.entr(share).sum(1)
     return torch.stack([share.topk(most).values.sum(1), entropy.exp() / given.shape[1]], 1)
+
+
+def cut_rows(knocked_out: Sequence[KnockedOut], flows: Sequence[SampleFlow]) -> list[CutRow]:
+    """Every cut in every group of the samples."""
+    rows: list[CutRow] = []
+    for group, numbers in grouped(flows).items():
+        for one in knocked_out:
+            layers = f"{one.layers.start} to {one.layers.stop - 1}" if one.layers else ""
+            right, same = (float(answers[numbers].float().mean()) for answers in (one.right, one.consistent))
+            error = math.sqrt(right * (1 - right) / len(numbers))
+            rows.append(CutRow(group, one.cut, layers, len(numbers), right, error, same, one.pairs, one.overlap))
+    return rows
 
 
 def image_over_instruction(rows: Sequence[FlowRow]) -> dict[str, float]:

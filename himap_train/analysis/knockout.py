@@ -58,6 +58,11 @@ class KnockedOut:
     pairs: float
     overlap: float
 
+    @property
+    def accuracy(self) -> float:
+        """Share of the samples that are right."""
+        return float(self.right.float().mean())
+
 
 def windows(num_layers: int, width: int) -> list[range]:
     """Windows of `width` layers, each half its width behind the one before, and last the whole decoder.
@@ -68,7 +73,12 @@ def windows(num_layers: int, width: int) -> list[range]:
     if not 1 <= width <= num_layers:
         raise ValueError(f"windows of {width} layers in a decoder of {num_layers}: give 1 to {num_layers}")
     starts = [*range(0, num_layers - width, max(width // 2, 1)), num_layers - width]
-    return [*(range(start, start + width) for start in starts), range(num_layers)]
+    return list(dict.fromkeys([*(range(start, start + width) for start in starts), range(num_layers)]))
+
+
+def passes(layers: list[range]) -> int:
+    """How often `knock_out` runs each batch."""
+    return 1 + len(CUTS) * len(layers)
 
 
 def knock_out(
@@ -99,7 +109,7 @@ def knock_out(
             taken = cut_pairs(kinds_of(model, batch), visible, torch.Generator().manual_seed(seed + number))
             whole = predicted(model, batch)
             for results, (cut, window) in zip(found, plan, strict=True):
-                said = predicted(model, batch, _Cut(visible & ~taken[cut], visible, window, renormalise))
+                said = predicted(model, batch, Cut(visible & ~taken[cut], visible, window, renormalise))
                 numbers = torch.stack([taken[cut].sum(), (taken[cut] & taken[CUTS.get(cut) or "none"]).sum()]).cpu()
                 right, consistent = (_whole_rows(said, expected) for expected in (batch.labels[:, 1:], whole))
                 results.append((right, consistent, numbers))
@@ -142,13 +152,21 @@ def _drawn(among: Tensor, number: Tensor, draws: torch.Generator) -> Tensor:
     return order.argsort(-1, descending=True).argsort(-1) < number
 
 
-class _Cut:
-    """Attention of a window of layers on the pairs that are kept, (B, L, L) bool; other layers are left alone."""
+class Cut:
+    """Attention of a window of layers on fewer pairs, as `own_attention`; other layers are left alone.
+
+    Args:
+        kept: (B, L, L) bool, the pairs that are left.
+        visible: (B, L, L) bool, those that there were.
+        window: The layers.
+        renormalise: As in `knock_out`.
+    """
 
     def __init__(self, kept: Tensor, visible: Tensor, window: range, renormalise: bool) -> None:
         self.kept, self.visible, self.window, self.renormalise = kept, visible, window, renormalise
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor | None:
+        """As `OwnAttention`."""
         if layer not in self.window:
             return None
         share = query.shape[1] // key.shape[1]
@@ -159,7 +177,7 @@ class _Cut:
         return weights.to(values.dtype) @ values
 
 
-def predicted(model: nn.Module, batch: EncodedBatch, own_attention: _Cut | None = None) -> Tensor:
+def predicted(model: nn.Module, batch: EncodedBatch, own_attention: Cut | None = None) -> Tensor:
     """The most likely token behind each position before a supervised one, (B, L - 1) long; elsewhere -100."""
     hidden, supervised = batch.states(model, own_attention)[:, :-1], batch.labels[:, 1:] != IGNORED
     said = torch.full_like(batch.labels[:, 1:], IGNORED)

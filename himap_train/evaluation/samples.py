@@ -69,6 +69,7 @@ class EncodedSamples:
         text_tokens: Text tokens of a sample, mean.
         supervised: Positions that are predicted, of all samples.
         without_image: Samples that were read and left out.
+        first: A record that is among them.
     """
 
     batches: list[EncodedBatch]
@@ -77,6 +78,7 @@ class EncodedSamples:
     text_tokens: float
     supervised: int
     without_image: int
+    first: Conversation
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -135,8 +137,8 @@ def read_samples(
     encoder = Encoder(processor, base.config.text_config.max_position_embeddings, image_aspect_ratio)
     skipped = SkipLog(source_length(drawn, count), max_skipped)
     questions = itertools.chain.from_iterable(question_batches(drawn, batch_size, count, skipped.add))
-    samples, without_image = _encoded(questions, encoder, skipped, each_turn)
-    if not samples:
+    samples, without_image, first = _encoded(questions, encoder, skipped, each_turn)
+    if first is None:
         raise ValueError(
             f"none of the {without_image + skipped.count} samples that were read can be searched on ({without_image} "
             f"without an image, {skipped.count} unusable); give conversations with images and answers"
@@ -145,14 +147,15 @@ def read_samples(
     pad = pad_token_id_of(processor.tokenizer)
     with evaluation_mode(model):
         batches = [_batch(base, samples[i : i + batch_size], pad) for i in range(0, len(samples), batch_size)]
-    return _described(batches, samples, base.config.image_token_id, without_image)
+    return _described(batches, samples, base.config.image_token_id, without_image, first)
 
 
 def _encoded(
     questions: Iterable[Question], encoder: Encoder, skipped: SkipLog, each_turn: bool
-) -> tuple[list[Sample], int]:
-    """Samples with an image, and the number of those without."""
+) -> tuple[list[Sample], int, Conversation | None]:
+    """Samples with an image, the number of those without, and the first record that has one."""
     samples: list[Sample] = []
+    first: Conversation | None = None
     for question in questions:
         try:
             if each_turn:
@@ -162,8 +165,11 @@ def _encoded(
                 samples.append(encoder.encode(question.conversation))
         except RecordError as error:
             skipped.add(question.index, error)
+            continue
+        if first is None and question.conversation.images:
+            first = question.conversation
     with_image = [sample for sample in samples if sample["images"]]
-    return with_image, len(samples) - len(with_image)
+    return with_image, len(samples) - len(with_image), first
 
 
 def _turns(conversation: Conversation) -> Iterator[Conversation]:
@@ -193,7 +199,7 @@ def _batch(base: Any, samples: list[Sample], pad_token_id: int) -> EncodedBatch:
 
 
 def _described(
-    batches: list[EncodedBatch], samples: list[Sample], image_token_id: int, without_image: int
+    batches: list[EncodedBatch], samples: list[Sample], image_token_id: int, without_image: int, first: Conversation
 ) -> EncodedSamples:
     lengths = sum(len(sample["input_ids"]) for sample in samples)
     image = sum(int((sample["input_ids"] == image_token_id).sum()) for sample in samples)
@@ -204,4 +210,5 @@ def _described(
         text_tokens=(lengths - image) / len(samples),
         supervised=sum(int((sample["labels"][1:] != IGNORED).sum()) for sample in samples),
         without_image=without_image,
+        first=first,
     )

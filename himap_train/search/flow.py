@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from torch import nn
 
-from himap_train.analysis.saliency import measure
-from himap_train.evaluation.samples import EncodedSamples
+from himap_train.analysis.saliency import SampleFlow
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.space import Point, Space
 
@@ -24,14 +22,9 @@ HANDED_OVER = 0.9
 """Share of a flow's total behind which it is called over."""
 
 
-def image_to_text(model: nn.Module, samples: EncodedSamples) -> tuple[float, ...]:
-    """Saliency of what image tokens give to text in each layer, mean over samples; see `analysis.saliency`.
-
-    Args:
-        model: Of a known family, or a PeftModel around one; is dense afterwards.
-        samples: From `read_samples`.
-    """
-    return tuple(torch.stack([flow.image_to_text.sum(1) for flow in measure(model, samples)]).mean(0).tolist())
+def mean_image_to_text(flows: Sequence[SampleFlow]) -> tuple[float, ...]:
+    """Saliency of what image tokens give to text in each layer, mean over samples."""
+    return tuple(torch.stack([flow.image_to_text.sum(1) for flow in flows]).mean(0).tolist())
 
 
 def handed_over(flow: Sequence[float], share: float = HANDED_OVER) -> int:

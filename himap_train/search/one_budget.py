@@ -42,7 +42,7 @@ def search_budget(
         objective: Schedule to loss.
         method: How candidates are chosen.
         limit: Most schedules that are run.
-        flow: From `image_to_text`; its suggestion is the first candidate.
+        flow: From `mean_image_to_text`; its suggestion is the first candidate.
         on_trial: Called after each trial.
 
     Raises:

@@ -49,7 +49,7 @@ def save_search(
         folder: Made if it is not there.
         facts: Entries of search.json: checkpoint, data, method, dense loss, ...
         samples: What was searched on.
-        flow: From `image_to_text`, of the dense model.
+        flow: From `mean_image_to_text`, of the dense model.
     """
     for one in found:
         with atomic_file(folder / schedule_file(one.budget)) as part:
