@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import yaml
 
-from himap_train.analysis.flow_report import CUTS, FLOW, MAP, PICTURE, TOKENS, print_cuts, save_flow, save_map
+from himap_train.analysis.flow_report import CUTS, FLOW, MAP, PICTURE, print_cuts, save_flow, save_map
 from himap_train.analysis.flow_table import cut_rows, flow_rows, image_over_instruction
 from himap_train.analysis.knockout import KnockedOut, knock_out, passes, windows
 from himap_train.analysis.saliency import Formula, measure
@@ -79,7 +79,7 @@ def main(
         dtype: Dtype of the weights; "auto" as they are stored.
         device: "auto", "cpu", "cuda", "cuda:1", ...
     """
-    files = (FLOW, TOKENS, CUTS, FACTS, PICTURE, MAP, schedule_file(budget))
+    files = (FLOW, CUTS, FACTS, PICTURE, MAP, schedule_file(budget))
     new_output_folder(output, files, overwrite)
     source = open_source(data, image_folder, follow_links=follow_links)
     model, processor = load_with_schedule(checkpoint, "none", dtype, device)
@@ -105,7 +105,7 @@ def main(
             cuts = knock_out(model, drawn, layers, renormalise, seed, advance)
     rows, cut, given = flow_rows(flows, formula), cut_rows(cuts, flows), mean_image_to_text(flows)
     ratios = image_over_instruction(rows)
-    save_flow(output, flows, rows, cut, cuts)
+    save_flow(output, rows, cut, cuts)
     facts = {"checkpoint": checkpoint, "data": data, "samples": drawn.count, **drawn.tokens, "formula": formula}
     facts |= {"renormalise": renormalise, "seed": seed, "image_to_text": given, "image_over_instruction": ratios}
     (output / FACTS).write_text(json.dumps(json_ready(facts), indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch import Tensor
 from training_toys import save_tiny
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
-from himap_train.analysis.flow_table import concentrations, flow_rows, image_over_instruction
+from himap_train.analysis.flow_table import flow_rows, image_over_instruction
 from himap_train.analysis.knockout import Cut, cut_pairs, knock_out, windows
 from himap_train.analysis.pairs import kinds_of, softmax_attention, visible_pairs
 from himap_train.analysis.saliency import SampleFlow, answer_losses, measure
@@ -188,6 +189,11 @@ def test_on_the_embedded_model_text_takes_from_the_image_in_layers_2_to_4() -> N
 # ---- tables ----
 
 
+def table(*given: Any) -> dict[tuple[str, int, str], SimpleNamespace]:
+    """Rows of `flow_rows` by group, layer and flow."""
+    return {(row["group"], row["layer"], row["flow"]): SimpleNamespace(**row) for row in flow_rows(*given)}
+
+
 def made_flow(name: str, meta: dict[str, str], scale: float = 1.0) -> SampleFlow:
     """Two layers; 2 tokens of the system, 4 of the image, 2 of the instruction, 1 of the answer, in this order."""
     tokens = torch.tensor([2.0, 4.0, 2.0, 1.0]).double()
@@ -201,7 +207,7 @@ def made_flow(name: str, meta: dict[str, str], scale: float = 1.0) -> SampleFlow
 
 
 def test_flows_under_three_normalisations() -> None:
-    rows = {(row.layer, row.flow): row for row in flow_rows([made_flow("a", {})])}
+    rows = {key[1:]: row for key, row in table([made_flow("a", {})]).items()}
     assert len(rows) == 16
     # Layer 0 holds 1 to 16, target by source; image tokens give 6 to themselves, 10 to instruction, 14 to the answer.
     found = rows[0, "S_vv"]
@@ -215,36 +221,36 @@ def test_flows_under_three_normalisations() -> None:
     found = rows[0, "S_vv_others"]
     assert (found.none, found.pairs) == (3, 3 / 6) and found.attention == pytest.approx(5 / 9 / 4)
     assert rows[1, "S_vt"].none == 26 + 30
-    ratios = image_over_instruction(list(rows.values()))
+    ratios = image_over_instruction(flow_rows([made_flow("a", {})]))
     assert ratios["none"] == pytest.approx((30 + 26 + 30) / (26 + 27 + 31))
     assert ratios["sources"] == pytest.approx(ratios["none"] * 2 / 4)
 
 
 def test_what_is_zero_says_why() -> None:
     flow = made_flow("a", {})
-    zeros = {(row.layer, row.flow): row.zero for row in flow_rows([flow])}
+    zeros = {key[1:]: row.zero for key, row in table([flow]).items()}
     assert {key for key, zero in zeros.items() if zero == "causality"} == {(0, "S_tv"), (1, "S_tv")}
     assert {key for key, zero in zeros.items() if zero == "last layer"} == {(1, "S_vv"), (1, "S_vv_others")}
     none = replace(flow, tokens=flow.tokens * torch.tensor([0, 1, 1, 1]), pairs=flow.pairs.clone())
     none.pairs[:, 0] = 0
-    rows = [row for row in flow_rows([none]) if row.flow == "S_sys"]
-    assert [row.zero for row in rows] == ["no such tokens"] * 2
+    rows = table([none])
+    assert [rows["all", layer, "S_sys"].zero for layer in (0, 1)] == ["no such tokens"] * 2
 
 
 def test_the_published_code_sums_what_a_kind_takes() -> None:
-    rows = {(row.layer, row.flow): row.none for row in flow_rows([made_flow("a", {})], "published-code")}
+    rows = {key[1:]: row.none for key, row in table([made_flow("a", {})], "published-code").items()}
     assert (rows[0, "S_img"], rows[0, "S_ins"]) == (5 + 6, 9 + 10 + 11)
     assert rows[0, "S_vt"] == 24
 
 
 def test_groups_are_types_and_turns_where_there_are_several() -> None:
     flows = [made_flow("a", {"type": "where", "turn": "1"}), made_flow("b", {"turn": "2"}, 3.0)]
-    groups = {row.group: row.none for row in flow_rows(flows) if (row.layer, row.flow) == (0, "S_vv")}
+    groups = {group: row.none for (group, *rest), row in table(flows).items() if rest == [0, "S_vv"]}
     assert groups == {"all": 12, "turn 1": 6, "turn 2": 18}
     flows.append(made_flow("c", {"type": "count", "turn": "1"}, 5.0))
-    groups = {row.group: row.none for row in flow_rows(flows) if (row.layer, row.flow) == (0, "S_vv")}
+    groups = {group: row.none for (group, *rest), row in table(flows).items() if rest == [0, "S_vv"]}
     assert groups == {"all": 18, "type count": 30, "type where": 6, "turn 1": 18, "turn 2": 18}
-    even, one = concentrations(flows)[:2]
+    even, one = (table(flows)["all", layer, "S_vt"] for layer in (0, 1))
     assert (even.tenth, even.effective) == (0.25, pytest.approx(1.0))
     assert (one.tenth, one.effective) == (1.0, pytest.approx(0.25))
 
@@ -343,7 +349,7 @@ def test_the_recipe_leaves_tables_figures_and_a_schedule(kind: str, tmp_path: Pa
     assert run_recipe("information_flow", *options, "--window", window, "--budget", 0.9) == 0
     said = capsys.readouterr().out
     assert "S_img / S_ins" in said and "image-to-random" in said
-    names = ["flow.csv", "flow.json", "flow.png", "knockouts.csv", "map.png", "schedule-0.90.yaml", "tokens.csv"]
+    names = ["flow.csv", "flow.json", "flow.png", "knockouts.csv", "map.png", "schedule-0.90.yaml"]
     assert sorted(path.name for path in out.iterdir()) == names
     flow, cuts = (list(csv.DictReader((out / name).open())) for name in ("flow.csv", "knockouts.csv"))
     assert {row["group"] for row in flow} >= {"all", "turn 1", "turn 2"}

@@ -9,14 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from himap_train.analysis.flow_table import ALL, NORMALISATIONS, FlowRow
+from himap_train.analysis.flow_table import NORMALISATIONS, Row, column
 from himap_train.analysis.knockout import CUTS, KnockedOut
 from himap_train.analysis.saliency import SampleFlow
 
 COLOURS = ("#5e81ac", "#d08770", "#2a9d8f", "#b48ead", "#bf616a")
 
 
-def draw_flow(rows: Sequence[FlowRow], knocked_out: Sequence[KnockedOut]) -> Figure:
+def draw_flow(rows: Sequence[Row], knocked_out: Sequence[KnockedOut]) -> Figure:
     """What kinds of tokens give under each normalisation; between images and text; shares beside attention; cuts."""
     figure = Figure(figsize=(14, 8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -29,7 +29,7 @@ def draw_flow(rows: Sequence[FlowRow], knocked_out: Sequence[KnockedOut]) -> Fig
     panels[1, 0].set(title="v: image, t: text, from first to second", ylabel="saliency a pair")
     for number, (flow, name) in enumerate((("S_vt", "image to text"), ("S_vv_others", "image to image"))):
         for field, style in (("none", "-"), ("attention", ":")):
-            values = np.array([getattr(row, field) for row in rows if (row.group, row.flow) == (ALL, flow)])
+            values = np.array(column(rows, flow, field))
             label = f"{name}, {'saliency' if field == 'none' else 'attention'}"
             panels[1, 1].plot(values / values.sum(), style, marker="o", color=COLOURS[number], label=label)
     panels[1, 1].set(title="share of the sum over layers", ylabel="share", ylim=(0, None))
@@ -43,13 +43,12 @@ def draw_flow(rows: Sequence[FlowRow], knocked_out: Sequence[KnockedOut]) -> Fig
     return figure
 
 
-def _lines(axes: Axes, rows: Sequence[FlowRow], flows: Sequence[str], normalisation: str) -> None:
+def _lines(axes: Axes, rows: Sequence[Row], flows: Sequence[str], normalisation: str) -> None:
     """One line a flow on a logarithmic scale, which has no place for zeros: the label says why they are zero."""
     for name, colour in zip(flows, COLOURS, strict=False):
-        own = [row for row in rows if (row.group, row.flow) == (ALL, name)]
-        values = [getattr(row, normalisation) or np.nan for row in own]
-        zero = f" (0: {own[0].zero})" if own[0].zero else ""
-        axes.plot(values, marker="o", color=colour, label=name + zero)
+        reason = next(row["zero"] for row in rows if row["flow"] == name)
+        values = [value or np.nan for value in column(rows, name, normalisation)]
+        axes.plot(values, marker="o", color=colour, label=name + (f" (0: {reason})" if reason else ""))
     axes.set_yscale("log")
 
 

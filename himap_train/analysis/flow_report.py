@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from himap_train.analysis.flow_figures import draw_flow, weights_over_image
-from himap_train.analysis.flow_table import ALL, Concentration, CutRow, FlowRow, concentrations
+from himap_train.analysis.flow_table import ALL, Row
 from himap_train.analysis.knockout import KnockedOut
 from himap_train.analysis.pictures import draw_kept
 from himap_train.analysis.saliency import SampleFlow
@@ -22,40 +22,24 @@ from himap_train.data.records import Conversation
 from himap_train.models.families.base import AspectRatio
 from himap_train.storage import atomic_file
 
-FLOW, TOKENS, CUTS, PICTURE, MAP = "flow.csv", "tokens.csv", "knockouts.csv", "flow.png", "map.png"
+FLOW, CUTS, PICTURE, MAP = "flow.csv", "knockouts.csv", "flow.png", "map.png"
 
 
-def save_flow(
-    folder: Path,
-    flows: Sequence[SampleFlow],
-    rows: Sequence[FlowRow],
-    cuts: Sequence[CutRow],
-    knocked_out: Sequence[KnockedOut],
-) -> None:
-    """Write flow.csv, tokens.csv, knockouts.csv (if anything was cut) and flow.png.
-
-    Args:
-        folder: Where.
-        flows: From `measure`.
-        rows: From `flow_rows`.
-        cuts: From `cut_rows`.
-        knocked_out: From `knock_out`.
-    """
-    tables: dict[str, Sequence[FlowRow | Concentration | CutRow]]
-    tables = {FLOW: rows, TOKENS: concentrations(flows), CUTS: cuts}
-    for name, table in tables.items():
+def save_flow(folder: Path, rows: Sequence[Row], cuts: Sequence[Row], knocked_out: Sequence[KnockedOut]) -> None:
+    """Write flow.csv, knockouts.csv (if anything was cut) and flow.png; rows and cuts are those of `flow_table`."""
+    for name, table in ((FLOW, rows), (CUTS, cuts)):
         if table:
             with atomic_file(folder / name) as part, part.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, list(asdict(table[0])))
+                writer = csv.DictWriter(file, list(table[0]))
                 writer.writeheader()
-                writer.writerows({key: _cell(value) for key, value in asdict(row).items()} for row in table)
+                writer.writerows({key: _cell(value) for key, value in row.items()} for row in table)
     with atomic_file(folder / PICTURE) as part:
         draw_flow(rows, knocked_out).savefig(part, dpi=120, format="png")
 
 
 def _cell(value: Any) -> Any:
     """Six digits; nothing where there is no number."""
-    return value if not isinstance(value, float) else "" if value != value else f"{value:.6g}"
+    return value if not isinstance(value, float) else "" if math.isnan(value) else f"{value:.6g}"
 
 
 def save_map(
@@ -88,13 +72,13 @@ def save_map(
         drawn.save(part, format="png")
 
 
-def print_cuts(rows: Sequence[CutRow]) -> None:
+def print_cuts(rows: Sequence[Row]) -> None:
     """Accuracy and consistency of each cut of all samples, on standard output."""
     table = Table(title="answers where a window of layers is cut")
     for name in ("cut", "layers", "accuracy", "consistency", "overlap"):
         table.add_column(name, justify="left" if name in ("cut", "layers") else "right")
     for row in rows:
-        if row.group == ALL:
-            accuracy = f"{row.accuracy:.3f} ± {row.error:.3f}"
-            table.add_row(row.cut, row.layers, accuracy, f"{row.consistency:.3f}", f"{row.overlap:.2f}")
+        if row["group"] == ALL:
+            accuracy = f"{row['accuracy']:.3f} ± {row['error']:.3f}"
+            table.add_row(row["cut"], row["layers"], accuracy, f"{row['consistency']:.3f}", f"{row['overlap']:.2f}")
     Console().print(table)

@@ -78,7 +78,7 @@ def measure(
     """
     install_pruning(model, PruningSchedule())
     flows: list[SampleFlow] = []
-    with evaluation_mode(model), _frozen(model), _recomputed(text_decoder(model).layers):
+    with evaluation_mode(model), _replayed(model):
         for batch in samples.batches:
             flows += _of_batch(model, batch, formula)
             advance(len(batch.ids))
@@ -92,17 +92,14 @@ def _of_batch(model: nn.Module, batch: EncodedBatch, formula: Formula) -> list[S
         loss = answer_losses(base_model(model), batch.states(model, observer), batch.labels).sum()
         torch.autograd.grad(loss, observer.start)
     pairs = (kinds @ visible.to(kinds.dtype) @ kinds.mT).double().cpu()
-    found = [torch.stack(parts, 1).double().cpu() for parts in zip(*_by_layer(observer.layers), strict=True)]
+    by_layer = (observer.layers[layer] for layer in sorted(observer.layers))
+    found = [torch.stack(parts, 1).double().cpu() for parts in zip(*by_layer, strict=True)]
     saliency, attention, own, given = found
     kinds = kinds.double().cpu()
     return [
         SampleFlow(name, meta, kinds[i].sum(1), pairs[i], saliency[i], attention[i], own[i], given[i][:, image])
         for i, (name, meta, image) in enumerate(zip(batch.ids, batch.meta, kinds[:, IMAGE].bool(), strict=True))
     ]
-
-
-def _by_layer(layers: dict[int, tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    return [layers[number] for number in sorted(layers)]
 
 
 def answer_losses(base: Any, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -193,27 +190,20 @@ class _Attention(torch.autograd.Function):
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No weight asks for a gradient inside, so that nothing is kept for one."""
+def _replayed(model: nn.Module) -> Iterator[None]:
+    """No weight asks for a gradient inside, and layers are computed again in the backward pass."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    for weight in trained:
-        weight.requires_grad_(False)
+    layers = list(text_decoder(model).layers)
+    before = [layer.__dict__.get("forward") for layer in layers]
     try:
+        for weight in trained:
+            weight.requires_grad_(False)
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         yield
     finally:
         for weight in trained:
             weight.requires_grad_(True)
-
-
-@contextmanager
-def _recomputed(layers: Any) -> Iterator[None]:
-    """Layers are computed again in the backward pass; what stood in the place of their forward comes back after it."""
-    before = [layer.__dict__.get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
         for layer, found in zip(layers, before, strict=True):
             del layer.forward
             if found is not None:
