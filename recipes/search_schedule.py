@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from himap_train.analysis.saliency import measure
 from himap_train.bar import progress_bar
 from himap_train.checkpoints.scheduled import load_with_schedule
 from himap_train.command_line import new_output_folder, run_command
 from himap_train.data.sources import open_source
+from himap_train.evaluation.samples import read_samples
 from himap_train.models.families.base import AspectRatio
 from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.search.flow import Flow, information_flow
+from himap_train.search.flow import mean_image_to_text
 from himap_train.search.objective import Objective
 from himap_train.search.one_budget import budgets_of, search_budget
 from himap_train.search.proposals import Method
-from himap_train.search.samples import read_samples
 from himap_train.search.search_folder import FACTS, PICTURE, TRIALS, save_search, schedule_file
 from himap_train.search.show import print_flow, print_search
 from himap_train.search.space import Space
@@ -62,7 +64,8 @@ def main(
         data: embedded:validation, a LLaVA file (.json, .jsonl), a Hugging Face data set (folder, .parquet, owner/name).
         budget: Share of the dense prefill's FLOPs, text included, that a schedule may cost (`flops_ratio`).
         budgets: Several of them.
-        method: coordinate (descents from many places), or flow (the information flow alone, one pass).
+        method: coordinate (descents from many places), or flow (the information flow alone, one pass
+            forward and backward).
         trials: Most schedules that are run at each budget.
         stages: Most removals of a schedule.
         criteria: One a stage, by depth; by default instruction at the first and image at the others.
@@ -100,7 +103,7 @@ def main(
         for one in wanted
     ]
     print(f"{drawn.count} samples, {drawn.image_tokens:.0f} image and {drawn.text_tokens:.0f} text tokens on average")
-    flow, objective = information_flow(model, drawn), Objective(model, drawn, seed)
+    flow, objective = mean_image_to_text(measure(model, drawn)), Objective(model, drawn, seed)
     print_flow(flow)
     dense = objective(PruningSchedule())
     found: list[Found] = []
@@ -134,7 +137,7 @@ def stop(output: Path) -> NoReturn:
     sys.exit(130)
 
 
-def searched(space: Space, objective: Objective, method: Method, trials: int, flow: Flow) -> Found:
+def searched(space: Space, objective: Objective, method: Method, trials: int, flow: Sequence[float]) -> Found:
     """`search_budget` with a progress bar."""
     with progress_bar(f"budget {space.budget:g}", 1 if method == "flow" else trials) as advance:
         return search_budget(space, objective, method, trials, flow, lambda trial: advance(1))

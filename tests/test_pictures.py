@@ -50,6 +50,15 @@ def test_kept_patches_stay_clear_and_dropped_ones_go_grey():
                 assert block.max() < 60  # and dark
 
 
+def test_tokens_may_be_of_any_brightness():
+    image = Image.new("RGB", (28, 28), (200, 40, 40))
+    _, half = panels(draw_kept(image, [{0: 1.0, 1: 0.5}], [TokenBlock(2, 2)], ["saliency"]), 2)
+    middle = PANEL // 4
+    clear, between, dark = half[middle, middle], half[middle, 3 * middle], half[3 * middle, middle]
+    assert clear.tolist() == [200, 40, 40] and dark.max() < 60
+    assert np.abs(between - (clear + dark) / 2).max() <= 1
+
+
 def test_blocks_of_a_view_lie_beside_each_other_and_views_below_each_other():
     """Two tiles with a newline a row, and an overview behind a class token: each token clears its own part."""
     image = Image.new("RGB", (40, 20), (200, 40, 40))

@@ -8,7 +8,6 @@ import pytest
 from transformers import LlamaConfig, LlavaConfig
 
 from himap_train import PruningSchedule
-from himap_train.search.flow import Flow
 from himap_train.search.one_budget import search_budget
 from himap_train.search.proposals import search
 from himap_train.search.space import Space
@@ -16,7 +15,7 @@ from himap_train.search.trials import Trials
 
 TEXT = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=12, num_attention_heads=4)
 SPACE = Space(LlavaConfig(text_config=TEXT), 0.45, image_tokens=144, text_tokens=15)
-FLOW = Flow((1.0,) * 12, (1.0,) * 12)
+FLOW = (1.0,) * 12
 
 
 def planted(layers: tuple[int, ...], splits: tuple[float, ...], space: Space = SPACE):

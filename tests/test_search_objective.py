@@ -1,4 +1,4 @@
-"""What a search measures, against stock Hugging Face: the loss of a schedule, and the attention of every layer."""
+"""What a search measures: the loss of a schedule, against stock Hugging Face, and the flow."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from data_examples import encode
 from tiny import tiny_llava, tiny_processor
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
+from himap_train.analysis.saliency import measure
 from himap_train.data.records import Conversation, RecordError, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.data.skips import TooManySkippedError
-from himap_train.search.flow import information_flow
+from himap_train.evaluation.samples import read_samples
+from himap_train.search.flow import mean_image_to_text
 from himap_train.search.objective import Objective
-from himap_train.search.samples import read_samples
 
 HIMAP = PruningSchedule((PruningStage(2, "instruction", 0.5), PruningStage(4, "image", 0.125)))
 SCENES = SceneQuestions("validation", scenes=10, seed=3, turns=2)
@@ -75,25 +76,12 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
         objective(HIMAP)
 
 
-def test_the_flow_is_the_attention_that_eager_stock_layers_return() -> None:
-    model, processor = tiny_llava(attn="eager"), tiny_processor()
-    found = information_flow(model, read_samples(model, processor, SCENES, batch_size=4))
-    remove_pruning(model)
-    rows = {"instruction": torch.zeros(6), "image": torch.zeros(6)}
-    for index in range(len(SCENES)):
-        sample = encode(SCENES[index], processor)
-        with torch.no_grad():
-            out = model(input_ids=sample["input_ids"][None], **sample["images"][0], output_attentions=True)
-        image = sample["input_ids"] == processor.image_token_id
-        first_answer = int((sample["labels"] != -100).nonzero()[0])
-        prompt = torch.arange(len(image)) < first_answer
-        instruction = prompt & ~image & (torch.arange(len(image)) > int(image.nonzero()[-1]))
-        for layer, attention in enumerate(out.attentions):
-            mean = attention[0].mean(0)
-            rows["instruction"][layer] += mean[instruction][:, image].sum(1).mean()
-            rows["image"][layer] += mean.fill_diagonal_(0)[image][:, image].sum(1).mean()
-    torch.testing.assert_close(torch.tensor(found.instruction), rows["instruction"] / 10, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(torch.tensor(found.image), rows["image"] / 10, atol=1e-5, rtol=1e-4)
+def test_the_flow_is_what_image_tokens_give_to_text_on_average() -> None:
+    model, samples = tiny_llava(), read_samples(tiny_llava(), tiny_processor(), SCENES, batch_size=4)
+    flows = measure(model, samples)
+    expected = sum(flow.saliency[:, 2:, 1].sum(1) for flow in flows) / 10
+    assert len(flows) == 10 and float(expected.min()) > 0
+    assert mean_image_to_text(flows) == pytest.approx(tuple(expected.tolist()), rel=1e-4)
 
 
 def test_samples_are_drawn_by_the_seed_and_text_alone_is_left_out() -> None:

@@ -26,7 +26,7 @@ def search(folder: Path, *options: object) -> int:
 def test_two_budgets_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert search(tmp_path, "--budgets", "[0.4,0.255]") == 0
     printed = capsys.readouterr().out
-    assert "attention to image tokens" in printed
+    assert "saliency, image to text" in printed
     assert "preset himap" in printed
     files = ["schedule-0.255.yaml", "schedule-0.40.yaml", "search.json", "search.png", "trials.csv"]
     assert sorted(path.name for path in tmp_path.iterdir()) == files

@@ -8,7 +8,7 @@ import pytest
 from cost_toys import LLAVA_7B
 from transformers import LlamaConfig, LlavaConfig
 
-from himap_train.search.flow import Flow, handed_over, suggest
+from himap_train.search.flow import handed_over, kept_flow, suggest
 from himap_train.search.one_budget import preset_at_budget, starting_points
 from himap_train.search.proposals import _spread
 from himap_train.search.space import Space
@@ -86,19 +86,37 @@ def test_what_cannot_be_searched_is_refused(options: dict[str, object], message:
 
 
 def test_layers_from_the_flow() -> None:
-    flow = Flow(instruction=(0.6, 0.3, 0.0, 0.0, 0.0, 0.0, 0.0, 0.1), image=(0.1, 0.1, 0.1, 0.1, 0.6, 0.0, 0.0, 0.0))
-    assert (handed_over(flow.instruction), handed_over(flow.instruction, 0.9)) == (1, 2)
-    assert handed_over(flow.image) == 5
-    assert suggest(flow, space()).layers == (1, 5)
-    late = Flow(instruction=(0.0,) * 7 + (1.0,), image=(0.0,) * 7 + (1.0,))
-    assert suggest(late, space(0.4)).layers == (2, 7), "the budget needs layer 2, the decoder ends with layer 7"
-    assert suggest(late, space(0.9, stages=3)).layers == (5, 6, 7)
+    early = (0.1, 0.1, 0.3, 0.1, 0.4, 0.0, 0.0, 0.0)
+    assert (handed_over(early), handed_over(early, 0.1), handed_over(early, 0.4)) == (5, 1, 3)
+    assert suggest(early, space()).layers == (1, 5), "all that is left leaves where nothing flows any more"
+    assert suggest(early, space(stages=3)).layers == (1, 5, 5)
+    assert [stage.layer for stage in space(stages=3).schedule(suggest(early, space(stages=3))).stages] == [1, 5]
+    at_once = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    assert suggest(at_once, space(0.4)).layers == (1, 3), "an earlier cut leaves more at layer 2"
+    late = (0.0,) * 7 + (1.0,)
+    alone = space(0.4).schedule(suggest(late, space(0.4)))
+    assert [(s.layer, s.criterion) for s in alone.stages] == [(1, "instruction")], "what flows last needs tokens there"
+    assert suggest(early, space(stages=1)).layers == (1,)
+
+
+def test_no_other_candidate_keeps_more_of_the_flow() -> None:
+    searched, flow = space(0.5), (0.06, 0.03, 0.17, 0.04, 0.22, 0.02, 0.04, 0.01)
+    schedule = searched.schedule(suggest(flow, searched))
+    most = kept_flow(flow, searched, schedule)
+    counts = schedule.cost(CONFIG, 144, 15).image_tokens_per_layer
+    by_hand = sum(given * (count / 144) ** 0.5 for given, count in zip(flow, counts, strict=True)) / 0.59
+    assert most == pytest.approx(by_hand)
+    tried = [searched.schedule(searched.point((first, last), (split,)))
+             for first in range(1, 7) for last in range(first + 1, 8) for split in (0.0, 0.25, 0.5, 1.0)]  # fmt: skip
+    others = [kept_flow(flow, searched, one) for one in tried if one is not None]
+    assert len(others) > 20
+    assert max(others) <= most + 0.01  # whole tokens
 
 
 def test_the_search_starts_from_the_preset_at_the_budget() -> None:
     searched = Space(LLAVA_7B, 0.45, image_tokens=576, text_tokens=115)
     preset = preset_at_budget(searched)
-    start = starting_points(searched, Flow((1.0,) * 32, (1.0,) * 32), with_preset=True)[-1]
+    start = starting_points(searched, (1.0,) * 32, with_preset=True)[-1]
     ours, theirs = (one.cost(LLAVA_7B).image_tokens_per_layer for one in (searched.schedule(start), preset))
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1
     assert preset_at_budget(Space(LLAVA_7B, 0.2, image_tokens=576, text_tokens=115)) is None

@@ -1,5 +1,7 @@
 """Pictures of what pruning keeps: the image, then one panel a stage with the dropped patches dark.
 
+Or of any weight that each token has: the less, the darker.
+
 Where the tokens of an image lie is its family's affair (`Family.token_blocks`): one grid over the picture, or an
 overview and tiles, each drawn in a row of its own. Tokens that show no part of it (newlines, a class token) are counted
 in the captions only.
@@ -7,7 +9,7 @@ in the captions only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -53,13 +55,14 @@ def captions(schedule: PruningSchedule, kept: Sequence[Sequence[int]], tokens: i
 
 
 def draw_kept(
-    image: Image.Image, kept: Sequence[Sequence[int]], blocks: Sequence[TokenBlock], texts: Sequence[str]
+    image: Image.Image, kept: Sequence[Collection[int]], blocks: Sequence[TokenBlock], texts: Sequence[str]
 ) -> Image.Image:
     """Rows of panels, one row for each view: the image, then one panel a stage, with what is dropped grey and dark.
 
     Args:
         image: What the blocks lie over.
-        kept: For each stage the numbers of the image tokens that stay.
+        kept: For each stage the numbers of the image tokens that stay; or a mapping from them to how bright they are,
+            0 to 1.
         blocks: Where the tokens lie, in their order.
         texts: A caption for each stage.
 
@@ -95,7 +98,7 @@ def _caption(view: str, blocks: Sequence[TokenBlock]) -> str:
     return f"{view}: {f'{len(grids)} of ' if len(grids) > 1 else ''}{grids[0]} patches"
 
 
-def _of_view(kept: Sequence[int], blocks: Sequence[TokenBlock], view: str) -> str:
+def _of_view(kept: Collection[int], blocks: Sequence[TokenBlock], view: str) -> str:
     """How many of the kept tokens are of this view, where there are others."""
     if len({block.view for block in blocks}) == 1:
         return ""
@@ -107,16 +110,18 @@ def _of_view(kept: Sequence[int], blocks: Sequence[TokenBlock], view: str) -> st
     return f" ({count} here)"
 
 
-def _shade(image: Image.Image, kept: Sequence[int], blocks: Sequence[TokenBlock], view: str) -> Image.Image:
+def _shade(image: Image.Image, kept: Collection[int], blocks: Sequence[TokenBlock], view: str) -> Image.Image:
     """The image, dark where no kept token of a view lies."""
-    stays, mask, start = set(kept), Image.new("L", image.size, 0), 0
+    bright = kept if isinstance(kept, Mapping) else dict.fromkeys(kept, 1.0)
+    mask, start = Image.new("L", image.size, 0), 0
     for block in blocks:
         if block.view == view and block.rows * block.columns:
             grid = Image.new("L", (block.columns, block.rows), 0)
             for token in range(block.tokens):
                 patch = block.patch(token)
-                if patch is not None and start + token in stays:
-                    grid.putpixel((patch % block.columns, patch // block.columns), 255)
+                if patch is not None:
+                    light = round(255 * bright.get(start + token, 0.0))
+                    grid.putpixel((patch % block.columns, patch // block.columns), light)
             left, top, right, bottom = (
                 round(edge * side) for edge, side in zip(block.box, (*image.size, *image.size), strict=True)
             )

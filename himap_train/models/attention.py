@@ -33,6 +33,10 @@ from himap_train.pruning.stage import LOOKS, PruningStage
 
 PREFIX = "himap_"
 AttentionResult = tuple[Tensor, Tensor | None]
+OwnAttention = Callable[[int, Tensor, Tensor, Tensor, float], Tensor | None]
+"""What may take the kernel's place in an analysis, and build its own mask: of a layer's number, its (B, H, L, D)
+queries, (B, K, L, D) keys and values and the scaling of the logits it gives (B, H, L, D), or None to leave it alone.
+"""
 
 
 class ScoreCollector:
@@ -184,12 +188,17 @@ def register_attention(name: str) -> str:
         score_collector: ScoreCollector | None = None,
         causal_blocks: CausalBlocks | None = None,
         marginal: Marginal | None = None,
+        own_attention: OwnAttention | None = None,
         **kwargs: Any,
     ) -> AttentionResult:
         kwargs |= dict(zip(by_place, more, strict=False))  # as the stock function names them, `dropout` first in sdpa's
         scaling = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
         if score_collector is not None:
             score_collector.collect(query, key, scaling)
+        if own_attention is not None:
+            own = own_attention(int(module.layer_idx), query, key, value, scaling)  # type: ignore[arg-type]
+            if own is not None:
+                return own.transpose(1, 2), None
         if marginal is not None:
             same = partial(collecting_attention, module, attention_mask=attention_mask, causal_blocks=causal_blocks)
             return _attend_marginally(partial(same, **kwargs), query, key, value, marginal, scaling)

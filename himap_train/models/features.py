@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from himap_train.models.attention import OwnAttention
 from himap_train.models.families import family_of
 from himap_train.models.families.base import Images
 from himap_train.models.stock import base_model
@@ -47,6 +48,7 @@ def hidden_states(
     labels: Tensor | None = None,
     mm_encoder_outputs: dict[str, Any] | None = None,
     image_features: Tensor | None = None,
+    own_attention: OwnAttention | None = None,
 ) -> Tensor:
     """Final decoder states (B, S, D), normed; rows of dropped tokens are zero. For losses that need few rows of logits.
 
@@ -63,6 +65,7 @@ def hidden_states(
         mm_encoder_outputs: Image features computed before, as the stock forward takes them.
         image_features: (images, tokens, width), what the projector takes, in place of pixels: the vision tower does not
             run. Of no images, (0, tokens, width), for a batch of text alone. Not in every family.
+        own_attention: What computes the attention in the kernel's place, where a schedule without stages is installed.
     """
     base = base_model(model)
     family = family_of(base)
@@ -87,6 +90,8 @@ def hidden_states(
         inputs["mm_encoder_outputs"] = {"image": encoded}
     if labels is not None and getattr(family.decoder(base), "himap_pruning", None) is not None:
         inputs["supervised_mask"] = labels != -100
+    if own_attention is not None:
+        inputs["own_attention"] = own_attention
     hidden: Tensor = base.model(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs
     ).last_hidden_state

@@ -1,114 +1,33 @@
-"""Inter-layer information flow: from which layer on which tokens have taken from the image what they take.
+"""A first schedule from the information flow: what keeps the most of what image tokens give to text.
 
-HiMAP (CVPR 2025, section 3) finds that shallow layers carry what the image says into the instruction and deeper ones
-mix it among the image tokens, and prunes behind each of the two. It measures that by saliency, which needs gradients;
-here it is the attention itself: of the instruction's rows the mean share that goes to image tokens, and of the image's
-rows that which goes to other image tokens. One dense pass reads both at every layer.
-
-Shapes: B rows, L columns, R ranking rows, H heads, K key-value heads, D head width.
+HiMAP (CVPR 2025, section 3) reads from the saliency in which layers the text takes from the image, and prunes behind
+them. Here the saliency of each layer says what its image tokens are worth, and a share r of them is taken to give the
+square root of r of it: what they say overlaps, and a ranking finds those that say more (on the embedded model a tenth
+of the tokens gives a quarter to half of a layer's saliency). Of the schedules with one cut, or a cut and a second one
+that leaves nothing or a quarter, that one is suggested which keeps the most at the budget.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from himap_train.evaluation.answering import evaluation_mode
-from himap_train.models.families import family_of
-from himap_train.models.install import install_pruning
-from himap_train.models.stock import base_model
-from himap_train.pruning.layout import build_layout
-from himap_train.pruning.methods.attention import attention_blocks
-from himap_train.pruning.methods.base import RankingRows
-from himap_train.pruning.methods.image import ByImage
-from himap_train.pruning.methods.instruction import Instruction
+from himap_train.analysis.saliency import SampleFlow
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.search.samples import EncodedBatch, SearchSamples
 from himap_train.search.space import Point, Space
 
-HANDED_OVER = 0.5
-"""Share of a flow's total over all layers behind which its stage stands."""
-SPLIT = 0.25
-"""What HiMAP's second stage keeps of what its first one kept."""
+HANDED_OVER = 0.9
+"""Share of a flow's total behind which it is called over."""
+SPLITS = (0.0, 0.25, 1.0)
+"""What a second cut may leave of what the first one left."""
 
 
-@dataclass(frozen=True)
-class Flow:
-    """Attention to image tokens at every layer, mean over samples and rows, 0 to 1.
-
-    Attributes:
-        instruction: From the prompt's text behind the image.
-        image: From other image tokens.
-    """
-
-    instruction: tuple[float, ...]
-    image: tuple[float, ...]
-
-
-class FlowCollector:
-    """Takes the place of a `ScoreCollector` at every layer of one dense forward of a batch.
-
-    Args:
-        rows: The ranking rows of the instruction and of the image.
-        image: (B, L) bool, image tokens.
-        valid: (B, L) bool, not padding.
-    """
-
-    def __init__(self, rows: Sequence[RankingRows], image: Tensor, valid: Tensor) -> None:
-        self.rows, self.image, self.valid = rows, image, valid
-        self.layers: list[list[float]] = []
-
-    def collect(self, query: Tensor, key: Tensor, scaling: float) -> None:
-        """One layer's (B, H, L, D) queries and (B, K, L, D) keys: for each kind of rows the sum over the batch."""
-        self.layers.append([float(self._share(query, key, scaling, rows)) for rows in self.rows])
-
-    def _share(self, query: Tensor, key: Tensor, scaling: float, rows: RankingRows) -> Tensor:
-        total = torch.zeros(len(query), device=query.device)
-        columns = torch.arange(query.shape[2], device=query.device)
-        for part, attention in attention_blocks(query, key, rows.index, self.valid, scaling, rows.fewest):
-            seen = attention.shape[2]
-            others = columns[:seen] != rows.index[:, part].unsqueeze(2)
-            source = rows.may_rank[:, part, :seen] & self.image[:, None, :seen] & others
-            total += (attention * source).sum((1, 2))
-        return (total / rows.may_rank.any(2).sum(1).clamp(min=1)).sum()
-
-
-def information_flow(model: nn.Module, samples: SearchSamples) -> Flow:
-    """The flow on samples, from one dense pass over each batch.
-
-    Args:
-        model: LLaVA or PeftModel around one; is dense afterwards.
-        samples: From `read_samples`.
-    """
-    install_pruning(model, PruningSchedule())
-    totals: Any = 0
-    with evaluation_mode(model):
-        for batch in samples.batches:
-            totals = totals + torch.tensor(_layers(base_model(model), batch), dtype=torch.float64)
-    instruction, image = (totals / samples.count).T.tolist()
-    return Flow(tuple(instruction), tuple(image))
-
-
-def _layers(base: Any, batch: EncodedBatch) -> list[list[float]]:
-    ids, mask = batch.texts["input_ids"], batch.texts["attention_mask"]
-    layout, counts = build_layout(ids == base.config.image_token_id, mask, batch.labels != -100)
-    rows = [method.rows(layout, counts) for method in (Instruction(), ByImage())]
-    collector = FlowCollector(rows, layout.image, layout.valid)
-    base.model(
-        input_ids=ids,
-        attention_mask=mask,
-        mm_encoder_outputs={"image": batch.encoded},
-        **family_of(base).forward_inputs(base.config, ids, batch.sizes),
-        **batch.sizes,
-        use_cache=False,
-        score_collector=collector,
-    )
-    return collector.layers
+def mean_image_to_text(flows: Sequence[SampleFlow]) -> tuple[float, ...]:
+    """Saliency of what image tokens give to text in each layer, mean over samples."""
+    return tuple(torch.stack([flow.image_to_text.sum(1) for flow in flows]).mean(0).tolist())
 
 
 def handed_over(flow: Sequence[float], share: float = HANDED_OVER) -> int:
@@ -118,16 +37,39 @@ def handed_over(flow: Sequence[float], share: float = HANDED_OVER) -> int:
     return next((layer for layer, done in enumerate(before, start=1) if done >= share * total), len(flow))
 
 
-def suggest(flow: Flow, space: Space) -> Point:
-    """Layers from the flow: the first stage behind the instruction's, the others behind the image's.
+def kept_flow(flow: Sequence[float], space: Space, schedule: PruningSchedule) -> float:
+    """Share of the flow's total that a schedule keeps if a share r of the tokens gives the square root of r."""
+    whole = space.tokens["image_tokens"]
+    shares = (math.sqrt(count / whole) for count in space.layer_counts(schedule))
+    return sum(given * share for given, share in zip(flow, shares, strict=True)) / sum(flow)
 
-    Further stages divide what the image's flow still carries into equal parts. A layer that the budget or the decoder
-    has no room for becomes the nearest one that they have.
-    """
-    room = space.num_layers - space.stages  # each later stage needs a layer of its own behind
-    layers = [min(handed_over(flow.instruction), space.deepest_first, room)]
-    for number in range(1, space.stages):
-        share = HANDED_OVER + (1 - HANDED_OVER) * (number - 1) / (space.stages - 1)
-        wanted = max(handed_over(flow.image, share), layers[-1] + 1)
-        layers.append(min(wanted, room + number))
-    return space.point(layers, [SPLIT] * (space.stages - 1))
+
+def suggest(flow: Sequence[float], space: Space) -> Point:
+    """The point that keeps most of the flow at the budget; stages beyond the second take nothing away."""
+    layers, bare, before = space.num_layers, space.least(0), [0.0, *accumulate(flow)]
+    found: list[tuple[float, Point]] = []
+    for first in range(space.earliest, space.deepest_first + 1):
+        for last in range(first + 1, layers) if space.stages > 1 else [layers]:
+            for split in SPLITS if space.stages > 1 else [1.0]:
+                # A layer costs 1 before the cuts, and behind them `bare` and what its share of the image costs.
+                spent = (space.budget * layers - first - (layers - first) * bare) / (1 - bare)
+                share = spent / (last - first + split * (layers - last))
+                if 0 <= share <= 1:
+                    kept = [before[first], before[last] - before[first], before[layers] - before[last]]
+                    roots = 1.0, math.sqrt(share), math.sqrt(split * share)
+                    point = space.point(
+                        [first, *[last] * (space.stages - 1)], [split, *[1.0] * space.stages][: space.stages - 1]
+                    )
+                    found.append((sum(part * root for part, root in zip(kept, roots, strict=True)), point))
+    found.sort(key=lambda pair: -pair[0])
+    nothing = space.point([space.earliest] * space.stages, [1.0] * (space.stages - 1))
+    return next((point for _, point in found if space.schedule(point) is not None), nothing)
+
+
+def reason(flow: Sequence[float], space: Space, schedule: PruningSchedule) -> str:
+    """Why a schedule is suggested, in one line."""
+    return (
+        f"keeps {kept_flow(flow, space, schedule):.0%} of what image tokens give to text (saliency, a share r of them "
+        f"taken to give its root), the most at flops_ratio {space.budget:g}; {HANDED_OVER:.0%} has gone over before "
+        f"layer {handed_over(flow)} of {len(flow)}"
+    )

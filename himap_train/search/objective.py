@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from himap_train.evaluation.answering import evaluation_mode
-from himap_train.models.features import hidden_states
+from himap_train.evaluation.samples import EncodedSamples
 from himap_train.models.install import install_pruning
 from himap_train.models.loss import supervised_loss
 from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.search.samples import SearchSamples
 
 
 class Objective:
@@ -30,7 +29,7 @@ class Objective:
         seed: For the criterion `random`, the same draws for every schedule.
     """
 
-    def __init__(self, model: nn.Module, samples: SearchSamples, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, samples: EncodedSamples, seed: int = 0) -> None:
         self.model, self.samples, self.seed = model, samples, seed
         self.forward_passes = 0
 
@@ -46,9 +45,7 @@ class Objective:
         with evaluation_mode(self.model), torch.random.fork_rng():
             torch.manual_seed(self.seed)
             for batch in self.samples.batches:
-                hidden = hidden_states(
-                    self.model, **batch.texts, images=batch.sizes, mm_encoder_outputs={"image": batch.encoded}
-                )
+                hidden = batch.states(self.model)
                 loss, _ = supervised_loss(hidden, batch.labels, lm_head)
                 total += loss.double().cpu()
                 self.forward_passes += 1

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from himap_train.pruning.reading import fit_preset
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.search.flow import Flow, suggest
+from himap_train.search.flow import suggest
 from himap_train.search.proposals import Method, search
 from himap_train.search.space import Point, Space
 from himap_train.search.trials import Found, Trial, Trials
@@ -32,7 +32,7 @@ def search_budget(
     objective: Callable[[PruningSchedule], float],
     method: Method,
     limit: int,
-    flow: Flow,
+    flow: Sequence[float],
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> Found:
     """The best schedules of a space.
@@ -42,7 +42,7 @@ def search_budget(
         objective: Schedule to loss.
         method: How candidates are chosen.
         limit: Most schedules that are run.
-        flow: Its suggestion is the first candidate.
+        flow: From `mean_image_to_text`; its suggestion is the first candidate.
         on_trial: Called after each trial.
 
     Raises:
@@ -66,7 +66,7 @@ def preset_at_budget(space: Space) -> PruningSchedule | None:
         return None
 
 
-def starting_points(space: Space, flow: Flow, with_preset: bool) -> list[Point]:
+def starting_points(space: Space, flow: Sequence[float], with_preset: bool) -> list[Point]:
     """The flow's suggestion and, where it has as many stages as the space, the preset's layers."""
     points = [suggest(flow, space)]
     preset = preset_at_budget(space) if with_preset else None

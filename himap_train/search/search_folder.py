@@ -10,10 +10,9 @@ from typing import Any
 
 import yaml
 
+from himap_train.evaluation.samples import EncodedSamples
 from himap_train.evaluation.tables import json_ready
 from himap_train.models.training_cost import training_flops
-from himap_train.search.flow import Flow
-from himap_train.search.samples import SearchSamples
 from himap_train.search.show import draw_search
 from himap_train.search.trials import Found, Trial, Trials
 from himap_train.storage import atomic_file
@@ -28,7 +27,7 @@ def schedule_file(budget: float) -> str:
     return f"schedule-{budget:.2f}.yaml" if round(budget, 2) == budget else f"schedule-{budget:g}.yaml"
 
 
-def training_steps(trials: Trials, samples: SearchSamples) -> float:
+def training_steps(trials: Trials, samples: EncodedSamples) -> float:
     """How many training steps of `STEP_SAMPLES` samples under the best schedule cost what the trials did.
 
     Decoder alone, in FLOPs; the step without LoRA's own share, so the number is rather too high than too low.
@@ -41,7 +40,7 @@ def training_steps(trials: Trials, samples: SearchSamples) -> float:
 
 
 def save_search(
-    found: Sequence[Found], folder: Path, facts: dict[str, Any], samples: SearchSamples, flow: Flow
+    found: Sequence[Found], folder: Path, facts: dict[str, Any], samples: EncodedSamples, flow: Sequence[float]
 ) -> None:
     """Write a schedule for each budget, trials.csv, search.json and search.png, each whole or not at all.
 
@@ -50,7 +49,7 @@ def save_search(
         folder: Made if it is not there.
         facts: Entries of search.json: checkpoint, data, method, dense loss, ...
         samples: What was searched on.
-        flow: The information flow of the dense model.
+        flow: From `mean_image_to_text`, of the dense model.
     """
     for one in found:
         with atomic_file(folder / schedule_file(one.budget)) as part:
@@ -63,7 +62,7 @@ def save_search(
         "samples": samples.count,
         **samples.tokens,
         "supervised_tokens": samples.supervised,
-        "flow": {"instruction": flow.instruction, "image": flow.image},
+        "image_to_text": flow,
         "budgets": [_facts(one, training_steps(one.trials, samples)) for one in found],
     }
     with atomic_file(folder / FACTS) as part:

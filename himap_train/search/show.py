@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.search.flow import HANDED_OVER, Flow, handed_over
+from himap_train.search.flow import HANDED_OVER, handed_over
 from himap_train.search.trials import Found
 
 
@@ -32,17 +32,14 @@ def print_search(found: Found, dense_loss: float) -> None:
     Console().print(table)
 
 
-def print_flow(flow: Flow) -> None:
-    """A line a layer: what share of their attention the instruction and the image give to image tokens."""
-    table = Table(title="attention to image tokens, by layer")
-    for name in ("layer", "from the instruction", "from other image tokens"):
+def print_flow(flow: Sequence[float]) -> None:
+    """A line a layer: saliency of what image tokens give to text, and its share of the total."""
+    table = Table(title="saliency, image to text")
+    for name in ("layer", "saliency", "share"):
         table.add_column(name, justify="right")
-    for layer, (instruction, image) in enumerate(zip(flow.instruction, flow.image, strict=True)):
-        table.add_row(str(layer), f"{instruction:.3f}", f"{image:.3f}")
-    table.caption = (
-        f"{HANDED_OVER:.0%} of it has gone over before layer {handed_over(flow.instruction)} (instruction) and "
-        f"{handed_over(flow.image)} (image)"
-    )
+    for layer, given in enumerate(flow):
+        table.add_row(str(layer), f"{given:.4f}", f"{given / sum(flow):.0%}")
+    table.caption = f"{HANDED_OVER:.0%} of it has gone over before layer {handed_over(flow)}"
     Console().print(table)
 
 

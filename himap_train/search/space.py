@@ -79,11 +79,11 @@ class Space:
         self.criteria = tuple(criteria or ("instruction", *["image"] * (stages - 1)))
         _check_criteria(self.criteria, stages, free_criteria)
         self.earliest = 1 if all(_reads_before(criterion) for criterion in self.criteria) else 0
-        check_budget(budget, self._least(self.earliest), first_layer=self.earliest)
+        check_budget(budget, self.least(self.earliest), first_layer=self.earliest)
         if budget == 1.0:
             raise ValueError("the budget 1.0 is dense: there is nothing to search; give less")
         self.deepest_first = max(
-            layer for layer in range(self.earliest, self.num_layers) if self._least(layer) <= budget
+            layer for layer in range(self.earliest, self.num_layers) if self.least(layer) <= budget
         )
 
     def point(self, layers: Sequence[int], splits: Sequence[float], criteria: Sequence[str] | None = None) -> Point:
@@ -124,7 +124,8 @@ class Space:
         """Image tokens that each layer runs on."""
         return image_tokens_per_layer(schedule, self.num_layers, self.tokens["image_tokens"])
 
-    def _least(self, first_layer: int) -> float:
+    def least(self, first_layer: int) -> float:
+        """Ratio where no image token is left from this layer on."""
         nothing = PruningSchedule((PruningStage(first_layer, "instruction", 0.0),))
         return self.flops_ratio(nothing)
 

@@ -1,13 +1,14 @@
-"""The fixed samples that every candidate schedule is tried on: encoded, batched and their images encoded once.
+"""Fixed samples that a decoder is run on again and again: encoded, batched and their images encoded once.
 
-So a trial costs the decoder alone. Samples without an image say nothing about pruning and are left out.
+So another schedule, or another cut of the attention, costs the decoder alone. Samples without an image say nothing
+about pruning and are left out.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,31 +16,50 @@ from torch import Tensor, nn
 
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import IGNORED, Encoder, Sample
-from himap_train.data.records import Conversation, RecordError, Source, StreamingSource
+from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Source, StreamingSource
 from himap_train.data.skips import SkipLog
 from himap_train.evaluation.answering import evaluation_mode
 from himap_train.evaluation.questions import Question, question_batches, source_length
+from himap_train.models.attention import OwnAttention
 from himap_train.models.families import family_of
 from himap_train.models.families.base import AspectRatio
+from himap_train.models.features import hidden_states
 from himap_train.models.stock import base_model
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """What `hidden_states` takes: input_ids, attention_mask and labels (B, S), and the features of the images."""
+    """What `hidden_states` takes: input_ids, attention_mask and labels (B, S), and the features of the images.
+
+    `ids` and `meta` are those of the records.
+    """
 
     texts: dict[str, Tensor]
     encoded: Any
     sizes: dict[str, Tensor]
+    ids: list[str]
+    meta: list[dict[str, str]]
 
     @property
     def labels(self) -> Tensor:
         """(B, S), -100 where nothing is predicted."""
         return self.texts["labels"]
 
+    def states(self, model: nn.Module, own_attention: OwnAttention | None = None) -> Tensor:
+        """Final states, (B, S, D); the arguments are those of `hidden_states`."""
+        return hidden_states(
+            model,
+            input_ids=self.texts["input_ids"],
+            attention_mask=self.texts["attention_mask"],
+            labels=self.labels,
+            images=self.sizes,
+            mm_encoder_outputs={"image": self.encoded},
+            own_attention=own_attention,
+        )
+
 
 @dataclass(frozen=True)
-class SearchSamples:
+class EncodedSamples:
     """The batches, and what they hold.
 
     Attributes:
@@ -49,6 +69,7 @@ class SearchSamples:
         text_tokens: Text tokens of a sample, mean.
         supervised: Positions that are predicted, of all samples.
         without_image: Samples that were read and left out.
+        first: A record that is among them.
     """
 
     batches: list[EncodedBatch]
@@ -57,6 +78,7 @@ class SearchSamples:
     text_tokens: float
     supervised: int
     without_image: int
+    first: Conversation
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -88,8 +110,9 @@ def read_samples(
     seed: int = 0,
     image_aspect_ratio: AspectRatio = "as_processor",
     max_skipped: int | float = 0.01,
-) -> SearchSamples:
-    """Read, encode and batch the samples of a search.
+    each_turn: bool = False,
+) -> EncodedSamples:
+    """Read, encode and batch samples.
 
     Args:
         model: LLaVA or PeftModel around one; encodes the images, whose features stay on its device.
@@ -100,6 +123,8 @@ def read_samples(
         seed: Which records of a map-style source are drawn.
         image_aspect_ratio: As in `evaluate`.
         max_skipped: As in `evaluate`.
+        each_turn: Make a sample of every turn, which ends with that turn and supervises its answer alone; its
+            `meta["turn"]` counts from 1. The record's type is that of its last turn, the others have none.
 
     Raises:
         TooManySkippedError: More unusable records than `max_skipped`, such as questions without answers.
@@ -111,8 +136,9 @@ def read_samples(
     base: Any = base_model(model)
     encoder = Encoder(processor, base.config.text_config.max_position_embeddings, image_aspect_ratio)
     skipped = SkipLog(source_length(drawn, count), max_skipped)
-    samples, without_image = _encoded(question_batches(drawn, batch_size, count, skipped.add), encoder, skipped)
-    if not samples:
+    questions = itertools.chain.from_iterable(question_batches(drawn, batch_size, count, skipped.add))
+    samples, without_image, first = _encoded(questions, encoder, skipped, each_turn)
+    if first is None:
         raise ValueError(
             f"none of the {without_image + skipped.count} samples that were read can be searched on ({without_image} "
             f"without an image, {skipped.count} unusable); give conversations with images and answers"
@@ -121,24 +147,46 @@ def read_samples(
     pad = pad_token_id_of(processor.tokenizer)
     with evaluation_mode(model):
         batches = [_batch(base, samples[i : i + batch_size], pad) for i in range(0, len(samples), batch_size)]
-    return _described(batches, samples, base.config.image_token_id, without_image)
+    return _described(batches, samples, base.config.image_token_id, without_image, first)
 
 
-def _encoded(batches: Iterable[list[Question]], encoder: Encoder, skipped: SkipLog) -> tuple[list[Sample], int]:
-    """Samples with an image, and the number of those without."""
+def _encoded(
+    questions: Iterable[Question], encoder: Encoder, skipped: SkipLog, each_turn: bool
+) -> tuple[list[Sample], int, Conversation | None]:
+    """Samples with an image, the number of those without, and the first record that has one."""
     samples: list[Sample] = []
-    without_image = 0
-    for question in itertools.chain.from_iterable(batches):
+    first: Conversation | None = None
+    for question in questions:
         try:
-            sample = encoder.encode(question.conversation)
+            if each_turn:
+                turns = (encoder.encode(turn) for turn in _turns(question.conversation))
+                samples += [_last_answer_alone(sample) for sample in turns if not sample["dropped_exchanges"]]
+            else:
+                samples.append(encoder.encode(question.conversation))
         except RecordError as error:
             skipped.add(question.index, error)
             continue
-        if not sample["images"]:
-            without_image += 1
-        else:
-            samples.append(sample)
-    return samples, without_image
+        if first is None and question.conversation.images:
+            first = question.conversation
+    with_image = [sample for sample in samples if sample["images"]]
+    return with_image, len(samples) - len(with_image), first
+
+
+def _turns(conversation: Conversation) -> Iterator[Conversation]:
+    """The conversation up to each of its answers."""
+    answers = [place for place, turn in enumerate(conversation.turns, start=1) if turn.role == "assistant"]
+    for number, end in enumerate(answers or [len(conversation.turns)], start=1):
+        turns = conversation.turns[:end]
+        shown = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)
+        meta = conversation.meta if number >= len(answers) else {}
+        yield replace(conversation, turns=turns, images=conversation.images[:shown], meta={**meta, "turn": str(number)})
+
+
+def _last_answer_alone(sample: Sample) -> Sample:
+    """Of the supervised tokens only those behind the last that is not: the last answer."""
+    labels = sample["labels"].clone()
+    labels[: int((labels == IGNORED).nonzero().max())] = IGNORED
+    return {**sample, "labels": labels}
 
 
 def _batch(base: Any, samples: list[Sample], pad_token_id: int) -> EncodedBatch:
@@ -146,19 +194,21 @@ def _batch(base: Any, samples: list[Sample], pad_token_id: int) -> EncodedBatch:
     texts = {name: batch[name].to(base.device) for name in ("input_ids", "attention_mask", "labels")}
     family = family_of(base)
     images = {name: values.to(base.device) for name, values in batch["images"].items()}
-    return EncodedBatch(texts, family.encode_images(base, images), family.position_inputs(images))
+    encoded, sizes = family.encode_images(base, images), family.position_inputs(images)
+    return EncodedBatch(texts, encoded, sizes, batch["ids"], batch["meta"])
 
 
 def _described(
-    batches: list[EncodedBatch], samples: list[Sample], image_token_id: int, without_image: int
-) -> SearchSamples:
+    batches: list[EncodedBatch], samples: list[Sample], image_token_id: int, without_image: int, first: Conversation
+) -> EncodedSamples:
     lengths = sum(len(sample["input_ids"]) for sample in samples)
     image = sum(int((sample["input_ids"] == image_token_id).sum()) for sample in samples)
-    return SearchSamples(
+    return EncodedSamples(
         batches=batches,
         count=len(samples),
         image_tokens=image / len(samples),
         text_tokens=(lengths - image) / len(samples),
         supervised=sum(int((sample["labels"][1:] != IGNORED).sum()) for sample in samples),
         without_image=without_image,
+        first=first,
     )

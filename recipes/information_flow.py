@@ -1,0 +1,130 @@
+"""Where a model takes what from: saliency and attention between image and text by layer, knock-outs, and a schedule.
+
+python recipes/information_flow.py                # the embedded model, 64 of its validation questions
+python recipes/information_flow.py --checkpoint llava-hf/llava-1.5-7b-hf --dtype bfloat16 --data train.json
+                                   --image-folder images --window 4 --batch-size 4 --output runs/flow
+python recipes/evaluate.py --schedule runs/information_flow/schedule-0.40.yaml
+
+docs/information_flow.md says what the numbers mean, and what they said on the embedded model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from himap_train.analysis.flow_report import CUTS, FLOW, MAP, PICTURE, print_cuts, save_flow, save_map
+from himap_train.analysis.flow_table import cut_rows, flow_rows, image_over_instruction
+from himap_train.analysis.knockout import KnockedOut, knock_out, passes, windows
+from himap_train.analysis.saliency import Formula, measure
+from himap_train.bar import progress_bar
+from himap_train.checkpoints.scheduled import load_with_schedule
+from himap_train.command_line import new_output_folder, run_command
+from himap_train.data.sources import open_source
+from himap_train.evaluation.samples import read_samples
+from himap_train.evaluation.tables import json_ready
+from himap_train.models.families.base import AspectRatio
+from himap_train.models.stock import base_model
+from himap_train.search.flow import mean_image_to_text, reason, suggest
+from himap_train.search.search_folder import schedule_file
+from himap_train.search.show import print_flow
+from himap_train.search.space import Space
+
+FACTS = "flow.json"
+
+
+def main(
+    checkpoint: str = "embedded",
+    data: str = "embedded:validation?scenes=300&seed=5",
+    samples: int = 64,
+    formula: Formula = "paper",
+    knockouts: bool = True,
+    window: int = 2,
+    renormalise: bool = True,
+    budget: float = 0.4,
+    image_folder: str | None = None,
+    follow_links: bool = False,
+    image_aspect_ratio: AspectRatio = "as_processor",
+    batch_size: int = 16,
+    max_skipped: int | float = 0.01,
+    output: Path = Path("runs/information_flow"),
+    overwrite: bool = False,
+    seed: int = 0,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+) -> None:
+    """Measure the information flow of a dense model, and what its answers lose without parts of it.
+
+    Args:
+        checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
+        data: embedded:validation, a LLaVA file (.json, .jsonl), a Hugging Face data set (folder, .parquet, owner/name).
+        samples: Records with images and answers, drawn from the data; each turn of one counts for itself.
+        formula: paper (Eq. 1), or published-code (what its authors' code computes instead).
+        knockouts: Cut windows of layers too.
+        window: Layers of a window.
+        renormalise: What a cut takes is shared by what is left; false: it is lost.
+        budget: flops_ratio of the suggested schedule.
+        image_folder: Where the data's image paths start; by default the folder of its file.
+        follow_links: Symbolic links in the image folder may lead out of it.
+        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
+        batch_size: Samples in a batch.
+        max_skipped: Unusable records that are tolerated: a number, or a fraction below 1.
+        output: Folder for tables, figures and the suggested schedule.
+        overwrite: Replace results that are there.
+        seed: Seed of the drawn samples, and of the cuts' controls.
+        dtype: Dtype of the weights; "auto" as they are stored.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+    """
+    files = (FLOW, CUTS, FACTS, PICTURE, MAP, schedule_file(budget))
+    new_output_folder(output, files, overwrite)
+    source = open_source(data, image_folder, follow_links=follow_links)
+    model, processor = load_with_schedule(checkpoint, "none", dtype, device)
+    config: Any = base_model(model).config
+    layers = windows(config.text_config.num_hidden_layers, window) if knockouts else []
+    drawn = read_samples(
+        model,
+        processor,
+        source,
+        count=samples,
+        batch_size=batch_size,
+        seed=seed,
+        image_aspect_ratio=image_aspect_ratio,
+        max_skipped=max_skipped,
+        each_turn=True,
+    )
+    space = Space(config, budget, drawn.tokens["image_tokens"], drawn.tokens["text_tokens"])
+    with progress_bar("saliency", drawn.count) as advance:
+        flows = measure(model, drawn, formula, advance)
+    cuts: list[KnockedOut] = []
+    if knockouts:
+        with progress_bar("knock-outs", len(drawn.batches) * passes(layers)) as advance:
+            cuts = knock_out(model, drawn, layers, renormalise, seed, advance)
+    rows, cut, given = flow_rows(flows, formula), cut_rows(cuts, flows), mean_image_to_text(flows)
+    ratios = image_over_instruction(rows)
+    save_flow(output, rows, cut, cuts)
+    facts = {"checkpoint": checkpoint, "data": data, "samples": drawn.count, **drawn.tokens, "formula": formula}
+    facts |= {"renormalise": renormalise, "seed": seed, "image_to_text": given, "image_over_instruction": ratios}
+    (output / FACTS).write_text(json.dumps(json_ready(facts), indent=2) + "\n", encoding="utf-8")
+    try:
+        save_map(output / MAP, processor, drawn.first, flows, image_aspect_ratio)
+    except ValueError as error:
+        print(f"no {MAP}: {error}", file=sys.stderr)
+    print_flow(given)
+    if knockouts:
+        print_cuts(cut)
+    told = ", ".join(f"{ratio:.3g} (normalised by {name})" for name, ratio in ratios.items())
+    print(f"S_img / S_ins, what image tokens give over what the instruction gives: {told}")
+    schedule = space.schedule(suggest(given, space))
+    if schedule is not None:
+        why, file = reason(given, space, schedule), output / schedule_file(budget)
+        file.write_text(f"# {why}\n{yaml.safe_dump(schedule.to_dict(), sort_keys=False)}", encoding="utf-8")
+        print(f"suggested in {file}: it {why}")
+    print(f"saved in {output}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
