@@ -53,6 +53,13 @@ def test_behind_another_stage_and_by_count(name: str, positions: str) -> None:
     assert_equals_naive(model, schedule((1, name, 11), (3, "image", 4), positions=positions), case)
 
 
+def test_where_none_stays_nothing_is_chosen_or_merged() -> None:
+    model = tiny_llava()
+    case = make_case(model, RAGGED, "left")
+    for name in METHODS:
+        assert_equals_naive(model, schedule((2, name, 0.0)), case)
+
+
 def test_all_that_there_is_changes_nothing() -> None:
     """To the last bit: a mean over one token is that token."""
     model = tiny_llava()

@@ -157,7 +157,8 @@ class Method:
             kept: Counts after the stage.
         """
         keep = select(ranks, seen.layout, kept.current)
-        return TokenMap.of(keep, kept.lengths, self.pool(seen, keep, kept.current))
+        pool = self.pool(seen, keep, kept.current) if kept.current.any() else None  # into nothing nothing is merged
+        return TokenMap.of(keep, kept.lengths, pool)
 
     def flops(self, widths: Widths, image_tokens: int, text_tokens: int, kept: int) -> float:
         """FLOPs of choosing, of one sample.
