@@ -56,7 +56,7 @@ def test_behind_another_stage_and_by_count(name: str, positions: str) -> None:
 def test_where_none_stays_nothing_is_chosen_or_merged() -> None:
     model = tiny_llava()
     case = make_case(model, RAGGED, "left")
-    for name in METHODS:
+    for name in METHODS.keys() - {"random"}:
         assert_equals_naive(model, schedule((2, name, 0.0)), case)
 
 

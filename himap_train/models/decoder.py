@@ -205,12 +205,14 @@ def _ranks(removal: Removal, shown: Seen) -> Tensor:
 
 @torch.no_grad()
 def _token_map(removal: Removal, shown: Seen, ranks: Tensor, tokens: Tokens) -> TokenMap:
-    """HiMAP: the removal; with marginal tokens the first that leave run one layer more."""
+    """HiMAP: the removal; where all leave nothing is merged, and marginal tokens run one layer more."""
     marginal, after = tokens.marginal, removal.after
-    if marginal is None:
+    if marginal is None and not removal.stage.removes_all:
         return removal.stage.method.token_map(shown, ranks, after)
-    keep = select(ranks, shown.layout, after.current) | marginal.shadow
-    return TokenMap.of(keep, after.lengths + marginal.shadows)
+    keep = select(ranks, shown.layout, after.current)
+    if marginal is None:
+        return TokenMap.of(keep, after.lengths)
+    return TokenMap.of(keep | marginal.shadow, after.lengths + marginal.shadows)
 
 
 def _decode(

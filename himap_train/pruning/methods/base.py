@@ -157,8 +157,7 @@ class Method:
             kept: Counts after the stage.
         """
         keep = select(ranks, seen.layout, kept.current)
-        pool = self.pool(seen, keep, kept.current) if kept.current.any() else None  # into nothing nothing is merged
-        return TokenMap.of(keep, kept.lengths, pool)
+        return TokenMap.of(keep, kept.lengths, self.pool(seen, keep, kept.current))
 
     def flops(self, widths: Widths, image_tokens: int, text_tokens: int, kept: int) -> float:
         """FLOPs of choosing, of one sample.
