@@ -21,7 +21,7 @@ from himap_train import Count, Mass, PruningSchedule, PruningStage, Ratio, insta
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.pruning import methods
 from himap_train.pruning.layout import build_layout
-from himap_train.pruning.methods import METHODS, read_method
+from himap_train.pruning.methods import METHODS, coverage, divprune, read_method
 from himap_train.pruning.methods.base import Reads, Seen, with_scores
 from himap_train.pruning.methods.divprune import farthest_first as batched_farthest_first
 from himap_train.pruning.places import Places, TokenGrid
@@ -96,6 +96,18 @@ def test_parameters_equal_the_oracle(criterion: dict[str, Any], labels: bool) ->
     model = tiny_llava()
     case = make_case(model, RAGGED_ANSWERS if labels else RAGGED, "left", seed=6)
     assert_equals_naive(model, schedule((2, criterion, 0.6), (4, criterion, 3)), case, labels)
+
+
+def test_choices_made_in_blocks_equal_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divprune, "_BLOCK", 5)
+    monkeypatch.setattr(coverage, "_ROWS", 3)
+    model = tiny_llava()
+    for name in ("divprune", "coverage"):
+        assert_equals_naive(model, schedule((2, name, 0.5), (4, name, 0.2)), make_case(model, RAGGED, "left", seed=2))
+    states = torch.nn.functional.normalize(torch.randn(2, 13, 4), dim=2)
+    found = divprune.all_cosines(states)
+    torch.testing.assert_close(found, states @ states.transpose(1, 2))
+    assert torch.equal(found, found.transpose(1, 2)) and divprune.computed_pairs(13) == 5 * 13 + 5 * 8 + 3 * 3
 
 
 def test_several_clusters_of_recycled_tokens_equal_the_oracle() -> None:

@@ -66,13 +66,8 @@ def read_crops(config: Any, tower: Any, states: Any, class_token: bool, drops_fi
 
 
 def with_readings(family: Any, base: Any, images: Any, encode: Callable[..., Any]) -> Any:
-    """What `encode` gives, with `tower_readings` on it; see `Family.read_tower`.
-
-    Args:
-        family: Of the model.
-        base: The model.
-        images: What `encode` is given of images.
-        encode: `get_image_features` with all its arguments but `output_hidden_states`.
+    """What `encode` gives, `get_image_features` with all it takes of `images` but `output_hidden_states`; on it, as
+    `tower_readings`, what `Family.read_tower` reads.
     """
     encoded = encode(output_hidden_states=states_to_read(base.config, images.get("vision_feature_layer")))
     encoded.tower_readings = family.read_tower(base, images, encoded.hidden_states)

@@ -42,6 +42,7 @@ class VisionZip(Method):
     name: ClassVar[str] = "visionzip"
     reads: ClassVar[Reads] = Reads.TOWER
     merges: ClassVar[bool] = True
+    ranks = False
 
     contextual: float = 10 / 64
 
@@ -53,11 +54,6 @@ class VisionZip(Method):
                 f"criterion visionzip: contextual is {self.contextual}; expected 0 to 1 (share that stays)"
             )
 
-    @property
-    def ranks(self) -> bool:
-        """Where nothing is merged."""
-        return not self.contextual
-
     def score(self, seen: Seen) -> Tensor:
         """Attention in the tower."""
         assert seen.layout.tower is not None
@@ -65,18 +61,14 @@ class VisionZip(Method):
 
     def choose(self, seen: Seen, kept: Tensor) -> Tensor:
         """Dominant tokens by rank, contextual ones in their order, the others."""
-        if not self.contextual:
-            return super().choose(seen, kept)
         members, place, dominant, target = self._parts(seen, kept)
         last = place.shape[1]
         behind = torch.where(target, last, 2 * last) + torch.arange(last, device=place.device)
         order = torch.where(dominant, place, behind).argsort(dim=1)
         return members.spread(order.argsort(dim=1), seen.layout)
 
-    def pool(self, seen: Seen, keep: Tensor, kept: Tensor) -> Pool | None:
+    def pool(self, seen: Seen, keep: Tensor, kept: Tensor) -> Pool:
         """The others into contextual tokens."""
-        if not self.contextual:
-            return None
         assert seen.layout.tower is not None
         members, _, dominant, target = self._parts(seen, kept)
         key = members.gather(seen.layout.tower.key)

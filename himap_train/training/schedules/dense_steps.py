@@ -1,11 +1,9 @@
 """Train pruned, serve dense (DualSpeed, arXiv 2602.03815).
 
-Most steps run the schedule and cost what it costs. In a stated share of them the model runs dense, and its answers are
-also drawn to those that the same weights give under the schedule, without a gradient: KL(pruned || dense) beside the
-cross-entropy. Trained under pruning alone a model loses 3 to 4 points when it runs dense, DualSpeed finds.
-
-DualSpeed also puts four learned vectors before the sequence of every pruned pass, so that a model can tell which of the
-two it is in. They are left out: no token here stands for them, and they would be weights that nothing serves.
+In a stated share of the steps the model runs dense, and its answers are also drawn to those that the same weights give
+under the schedule, without a gradient. Trained under pruning alone a model loses 3 to 4 points when it runs dense,
+DualSpeed finds. Its four learned vectors before every pruned sequence, which tell a model in which of the two it is,
+are left out: no token here stands for them, and they would be weights that nothing serves.
 """
 
 from __future__ import annotations
@@ -51,13 +49,7 @@ class DenseSteps:
 
 
 class DenseStepPlan:
-    """Which steps of a run are dense.
-
-    Args:
-        settings: Settings of the config.
-        schedule: What the other steps run.
-        seed: Seed of the run.
-    """
+    """Which steps of a run of this seed are dense; the others run the schedule."""
 
     def __init__(self, settings: DenseSteps, schedule: PruningSchedule, seed: int) -> None:
         self.settings, self.schedule, self.seed = settings, schedule, seed
