@@ -134,8 +134,7 @@ def _prefill(
     """HiMAP: all layers with the removals between them; (B, S, D), dropped rows zero."""
     pruning: InstalledPruning = decoder.himap_pruning
     schedule, cache = pruning.schedule, call[CACHE]
-    removals = plan_removals(schedule.stages, counts)
-    length = tokens.hidden.shape[1]
+    length, removals = tokens.hidden.shape[1], plan_removals(schedule.stages, counts)
     seen, layouts = PruneCounts(counts.image), []
     start = first_positions(tokens.positions, layout) if schedule.positions == "renumber" else None
     reads = any(stage.method.reads not in (Reads.NOTHING, Reads.TOWER) for stage in schedule.stages)
