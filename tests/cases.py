@@ -16,6 +16,11 @@ RAGGED = ("t3 i16 t4", "t9", "t2 i9 t3 i16 t5", "i7 t1", "t5 i12")  # no text be
 RAGGED_ANSWERS = ("t3 i16 t4 a3", "t5 a4", "t2 i9 t3 i16 t5 a1", "i7 t1 a6 t2", "t5 i12 a2")
 
 
+def toy_readings(features: Tensor) -> Tensor:
+    """What the tower looked at and its keys, as if the features (n, D) said so: (n, 1 + D)."""
+    return torch.cat([features[:, :1].sigmoid(), features], dim=1).float()
+
+
 @dataclass
 class Case:
     """A padded batch; `features` are the decoder-side image features (n, D), one per image."""
@@ -29,7 +34,9 @@ class Case:
         """Keyword arguments of the model."""
         inputs: dict[str, Any] = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         if self.features:
-            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=list(self.features))}
+            encoded = BaseModelOutputWithPooling(pooler_output=list(self.features))
+            encoded.tower_readings = toy_readings(torch.cat(self.features))
+            inputs["mm_encoder_outputs"] = {"image": encoded}
         return inputs | ({"labels": self.labels} if labels else {})
 
     def naive(self, labels: bool = False) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from cases import toy_readings
 from naive_methods import (
     by_windows,
     coverage_order,
     dart_order,
+    dominant_and_contextual,
     over_window_means,
     rater_tokens,
     recycled,
@@ -90,9 +92,9 @@ def naive_row(
                 alive = forced[number] | (torch.arange(len(hidden)) >= prompt)
             else:
                 drop, means = dropped_tokens(
-                    stage, weights.detach(), hidden, is_image, labels, prompt, alive, keys, before
+                    stage, weights.detach(), hidden, is_image, labels, prompt, alive, keys, before, given
                 )
-                hidden = torch.stack([hidden[means.get(p, [p])].mean(0) for p in range(len(hidden))])
+                hidden = torch.stack([mean_of(hidden, means.get(p, [p])) for p in range(len(hidden))])
                 alive = alive & ~drop
             if schedule.positions == "renumber":
                 positions = alive.long().cumsum(0) - 1
@@ -100,6 +102,13 @@ def naive_row(
         before, keys = hidden, naive_keys(layer, decoder.rotary_emb, hidden, positions)
         hidden, weights = naive_layer(layer, decoder.rotary_emb, hidden, positions, alive)
     return decoder.norm(hidden), history
+
+
+def mean_of(hidden: Tensor, members: Any) -> Tensor:
+    """The mean of these tokens, or their weighted sum."""
+    if isinstance(members, dict):
+        return torch.stack([share * hidden[p] for p, share in members.items()]).sum(0)
+    return hidden[members].mean(0)
 
 
 def naive_layer(
@@ -175,12 +184,13 @@ def dropped_tokens(
     alive: Tensor,
     keys: Tensor | None = None,
     before: Tensor | None = None,
-) -> tuple[Tensor, dict[int, list[int]]]:
+    given: Tensor | None = None,
+) -> tuple[Tensor, dict[int, Any]]:
     """Which tokens (T,) leave at this stage, and of which tokens those that stay become the mean.
 
     Images of one turn are ranked by that turn's prompt alone.
     """
-    means: dict[int, list[int]] = {}
+    means: dict[int, Any] = {}
     supervised = [labels is not None and int(labels[p]) != -100 for p in range(prompt)]
     starts = [p for p in range(prompt) if supervised[p] and (p == 0 or not supervised[p - 1])]
     turn = [sum(start < p for start in starts) for p in range(prompt)]  # of positions that are not supervised
@@ -211,6 +221,9 @@ def dropped_tokens(
         elif stage.method.name == "dart":
             question = [p for p in text if not is_image[p]]
             order = dart_order(stage.method, hidden, keys, current, protected, question, count)
+        elif stage.method.name == "visionzip":
+            order, merged = dominant_and_contextual(stage.method, toy_readings(given), current, protected, count)
+            means |= merged
         elif stage.criterion == "average-pool":
             runs = even_runs([p for p in current if p not in protected], count - len(protected))
             means |= {run[(len(run) - 1) // 2]: run for run in runs}

@@ -59,6 +59,22 @@ def dart_order(
     return chosen + [p for p in tokens if p not in chosen]
 
 
+def dominant_and_contextual(
+    method: Any, readings: Tensor, tokens: list[int], protected: list[int], count: int
+) -> tuple[list[int], dict[int, dict[int, float]]]:
+    """VisionZip: the order, and of which tokens each contextual one is made, with their shares."""
+    number = min(math.floor(count * method.contextual + 0.5), count - len(protected))
+    ranked = sorted(tokens, key=lambda p: (p not in protected, -float(readings[p, 0]), p))
+    dominant, rest = ranked[: count - number], sorted(ranked[count - number :])
+    targets = rest[:: max(len(rest) // number, 1)][:number] if number else []
+    joined: dict[int, list[int]] = {target: [] for target in targets}
+    for p in rest:
+        if p not in targets and targets:
+            joined[max(targets, key=lambda t: (cosine(readings[p, 1:], readings[t, 1:]), -t))].append(p)
+    made = {t: {t: 0.5, **{p: 0.5 / len(others) for p in others}} for t, others in joined.items() if others}
+    return dominant + targets + [p for p in rest if p not in targets], made
+
+
 def by_windows(side: int, places: dict[int, tuple[int, int, int]], scores: dict[int, float], first: list[int]) -> Any:
     """Window FastV: every window (of a grid, by row and column) keeps the same share, its best tokens."""
     windows: dict[tuple[int, int, int], list[int]] = {}

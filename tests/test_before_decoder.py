@@ -30,6 +30,7 @@ PLANS = {
     "coverage": PruningSchedule((PruningStage(0, "coverage", 0.3),)),
     "sparsevlm": PruningSchedule((PruningStage(2, {"name": "sparsevlm", "recycle": 0.8}, 0.4),)),
     "stratified": PruningSchedule((PruningStage(2, {"name": "image_stratified", "window": 2}, 0.4),)),
+    "visionzip": PruningSchedule((PruningStage(0, {"name": "visionzip", "contextual": 0.4}, 0.5),)),
     "coverage, dart": PruningSchedule((PruningStage(0, "coverage", 0.7), PruningStage(2, "dart", 0.5))),
     "nothing left": PruningSchedule((PruningStage(0, "stride", 0.0),)),
     "then himap": PruningSchedule((*FIRST, PruningStage(1, "instruction", 0.3), PruningStage(3, "image", 0.1))),

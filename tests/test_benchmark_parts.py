@@ -14,7 +14,7 @@ from himap_train import PruningSchedule, PruningStage, install_pruning, remove_p
 from himap_train.benchmark import contenders as methods_module
 from himap_train.benchmark import timing
 from himap_train.benchmark.bounds import decode_ratio, step_flops
-from himap_train.benchmark.contenders import METHODS, find_method
+from himap_train.benchmark.contenders import METHODS, find_method, without_choice
 from himap_train.benchmark.peak_memory import cache_bytes, weight_bytes
 from himap_train.benchmark.peers import (
     fastv_attention_maps,
@@ -51,6 +51,16 @@ def test_pairs_alternate_and_only_the_run_is_timed(monkeypatch: pytest.MonkeyPat
     assert calls == ["dense", "pruned", "dense", "pruned", "pruned", "dense", "dense", "pruned"]
     assert (pairs.first, pairs.second) == ([3.0, 6.0, 7.0], [8.0, 10.0, 16.0])
     assert pairs.ratio.median == pytest.approx(16 / 7)
+
+
+def test_what_choosing_takes_is_against_the_same_counts_of_the_first_tokens() -> None:
+    himap, first = (find_method(name, 8) for name in ("himap", "first-k"))
+    other = without_choice(himap)
+    assert other is not None and [stage.criterion for stage in other.schedule.stages] == ["first-k"] * 2
+    places = [[(stage.layer, stage.keep) for stage in method.schedule.stages] for method in (himap, other)]
+    assert places[0] == places[1] and other.name == "himap"
+    assert without_choice(first) is without_choice(find_method("masking", 8)) is without_choice(find_method("dense", 8))
+    assert Spread(1.25, 1.0, 2.0).share() == Spread(pytest.approx(0.2), 0.0, 0.5)
 
 
 def test_a_task_runs_inside_its_context() -> None:

@@ -33,6 +33,8 @@ def test_every_method_in_training_and_prefill(tmp_path: Path, capsys: pytest.Cap
     assert himap["kv"] == 2 * KV_TOKEN * (60 + 36 + 18 + 18) and himap["dense_kv"] == 2 * KV_TOKEN * 60 * 4
     assert rows["prefill", "masking"]["kv"] == himap["dense_kv"]
     assert himap["ratio"]["median"] == pytest.approx(himap["seconds"]["median"] / himap["dense_seconds"]["median"])
+    assert himap["choosing"]["low"] <= himap["choosing"]["median"] <= himap["choosing"]["high"] < 1
+    assert rows["prefill", "first-k"]["choosing"] is rows["training_step", "himap"]["choosing"] is None
     assert himap["efficiency"] == pytest.approx(himap["bound"] / himap["ratio"]["median"])
     step = rows["training_step", "himap"]
     assert step["peak"] < step["dense_peak"]

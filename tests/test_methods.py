@@ -21,13 +21,13 @@ from himap_train import Count, Mass, PruningSchedule, PruningStage, Ratio, insta
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.pruning import methods
 from himap_train.pruning.layout import build_layout
-from himap_train.pruning.methods import METHODS, read_method
+from himap_train.pruning.methods import METHODS, coverage, divprune, read_method
 from himap_train.pruning.methods.base import Reads, Seen, with_scores
 from himap_train.pruning.methods.divprune import farthest_first as batched_farthest_first
 from himap_train.pruning.places import Places, TokenGrid
 
-NEW = ("first-k", "divprune", "average-pool", "coverage", "dart", "image_stratified", "sparsevlm")
-NO_ATTENTION = [name for name, method in METHODS.items() if method.reads in (Reads.STATES, Reads.NOTHING)]
+NEW = ("first-k", "divprune", "average-pool", "coverage", "dart", "image_stratified", "sparsevlm", "visionzip")
+NO_ATTENTION = [name for name, method in METHODS.items() if method.reads not in (Reads.ATTENTION, Reads.KEYS)]
 
 
 def schedule(*stages: tuple[int, Any, Any], **more: Any) -> PruningSchedule:
@@ -84,6 +84,8 @@ def test_all_that_there_is_changes_nothing() -> None:
         {"name": "sparsevlm", "recycle": 1},
         {"name": "sparsevlm", "recycle": 0, "window": 2},
         {"name": "image_stratified", "window": 2},
+        {"name": "visionzip", "contextual": 0.6},
+        {"name": "visionzip", "contextual": 0.0},
         {"name": "dart", "image_pivots": 2, "text_pivots": 0},
         {"name": "dart", "image_pivots": 1, "text_pivots": 4},
         {"name": "coverage", "text_weight": 2.0, "text_temperature": 0.05, "image_temperature": 0.5},
@@ -94,6 +96,18 @@ def test_parameters_equal_the_oracle(criterion: dict[str, Any], labels: bool) ->
     model = tiny_llava()
     case = make_case(model, RAGGED_ANSWERS if labels else RAGGED, "left", seed=6)
     assert_equals_naive(model, schedule((2, criterion, 0.6), (4, criterion, 3)), case, labels)
+
+
+def test_choices_made_in_blocks_equal_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(divprune, "_BLOCK", 5)
+    monkeypatch.setattr(coverage, "_ROWS", 3)
+    model = tiny_llava()
+    for name in ("divprune", "coverage"):
+        assert_equals_naive(model, schedule((2, name, 0.5), (4, name, 0.2)), make_case(model, RAGGED, "left", seed=2))
+    states = torch.nn.functional.normalize(torch.randn(2, 13, 4), dim=2)
+    found = divprune.all_cosines(states)
+    torch.testing.assert_close(found, states @ states.transpose(1, 2))
+    assert torch.equal(found, found.transpose(1, 2)) and divprune.computed_pairs(13) == 5 * 13 + 5 * 8 + 3 * 3
 
 
 def test_several_clusters_of_recycled_tokens_equal_the_oracle() -> None:
@@ -208,6 +222,10 @@ def test_parameters_are_fields(monkeypatch: pytest.MonkeyPatch) -> None:
             "sparsevlm: recycle is 1.5; expected 0 to 1",
         ),
         (
+            {"layer": 2, "criterion": {"name": "visionzip", "contextual": 2}, "keep_ratio": 0.5},
+            "visionzip: contextual is 2; expected 0 to 1",
+        ),
+        (
             {"layer": 2, "criterion": {"name": "image_stratified", "window": 0}, "keep_ratio": 0.5},
             "image_stratified: window is 0; expected 1 or more",
         ),
@@ -252,6 +270,7 @@ def test_costs_of_choosing_count() -> None:
     assert extra["divprune"] == 2 * 100 * 100 * 64 and extra["average-pool"] == 2 * 100 * 64
     assert extra["sparsevlm"] == 2 * extra["instruction"]
     assert extra["coverage"] == 2 * 120 * 100 * 64
+    assert extra["visionzip"] == 2 * 100 * 4 * 64
     assert extra["dart"] == 2 * 15 * 100 * 64
     assert extra["instruction"] == 2 * 20 * 120 * 64 and extra["last_token"] == 2 * 120 * 64
     assert extra["image"] == extra["image_debiased"] == extra["image_stratified"] == 2 * 100 * 120 * 64

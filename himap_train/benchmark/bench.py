@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from himap_train.benchmark.bounds import decode_ratio, step_flops
-from himap_train.benchmark.contenders import DENSE, Method, find_method
+from himap_train.benchmark.contenders import DENSE, Method, find_method, without_choice
 from himap_train.benchmark.measured_method import Row
 from himap_train.benchmark.peak_memory import cache_bytes, peak_bytes, weight_bytes
 from himap_train.benchmark.sizes import Size, build_model
@@ -95,7 +95,16 @@ class Bench:
             kv=None if in_training else cache_bytes(prefilled_cache(self.model, method, self.batch)),
             dense_kv=None if in_training else cache_bytes(prefilled_cache(self.model, dense, self.batch)),
             tokens_per_second=made.get(measure, self.workload.tokens) / seconds.median,
+            choosing=self._choosing(method, ours) if measure == "prefill" else None,
         )
+
+    def _choosing(self, method: Method, ours: Task) -> Spread | None:
+        """What choosing takes of a prefill, in pairs with one that keeps as many tokens without choosing."""
+        other, how = without_choice(method), self.settings
+        if other is None:
+            return None
+        theirs, device = self._task("prefill", other), self.batch.input_ids.device
+        return time_pairs(theirs, ours, how.rounds, device, clock=how.clock).ratio.share()
 
     def _task(self, measure: str, method: Method) -> Task:
         if measure != "training_step":

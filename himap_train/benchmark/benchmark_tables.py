@@ -16,7 +16,7 @@ from himap_train.storage import atomic_file
 
 FILES = ("benchmark.json", "benchmark.md", "methods.png", "series.png")
 MIB = 2**20
-_TIMING = ("method", "ms", "dense, ms", "ratio", "bound", "efficiency", "causal bound", "efficiency")
+_TIMING = ("method", "ms", "dense, ms", "ratio", "bound", "efficiency", "causal bound", "efficiency", "choosing, %")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def _facts(facts: dict[str, Any]) -> str:
         f"{facts['load_after']} after.\n\n{shown}.\n\nEvery method is timed in pairs with dense: medians, quartiles in "
         "brackets. `bound`: the ratio by FLOPs (training step, prefill) or by bytes read (decode); `efficiency`: "
         "bound / time ratio. `causal bound`: by the FLOPs that the causal mask does not hide. A decode time is "
-        "that of one token. Peaks leave weights and inputs out.\n"
+        "that of one token. `choosing`: the share of a prefill that choosing takes, in pairs with one that keeps "
+        "as many tokens, the first ones. Peaks leave weights and inputs out.\n"
     )
 
 
@@ -87,7 +88,8 @@ def _timing_cells(row: Row) -> list[str]:
     """Method, times, ratio, bounds and efficiencies, as in `_TIMING`."""
     times = [spread(row.seconds, 1000, 2), spread(row.dense_seconds, 1000, 2), spread(row.ratio, 1, 3)]
     bounds = (row.bound, row.efficiency, row.causal_bound, row.causal_efficiency)
-    return [row.method, *times, *(_number(value, 1, 3) for value in bounds)]
+    choosing = "" if row.choosing is None else spread(row.choosing, 100, 1)
+    return [row.method, *times, *(_number(value, 1, 3) for value in bounds), choosing]
 
 
 def _method_cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

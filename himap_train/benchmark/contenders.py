@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from himap_train.benchmark.peers import (
 from himap_train.models.attention import register_attention
 from himap_train.models.install import install_pruning, remove_pruning, running
 from himap_train.models.stock import base_model
+from himap_train.pruning.methods.base import Reads
 from himap_train.pruning.names import nearest
 from himap_train.pruning.presets import PRESETS
 from himap_train.pruning.reading import fit_preset, fitted_schedule
@@ -162,6 +163,15 @@ def find_method(name: str, layers: int) -> Method:
 def scheduled(name: str, schedule: PruningSchedule) -> Method:
     """A schedule as a method."""
     return Method(name, schedule, _why(schedule), partial(_pruned, schedule))
+
+
+def without_choice(method: Method) -> Method | None:
+    """What keeps as many tokens at the same layers, the first ones; None where nothing is chosen anyway."""
+    if method.peer or not any(stage.method.reads is not Reads.NOTHING for stage in method.schedule.stages):
+        return None
+    stages = tuple(PruningStage(stage.layer, "first-k", keep=stage.keep) for stage in method.schedule.stages)
+    schedule = replace(method.schedule, stages=stages)
+    return replace(method, schedule=schedule, active=partial(_pruned, schedule))
 
 
 def _why(schedule: PruningSchedule) -> str:

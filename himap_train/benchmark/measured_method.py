@@ -30,6 +30,7 @@ class Row:
         kv: Bytes of the cache after the prefill; None in training.
         dense_kv: The same of dense.
         tokens_per_second: Tokens of the input, or generated ones; of the whole batch.
+        choosing: Share of the prefill that choosing the tokens takes; None for what is no prefill, or chooses nothing.
     """
 
     measure: str
@@ -48,6 +49,7 @@ class Row:
     kv: int | None
     dense_kv: int | None
     tokens_per_second: float
+    choosing: Spread | None = None
 
     @property
     def efficiency(self) -> float | None:

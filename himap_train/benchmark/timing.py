@@ -58,6 +58,10 @@ class Spread:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
 
+    def share(self) -> Spread:
+        """Of ratios with / without something, which share of the whole it takes."""
+        return Spread(*(1 - 1 / ratio for ratio in (self.median, self.low, self.high)))
+
 
 @dataclass(frozen=True)
 class Pairs:

@@ -20,7 +20,7 @@ _SETTINGS = (
     ("model", ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "projector", "lora_lr", "projector_lr")),
     ("model", ("weight_decay", "warmup_ratio", "loss_average", "quantize")),
     ("data", ("batch_size", "max_length", "image_aspect_ratio")),
-    ("pruning", ("learnable", "elastic", "curriculum")),
+    ("pruning", ("learnable", "elastic", "curriculum", "dense_steps")),
     ("trainer", ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision")),
     ("trainer", ("strategy", "devices", "num_nodes")),
 )

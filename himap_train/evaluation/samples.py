@@ -23,7 +23,7 @@ from himap_train.evaluation.questions import Question, question_batches, source_
 from himap_train.models.attention import OwnAttention
 from himap_train.models.families import family_of
 from himap_train.models.families.base import AspectRatio
-from himap_train.models.features import hidden_states
+from himap_train.models.features import encode_and_read, hidden_states
 from himap_train.models.stock import base_model
 
 
@@ -194,7 +194,7 @@ def _batch(base: Any, samples: list[Sample], pad_token_id: int) -> EncodedBatch:
     texts = {name: batch[name].to(base.device) for name in ("input_ids", "attention_mask", "labels")}
     family = family_of(base)
     images = {name: values.to(base.device) for name, values in batch["images"].items()}
-    encoded, sizes = family.encode_images(base, images), family.position_inputs(images)
+    encoded, sizes = encode_and_read(base, images), family.position_inputs(images)
     return EncodedBatch(texts, encoded, sizes, batch["ids"], batch["meta"])
 
 

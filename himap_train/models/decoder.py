@@ -29,9 +29,9 @@ from himap_train.models.versions import CACHE, chosen_states, decoder_output
 from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
 from himap_train.pruning.learned.marginal import marginal_tokens
 from himap_train.pruning.methods.base import Reads, Seen, with_scores
-from himap_train.pruning.places import Places, TokenGrid
+from himap_train.pruning.places import TokenGrid
 from himap_train.pruning.ranks import image_ranks, select
-from himap_train.pruning.removal import Removal, plan_removals, settle_mass, settle_waiting
+from himap_train.pruning.removal import Removal, plan_removals, settle_mass, settle_waiting, with_facts
 from himap_train.pruning.token_map import TokenMap, scatter_back
 
 
@@ -47,6 +47,7 @@ def pruned_forward(
     image_token_mask: Tensor | None = None,
     supervised_mask: Tensor | None = None,
     image_grids: Sequence[TokenGrid] | None = None,
+    tower_readings: Tensor | None = None,
     cache: Cache | None = None,
     **kwargs: Any,
 ) -> BaseModelOutputWithPast:
@@ -64,6 +65,7 @@ def pruned_forward(
         supervised_mask: (B, S) bool, `labels != -100`. HiMAP: what is predicted must not choose what is looked at; see
             `prompt` for who else says it.
         image_grids: HiMAP: those of all images, see `Places.of`.
+        tower_readings: HiMAP: those of all images, see `TowerReadings.of`.
         cache: Empty for a prefill; filled by our prefill when decoding.
         **kwargs: What the family adds between layers, and what changes nothing here; see `inputs.check_options`.
 
@@ -114,8 +116,7 @@ def pruned_forward(
         where = check_image_mask(image_token_mask, inputs_embeds)
         answers = known_prompt(supervised_mask, self, inputs_embeds, where)
         layout, counts = build_layout(where, attention_mask, answers)
-        if pruning.schedule.uses_places:
-            layout = replace(layout, places=Places.of(layout.image, image_grids))
+        layout = with_facts(layout, counts, pruning.schedule, image_grids, tower_readings)
         if answers is not None:
             warn_of_labels(counts)
         hidden = _prefill(self, tokens, layout, counts, states, call)
@@ -133,11 +134,10 @@ def _prefill(
     """HiMAP: all layers with the removals between them; (B, S, D), dropped rows zero."""
     pruning: InstalledPruning = decoder.himap_pruning
     schedule, cache = pruning.schedule, call[CACHE]
-    removals = plan_removals(schedule.stages, counts)
-    length = tokens.hidden.shape[1]
+    length, removals = tokens.hidden.shape[1], plan_removals(schedule.stages, counts)
     seen, layouts = PruneCounts(counts.image), []
     start = first_positions(tokens.positions, layout) if schedule.positions == "renumber" else None
-    reads = any(stage.method.reads is not Reads.NOTHING for stage in schedule.stages)
+    reads = any(stage.method.reads not in (Reads.NOTHING, Reads.TOWER) for stage in schedule.stages)
     prefill = Prefill(decoder, cache, layout.valid.sum(1), start, unread=reads and counts.unread > 0)
     collector: ScoreCollector | None = None
     ratios = pruning.ratios if torch.is_grad_enabled() else None

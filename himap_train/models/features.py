@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from himap_train.models.attention import OwnAttention
 from himap_train.models.families import family_of
 from himap_train.models.families.base import Images
+from himap_train.models.families.tower_reading import feature_width, unpacked, with_readings
 from himap_train.models.stock import base_model
 
 
@@ -63,8 +65,8 @@ def hidden_states(
         images: As the family's forward takes them, by keyword; None or empty for a batch of text alone.
         labels: (B, S), -100 where nothing is predicted.
         mm_encoder_outputs: Image features computed before, as the stock forward takes them.
-        image_features: (images, tokens, width), what the projector takes, in place of pixels: the vision tower does not
-            run. Of no images, (0, tokens, width), for a batch of text alone. Not in every family.
+        image_features: (images, tokens, width), what `Family.tower_features` gave, in place of pixels: the vision tower
+            does not run. Of no images, (0, tokens, width), for a batch of text alone. Not in every family.
         own_attention: What computes the attention in the kernel's place, where a schedule without stages is installed.
     """
     base = base_model(model)
@@ -111,9 +113,20 @@ def encode_nothing(base: Any) -> Any:
     return family.encode_images(base, family.empty_images(base))
 
 
-def _projected(base: Any, image_features: Tensor) -> BaseModelOutputWithPooling:
-    projected: Any = list(family_of(base).project(base, image_features))
-    return BaseModelOutputWithPooling(pooler_output=projected)
+def encode_and_read(base: Any, images: Images) -> Any:
+    """As `Family.encode_images`, with what the tower looks at where the family tells: for any schedule that follows."""
+    family = family_of(base)
+    if base.config.vision_config.model_type not in family.towers:
+        return family.encode_images(base, images)
+    return with_readings(family, base, images, partial(base.get_image_features, **images, return_dict=True))
+
+
+def _projected(base: Any, image_features: Tensor) -> Any:
+    features, readings = unpacked(image_features, feature_width(base.config))
+    projected: Any = list(family_of(base).project(base, features))
+    encoded: Any = BaseModelOutputWithPooling(pooler_output=projected)
+    encoded.tower_readings = None if readings is None else readings.flatten(0, 1)
+    return encoded
 
 
 def _without_rows(encoded: Any) -> Any:
@@ -122,6 +135,8 @@ def _without_rows(encoded: Any) -> Any:
     """
     none = copy(encoded)
     none.pooler_output = _no_rows(encoded.pooler_output)
+    if getattr(encoded, "tower_readings", None) is not None:
+        none.tower_readings = encoded.tower_readings[:0]
     if getattr(encoded, "deepstack_features", None) is not None:
         none.deepstack_features = _no_rows(encoded.deepstack_features)
     return none

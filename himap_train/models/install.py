@@ -1,11 +1,12 @@
 """A stock model in and out of pruning: install a schedule, record what is kept, remove it again.
 
-`install_pruning` puts four functions on the instance and leaves classes, weights and state dict alone: the forward of
+`install_pruning` puts five functions on the instance and leaves classes, weights and state dict alone: the forward of
 the whole model, which knows the answers from the labels; that of the inner model (`model.model`), which fused losses
-and other trainers call directly and which knows where the images are; the decoder's (see `decoder`); and `generate`,
-which knows where the prompt ends. No hook is used, because Lightning's DeepSpeed strategy takes every hook off every
-module before each validation. Others replace forwards too (TRL, accelerate): ours calls the one that it found, and
-where it was itself wrapped it stays in place and does nothing once pruning is removed.
+and other trainers call directly and which knows where the images are; what encodes images, which also tells what the
+tower looks at where a method asks; the decoder's (see `decoder`); and `generate`, which knows where the prompt ends.
+No hook is used, because Lightning's DeepSpeed strategy takes every hook off every module before each validation. Others
+replace forwards too (TRL, accelerate): ours calls the one that it found, and where it was itself wrapped it stays in
+place and does nothing once pruning is removed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from himap_train.models.families import family_of
 from himap_train.models.families.base import Family
 from himap_train.models.installed import InstalledPruning, PruningTrace
 from himap_train.models.own_config import give_back_config, give_own_config
-from himap_train.models.own_methods import OwnMethod, generate, inner_forward, whole_forward
+from himap_train.models.own_methods import OwnMethod, generate, image_features, inner_forward, whole_forward
 from himap_train.models.stock import base_model, text_decoder
 from himap_train.pruning.schedule import PruningSchedule
 
@@ -31,6 +32,12 @@ from himap_train.pruning.schedule import PruningSchedule
 def pruning_of(model: nn.Module) -> InstalledPruning | None:
     """What is installed on a model, None where it is stock."""
     return getattr(text_decoder(model), "himap_pruning", None)
+
+
+def reads_tower(model: nn.Module) -> bool:
+    """Whether the schedule that is installed reads what the vision tower looks at."""
+    pruning = pruning_of(model)
+    return pruning is not None and pruning.schedule.uses_tower
 
 
 def install_pruning(model: nn.Module, schedule: PruningSchedule, cpu_blocks: bool = True) -> Any:
@@ -53,7 +60,7 @@ def install_pruning(model: nn.Module, schedule: PruningSchedule, cpu_blocks: boo
     base, decoder = base_model(model), text_decoder(model)
     family = family_of(base)
     check_decoder(family, decoder)
-    check_schedule(family, decoder, schedule)
+    check_schedule(family, base, schedule)
     remove_pruning(model)
     register_attention(decoder.config._attn_implementation)
     decoder.himap_pruning = InstalledPruning(
@@ -63,6 +70,7 @@ def install_pruning(model: nn.Module, schedule: PruningSchedule, cpu_blocks: boo
     # Objects, not closures: a deep copy of the model then runs on the copy's own weights, and it can be pickled.
     decoder.forward = partial(pruned_forward, decoder)
     base.model.forward = OwnMethod(inner_forward, base.model, "forward", base)
+    base.model.get_image_features = OwnMethod(image_features, base.model, "get_image_features", base)
     base.forward = OwnMethod(whole_forward, base, "forward", base)
     base.generate = OwnMethod(generate, base, "generate", base)
     return model
@@ -75,7 +83,8 @@ def remove_pruning(model: nn.Module) -> Any:
     if pruning is not None:
         give_back_config(decoder, pruning.config)
         del decoder.himap_pruning, decoder.forward
-        for module, name in ((base.model, "forward"), (base, "forward"), (base, "generate")):
+        own = ((base.model, "forward"), (base.model, "get_image_features"), (base, "forward"), (base, "generate"))
+        for module, name in own:
             ours = module.__dict__.get(name)
             if isinstance(ours, OwnMethod):  # else somebody has put theirs around it since, which is not ours to take
                 ours.take_off()
@@ -92,10 +101,15 @@ def check_decoder(family: Family, decoder: nn.Module) -> None:
         )
 
 
-def check_schedule(family: Family, decoder: nn.Module, schedule: PruningSchedule) -> None:
-    """Raise ValueError where a schedule does not fit a decoder, or its family cannot do what it asks for."""
-    config: Any = decoder.config
-    schedule.validate_for(config.num_hidden_layers)
+def check_schedule(family: Family, base: Any, schedule: PruningSchedule) -> None:
+    """Raise ValueError where a schedule does not fit a model's decoder, or its family cannot do what it asks for."""
+    schedule.validate_for(family.decoder(base).config.num_hidden_layers)
+    tower = base.config.vision_config.model_type
+    if schedule.uses_tower and tower not in family.towers:
+        raise ValueError(
+            f"a stage reads what the vision tower looks at, which family {family.name} with the tower {tower} does not "
+            "tell; choose a criterion that looks at something else, such as coverage, divprune or instruction"
+        )
     if schedule.positions == "renumber" and not family.renumbers:
         raise ValueError(
             f"positions 'renumber' is not defined for family {family.name}, whose position numbers have three axes: "
@@ -140,7 +154,7 @@ def _changeable(model: nn.Module, schedule: PruningSchedule) -> InstalledPruning
     pruning = pruning_of(model)
     if pruning is None:
         raise ValueError("no schedule to change: call install_pruning(model, schedule) first")
-    check_schedule(pruning.family, text_decoder(model), schedule)
+    check_schedule(pruning.family, base_model(model), schedule)
     return pruning
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from himap_train.models.families.tower_reading import with_readings
 from himap_train.models.guard import check_ran
 from himap_train.models.inputs import check_media
 from himap_train.models.installed import InstalledPruning
@@ -68,6 +69,7 @@ class OwnMethod:
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """What a call was given, by name."""
         bound = _signature(self.stock).bind_partial(self.module, *args, **kwargs).arguments
+        bound.pop("self", None)
         return bound | bound.pop("kwargs", {}) | bound.pop("model_kwargs", {})
 
 
@@ -96,10 +98,32 @@ def inner_forward(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
     before, kv = pruning.last, given_cache(given)
     images = given.get("pixel_values") is not None or bool(given.get("mm_encoder_outputs"))
     prefill = images and (kv is None or not kv.get_seq_length())
+    if prefill and pruning.schedule.uses_tower:
+        args, kwargs = (), given | kwargs | _encoded(inner, given)
     output = method.before(*args, **kwargs)
     if prefill:
         check_ran(pruning, before)
     return output
+
+
+def image_features(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
+    """The inner model's `get_image_features`, with what the tower looks at where the schedule asks for it."""
+    pruning = method.pruning
+    assert pruning is not None
+    if not pruning.schedule.uses_tower:
+        return method.before(*args, **kwargs)
+    given = method.given(args, kwargs) | {"return_dict": True}
+    return with_readings(pruning.family, method.whole, given, partial(method.before, **given))
+
+
+def _encoded(inner: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Images encoded before the inner forward, which would keep the tower's readings from the decoder."""
+    encoded = dict(given.get("mm_encoder_outputs") or {})
+    if encoded.get("image") is None:
+        names = inspect.signature(inner.get_image_features).parameters
+        encoded["image"] = inner.get_image_features(**{name: given[name] for name in names if name in given})
+    readings = getattr(encoded["image"], "tower_readings", None)
+    return {"pixel_values": None, "mm_encoder_outputs": encoded, "tower_readings": readings}
 
 
 def _check_whole_forward(whole: Any) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from himap_train.models.families import family_of_config
-from himap_train.models.families.base import VisionSizes
+from himap_train.models.families.sizes import VisionSizes
 from himap_train.planning.facts import LayerLora, ModelFacts
 from himap_train.planning.quantities import Activations, Batch, Numerics
 from himap_train.pruning.cost import head_width, image_tokens_per_layer, kv_width, tokens_before, widths

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from himap_train.pruning.places import Places
+from himap_train.pruning.readings import TowerReadings
 from himap_train.pruning.token_map import TokenMap
 
 
@@ -30,11 +31,13 @@ class TokenLayout:
         numbers: (2, B, L) long, see `columns` and `group`.
         flags: (4, B, L) bool, see `valid`, `image`, `ranking` and `protected`.
         places: Where image tokens lie in their pictures; None where no method asks.
+        tower: What the vision tower looks at; None where no method asks.
     """
 
     numbers: Tensor
     flags: Tensor
     places: Places | None = None
+    tower: TowerReadings | None = None
 
     @property
     def columns(self) -> Tensor:
@@ -70,7 +73,9 @@ class TokenLayout:
         """The tokens after a removal."""
         index = moved.index
         numbers, flags = (part.gather(2, index.expand(len(part), -1, -1)) for part in (self.numbers, self.flags))
-        return TokenLayout(numbers, flags & moved.valid, None if self.places is None else self.places.gather(index))
+        places = None if self.places is None else self.places.gather(index)
+        tower = None if self.tower is None else self.tower.gather(index)
+        return TokenLayout(numbers, flags & moved.valid, places, tower)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "divprune": {"stages": _stages("divprune", (0, 0.098))},
     # MMTok (arXiv 2508.18264): before the decoder, 64 of 576 tokens.
     "coverage": {"stages": _stages("coverage", (0, 0.111))},
+    # VisionZip (arXiv 2412.04467): before the decoder, 54 dominant and 10 contextual of 576 tokens.
+    "visionzip": {"stages": _stages("visionzip", (0, 0.111))},
     # DART (arXiv 2502.11494): behind two layers, 64 of 576 tokens.
     "dart": {"stages": _stages("dart", (2, 0.111))},
     # LLaVolta's compression (arXiv 2406.20092): stride 8 at layer 2. Its stages over training: `PHASES`.

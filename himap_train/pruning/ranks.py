@@ -46,13 +46,6 @@ def select(ranks: Tensor, layout: TokenLayout, kept: Tensor) -> Tensor:
     return layout.valid & (~layout.image | (ranks < here))
 
 
-def first_best(wish: Tensor) -> Tensor:
-    """Column of the highest of each row of (R, N), ties to the earlier: (R,) long."""
-    columns = torch.arange(wish.shape[1], device=wish.device)
-    best = wish == wish.amax(1, keepdim=True)
-    return torch.where(best, columns, wish.shape[1] - 1).amin(1)
-
-
 def of_group(numbers: Tensor, layout: TokenLayout) -> Tensor:
     """What each token's group has of `numbers` (B, G): (B, L), or (B, 1) where there is one group."""
     return numbers.gather(1, layout.group.clamp(max=numbers.shape[1] - 1)) if numbers.shape[1] > 1 else numbers

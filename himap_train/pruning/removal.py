@@ -9,6 +9,7 @@ Shapes: B rows, L current columns, G groups (see `layout`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor
 
 from himap_train.pruning.keep import Mass
 from himap_train.pruning.layout import TokenCounts, TokenLayout
+from himap_train.pruning.places import Places, TokenGrid
 from himap_train.pruning.ranks import tokens_for_mass
+from himap_train.pruning.readings import TowerReadings
+from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.stage import PruningStage
 
 
@@ -36,6 +40,21 @@ class Removal:
     def removes(self) -> bool:
         """Whether any token leaves, or may leave."""
         return not torch.equal(self.before.current, self.after.current)
+
+
+def with_facts(
+    layout: TokenLayout,
+    counts: TokenCounts,
+    schedule: PruningSchedule,
+    grids: Sequence[TokenGrid] | None,
+    readings: Tensor | None,
+) -> TokenLayout:
+    """The layout of a batch with what the schedule's methods ask for beside it; see `Places.of`, `TowerReadings.of`."""
+    if schedule.uses_places:
+        layout = replace(layout, places=Places.of(layout.image, grids))
+    if schedule.uses_tower:
+        layout = replace(layout, tower=TowerReadings.of(layout.image, counts.image.sum(1), readings))
+    return layout
 
 
 def plan_removals(stages: tuple[PruningStage, ...], counts: TokenCounts) -> dict[int, Removal]:

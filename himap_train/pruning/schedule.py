@@ -15,6 +15,7 @@ from typing import Any
 from himap_train.pruning.budget import at_budget
 from himap_train.pruning.cost import Cost, schedule_cost
 from himap_train.pruning.keep import Mass
+from himap_train.pruning.methods.base import Reads
 from himap_train.pruning.names import check_keys, field_names, nearest
 from himap_train.pruning.presets import PRESETS
 from himap_train.pruning.stage import PruningStage
@@ -91,6 +92,11 @@ class PruningSchedule:
     def uses_places(self) -> bool:
         """Whether a stage's method looks at where tokens lie in their pictures."""
         return any(stage.method.uses_places and not stage.removes_all for stage in self.stages)
+
+    @property
+    def uses_tower(self) -> bool:
+        """Whether a stage's method reads what the vision tower looks at."""
+        return any(stage.method.reads is Reads.TOWER and not stage.removes_all for stage in self.stages)
 
     @property
     def by_sample(self) -> bool:

@@ -206,4 +206,4 @@ def _one_of(layer: int, keep_ratio: float | None, keep_count: int | None, keep: 
 
 
 def _without_attention() -> list[str]:
-    return [name for name, method in METHODS.items() if method.reads in (Reads.STATES, Reads.NOTHING)]
+    return [name for name, method in METHODS.items() if method.reads not in (Reads.ATTENTION, Reads.KEYS)]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from himap_train.models.families.base import Images, VisionSizes
+from himap_train.models.families.base import Images
 from himap_train.models.families.blocks import TokenBlock
+from himap_train.models.families.sizes import VisionSizes
 from himap_train.pruning.places import TokenGrid
 
 TYPICAL = (640, 480)

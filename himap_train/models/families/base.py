@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from himap_train.models.families.blocks import TokenBlock
+from himap_train.models.families.sizes import VisionSizes
 from himap_train.models.versions import feature_layers
 from himap_train.pruning.places import TokenGrid
 
@@ -54,26 +55,6 @@ class LayerInputs:
     image: Tensor
 
 
-@dataclass(frozen=True)
-class VisionSizes:
-    """What tower and projector hold of one image in a training step, in numbers of their dtype; estimates for plans.
-
-    Attributes:
-        pixels: Numbers in the encoded image, fp32.
-        tower: Numbers alive at the peak of the tower's pass.
-        kept: What a trained projector keeps for its backward pass.
-        features: What transformers holds until the decoder returns.
-        copied: Weights of a trained projector that its backward multiplies by, of which autocast keeps copies; of the
-            model, not of an image.
-    """
-
-    pixels: int
-    tower: int
-    kept: int
-    features: int
-    copied: int
-
-
 class Family(ABC):
     """One model family.
 
@@ -87,6 +68,7 @@ class Family(ABC):
             of the module tree: (pattern, replacement); the first that is found decides.
         processor_class: What `load_processor` gives.
         renumbers: Whether positions can be counted anew after a removal: not where they are 3-D.
+        towers: `model_type` of the vision configs that `read_tower` reads.
         caches_features: Whether what the tower gives can be kept on disk: one fixed shape an image, then the projector.
         takes_padding: Whether `image_aspect_ratio: pad` means anything to its processor.
         counts_images: Whether an image is cut otherwise where its conversation has several.
@@ -105,6 +87,7 @@ class Family(ABC):
     )
     processor_class: ClassVar[type[Any]]
     renumbers: ClassVar[bool] = True
+    towers: ClassVar[tuple[str, ...]] = ()
     caches_features: ClassVar[bool] = False
     takes_padding: ClassVar[bool] = False
     counts_images: ClassVar[bool] = False
@@ -127,8 +110,14 @@ class Family(ABC):
         """Image features as `mm_encoder_outputs["image"]` of the stock forward takes them."""
         return model.get_image_features(**images, return_dict=True)
 
-    def tower_features(self, model: Any, images: Images) -> Tensor:
-        """What the projector takes, (images, T, W), where features are cached."""
+    def read_tower(self, model: Any, images: Images, states: Any) -> Tensor:
+        """What the tower looks at, of each image token of these images, from its states: (N, 1 + W) fp32, see
+        `TowerReadings` and `tower_reading`.
+        """
+        raise TypeError(f"family {self.name} does not tell what its vision tower looks at")
+
+    def tower_features(self, model: Any, images: Images, readings: bool = False) -> Tensor:
+        """What the projector takes, (images, T, W), where features are cached; `readings` packs `read_tower` beside."""
         raise TypeError(f"family {self.name} has no features of one shape that could be cached")
 
     def project(self, model: Any, features: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     get_optimal_tiled_canvas,
 )
 
-from himap_train.models.families.base import AspectRatio, Family, Images, VisionSizes
+from himap_train.models.families.base import AspectRatio, Family, Images
 from himap_train.models.families.blocks import TokenBlock
 from himap_train.models.families.pixels import tower_flops
 from himap_train.models.families.processing import PartsProcessor, load_tokenizer
+from himap_train.models.families.sizes import VisionSizes
 from himap_train.pruning.places import TokenGrid
 
 TYPICAL_TILES = 13

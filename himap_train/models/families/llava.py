@@ -21,6 +21,7 @@ from himap_train.models.families.pixels import (
     require_fixed_bounded,
     tower_flops,
 )
+from himap_train.models.families.tower_reading import TOWERS, packed, read_crops, states_to_read
 from himap_train.models.versions import asked_states, feature_layers
 from himap_train.pruning.places import TokenGrid
 
@@ -32,14 +33,19 @@ class Llava(Family):
     model_types: ClassVar[tuple[str, ...]] = ("llava", "vipllava")
     processor_class: ClassVar[type[Any]] = LlavaProcessor
     caches_features: ClassVar[bool] = True
+    towers: ClassVar[tuple[str, ...]] = TOWERS
     takes_padding: ClassVar[bool] = True
 
-    def tower_features(self, model: Any, images: Images) -> Tensor:
+    def read_tower(self, model: Any, images: Images, states: Any) -> Tensor:
+        """Image by image."""
+        return read_crops(model.config, self.vision(model), states, *class_token(model.config)).flatten(0, 1)
+
+    def tower_features(self, model: Any, images: Images, readings: bool = False) -> Tensor:
         """What the projector takes, (images, T, W), in the dtype in which it computes."""
         # Copied from transformers 5.23 LlavaModel.get_image_features (VipLlavaModel's is the same with more layers),
         # whose decorator turns the config's layers into `output_hidden_states`; changes marked "HiMAP:".
         layers, strategy = feature_layers(model.config), select_strategy(model.config)
-        asked = asked_states(layers)
+        asked = states_to_read(model.config) if readings else asked_states(layers)
         outputs = self.vision(model)(images["pixel_values"], return_dict=True, output_hidden_states=asked)
         chosen = [outputs.hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
         if strategy == "default":
@@ -48,7 +54,11 @@ class Llava(Family):
         # HiMAP: under autocast the tower's residual stream may be wider than the projector's first product, which
         # rounds it in any case.
         device = features.device.type
-        return features.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else features
+        features = features.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else features
+        if not readings:
+            return features
+        read = self.read_tower(model, images, outputs.hidden_states)
+        return packed(features, read.unflatten(0, features.shape[:2]))
 
     def project(self, model: Any, features: Tensor) -> Tensor:
         """Image features (images, T, D) of the decoder's width from those of the tower (images, T, W)."""
@@ -115,6 +125,11 @@ def select_strategy(config: Any) -> str:
 def has_class_token(config: Any) -> bool:
     """Whether the tower has a class token."""
     return config.vision_config.model_type == "clip_vision_model"
+
+
+def class_token(config: Any) -> tuple[bool, bool]:
+    """Whether the tower has a class token, and whether its first token, which that would be, is left out."""
+    return has_class_token(config), select_strategy(config) == "default"
 
 
 def overview_tokens(config: Any) -> int:

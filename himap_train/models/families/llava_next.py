@@ -5,20 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers import LlavaNextProcessor
 
 from himap_train.models.families.anyres import TYPICAL, Anyres, of_crops, pinpoints_of, size_of, tile_of
-from himap_train.models.families.base import AspectRatio, Family, Images, VisionSizes
+from himap_train.models.families.base import AspectRatio, Family, Images
 from himap_train.models.families.blocks import TokenBlock
 from himap_train.models.families.llava import (
+    class_token,
     has_class_token,
     mlp_flops,
     overview_tokens,
+    select_strategy,
     set_missing,
 )
 from himap_train.models.families.pixels import patches_of, tower_flops
+from himap_train.models.families.sizes import VisionSizes
+from himap_train.models.families.tower_reading import TOWERS, read_crops
 from himap_train.pruning.places import TokenGrid
 
 
@@ -27,6 +32,7 @@ class LlavaNext(Family):
 
     name: ClassVar[str] = "llava_next"
     model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
+    towers: ClassVar[tuple[str, ...]] = TOWERS
     processor_class: ClassVar[type[Any]] = LlavaNextProcessor
 
     def empty_images(self, model: Any) -> dict[str, Tensor]:
@@ -37,6 +43,13 @@ class LlavaNext(Family):
             "pixel_values": images["pixel_values"].to(model.device, vision.dtype),
             "image_sizes": images["image_sizes"].to(model.device),
         }
+
+    def read_tower(self, model: Any, images: Images, states: Any) -> Tensor:
+        """Packed as the features are; of newlines zero."""
+        crops = read_crops(model.config, self.vision(model), states, *class_token(model.config))
+        cut, sizes, newline = Anyres.of_config(model.config), images["image_sizes"], crops.new_zeros(crops.shape[2])
+        parts = crops.split([cut.crops((width, height)) for height, width in sizes.tolist()])
+        return torch.cat(model.model.pack_image_features(parts, sizes, select_strategy(model.config), newline)[0])
 
     def image_grids(self, config: Any, given: Mapping[str, Any]) -> list[TokenGrid] | None:
         """Overview and canvas of each picture, where their sizes are given."""

@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from himap_train.models.families.anyres import TYPICAL, Anyres, of_crops, pinpoints_of, size_of, tile_of
-from himap_train.models.families.base import AspectRatio, Family, Images, VisionSizes
+from himap_train.models.families.base import AspectRatio, Family, Images
 from himap_train.models.families.blocks import TokenBlock
-from himap_train.models.families.llava import has_class_token, mlp_flops, overview_tokens
+from himap_train.models.families.llava import class_token, has_class_token, mlp_flops, overview_tokens
 from himap_train.models.families.pixels import patches_of, require_bounded, tower_flops
 from himap_train.models.families.processing import PartsProcessor, load_tokenizer
+from himap_train.models.families.sizes import VisionSizes
+from himap_train.models.families.tower_reading import TOWERS, read_crops
 from himap_train.pruning.places import TokenGrid
 
 
@@ -29,6 +31,7 @@ class LlavaOnevision(Family):
 
     name: ClassVar[str] = "llava_onevision"
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
+    towers: ClassVar[tuple[str, ...]] = TOWERS
     processor_class: ClassVar[type[Any]] = PartsProcessor
     counts_images: ClassVar[bool] = True
 
@@ -40,6 +43,16 @@ class LlavaOnevision(Family):
             "pixel_values": images["pixel_values"].to(model.device, vision.dtype),
             "image_sizes": images["image_sizes"].to(model.device),
         }
+
+    def read_tower(self, model: Any, images: Images, states: Any) -> Tensor:
+        """Packed, and scaled down, as the features are; of newlines zero."""
+        config, sizes, counts = model.config, images["image_sizes"], images.get("batch_num_images")
+        crops = read_crops(config, self.vision(model), states, *class_token(config))
+        alone = [True] * len(sizes) if counts is None else [n == 1 for n in counts.tolist() for _ in range(n)]
+        whole = [_cut_of_config(config).crops((width, height)) for height, width in sizes.tolist()]
+        parts = crops.split([number if single else 1 for number, single in zip(whole, alone, strict=True)])
+        newline = crops.new_zeros(crops.shape[2])
+        return torch.cat(model.model.pack_image_features(parts, sizes, newline, config.vision_aspect_ratio)[0])
 
     def image_grids(self, config: Any, given: Mapping[str, Any]) -> list[TokenGrid] | None:
         """Overview and canvas of each picture; of several in one conversation the overview alone."""

@@ -20,6 +20,7 @@ from himap_train.pruning.methods.random import Random
 from himap_train.pruning.methods.sparsevlm import SparseVLM
 from himap_train.pruning.methods.stride import Stride
 from himap_train.pruning.methods.uniform import Uniform
+from himap_train.pruning.methods.visionzip import VisionZip
 from himap_train.pruning.names import check_keys, field_names, nearest
 
 __all__ = ["METHODS", "Method", "read_method"]
@@ -41,6 +42,7 @@ METHODS: dict[str, type[Method]] = {
         Coverage,
         Dart,
         AveragePool,
+        VisionZip,
     )
 }
 """By the name under which a schedule asks for them."""

@@ -27,6 +27,7 @@ class Reads(Enum):
     ATTENTION = "the attention of the layer before"
     KEYS = "the keys of the layer before"
     STATES = "the hidden states at the stage's input"
+    TOWER = "what the vision tower looks at"
     NOTHING = "nothing"
 
 

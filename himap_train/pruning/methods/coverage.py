@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from himap_train.pruning.methods.base import Members, Method, Reads, Seen, Widths
+from himap_train.pruning.methods.divprune import all_cosines, computed_pairs, order_of
 from himap_train.pruning.names import field_names, require_number
-from himap_train.pruning.ranks import first_best
-from himap_train.pruning.token_map import compact, gather_tokens
+from himap_train.pruning.token_map import compact
 
 _NOTHING = 1e-12
 """What a token adds that adds nothing, after rounding."""
+_ROWS = 256
+"""Covered tokens looked at together."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,11 @@ class Coverage(Method):
         assert seen.states is not None
         members = Members.of(seen.layout, seen.counts)
         image = normalize(members.gather(seen.states).float(), dim=-1)
-        cover = self.image_weight * _cover(image, members, image, members.real, self.image_temperature)
+        cover = _cover(all_cosines(image), members, members.real, self.image_temperature).mul_(self.image_weight)
         if self.text_weight:
             question = Members.question(seen.layout, seen.counts)
             text = normalize(question.gather(seen.states).float(), dim=-1)
-            shares = _cover(text, question, image, members.real, self.text_temperature)
+            shares = _cover(text @ image.transpose(1, 2), question, members.real, self.text_temperature)
             cover = torch.cat([self.text_weight * shares, cover], dim=1)
         must = members.gather(seen.layout.protected)
         return members.spread(cover_first(cover, members.real, must, int(kept.max())), seen.layout)
@@ -76,7 +78,7 @@ class Coverage(Method):
     def flops(self, widths: Widths, image_tokens: int, text_tokens: int, kept: int) -> float:
         """All pairs' cosines; the greedy steps are comparisons and sums."""
         text = text_tokens if self.text_weight else 0
-        return 2.0 * (image_tokens + text) * image_tokens * widths.hidden
+        return 2.0 * (computed_pairs(image_tokens) + text * image_tokens) * widths.hidden
 
     def peak_bytes(self, widths: Widths, image_tokens: int, text_tokens: int, element: int) -> int:
         """Shares, weighted and put together, and the part of them that a step looks at, in fp32; normalised states."""
@@ -84,9 +86,9 @@ class Coverage(Method):
         return 12 * tokens * image_tokens + 8 * tokens * widths.hidden
 
 
-def _cover(tokens: Tensor, which: Members, image: Tensor, real: Tensor, temperature: float) -> Tensor:
-    """What share of each of M tokens (R, M, D) each of N image tokens (R, N, D) covers: (R, M, N), summing up to 1."""
-    logits = (tokens @ image.transpose(1, 2)).div_(temperature)
+def _cover(cosine: Tensor, which: Members, real: Tensor, temperature: float) -> Tensor:
+    """What share of each of M tokens each of N image tokens covers: (R, M, N), of cosines, which are overwritten."""
+    logits = cosine.div_(temperature)
     shares = logits.masked_fill_(~real.unsqueeze(1), torch.finfo(logits.dtype).min).softmax(-1)
     each = which.real / which.real.sum(1, keepdim=True).clamp(min=1)
     return shares.mul_(each.unsqueeze(2))
@@ -105,23 +107,33 @@ def cover_first(cover: Tensor, real: Tensor, first: Tensor, number: int) -> Tens
         number: How many are chosen.
     """
     rows = torch.arange(len(cover), device=cover.device)
-    order = torch.full(real.shape, cover.shape[2], dtype=torch.long, device=cover.device)
-    best = torch.zeros_like(cover[:, :, 0])
-    gain = cover.sum(1, dtype=torch.float64)
-    first = first & real
-    for step in range(min(number, cover.shape[2])):
-        open_ = real & (order == cover.shape[2])
-        adds = gain.masked_fill(gain < _NOTHING, 0.0)
-        chosen = first_best(adds.masked_fill(first & open_, torch.inf).masked_fill(~open_, -torch.inf))
-        order[rows, chosen] = torch.where(open_[rows, chosen], step, order[rows, chosen])
-        better = torch.maximum(cover[rows, :, chosen], best)
+    flat, best = cover.flatten(0, 1), torch.zeros_like(cover[:, :, 0])
+    # Memory that is used again and again: taking it anew costs most of a step.
+    found = cover.new_empty(len(cover) * _ROWS, cover.shape[2])
+    exact = found.double()
+    closed = torch.where(real, torch.where(first, torch.inf, 0.0), -torch.inf).double()
+    gain = cover.sum(1, dtype=torch.float64).masked_fill_(first | ~real, -torch.inf)
+    chosen: list[Tensor] = []
+    for _ in range(min(number, cover.shape[2])):
+        chosen.append(torch.where(gain < _NOTHING, closed, gain).argmax(1))  # ties to the earlier
+        for wish in (gain, closed):
+            wish.scatter_(1, chosen[-1].unsqueeze(1), -torch.inf)
+        better = torch.maximum(cover[rows, :, chosen[-1]], best)
         grown = better > best
         number_grown = grown.sum(1, keepdim=True)
         index = compact(grown, int(number_grown.max()))
-        low = best.gather(1, index).double()
+        low = best.gather(1, index)
         fills_up = torch.arange(index.shape[1], device=index.device) >= number_grown
-        high = torch.where(fills_up, low, better.gather(1, index).double())
-        part = gather_tokens(cover, index).double()
-        gain -= part.clamp_(low.unsqueeze(2), high.unsqueeze(2)).sub_(low.unsqueeze(2)).sum(1)
+        high = torch.where(fills_up, low, better.gather(1, index))
+        index = index + rows.unsqueeze(1) * cover.shape[1]
+        for start in range(0, index.shape[1], _ROWS):
+            some = slice(start, start + _ROWS)
+            number_rows = index[:, some].numel()
+            part = torch.index_select(flat, 0, index[:, some].flatten(), out=found[:number_rows])
+            part = part.unflatten(0, (len(cover), -1))
+            torch.maximum(part, low[:, some, None], out=part)  # many times faster than clamp
+            torch.minimum(part, high[:, some, None], out=part)
+            gain -= exact[:number_rows].copy_(part.flatten(0, 1)).unflatten(0, part.shape[:2]).sum(1)
+        gain += low.sum(1, keepdim=True, dtype=torch.float64)
         best = better
-    return order
+    return order_of(chosen, real)

@@ -7,9 +7,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from himap_train.pruning.methods.base import Members, Method, Reads, Seen, Widths
-from himap_train.pruning.ranks import first_best
+
+_BLOCK = 512
+"""Rows of products at a time."""
 
 
 @dataclass(frozen=True)
@@ -29,40 +32,65 @@ class DivPrune(Method):
         """The order in which tokens are chosen, up to the largest number that stays."""
         assert seen.states is not None
         members = Members.of(seen.layout, seen.counts)
-        states = torch.nn.functional.normalize(members.gather(seen.states).float(), dim=-1)
-        cosine = states @ states.transpose(1, 2)  # (B * G, N, N)
-        distance = 1 - (cosine + cosine.transpose(1, 2)) / 2  # two nearest neighbours tie to the bit
+        distance = all_cosines(normalize(members.gather(seen.states).float(), dim=-1)).neg_().add_(1)
+        if int(seen.counts.current.min()) < distance.shape[1]:
+            distance.masked_fill_(~members.real.unsqueeze(1), torch.inf)
         order = farthest_first(distance, members.real, members.gather(seen.layout.protected), int(kept.max()))
         return members.spread(order, seen.layout)
 
     def flops(self, widths: Widths, image_tokens: int, text_tokens: int, kept: int) -> float:
         """All pairs' cosines; the greedy steps are comparisons."""
-        return 2.0 * image_tokens**2 * widths.hidden
+        return 2.0 * computed_pairs(image_tokens) * widths.hidden
 
     def peak_bytes(self, widths: Widths, image_tokens: int, text_tokens: int, element: int) -> int:
-        """All pairs' distances and the product that they come from, in fp32, and the normalised states."""
-        return 8 * image_tokens**2 + 8 * image_tokens * widths.hidden
+        """All pairs' distances and a block of the products that they come from, in fp32, and the normalised states."""
+        return 4 * image_tokens * (image_tokens + 2 * min(image_tokens, _BLOCK) + 2 * widths.hidden)
+
+
+def all_cosines(states: Tensor) -> Tensor:
+    """Products of all pairs of (R, N, D): (R, N, N). About half of them are computed; both of a pair are equal."""
+    length = states.shape[1]
+    found = states.new_empty(len(states), length, length)
+    for at in range(0, length, _BLOCK):
+        part = states[:, at : at + _BLOCK] @ states[:, at:].transpose(1, 2)
+        square = part[..., :_BLOCK]
+        square.copy_((square + square.transpose(1, 2)) / 2)
+        found[:, at : at + _BLOCK, at:] = part
+        found[:, at:, at : at + _BLOCK] = part.transpose(1, 2)
+    return found
+
+
+def computed_pairs(tokens: int) -> int:
+    """Products that `all_cosines` computes."""
+    return sum(min(_BLOCK, tokens - at) * (tokens - at) for at in range(0, tokens, _BLOCK))
 
 
 def farthest_first(distance: Tensor, real: Tensor, first: Tensor, number: int) -> Tensor:
     """Place of each of N tokens in a greedy farthest-point order: (R, N) long; those not chosen come behind all others.
 
     Args:
-        distance: (R, N, N), symmetric.
+        distance: (R, N, N), symmetric, infinite to what may not be chosen. Its diagonal is overwritten.
         real: (R, N) bool, what may be chosen.
         first: (R, N) bool, what is chosen before all others, in its order.
         number: How many are chosen.
     """
     rows = torch.arange(len(distance), device=distance.device)
-    alone = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device) | ~real.unsqueeze(1)
-    nearest = distance.masked_fill(alone, torch.inf).amin(2)  # to any other, until one is chosen
-    order = torch.full(real.shape, distance.shape[1], dtype=torch.long, device=distance.device)
-    first = first & real
+    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    nearest = distance.amin(2).masked_fill_(first, torch.inf)  # to any other, until one is chosen
+    open_ = torch.where(real, torch.inf, -torch.inf)
+    chosen: list[Tensor] = []
     for step in range(min(number, distance.shape[1])):
-        open_ = real & (order == distance.shape[1])
-        wish = nearest.masked_fill(first & open_, torch.inf).masked_fill(~open_, -torch.inf)
-        chosen = first_best(wish)
-        order[rows, chosen] = torch.where(open_[rows, chosen], step, order[rows, chosen])
-        to_chosen = distance[rows, chosen]
-        nearest = to_chosen if step == 0 else torch.minimum(nearest, to_chosen)
-    return order
+        chosen.append(torch.minimum(nearest, open_).argmax(1))  # ties to the earlier
+        open_.scatter_(1, chosen[-1].unsqueeze(1), -torch.inf)
+        to_chosen = distance[rows, chosen[-1]].masked_fill_(first, torch.inf)
+        nearest = torch.minimum(nearest, to_chosen) if step else to_chosen
+    return order_of(chosen, real)
+
+
+def order_of(chosen: list[Tensor], real: Tensor) -> Tensor:
+    """Step at which each of (R, N) tokens was first chosen, of (R,) at each; N for those that never were."""
+    order = torch.full(real.shape, real.shape[1], dtype=torch.long, device=real.device)
+    if not chosen:
+        return order
+    steps = torch.arange(len(chosen), device=real.device).expand(len(real), -1)
+    return order.scatter_reduce(1, torch.stack(chosen, dim=1), steps, "amin")

@@ -29,6 +29,7 @@ from himap_train.data.feature_store import FeatureStore, clear_away
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import Source
 from himap_train.models.families import family_of
+from himap_train.models.install import reads_tower
 from himap_train.models.stock import base_model
 from himap_train.models.tower import check_frozen, facts_key, tower_facts
 from himap_train.processes import from_all
@@ -79,9 +80,11 @@ def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule
 def _store(trainer: Trainer, base: Any, data: LlavaDataModule) -> FeatureStore:
     """The store of this tower, with what it holds; the first process clears damaged shards away."""
     family = family_of(base)
-    blank = family.tower_features(base, family.empty_images(base))[0]
+    read = reads_tower(base)
+    blank = family.tower_features(base, family.empty_images(base), read)[0]
     facts = tower_facts(base, data.processor.image_processor, data.image_aspect_ratio, str(trainer.precision))
     facts |= {"dtype": str(blank.dtype), "image_background": data.image_background}
+    facts |= {"readings": True} if read else {}
     wanted = data.cache_image_features
     root = Path(trainer.default_root_dir) / FOLDER if wanted is True else Path(str(wanted))
     store = FeatureStore(root / facts_key(facts), blank.shape[0], blank.shape[1], blank.dtype)
@@ -180,7 +183,7 @@ def _compute(
             read: list[tuple[str, dict[str, torch.Tensor] | None]] = next(batches, [])
             good = [(digest, image["pixel_values"]) for digest, image in read if image is not None]
             given = {"pixel_values": torch.cat([pixels for _, pixels in good]).to(base.device)} if good else blank
-            features = family.tower_features(base, given).cpu()
+            features = family.tower_features(base, given, reads_tower(base)).cpu()
             ready |= {digest: values for (digest, _), values in zip(good, features, strict=False)}
             if failure is None and (len(ready) >= store.shard_images or call == calls - 1):
                 failure, ready = _write(store, ready, written), {}

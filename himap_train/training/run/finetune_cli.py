@@ -226,7 +226,7 @@ def _other_schedules(pruning: PruningSettings, seed: int, measured: Measured) ->
     """What lets steps run other schedules than the model's own, where the config asks for it."""
     if pruning.learnable is not None:
         return [LearnKeepRatios(pruning.learnable, pruning.tokens, measured)]
-    if pruning.elastic is None and pruning.curriculum is None:
+    if pruning.elastic is None and pruning.curriculum is None and pruning.dense_steps is None:
         return []
     return [SchedulePerStep(partial(pruning.plan, seed=seed), measured)]
 

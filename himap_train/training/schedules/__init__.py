@@ -1,1 +1,1 @@
-"""How the schedule changes while a model is trained: curriculum, elastic budgets, learned ratios."""
+"""How the schedule changes while a model is trained: curriculum, elastic budgets, dense steps, learned ratios."""

@@ -8,11 +8,12 @@ from typing import Any, get_args, get_type_hints
 
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.schedules.curriculum import Curriculum, CurriculumSteps
+from himap_train.training.schedules.dense_steps import DenseStepPlan, DenseSteps
 from himap_train.training.schedules.elastic import Elastic, ElasticSteps
 from himap_train.training.schedules.learnable import Learnable
 from himap_train.training.schedules.per_step import StepPlan
 
-MODES = ("learnable", "elastic", "curriculum")
+MODES = ("learnable", "elastic", "curriculum", "dense_steps")
 """Modes, of which a run has one at most."""
 
 
@@ -25,6 +26,7 @@ class PruningSettings:
         elastic: Another budget in every step, for one checkpoint that serves all of them; null for one schedule.
         curriculum: From dense, or through other schedules, to the schedule over the first part of training; null for
             the schedule from the start.
+        dense_steps: Some steps dense, taught by the pruned model, for one that is served dense; null for none.
         image_tokens: Image tokens of the sample that budgets are for; null for the training data's mean.
         text_tokens: Its other tokens; null for the training data's mean.
     """
@@ -32,6 +34,7 @@ class PruningSettings:
     learnable: Learnable | None = None
     elastic: Elastic | None = None
     curriculum: Curriculum | None = None
+    dense_steps: DenseSteps | None = None
     image_tokens: int | None = None
     text_tokens: int | None = None
 
@@ -92,6 +95,8 @@ class PruningSettings:
         """
         if self.elastic is not None:
             return ElasticSteps(self.elastic, schedule, config, seed, self.tokens(tokens))
+        if self.dense_steps is not None:
+            return DenseStepPlan(self.dense_steps, schedule, seed)
         assert self.curriculum is not None
         layers = getattr(config, "text_config", config).num_hidden_layers
         return CurriculumSteps(self.curriculum, schedule, total, layers)
