@@ -92,7 +92,12 @@ def test_run_folder_holds_what_repeats_the_run(finished: Path) -> None:
         "metrics.json",
         "table.md",
         "accuracy.png",
+        "samples",
+        "report.html",
     }
+    report = (finished / "report.html").read_text(encoding="utf-8")
+    assert "adapted, evaluated dense" in report  # the table
+    assert report.count("data:image/png") == 2 + 4  # chart and curves, and the four samples of this run
     assert {file.name for file in (finished / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
     assert json.loads((finished / "versions.json").read_text())["torch"] == torch.__version__
     rows = json.loads((finished / "metrics.json").read_text())["rows"]
