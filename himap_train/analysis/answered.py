@@ -39,11 +39,7 @@ class Answered:
 
 
 def answer_question(
-    model: nn.Module,
-    encoder: Encoder,
-    conversation: Conversation,
-    schedule: PruningSchedule,
-    max_new_tokens: int,
+    model: nn.Module, encoder: Encoder, conversation: Conversation, schedule: PruningSchedule, max_new_tokens: int
 ) -> Answered:
     """Answer the last question of a conversation; afterwards the model has the schedule that it had.
 
@@ -51,7 +47,7 @@ def answer_question(
 
     Args:
         model: LLaVA or PeftModel around one.
-        encoder: Of its processor.
+        encoder: From `prompt_encoder`.
         conversation: The images and the question; a last answer is left out.
         schedule: What runs.
         max_new_tokens: Where the answer is cut.

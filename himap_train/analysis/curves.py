@@ -12,15 +12,13 @@ from matplotlib.figure import Figure
 from himap_train.evaluation.chart import COLOURS
 from himap_train.structured import named
 
-PANELS = (
+PANELS = (  # title, and how the names of its curves begin
     ("loss", ("train/loss", "val/loss")),
     ("accuracy while training", ("val/accuracy", "val/accuracy_dense")),
     ("kept after the last stage, and FLOPs", ("image tokens kept", "train/flops_ratio")),
     ("keep ratio of a layer", ("keep_ratio/",)),
     ("learning rate", ("lr-",)),
 )
-"""Title, and how the names of its curves begin."""
-
 Curves = dict[str, dict[int, float]]
 
 
@@ -43,25 +41,19 @@ def read_curves(run: Path) -> Curves:
 
 def draw_curves(curves: Curves) -> Figure | None:
     """A panel for each of `PANELS` that the log has something of; None where it has nothing."""
-    panels = {title: sorted(name for name in curves if name.startswith(starts)) for title, starts in PANELS}
-    panels = {title: names for title, names in panels.items() if names}
+    panels = [(title, sorted(name for name in curves if name.startswith(starts))) for title, starts in PANELS]
+    panels = [(title, names) for title, names in panels if names]
     if not panels:
         return None
-    down = (len(panels) + 3) // 4
-    across = -(-len(panels) // down)
-    figure = Figure(figsize=(3.6 * across, 2.9 * down), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(panels), 2.9), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(down, across, squeeze=False).flatten()
-    for axes, (title, names) in zip(grid, panels.items(), strict=False):
+    for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, name in enumerate(names):
             steps, values = zip(*sorted(curves[name].items()), strict=True)
-            mark = "o-" if len(steps) < 30 else "-"
-            axes.plot(steps, values, mark, markersize=3, color=COLOURS[number % len(COLOURS)], label=name)
+            axes.plot(steps, values, ".-", color=COLOURS[number % len(COLOURS)], label=name)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=7, frameon=False)
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
     return figure

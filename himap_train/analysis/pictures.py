@@ -46,15 +46,11 @@ def kept_pictures(
     family = family_of_processor(processor)
     counts = [family.image_tokens(processor, image) for image in sample["images"]]
     tokens = kept_tokens(kept, sample["input_ids"], processor.image_token_id, counts)
-    return [
-        draw_kept(
-            family.drawn_over(processor, image, picture),
-            stages,
-            family.token_blocks(processor, image, picture),
-            captions(schedule, stages, count),
-        )
-        for image, picture, stages, count in zip(sample["images"], pictures, tokens, counts, strict=True)
-    ]
+    drawn = []
+    for image, picture, stages, count in zip(sample["images"], pictures, tokens, counts, strict=True):
+        blocks, under = family.token_blocks(processor, image, picture), family.drawn_over(processor, image, picture)
+        drawn.append(draw_kept(under, stages, blocks, captions(schedule, stages, count)))
+    return drawn
 
 
 def kept_tokens(

@@ -6,6 +6,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def take_samples(
         schedule: What runs.
         rows: Of the table. Where none ran the schedule, the first records are taken and answered.
         max_new_tokens: Where an answer is cut.
-        **images: Options of `Encoder` about images.
+        **images: As in `prompt_encoder`.
 
     Returns:
         Samples in the form of samples.json, with the pictures themselves; `right` is None where nobody scored it.
@@ -61,7 +62,8 @@ def take_samples(
     scored = [{prediction.index: prediction for prediction in row.result.predictions} for row in rows]
     groups = _candidates(told.result.predictions) if told else {None: list(range(_CANDIDATES))}
     questions = _read(source, {index for group in groups.values() for index in group})
-    encoder = prompt_encoder(model, processor, 1 if told else max_new_tokens, **images)
+    new = 1 if told else max_new_tokens
+    encoder = prompt_encoder(model, processor, new, **images)
     samples = []
     for right, group in groups.items():
         usable = [questions[index] for index in group if index in questions]
@@ -69,25 +71,15 @@ def take_samples(
         for question in usable[: 2 * _EACH // len(groups)]:
             conversation = question.conversation
             try:
-                live = answer_question(model, encoder, conversation, schedule, 1 if told else max_new_tokens)
-                expected = question.answers
+                live, expected = answer_question(model, encoder, conversation, schedule, new), question.answers
             except RecordError:
                 continue  # the evaluation and the data check have reported it
-            answers = [
-                _answer(row.name, found[question.index])
-                for row, found in zip(rows, scored, strict=True)
-                if question.index in found
-            ]
-            samples.append(
-                {
-                    "id": conversation.id,
-                    "question": question.text,
-                    "expected": expected,
-                    "right": right,
-                    "answers": answers if told else [{"name": "this run", "text": live.text, "right": None}],
-                    "pictures": live.pictures,
-                }
-            )
+            answers: list[dict[str, Any]] = [{"name": "this run", "text": live.text, "right": None}]
+            if told:
+                at = [(row.name, given.get(question.index)) for row, given in zip(rows, scored, strict=True)]
+                answers = [{"name": name, "text": it.prediction, "right": it.score >= 0.5} for name, it in at if it]
+            facts = {"id": conversation.id, "question": question.text, "expected": expected, "right": right}
+            samples.append({**facts, "answers": answers, "pictures": live.pictures})
     return samples
 
 
@@ -128,15 +120,9 @@ def _read(source: Source | StreamingSource, wanted: set[int]) -> dict[int, Quest
         if index > max(wanted, default=-1):
             break
         if index in wanted:
-            try:
+            with suppress(RecordError):
                 found[index] = Question(index, read())
-            except RecordError:
-                continue
     return found
-
-
-def _answer(name: str, prediction: Prediction) -> dict[str, Any]:
-    return {"name": name, "text": prediction.prediction, "right": prediction.score >= 0.5}
 
 
 def _small_png(picture: Image.Image, limit: int) -> bytes:
