@@ -110,6 +110,17 @@ def test_run_folder_holds_what_repeats_the_run(finished: Path) -> None:
     assert [bool(row["schedule"]["stages"]) for row in rows] == [False, True, True, False]
 
 
+def test_a_dense_run_that_measures_nothing_has_a_report_of_its_training_data(tiny_path: str, tmp_path: Path) -> None:
+    run = config(tiny_path, tmp_path, schedule=None)
+    run["data"] |= {"validation": None, "test": None}
+    run["evaluation"] |= {"before": False, "after": False}
+    run["trainer"] = {"accelerator": "cpu", "max_steps": 1}
+    assert finetune("--config", written(tmp_path, run)) == 0
+    report = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert "Scores" not in report and report.count("<td>this run</td>") == 8
+    assert report.count("data:image/png") == 8 + ("Curves" in report)
+
+
 def test_logs_hold_loss_rates_speed_and_both_accuracies(finished: Path) -> None:
     header = (finished / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
     wanted = {"train/loss", "val/loss", "val/accuracy", "val/accuracy_dense", "image tokens kept", "tokens/s"}
