@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 from browser import browser, needs_browser  # noqa: F401 - a fixture
 from evaluation_toys import image
-from recipes_cli import recipe, run_recipe
+from recipes_cli import recipe_module, run_recipe
 from tiny import tiny_llava, tiny_processor
 from training_toys import save_tiny
 
@@ -23,7 +23,7 @@ SCHEDULE = PruningSchedule((PruningStage(2, "instruction", 0.5), PruningStage(4,
 @pytest.fixture(scope="module")
 def asked():
     model = install_pruning(tiny_llava(), SCHEDULE)
-    return recipe("demo").Asked(model, prompt_encoder(model, tiny_processor(), 4), 4)
+    return recipe_module("demo").Asked(model, prompt_encoder(model, tiny_processor(), 4), 4)
 
 
 @pytest.fixture
