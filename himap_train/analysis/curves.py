@@ -6,7 +6,6 @@ import csv
 from collections import defaultdict
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from himap_train.evaluation.chart import COLOURS
@@ -46,7 +45,6 @@ def draw_curves(curves: Curves) -> Figure | None:
     if not panels:
         return None
     figure = Figure(figsize=(3.6 * len(panels), 2.9), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, name in enumerate(names):
             steps, values = zip(*sorted(curves[name].items()), strict=True)
