@@ -15,6 +15,8 @@ from collections.abc import Sequence
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from himap_train.analysis.report import write_report
+from himap_train.analysis.samples import save_samples, take_samples
 from himap_train.checkpoints.agreement import check_agreement
 from himap_train.checkpoints.export import export_merged
 from himap_train.checkpoints.load import save_adapter
@@ -77,6 +79,18 @@ def after_training(cli: FinetuneCLI, rows: list[Row]) -> None:
     if rows and is_first_process():
         save_table(rows, cli.output, {"config": cli.resolved_config(), "versions": package_versions()})
         print_table(rows)
+    report(cli, rows)
+
+
+def report(cli: FinetuneCLI, rows: list[Row]) -> None:
+    """Take some samples, in all processes, and write the report."""
+    tuner = cli.model
+    source, schedule, settings = cli.measured.shown()
+    with cli.trainer.precision_plugin.forward_context():
+        samples = take_samples(tuner.peft_model, tuner.processor, source, schedule, rows, **settings)
+    if is_first_process():
+        save_samples(samples, cli.output)
+        say(f"report: {write_report(cli.output)}")
 
 
 def check_data(cli: FinetuneCLI) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from transformers import TextStreamer
 
 from himap_train import record_pruning
-from himap_train.analysis.pictures import captions, draw_kept, kept_tokens
+from himap_train.analysis.pictures import kept_pictures
 from himap_train.checkpoints.scheduled import AS_SAVED, installed_schedule, load_with_schedule
 from himap_train.command_line import run_command
 from himap_train.data.batches import collate, pad_token_id_of
@@ -27,7 +26,6 @@ from himap_train.data.pixel_modes import Background
 from himap_train.data.records import Conversation, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.evaluation.budgeted import check_budget_argument, run_at_budget
-from himap_train.models.families import family_of
 from himap_train.models.families.base import AspectRatio
 from himap_train.models.features import prompt_inputs
 from himap_train.models.stock import base_model
@@ -83,7 +81,8 @@ def main(
         stream(model, processor, sample, max_new_tokens)
     if show_kept is not None:
         picture = open_image(conversation.images[0], conversation.id, image_background)
-        draw(model, processor, sample, picture, trace.kept).save(show_kept)
+        kept = [rows[0] for rows in trace.kept]
+        kept_pictures(processor, sample, [picture], kept, installed_schedule(model))[0].save(show_kept)
         print(f"kept patches drawn in {show_kept}", file=sys.stderr)
 
 
@@ -118,21 +117,6 @@ def stream(model: Any, processor: Any, sample: Sample, max_new_tokens: int) -> N
             eos_token_id=end_token_ids(processor, base_model(model).generation_config.eos_token_id),
             pad_token_id=pad_token_id_of(processor.tokenizer),
         )
-
-
-def draw(
-    model: Any, processor: Any, sample: Sample, picture: Image.Image, kept: list[list[torch.Tensor]]
-) -> Image.Image:
-    """The picture of what each stage kept of the sample's only image."""
-    family, image, image_id = family_of(base_model(model)), sample["images"][0], processor.image_token_id
-    count = family.image_tokens(processor, image)
-    (stages,) = kept_tokens([stage[0] for stage in kept], sample["input_ids"], image_id, [count])
-    return draw_kept(
-        family.drawn_over(processor, image, picture),
-        stages,
-        family.token_blocks(processor, image, picture),
-        captions(installed_schedule(model), stages, count),
-    )
 
 
 if __name__ == "__main__":

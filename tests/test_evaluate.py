@@ -350,6 +350,18 @@ def test_a_wide_table_is_printed_in_parts(model, processor, source, monkeypatch,
     assert shown.count(ratio) == 8
 
 
+def test_the_table_of_a_run_fits_80_columns_with_no_heading_cut(model, processor, source, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ["dense", "training-free pruned", "adapted pruned", "adapted, evaluated dense"]
+    rows = compare(model, processor, source, dict.fromkeys(names, SCHEDULE), **QUIET)
+    print_table(rows)
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80 and shown.count("overall") == 1
+    assert set(" ".join(names).split()) <= set(shown.split())
+    print_table([replace(rows[0], name="/a/folder/with/a/name/longer/than/the/terminal/is/wide/" * 2)])
+    assert rows[0].result.score == 0.0 and "0.0 ± 0.0" in capsys.readouterr().out  # the figures stay beside it
+
+
 def test_table_of_text_alone_has_no_cost_and_json_has_no_nan(model, processor, source, tmp_path):
     row = evaluate_row("text", model, processor, Source(source[6:]), **QUIET)
     assert row.cost is None

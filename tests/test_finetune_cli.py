@@ -92,7 +92,12 @@ def test_run_folder_holds_what_repeats_the_run(finished: Path) -> None:
         "metrics.json",
         "table.md",
         "accuracy.png",
+        "samples",
+        "report.html",
     }
+    report = (finished / "report.html").read_text(encoding="utf-8")
+    assert "adapted, evaluated dense" in report  # the table
+    assert report.count("data:image/png") == 2 + 4  # chart and curves, and the four samples of this run
     assert {file.name for file in (finished / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
     assert json.loads((finished / "versions.json").read_text())["torch"] == torch.__version__
     rows = json.loads((finished / "metrics.json").read_text())["rows"]
@@ -103,6 +108,17 @@ def test_run_folder_holds_what_repeats_the_run(finished: Path) -> None:
         "adapted, evaluated dense",
     ]
     assert [bool(row["schedule"]["stages"]) for row in rows] == [False, True, True, False]
+
+
+def test_a_dense_run_that_measures_nothing_has_a_report_of_its_training_data(tiny_path: str, tmp_path: Path) -> None:
+    run = config(tiny_path, tmp_path, schedule=None)
+    run["data"] |= {"validation": None, "test": None}
+    run["evaluation"] |= {"before": False, "after": False}
+    run["trainer"] = {"accelerator": "cpu", "max_steps": 1}
+    assert finetune("--config", written(tmp_path, run)) == 0
+    report = (tmp_path / "run/report.html").read_text(encoding="utf-8")
+    assert "Scores" not in report and report.count("<td>this run</td>") == 8
+    assert report.count("data:image/png") == 8 + ("Curves" in report)
 
 
 def test_logs_hold_loss_rates_speed_and_both_accuracies(finished: Path) -> None:

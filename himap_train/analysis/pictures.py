@@ -10,15 +10,47 @@ in the captions only.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from himap_train.data.encode import Sample
+from himap_train.models.families import family_of_processor
 from himap_train.models.families.blocks import TokenBlock
 from himap_train.pruning.schedule import PruningSchedule
 
 PANEL, MARGIN, CAPTION = 336, 12, 30
 _DROPPED_BRIGHTNESS = 0.28
+
+
+def kept_pictures(
+    processor: Any,
+    sample: Sample,
+    pictures: Sequence[Image.Image],
+    kept: Sequence[torch.Tensor],
+    schedule: PruningSchedule,
+) -> list[Image.Image]:
+    """For each image of a sample, the picture of what each stage kept of it.
+
+    Args:
+        processor: Of the model.
+        sample: Encoded alone.
+        pictures: Its images, in order.
+        kept: For each stage the columns of the sample that stay, as `record_pruning` gives them.
+        schedule: What ran.
+
+    Raises:
+        ValueError: Where the tokens of an image lie is not known.
+    """
+    family = family_of_processor(processor)
+    counts = [family.image_tokens(processor, image) for image in sample["images"]]
+    tokens = kept_tokens(kept, sample["input_ids"], processor.image_token_id, counts)
+    drawn = []
+    for image, picture, stages, count in zip(sample["images"], pictures, tokens, counts, strict=True):
+        blocks, under = family.token_blocks(processor, image, picture), family.drawn_over(processor, image, picture)
+        drawn.append(draw_kept(under, stages, blocks, captions(schedule, stages, count)))
+    return drawn
 
 
 def kept_tokens(

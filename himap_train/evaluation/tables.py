@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -17,9 +19,6 @@ from himap_train.evaluation.sample_metric import GroupScore
 from himap_train.evaluation.token_counts import Measured
 
 FILES = ("metrics.json", "table.md", "accuracy.png")
-
-_ACROSS = 4
-"""Rows beside one another in 80 columns."""
 
 
 def save_table(rows: Sequence[Row], folder: Path | str, facts: dict[str, Any] | None = None) -> str:
@@ -44,16 +43,29 @@ def save_table(rows: Sequence[Row], folder: Path | str, facts: dict[str, Any] | 
 
 
 def print_table(rows: Sequence[Row], title: str | None = None) -> None:
-    """The table on standard output, turned: one column a row, a few beside one another, so that it fits a terminal."""
+    """The table on standard output, turned: one column a row, as many beside one another as fit with no word cut."""
+    console = Console()
     names, *cells = _cells(rows)
-    for start in range(0, len(cells), _ACROSS):
-        header, *lines = zip(names, *cells[start : start + _ACROSS], strict=True)
+    names = [name.replace("only_", "only_\n") for name in names]  # or it alone would take a third of a terminal
+    while cells:
+        widths = [_least_width(column, console.width) for column in (names, *cells)]
+        fits = np.cumsum(widths)[1:] < console.width
+        shown = [names, *cells[: max(1, fits.sum())]]
         table = Table(title=title)
-        for number, name in enumerate(header):
-            table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
-        for line in lines:
+        for number, (column, width) in enumerate(zip(shown, widths, strict=False)):
+            side: Literal["left", "right"] = "right" if number else "left"
+            table.add_column(column[0], justify=side, min_width=width - 4, overflow="fold")
+        for line in zip(*(column[1:] for column in shown), strict=True):
             table.add_row(*line)
-        Console().print(table)
+        console.print(table)
+        cells = cells[len(shown) - 1 :]
+
+
+def _least_width(column: Sequence[str], available: int) -> int:
+    """Of a column with its border: no word of its heading is cut, no figure but one that takes half of the screen."""
+    heading, *cells = column
+    parts = [*heading.split(), *(part for cell in cells for part in re.split(" -> |\n", cell))]
+    return min(4 + max(map(len, parts)), available // 2 - 1)  # one more than it has, which rich may take by rounding
 
 
 def markdown_table(rows: Sequence[Row]) -> str:

@@ -1,7 +1,7 @@
 """The folder of a run: what it holds, and that two runs never share one.
 
 config.yaml (resolved), versions.json, pruning.yaml, checkpoints/, logs/, adapter/, metrics.json, table.md,
-accuracy.png.
+accuracy.png, samples/, report.html.
 """
 
 from __future__ import annotations

@@ -60,6 +60,13 @@ class MeasuredRows:
         with trainer.precision_plugin.forward_context():
             return compare(self.tuner.peft_model, self.tuner.processor, source, wanted, **settings)
 
+    def shown(self) -> tuple[Any, PruningSchedule, dict[str, Any]]:
+        """What a report takes samples of (where nothing is measured, the training data), under which schedule, how."""
+        source, _ = self._source() or (self.data.source("train"), None)
+        settings = self.settings.for_data(self.data, None)
+        wanted = ("max_new_tokens", "image_aspect_ratio", "image_background")
+        return source, self.schedule(), {name: settings[name] for name in wanted}
+
     def check_budgets(self) -> None:
         """Refuse budgets that cannot be met.
 
