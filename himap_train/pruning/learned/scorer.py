@@ -55,10 +55,11 @@ class Scorer(nn.Module):
 
     def __init__(self, hidden: int, width: int) -> None:
         super().__init__()
-        self.image, self.text = nn.Linear(hidden, width), nn.Linear(hidden, width)
+        # No bias that a softmax takes out again: its gradient would be rounding alone, which AdamW makes large.
+        self.image, self.text = nn.Linear(hidden, width, bias=False), nn.Linear(hidden, width)
         self.block, self.norm = _Block(width), nn.LayerNorm(width)
-        self.share, self.query = nn.Linear(width, width // HEAD), nn.Linear(width, width)
-        self.own = nn.Linear(width, 1)
+        self.share, self.query = nn.Linear(width, width // HEAD, bias=False), nn.Linear(width, width)
+        self.own = nn.Linear(width, 1, bias=False)
 
     def forward(self, asked: Asked) -> Tensor:
         """Scores of the image tokens, (R, N) fp32; of no use where they only fill up."""
@@ -81,7 +82,7 @@ class _Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.before_mix, self.before_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.mix, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mix, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, tokens: Tensor, real: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ class LearnRanking(Callback):
         self._scorers = {at: scorer.to(pl_module.device) for at, scorer in scorers_of(text_decoder(model)).items()}
         self._weights = [weight for scorer in self._scorers.values() for weight in scorer.parameters()]
         self._optimizer = torch.optim.AdamW(self._weights, lr=self.settings.learning_rate)
-        self._rate = cosine_with_warmup(self._optimizer, trainer.estimated_stepping_batches, _WARMUP)
+        updates = trainer.estimated_stepping_batches * self.settings.updates
+        self._rate = cosine_with_warmup(self._optimizer, updates, _WARMUP)
         if self._saved is not None:
             self._optimizer.load_state_dict(self._saved["optimizer"])
             self._rate.load_state_dict(self._saved["rate"])
@@ -66,14 +67,18 @@ class LearnRanking(Callback):
         self._lessons.append(lessons(pl_module.peft_model, dense, pl_module.schedule, self._watched))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """One step of its own for each optimizer step of the model."""
-        if not step_ended(trainer, batch_idx):
-            return
+        """Some steps of its own for each optimizer step of the model."""
+        for _ in range(self.settings.updates if step_ended(trainer, batch_idx) else 0):
+            loss = self._update(trainer)
+            pl_module.log("train/ranking_loss", loss)
+
+    def _update(self, trainer: Trainer) -> Tensor:
+        """One step over the lessons whose turn it is, of all ranks; their mean loss."""
         assert self._optimizer is not None
         total, rows = self._loss(self._lessons[0])
         self._lessons.rotate(-1)
         self._optimizer.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         # One message for all of it: a sum over the rows of all ranks, whatever each of them holds.
         parts = [*(weight.grad.flatten() for weight in self._weights if weight.grad is not None), total, rows]
         flat = trainer.strategy.reduce(torch.cat([part.detach().view(-1).float() for part in parts]), reduce_op="sum")
@@ -82,7 +87,7 @@ class LearnRanking(Callback):
             weight.grad = part.view_as(weight)
         self._optimizer.step()
         self._rate.step()
-        pl_module.log("train/ranking_loss", mean[-1])
+        return mean[-1]
 
     @torch.enable_grad()
     def _loss(self, shown: dict[int, Lesson]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """A ranking that learns beside the model, for the stages of `model.schedule` whose criterion is `learned`.
 
 In a share of the optimizer steps a dense pass without gradients shows where later layers look; what ranks learns to
-foresee that, in every step once, from the last such passes. It has an optimizer of its own and runs in no other
+foresee that, in every step, from the last such passes. It has an optimizer of its own and runs in no other
 gradient: weights that are spread over processes, frozen or quantised do not know of it. What learns is
 `himap_train.pruning.learned.scorer`, from what `himap_train.models.foresight` shows, run by
 `himap_train.training.callbacks.learn_ranking`.
@@ -33,6 +33,7 @@ class RankingSettings:
         sharpness: Power of the attention that is foreseen: above 1 the tokens that are looked at most count for more.
         learning_rate: Peak of the ranking's own learning rate; it rises and falls as that of LoRA.
         remembered: How many batches of such passes are learned from in turn.
+        updates: How many of them in a step; more where a run is short.
     """
 
     share: float = 0.1
@@ -40,6 +41,7 @@ class RankingSettings:
     sharpness: float = 1.0
     learning_rate: float = 3e-3
     remembered: int = 8
+    updates: int = 2
 
     def check(self, schedule: PruningSchedule) -> None:
         """Refuse what cannot be, before anything is loaded.
@@ -49,7 +51,7 @@ class RankingSettings:
         """
         key = "pruning.learn_ranking"
         require_share(f"{key}.share", self.share)
-        for name in ("share", "sharpness", "learning_rate", "remembered"):
+        for name in ("share", "sharpness", "learning_rate", "remembered", "updates"):
             require_positive(f"{key}.{name}", getattr(self, name))
         if not learned_layers(schedule):
             raise ValueError(
