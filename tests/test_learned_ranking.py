@@ -121,18 +121,18 @@ def test_what_stays_beside_the_best_lies_far_from_all_that_stays() -> None:
 
 
 def test_answers_never_rank() -> None:
+    """Every image comes before its row's answers, so that at no layer anything of them may reach a score."""
     model = ranked(learned(0, 2, keep=0.4))
-    kept = []
+    scores = []
     for seed in (1, 2):
         case = make_case(model, list(RAGGED_ANSWERS), "right", seed=5)
         answers = case.labels != -100
         other = torch.randint(5, 264, case.input_ids.shape, generator=torch.Generator().manual_seed(seed))
         case.input_ids = torch.where(answers, other, case.input_ids)
-        with torch.no_grad(), record_pruning(model) as trace:
+        with torch.no_grad(), record_pruning(model, watch=True) as trace:
             hidden_states(model, **case.inputs(labels=True))
-        kept.append([[row.tolist() for row in stage] for stage in trace.kept])
-    # the third row's second turn may read its first answer through the decoder's layers, not at layer 0
-    assert kept[0][0] == kept[1][0] and kept[0][1][:2] == kept[1][1][:2]
+        scores.append([shown.scores[shown.layout.image] for shown in trace.shown.values()])
+    assert len(scores[0]) == 2 and all(torch.equal(one, other) for one, other in zip(*scores, strict=True))
 
 
 def test_foresees_what_later_layers_look_at() -> None:
