@@ -9,7 +9,7 @@ decoder's width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,6 @@ class Asked:
     image_real: Tensor
     text: Tensor
     text_real: Tensor
-
-    def to(self, device: torch.device) -> Asked:
-        """The same on a device."""
-        return Asked(*(getattr(self, entry.name).to(device) for entry in fields(self)))
 
 
 class Scorer(nn.Module):
