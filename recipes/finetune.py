@@ -113,6 +113,7 @@ def take_best(cli: FinetuneCLI) -> None:
     best = read_checkpoint(cli.checkpoints / "best.ckpt")
     check_trained_weights(set(best["state_dict"]), cli.model.trained_names())
     cli.trainer.strategy.load_model_state_dict(best, strict=False)
+    cli.model.take_ranking(best)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,12 +33,14 @@ PAIRS = ((1, 3), (2, 4), (2, 5))  # layers that HiMAP's two stages may have
 TEXT_TOKENS = 14  # the mean of a prompt's other tokens
 DRAWN = ("himap", "uniform", "random", "first-k", "divprune", "instruction", "oracle")
 
+UNTRAINED = ["himap", *(name for name, method in METHODS.items() if not method.learns)]
+
 
 def main(
     kinds: list[str] = ["", "fine-"],  # noqa: B006
     split: str = "test",
     model: str = "embedded-fine",
-    methods: list[str] = ["himap", *METHODS],  # noqa: B006
+    methods: list[str] = UNTRAINED,  # noqa: B006
     budgets: list[float] = [0.1, 0.2, 0.3, 0.4, 0.6],  # noqa: B006
     seeds: list[int] = [0, 1, 2],  # noqa: B006
     scenes: int = 600,

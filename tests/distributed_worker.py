@@ -24,23 +24,27 @@ from tokenizers import decoders
 from torch.utils.data import DataLoader
 from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, tuner
 
+from himap_train.checkpoints.ranking import ranking_of
 from himap_train.data.module import LlavaDataModule
 from himap_train.evaluation.answering import answer_batch, evaluation_mode
 from himap_train.models.install import pruning_of
 from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO, SaveLast
 from himap_train.training.callbacks.finite import GradientNorm
+from himap_train.training.callbacks.learn_ranking import LearnRanking
 from himap_train.training.callbacks.learn_ratios import LearnKeepRatios
 from himap_train.training.callbacks.progress import step_ended
 from himap_train.training.callbacks.step_seeds import StepSeeds
 from himap_train.training.run.feature_cache import fill_feature_cache
 from himap_train.training.run.launch import AroundTraining, FineTuneTrainer
+from himap_train.training.schedules.learn_ranking import RankingSettings
 from himap_train.training.schedules.learnable import Learnable
 from himap_train.training.zero.gather import trained_state
 from himap_train.training.zero.strategy import ZeroStrategy
 
 LINEAR = torch.nn.functional.linear
 BY_MASS = {"stages": [{"layer": 2, "criterion": "instruction", "keep": {"mass": 0.7}}]}
-SCHEDULES: dict[str, Any] = {"pruned": SCHEDULE, "dense": None, "mass": BY_MASS, "learned": None}
+RANKED = {"stages": [{"layer": 0, "criterion": {"name": "learned", "width": 16}, "keep_ratio": 0.5}]}
+SCHEDULES: dict[str, Any] = {"pruned": SCHEDULE, "dense": None, "mass": BY_MASS, "learned": None, "ranked": RANKED}
 LEARNABLE = Learnable(budget=0.85, first_layer=1, switch_layer=3, warmup=0.1, until=0.8)
 ANSWER_TOKENS = (1, 3)
 """Lengths of what the processes answer, each its own."""
@@ -198,6 +202,7 @@ def train(
         callbacks=[
             AroundTraining(before, after),
             *([LearnKeepRatios(LEARNABLE, lambda measured: (16, 30))] if schedule == "learned" else []),
+            *([LearnRanking(RankingSettings(share=0.5), seed=1)] if schedule == "ranked" else []),
             GradientNorm(),
             recorder,
             StepSeeds(1),
@@ -207,6 +212,7 @@ def train(
     )
     trainer.fit(tuner_, datamodule=module, ckpt_path=resume, weights_only=True)
     facts["schedule"] = tuner_.schedule.to_dict()
+    facts["ranking"] = ranking_of(tuner_.peft_model, tuner_.schedule)
     if answering:
         facts["later_answers"] = answers(tuner_, devices)
     facts["torch_linear"] = torch.nn.functional.linear is LINEAR

@@ -18,7 +18,7 @@ from himap_train.models.install import pruning_of
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-COUNT = 15
+COUNT = 16
 OVERLAYS = sorted((ROOT / "configs" / "deepspeed").glob("*.yaml"))
 OVERLAY_COUNT = 4
 SLOW = ("zero1", "zero3_offload")

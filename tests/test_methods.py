@@ -19,6 +19,7 @@ from tiny import tiny_llava
 
 from himap_train import Count, Mass, PruningSchedule, PruningStage, Ratio, install_pruning, load_llava, record_pruning
 from himap_train.data.scene_questions import SceneQuestions
+from himap_train.models.foresight import make_scorers
 from himap_train.pruning import methods
 from himap_train.pruning.layout import build_layout
 from himap_train.pruning.methods import METHODS, coverage, divprune, read_method
@@ -56,7 +57,7 @@ def test_behind_another_stage_and_by_count(name: str, positions: str) -> None:
 def test_where_none_stays_nothing_is_chosen_or_merged() -> None:
     model = tiny_llava()
     case = make_case(model, RAGGED, "left")
-    for name in METHODS.keys() - {"random"}:
+    for name in (*NEW, "instruction", "image", "last_token"):
         assert_equals_naive(model, schedule((2, name, 0.0)), case)
 
 
@@ -283,6 +284,7 @@ def test_costs_of_choosing_count() -> None:
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].reads is not Reads.NOTHING])
 def test_what_it_costs_is_what_pytorch_counts(name: str) -> None:
     """The matrix products of choosing alone, on the whole forward's counter, with and without the choice."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     model = tiny_llava(kv_heads=4, hidden=64)
@@ -290,7 +292,9 @@ def test_what_it_costs_is_what_pytorch_counts(name: str) -> None:
     found = {}
     for by in (name, "first-k"):
         install_pruning(model, schedule((2, by, 0.25)))
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        make_scorers(model, schedule((2, by, 0.25)))
+        # The counter knows no CPU kernel of attention.
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(**case.inputs())
         found[by] = counter.get_total_flops()
     plan = {by: schedule((2, by, 0.25)).cost(model.config, 60, 41).flops for by in found}
@@ -320,6 +324,7 @@ def test_teacher_forcing_chooses_what_the_prefill_chooses() -> None:
     for name in sorted({*METHODS} - {"random"}):
         for layer in (0, 2) if name in NO_ATTENTION else (2,):
             model = install_pruning(tiny_llava(), schedule((layer, name, 0.4)))
+            make_scorers(model, schedule((layer, name, 0.4)))
             prompt, whole = make_case(model, ["t3 i16 t5"]), make_case(model, ["t3 i16 t5 a6"])
             kept = []
             for case, labels in ((prompt, False), (whole, True)):

@@ -35,7 +35,7 @@ Run = tuple[PruningSchedule, int]
 
 def runs_of(schedules: Sequence[PruningSchedule], seeds: Sequence[int]) -> list[Run]:
     """Each schedule once, and for every seed where it chooses by chance."""
-    chance = {one: any(stage.criterion == "random" for stage in one.stages) for one in schedules}
+    chance = {one: any(stage.method.by_chance for stage in one.stages) for one in schedules}
     return [(one, seed) for one in schedules for seed in (seeds if chance[one] else seeds[:1])]
 
 

@@ -19,6 +19,7 @@ from himap_train.benchmark.peers import (
     pyramiddrop_ranking,
 )
 from himap_train.models.attention import register_attention
+from himap_train.models.foresight import make_scorers
 from himap_train.models.install import install_pruning, remove_pruning, running
 from himap_train.models.stock import base_model
 from himap_train.pruning.methods.base import Reads
@@ -59,6 +60,7 @@ class Method:
 @contextmanager
 def _pruned(schedule: PruningSchedule, model: nn.Module) -> Iterator[None]:
     install_pruning(model, schedule)
+    make_scorers(model, schedule)
     try:
         yield
     finally:

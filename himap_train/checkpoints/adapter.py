@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from himap_train.checkpoints.finite import require_finite
 from himap_train.checkpoints.generation_file import write_end_tokens
+from himap_train.checkpoints.ranking import ranking_of, read_ranking, write_ranking
 from himap_train.checkpoints.same_base import base_facts, plain
 from himap_train.embedded.model import EMBEDDED_MODELS, embedded_model_path
 from himap_train.models.stock import base_model
@@ -53,7 +54,12 @@ PEFT_SHAPE = {
     "megatron_config?": Rule("null: Megatron's layers are not supported", dict, lambda value: False),
 }
 """Of `adapter_config.json`, what is used here and what PEFT takes unseen."""
-FACTS_SHAPE = {"peft": PEFT_SHAPE, "schedule": dict, "base": Rule("a mapping or null", dict | None, lambda _: True)}
+FACTS_SHAPE = {
+    "peft": PEFT_SHAPE,
+    "schedule": dict,
+    "base": Rule("a mapping or null", dict | None, lambda _: True),
+    "ranking?": {str: Tensor},
+}
 
 
 @dataclass(frozen=True)
@@ -65,12 +71,14 @@ class Adapter:
         peft: Content of `adapter_config.json`.
         schedule: As it was trained.
         base_facts: What the base model's config was (see `same_base`); None where the folder does not say.
+        ranking: Weights of what ranks at learned stages, see `ranking`.
     """
 
     weights: dict[str, Tensor]
     peft: dict[str, Any]
     schedule: PruningSchedule
     base_facts: dict[str, Any] | None
+    ranking: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def base(self) -> str:
@@ -104,6 +112,7 @@ class Adapter:
             text = yaml.safe_dump(self.schedule.to_dict(), sort_keys=False)
             (temporary / SCHEDULE_FILE).write_text(text, encoding="utf-8")
             (temporary / "README.md").write_text(card, encoding="utf-8")
+            write_ranking(temporary, self.ranking)
             if processor is not None:
                 processor.save_pretrained(str(temporary))
                 write_end_tokens(temporary, processor)
@@ -111,11 +120,11 @@ class Adapter:
     def require_finite(self, where: str) -> None:
         """Raise NonFiniteError, naming `where` and the tensor, where a weight is nan or inf."""
         way_out = "Its training diverged: take an earlier checkpoint, or train anew with a lower learning rate"
-        require_finite(self.weights.items(), where, way_out)
+        require_finite((self.weights | self.ranking).items(), where, way_out)
 
 
 def adapter_facts(model: PeftModel, schedule: PruningSchedule) -> dict[str, Any]:
-    """All of an adapter but its tensors, as plain values: what a training checkpoint keeps under `CHECKPOINT_KEY`."""
+    """All of an adapter but what PEFT holds: what a training checkpoint keeps under `CHECKPOINT_KEY`."""
     config = model.peft_config["default"]
     peft = {key: plain(value) for key, value in config.to_dict().items()}
     base = type(base_model(model))
@@ -129,6 +138,7 @@ def adapter_facts(model: PeftModel, schedule: PruningSchedule) -> dict[str, Any]
         },
         "schedule": schedule.to_dict(),
         "base": base_facts(base_model(model).config),
+        "ranking": ranking_of(model, schedule),
     }
 
 
@@ -153,12 +163,9 @@ def read_adapter(path: Path) -> Adapter:
     peft = read_json(path / CONFIG_FILE, PEFT_SHAPE)
     with named(path / WEIGHTS_FILE, "is damaged", _OTHER_WAYS):
         weights = load_file(path / WEIGHTS_FILE)
-    return Adapter(
-        weights,
-        peft,
-        schedule_file(schedule) if schedule.is_file() else PruningSchedule(),
-        read_json(facts, {"config": FACTS_SHAPE["base"]})["config"] if facts.is_file() else None,
-    )
+    saved = schedule_file(schedule) if schedule.is_file() else PruningSchedule()
+    base = read_json(facts, {"config": FACTS_SHAPE["base"]})["config"] if facts.is_file() else None
+    return Adapter(weights, peft, saved, base, read_ranking(path, saved))
 
 
 def check_complete(folder: Path) -> None:
@@ -211,7 +218,8 @@ def _from_checkpoint(file: Path) -> Adapter:
 
 
 def _adapter(weights: dict[str, Tensor], facts: Mapping[str, Any], where: str) -> Adapter:
-    return Adapter(weights, facts["peft"], schedule_in(facts["schedule"], where), facts["base"])
+    schedule = schedule_in(facts["schedule"], where)
+    return Adapter(weights, facts["peft"], schedule, facts["base"], facts.get("ranking") or {})
 
 
 def file_name(parameter: str) -> str:

@@ -21,6 +21,7 @@ from himap_train.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_o
 from himap_train.checkpoints.adapter_check import check_adapter, check_patterns
 from himap_train.checkpoints.adapter_parts import adapter_processor, resized_tokens
 from himap_train.checkpoints.card import adapter_card
+from himap_train.checkpoints.ranking import give_ranking, read_ranking
 from himap_train.checkpoints.run_facts import run_facts
 from himap_train.checkpoints.same_base import require_same_base
 from himap_train.data.end_of_answer import end_token_ids
@@ -99,8 +100,9 @@ def load_checkpoint(
     source = adapter_source(path)
     if source is None:
         model, processor = load_llava(str(path), **how)
-        written = getattr(model.config, "himap", None) if isinstance(schedule, _Saved) else None
-        return _pruned(model, schedule_in(written, f"{path}, `himap` of config.json"), schedule, path), processor
+        saved = schedule_in(getattr(model.config, "himap", None), f"{path}, `himap` of config.json")
+        give_ranking(model, read_ranking(path, saved), saved, path)
+        return _pruned(model, saved, schedule, path), processor
     adapter = read_adapter(source)
     adapter.require_finite(str(source))
     base = base or adapter.base
@@ -125,6 +127,7 @@ def load_checkpoint(
             peft_model = _with_adapter(model, Path(folder) / "adapter", source)
     else:
         peft_model = _with_adapter(model, source, source)
+    give_ranking(peft_model, adapter.ranking, adapter.schedule, source)
     generation: Any = model.generation_config  # training taught it to end there
     generation.eos_token_id = end_token_ids(processor, generation.eos_token_id)
     return _pruned(peft_model, adapter.schedule, schedule, source).eval(), processor

@@ -17,6 +17,7 @@ from himap_train.checkpoints.adapter import Adapter
 from himap_train.checkpoints.finite import NonFiniteError, not_finite, require_finite
 from himap_train.checkpoints.generation_file import write_end_tokens
 from himap_train.checkpoints.merge import Merger, parameter_name
+from himap_train.checkpoints.ranking import read_ranking, write_ranking
 from himap_train.checkpoints.same_base import require_same_base
 from himap_train.checkpoints.weight_files import TensorInfo, parse_size, plan_shards, read_infos, write_shards
 from himap_train.models.families import family_of_config
@@ -91,6 +92,7 @@ def write_merged(
             merger.finish()
         _write_rest(temporary, source, config, dtype, processor)
         schedule = schedule_in(getattr(config, "himap", None), source / "config.json")
+        write_ranking(temporary, adapter.ranking if adapter else read_ranking(source, schedule))
         (temporary / "README.md").write_text(write_card(schedule, config), encoding="utf-8")
 
 

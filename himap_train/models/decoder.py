@@ -20,18 +20,18 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from himap_train.models.attention import ScoreCollector, register_attention
 from himap_train.models.cache import stage_of, stored, unread_images
+from himap_train.models.choosing import collector_for, ranked, show, token_map
 from himap_train.models.cpu_attention import CausalBlocks
 from himap_train.models.inputs import check_image_mask, check_inputs, check_options
-from himap_train.models.installed import InstalledPruning, PruneCounts
+from himap_train.models.installed import InstalledPruning, PruneCounts, scorers_of
 from himap_train.models.prompt import check_continued, drafted, known_prompt, warn_of_labels
 from himap_train.models.tokens import Prefill, Tokens, causal_mask, entered, first_positions, removed
 from himap_train.models.versions import CACHE, chosen_states, decoder_output
 from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
 from himap_train.pruning.learned.marginal import marginal_tokens
-from himap_train.pruning.methods.base import Reads, Seen, with_scores
+from himap_train.pruning.methods.base import Reads
 from himap_train.pruning.places import TokenGrid
-from himap_train.pruning.ranks import image_ranks, select
-from himap_train.pruning.removal import Removal, plan_removals, settle_mass, settle_waiting, with_facts
+from himap_train.pruning.removal import plan_removals, settle_mass, settle_waiting, with_facts
 from himap_train.pruning.token_map import TokenMap, scatter_back
 
 
@@ -141,6 +141,8 @@ def _prefill(
     prefill = Prefill(decoder, cache, layout.valid.sum(1), start, unread=reads and counts.unread > 0)
     collector: ScoreCollector | None = None
     ratios = pruning.ratios if torch.is_grad_enabled() else None
+    watching, scorers = [trace for trace in pruning.traces if trace.watches], scorers_of(decoder)
+    always = ratios is not None or bool(watching)
     call["causal_blocks"] = CausalBlocks() if pruning.cpu_blocks else None
     whole = tokens, layout
     if schedule.enter:
@@ -150,69 +152,34 @@ def _prefill(
         if number == schedule.enter > 0:
             tokens, layout = entered(prefill, number, *whole, tokens, layout), whole[1]
         if removal := removals.get(number):
-            if removal.removes or ratios is not None:
-                shown = _shown(removal, tokens, layout, collector)
+            if removal.removes or always:
+                shown = show(removal, tokens, layout, collector, scorers.get(number))
+                for trace in watching:
+                    trace.shown[number] = shown
                 if shown.looks is not None:
                     removals = settle_waiting(removals, number, shown.looks, layout)
                 elif shown.scores is not None:
                     removals = settle_mass(removals, number, shown.scores, layout)
                 removal = removals[number]
-                ranks = _ranks(removal, shown)
+                ranks = ranked(removal, shown)
                 if ratios is not None:
                     carried = tokens.marginal.moved if tokens.marginal else None
                     marginal = marginal_tokens(ratios[number], ranks, layout, removal, carried)
                     tokens = replace(tokens, marginal=marginal)
                 if removal.removes or tokens.marginal:
-                    moved = _token_map(removal, shown, ranks, tokens)
+                    moved = token_map(removal, shown, ranks, tokens)
                     tokens, layout = removed(prefill, number, tokens, layout, moved)
             seen.kept_rows.append(removal.after.current.sum(1))
             layouts.append(layout)
         if states is not None:
             states.append(scatter_back(tokens.hidden, layout.columns, layout.valid, length))
-        collector = _collector(removals.get(number + 1), tokens, layout, always=ratios is not None)
+        collector = collector_for(removals.get(number + 1), tokens, layout, always)
         report = {"score_collector": collector} if collector else {}
         tokens = tokens.run(layer, number, call | report)
     pruning.last = seen
     for trace in pruning.traces:
         trace.kept = [[row[real].cpu() for row, real in zip(at.columns, at.valid, strict=True)] for at in layouts]
     return scatter_back(decoder.norm(tokens.hidden), layout.columns, layout.valid, length)
-
-
-def _collector(removal: Removal | None, tokens: Tokens, layout: TokenLayout, always: bool) -> ScoreCollector | None:
-    """HiMAP: what the layer before a stage reports to; None where nothing will be ranked."""
-    if removal is None or not (removal.removes or always) or not removal.stage.reads_before:
-        return None
-    return ScoreCollector(removal.stage, layout, removal.before, tokens.hidden.detach())
-
-
-@torch.no_grad()
-def _shown(removal: Removal, tokens: Tokens, layout: TokenLayout, collector: ScoreCollector | None) -> Seen:
-    """HiMAP: what a stage's method may look at, with its scores."""
-    states = tokens.hidden.detach()
-    seen = Seen(layout, removal.before) if collector is None else collector.seen()
-    seen = replace(seen, states=states)
-    ready = removal.stage.removes_all or removal.stage.ranks_before
-    return seen if ready else with_scores(removal.stage.method, seen)
-
-
-@torch.no_grad()
-def _ranks(removal: Removal, shown: Seen) -> Tensor:
-    """HiMAP: ranks of the image tokens, (B, L) long; where all leave, those that must stay come first."""
-    if removal.stage.removes_all:
-        return image_ranks(shown.layout.image.float(), shown.layout, shown.groups)
-    return removal.stage.method.choose(shown, removal.after.current)
-
-
-@torch.no_grad()
-def _token_map(removal: Removal, shown: Seen, ranks: Tensor, tokens: Tokens) -> TokenMap:
-    """HiMAP: the removal; where all leave nothing is merged, and marginal tokens run one layer more."""
-    marginal, after = tokens.marginal, removal.after
-    if marginal is None and not removal.stage.removes_all:
-        return removal.stage.method.token_map(shown, ranks, after)
-    keep = select(ranks, shown.layout, after.current)
-    if marginal is None:
-        return TokenMap.of(keep, after.lengths)
-    return TokenMap.of(keep | marginal.shadow, after.lengths + marginal.shadows)
 
 
 def _decode(

@@ -159,8 +159,12 @@ def _changeable(model: nn.Module, schedule: PruningSchedule) -> InstalledPruning
 
 
 @contextmanager
-def record_pruning(model: nn.Module) -> Iterator[PruningTrace]:
+def record_pruning(model: nn.Module, watch: bool = False) -> Iterator[PruningTrace]:
     """Record what the last prefill or training forward inside the block keeps.
+
+    Args:
+        model: What is recorded.
+        watch: Record too what each stage was shown, also where nothing leaves.
 
     Raises:
         ValueError: If no schedule is installed.
@@ -168,7 +172,7 @@ def record_pruning(model: nn.Module) -> Iterator[PruningTrace]:
     pruning = pruning_of(model)
     if pruning is None:
         raise ValueError("nothing to record: call install_pruning(model, schedule) first")
-    trace = PruningTrace()
+    trace = PruningTrace(watches=watch)
     pruning.traces.append(trace)
     try:
         yield trace

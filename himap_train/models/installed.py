@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from himap_train.models.families.base import Family
+from himap_train.pruning.learned.scorer import Scorer
+from himap_train.pruning.methods.base import Seen
 from himap_train.pruning.schedule import PruningSchedule
 
 
@@ -46,9 +48,13 @@ class PruningTrace:
     Attributes:
         kept: Per stage a list with, per batch row, an ascending 1-D LongTensor of the columns of the batch as passed in
             that stay: all token kinds, no padding.
+        watches: Whether stages from which nothing leaves are looked at too.
+        shown: By a stage's layer what its method was shown, with its scores; where it watches.
     """
 
     kept: list[list[Tensor]] = field(default_factory=list)
+    watches: bool = False
+    shown: dict[int, Seen] = field(default_factory=dict)
 
 
 @dataclass
@@ -75,3 +81,14 @@ class InstalledPruning:
     cpu_blocks: bool = True
     last: PruneCounts | None = None
     traces: list[PruningTrace] = field(default_factory=list)
+
+
+def scorers_of(decoder: Any) -> dict[int, Scorer]:
+    """What was trained to rank image tokens at which layer; see `give_scorers`."""
+    found: dict[int, Scorer] = decoder.__dict__.get("himap_scorers", {})
+    return found
+
+
+def give_scorers(decoder: Any, scorers: dict[int, Scorer]) -> None:
+    """Let a text decoder have these. They are no part of the model: neither in its parameters nor in its files."""
+    decoder.himap_scorers = scorers

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from himap_train.models.foresight import make_scorers
 from himap_train.models.install import install_pruning
 from himap_train.models.loading import EMBEDDED, load_config, load_llava, resolve_model
 from himap_train.models.stock import text_decoder
@@ -80,6 +81,7 @@ def build_model(case: Case, schedule: PruningSchedule, checkpointing: bool, prec
     if checkpointing:
         decoder: Any = text_decoder(model)
         checkpoint_activations(decoder)
+    make_scorers(model, schedule)
     # Plans are for kernels that keep no attention weights.
     return install_pruning(model, schedule, cpu_blocks=False).train()
 

@@ -6,7 +6,7 @@ run another one (a curriculum, elastic training); the decoder has its own back a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from himap_train.checkpoints.adapter import CHECKPOINT_KEY, FACTS_SHAPE, adapter_facts
+from himap_train.checkpoints.ranking import give_ranking
 from himap_train.checkpoints.same_base import require_same_base
 from himap_train.models.families import family_of
 from himap_train.models.features import hidden_states
@@ -70,6 +71,7 @@ class AdapterModule(LightningModule):
         super().__init__()
         self.schedule = schedule
         self._step: Step | None = None
+        self._look: Callable[[dict[str, Any]], None] | None = None
         self.strict_loading = False  # checkpoints hold trained weights only; on_load_checkpoint checks those
         self.llava: PeftModel | None = None
 
@@ -109,6 +111,10 @@ class AdapterModule(LightningModule):
     def use_step(self, step: Step) -> None:
         """Let the next training steps run this, until they are told otherwise."""
         self._step = step
+
+    def look_first(self, look: Callable[[dict[str, Any]], None]) -> None:
+        """Show each training batch to this before its training step."""
+        self._look = look
 
     @contextmanager
     def running_step(self, step: Step | None) -> Iterator[None]:
@@ -156,6 +162,11 @@ class AdapterModule(LightningModule):
         names = self.trained_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in names}
 
+    def take_ranking(self, checkpoint: dict[str, Any]) -> None:
+        """Rank at learned stages as a training checkpoint did."""
+        ranking = checkpoint.get(CHECKPOINT_KEY, {}).get("ranking") or {}
+        give_ranking(self.peft_model, ranking, self.schedule, "the checkpoint")
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Not strict about what is absent by design, but strict about what was trained."""
         facts = checkpoint.get(CHECKPOINT_KEY)  # None: of an early version
@@ -165,6 +176,7 @@ class AdapterModule(LightningModule):
             name = str(self.peft_model.peft_config["default"].base_model_name_or_path)
             require_same_base(facts["base"], config, name, facts["peft"]["base_model_name_or_path"])
         check_trained_weights(set(checkpoint["state_dict"]), self.trained_names())
+        self.take_ranking(checkpoint)
         if self._trainer:
             continue_in_this_split(checkpoint, getattr(self.trainer, "datamodule", None))
             begin_next_epoch(checkpoint, by_steps=self.trainer.max_steps != -1)

@@ -17,6 +17,7 @@ from transformers import LlavaProcessor
 
 from himap_train.checkpoints.finite import NonFiniteError
 from himap_train.models.features import weights_are_spread
+from himap_train.models.foresight import make_scorers
 from himap_train.models.install import install_pruning
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
@@ -127,6 +128,7 @@ class LlavaFineTuner(AdapterModule):
             checkpoint_activations(decoder)
         self.schedule = self.fitted_schedule(decoder.config.num_hidden_layers)
         install_pruning(self.llava, self.schedule)
+        make_scorers(self.llava, self.schedule)
         self.train()
 
     def fitted_schedule(self, layers: int) -> PruningSchedule:
@@ -168,6 +170,8 @@ class LlavaFineTuner(AdapterModule):
         """One micro-batch; see the module's docstring for what is averaged over what."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._window.begin(batch, self.trainer, self.device)
+        if self._look is not None:
+            self._look(batch)
         teacher = self._step.teacher if self._step else None
         with self.running_step(self._step):
             if teacher is None:

@@ -16,6 +16,7 @@ from himap_train.pruning.methods.image_debiased import ImageDebiased
 from himap_train.pruning.methods.image_stratified import ImageStratified
 from himap_train.pruning.methods.instruction import Instruction
 from himap_train.pruning.methods.last_token import LastToken
+from himap_train.pruning.methods.learned import Learned
 from himap_train.pruning.methods.random import Random
 from himap_train.pruning.methods.sparsevlm import SparseVLM
 from himap_train.pruning.methods.stride import Stride
@@ -43,6 +44,7 @@ METHODS: dict[str, type[Method]] = {
         Dart,
         AveragePool,
         VisionZip,
+        Learned,
     )
 }
 """By the name under which a schedule asks for them."""

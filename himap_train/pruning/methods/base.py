@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from himap_train.pruning.layout import TokenCounts, TokenLayout
 from himap_train.pruning.ranks import image_ranks, select
@@ -60,6 +60,7 @@ class Seen:
         states: (B, L, D), at the stage's input; while attention or keys are read, at the input of the layer before.
         scores: (B, L), what `score` gave; for `choose`.
         looks: (B, L), what `instruction` scores, for a stage that waits.
+        scorer: What was trained to rank at this stage's layer.
     """
 
     layout: TokenLayout
@@ -70,6 +71,7 @@ class Seen:
     states: Tensor | None = None
     scores: Tensor | None = None
     looks: Tensor | None = None
+    scorer: nn.Module | None = None
 
     @property
     def groups(self) -> int:
@@ -102,11 +104,14 @@ class Method:
         name: As a schedule writes it under `criterion`.
         reads: What it looks at.
         merges: Whether tokens are averaged into those that stay.
+        learns: Whether something is trained that ranks, see `Seen.scorer`.
     """
 
     name: ClassVar[str]
     reads: ClassVar[Reads]
     merges: ClassVar[bool] = False
+    by_chance: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
 
     @property
     def ranks(self) -> bool:

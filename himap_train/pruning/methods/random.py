@@ -17,6 +17,7 @@ class Random(Method):
 
     name: ClassVar[str] = "random"
     reads: ClassVar[Reads] = Reads.NOTHING
+    by_chance: ClassVar[bool] = True
 
     def score(self, seen: Seen) -> Tensor:
         """Uniform in [0, 1)."""

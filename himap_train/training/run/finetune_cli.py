@@ -41,6 +41,7 @@ from himap_train.training.callbacks.checkpoints import (
 from himap_train.training.callbacks.data_costs import DataCosts
 from himap_train.training.callbacks.finite import GradientNorm
 from himap_train.training.callbacks.interrupt import SaveOnInterrupt
+from himap_train.training.callbacks.learn_ranking import LearnRanking
 from himap_train.training.callbacks.learn_ratios import LearnKeepRatios
 from himap_train.training.callbacks.progress import ProgressLines, Throughput
 from himap_train.training.callbacks.step_seeds import StepSeeds
@@ -182,6 +183,7 @@ class FinetuneCLI(LightningCLI):
             *(given.pop("callbacks", None) or []),
             StepSeeds(seed),
             *_other_schedules(pruning, seed, lambda: self.datamodule.mean_tokens),
+            *([LearnRanking(pruning.learn_ranking, seed)] if pruning.learn_ranking else []),
             GradientNorm(self.checkpoints),
             Throughput(),
             DataCosts(),

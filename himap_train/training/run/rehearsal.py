@@ -46,6 +46,8 @@ def rehearse(config: Namespace) -> None:
         say(f"no CUDA device: rehearsing without model.quantize={config.model.quantize}")
         config.model.quantize = None
     _learnable(config, small, scaled=real)
+    if real and config.pruning.learn_ranking is not None:
+        config.pruning.learn_ranking.layers = None
     config.output = f"{config.output.rstrip('/')}-rehearsal"
     _possible_budgets(config, small)
     _small_data(config.data)

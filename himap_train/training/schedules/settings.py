@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
+from himap_train.models.foresight import learned_layers
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.schedules.curriculum import Curriculum, CurriculumSteps
 from himap_train.training.schedules.dense_steps import DenseStepPlan, DenseSteps
 from himap_train.training.schedules.elastic import Elastic, ElasticSteps
+from himap_train.training.schedules.learn_ranking import RankingSettings
 from himap_train.training.schedules.learnable import Learnable
 from himap_train.training.schedules.per_step import StepPlan
 
@@ -27,6 +29,7 @@ class PruningSettings:
         curriculum: From dense, or through other schedules, to the schedule over the first part of training; null for
             the schedule from the start.
         dense_steps: Some steps dense, taught by the pruned model, for one that is served dense; null for none.
+        learn_ranking: What trains the stages of `model.schedule` whose criterion is `learned`; null where none is.
         image_tokens: Image tokens of the sample that budgets are for; null for the training data's mean.
         text_tokens: Its other tokens; null for the training data's mean.
     """
@@ -35,6 +38,7 @@ class PruningSettings:
     elastic: Elastic | None = None
     curriculum: Curriculum | None = None
     dense_steps: DenseSteps | None = None
+    learn_ranking: RankingSettings | None = None
     image_tokens: int | None = None
     text_tokens: int | None = None
 
@@ -59,6 +63,13 @@ class PruningSettings:
                 raise ValueError(f"pruning.{key} is {value}; expected 1 or more tokens")
         for name in given:
             getattr(self, name).check(schedule)
+        if self.learn_ranking is not None:
+            self.learn_ranking.check(schedule)
+        elif learned_layers(schedule):
+            raise ValueError(
+                "model.schedule has the criterion learned, and nothing trains it: give pruning.learn_ranking, {} for "
+                "its defaults, or another criterion"
+            )
 
     def tokens(self, measured: tuple[int, int] | None) -> tuple[int, int]:
         """Image and text tokens of the sample that budgets are for.
@@ -77,6 +88,8 @@ class PruningSettings:
 
     def check_possible(self, schedule: PruningSchedule, config: Any, measured: tuple[int, int] | None) -> None:
         """Raise ValueError for budgets that a model of this config cannot meet with its schedule."""
+        if self.learn_ranking is not None:
+            self.learn_ranking.watched(schedule, config)
         settings = self.learnable or self.elastic
         if settings is not None:
             settings.check_possible(schedule, config, self.tokens(measured))

@@ -1,0 +1,112 @@
+"""A ranking that is trained beside the model: `pruning.learn_ranking` of a config does, a checkpoint brings it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from himap_train.pruning.learned.scorer import HEAD, Asked, Scorer
+from himap_train.pruning.methods.base import Members, Method, Reads, Seen, Widths
+from himap_train.pruning.methods.divprune import farthest_first
+from himap_train.pruning.names import require_number
+from himap_train.pruning.ranks import image_ranks
+
+_APART = 1e4
+"""Distance between tokens of two grids: more than any within one."""
+
+
+@dataclass(frozen=True)
+class Learned(Method):
+    """What a small network scores highest, which sees the states of image and question at the stage's input.
+
+    A share of the places that stay goes to the picture instead of the scores: after the tokens of the highest scores
+    comes the one that lies farthest from all chosen, and so on, so that what nobody foresaw is near something that
+    stays.
+
+    Args:
+        spread: The share of the tokens that stay which is spread over the picture; 0 leaves all to the scores.
+        width: Width of the network, a multiple of 16.
+
+    Raises:
+        ValueError: A number that cannot be.
+    """
+
+    name: ClassVar[str] = "learned"
+    reads: ClassVar[Reads] = Reads.STATES
+    learns: ClassVar[bool] = True
+
+    spread: float = 0.75
+    width: int = 128
+
+    def __post_init__(self) -> None:
+        """Check every field where it is set."""
+        require_number("criterion learned", "spread", self.spread)
+        if not 0.0 <= self.spread <= 1.0:
+            raise ValueError(f"criterion learned: spread is {self.spread}; expected 0 to 1 (share of what stays)")
+        if type(self.width) is not int or not 0 < self.width <= 1024 or self.width % HEAD:
+            raise ValueError(f"criterion learned: width is {self.width!r}; expected a multiple of {HEAD}, 1024 at most")
+
+    @property
+    def ranks(self) -> bool:
+        """Where nothing is spread."""
+        return self.spread == 0
+
+    @property
+    def uses_places(self) -> bool:
+        """Where something is spread."""
+        return self.spread > 0
+
+    def scorer(self, hidden: int) -> Scorer:
+        """A new one, with random weights, for a decoder of this width."""
+        return Scorer(hidden, self.width)
+
+    def score(self, seen: Seen) -> Tensor:
+        """The scorer's.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if seen.scorer is None:
+            raise ValueError(
+                "criterion learned has no ranking at this layer: `pruning.learn_ranking` trains one, and "
+                "load_checkpoint brings what was trained"
+            )
+        scores: Tensor = seen.scorer.to(seen.layout.columns.device)(asked(seen))
+        return Members.of(seen.layout, seen.counts).spread(scores, seen.layout)
+
+    def choose(self, seen: Seen, kept: Tensor) -> Tensor:
+        """By the scores, and from a number on by the distance to all that are chosen."""
+        assert seen.scores is not None
+        ranks = image_ranks(seen.scores, seen.layout, seen.groups)
+        if not self.spread:
+            return ranks
+        assert seen.layout.places is not None
+        members, places = Members.of(seen.layout, seen.counts), seen.layout.places
+        first = (kept - (self.spread * kept).add(0.5).floor().long()).flatten().to(ranks.device).unsqueeze(1)
+        best = (members.gather(ranks) < first.clamp(min=1)) | members.gather(seen.layout.protected)
+        at = members.gather(torch.stack([places.grid * _APART, places.row, places.column], dim=2))
+        apart = torch.cdist(at, at, compute_mode="donot_use_mm_for_euclid_dist")
+        # What shows no part of the picture is near all that does, and nothing is near it.
+        placeless = (members.gather(places.row) < 0) & members.real
+        apart = apart.masked_fill(placeless.unsqueeze(2), torch.inf).masked_fill(placeless.unsqueeze(1), 0.0)
+        return members.spread(farthest_first(apart, members.real, best, int(kept.max())), seen.layout)
+
+    def flops(self, widths: Widths, image_tokens: int, text_tokens: int, kept: int) -> float:
+        """Of the scorer; distances are next to nothing."""
+        width, heads = self.width, self.width // HEAD
+        image = image_tokens * (widths.hidden + 2) * width
+        return 2.0 * (image + text_tokens * (widths.hidden + 9 * width + heads + 2 * text_tokens) * width)
+
+    def peak_bytes(self, widths: Widths, image_tokens: int, text_tokens: int, element: int) -> int:
+        """Normalised states of image and question, and distances, in fp32."""
+        return 8 * (image_tokens + text_tokens) * widths.hidden + 8 * image_tokens**2 * self.uses_places
+
+
+def asked(seen: Seen) -> Asked:
+    """What a scorer looks at, of what a stage's method is shown."""
+    assert seen.states is not None
+    image, text = (of(seen.layout, seen.counts) for of in (Members.of, Members.question))
+    return Asked(image.gather(seen.states), image.real, text.gather(seen.states), text.real)
