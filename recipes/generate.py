@@ -3,6 +3,7 @@
 python recipes/generate.py                    # a scene of the embedded test set
 python recipes/generate.py --image photo.jpg --question "What is this?" --checkpoint runs/mine
 python recipes/generate.py --schedule himap --show-kept kept.png
+python recipes/generate.py --data my/test.json --record 7
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from himap_train.data.encode import Sample, encode_prompt
 from himap_train.data.end_of_answer import end_token_ids
 from himap_train.data.images import open_image
 from himap_train.data.pixel_modes import Background
-from himap_train.data.records import Conversation, Turn
-from himap_train.data.scene_questions import SceneQuestions
+from himap_train.data.records import Conversation, Source, Turn
+from himap_train.data.sources import open_source
 from himap_train.evaluation.budgeted import check_budget_argument, run_at_budget
 from himap_train.models.families.base import AspectRatio
 from himap_train.models.features import prompt_inputs
@@ -35,6 +36,8 @@ from himap_train.pruning.reading import ScheduleArgument
 def main(
     image: Path | None = None,
     question: str | None = None,
+    data: str = "embedded:test",
+    record: int = 0,
     checkpoint: str = "embedded",
     schedule: ScheduleArgument = AS_SAVED,
     budget: float | None = None,
@@ -49,8 +52,10 @@ def main(
     """Stream the greedy answer to standard output.
 
     Args:
-        image: A picture file; by default the first scene of the embedded test set.
-        question: What to ask about it; by default that scene's question.
+        image: A picture file; by default that of a record.
+        question: What to ask about it; by default the record's first question.
+        data: Where the record is from, as in evaluate.py.
+        record: Its number.
         checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
         schedule: as-saved, none, a preset (himap, fastv, ...), a pruning.yaml, or the stages inline.
         budget: Run that schedule's layers at this flops_ratio of the prompt instead, 0.4 say; 1 is dense.
@@ -63,7 +68,7 @@ def main(
         device: "auto", "cpu", "cuda", "cuda:1", ...
     """
     check_budget_argument(budget, schedule)
-    conversation = ask(image, question)
+    conversation = ask(image, question, data, record)
     if show_kept is not None:
         show_kept.parent.mkdir(parents=True, exist_ok=True)
     model, processor = load_with_schedule(checkpoint, schedule, dtype, device)
@@ -86,17 +91,22 @@ def main(
         print(f"kept patches drawn in {show_kept}", file=sys.stderr)
 
 
-def ask(image: Path | None, question: str | None) -> Conversation:
+def ask(image: Path | None, question: str | None, data: str, record: int) -> Conversation:
     """The conversation to continue.
 
     Raises:
-        ValueError: An image without a question.
+        ValueError: An image without a question, a record that is not there or has no image.
         FileNotFoundError: No such image.
     """
     if image is None:
-        scene = SceneQuestions("test", scenes=1)[0]
-        text = scene.turns[0].text if question is None else f"<image>\n{question}"
-        return Conversation(scene.id, scene.images, (Turn("user", text),))
+        source = open_source(data, split="test")
+        if not isinstance(source, Source) or not 0 <= record < len(source):
+            raise ValueError(f"{data} has no record {record}")
+        found = source[record]
+        if not found.images:
+            raise ValueError(f"record {record} of {data} has no image")
+        text = found.turns[0].text if question is None else f"<image>\n{question}"
+        return Conversation(found.id, found.images, (Turn("user", text),))
     if question is None:
         raise ValueError(f"what should be asked about {image}? Pass --question")
     if not image.is_file():
