@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
+import logging
 import re
 import shutil
 import sys
+import warnings
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, auto_cli, get_loader, set_loader
+from transformers.utils import logging as transformers_logging
 
 from himap_train.data.records import RecordError
 from himap_train.data.skips import TooManySkippedError
@@ -78,6 +82,32 @@ def check_config_files(options: Sequence[str], groups: bool = False) -> None:
             read_yaml(Path(file))
 
 
+def config_first(options: Sequence[str]) -> list[str]:
+    """Options with `--config FILE` before all others, which overrule it wherever they stand."""
+    files: list[str] = []
+    others: list[str] = []
+    given = iter(options)
+    for option in given:
+        if option in ("--config", "-c"):
+            files += [option, *itertools.islice(given, 1)]
+        else:
+            (files if option.startswith("--config=") else others).append(option)
+    return files + others
+
+
+def quiet_libraries() -> None:
+    """No advertisements, no bars while weights load, no warnings about what is meant as it is."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # the frozen vision tower
+    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing. is deprecated")  # PEFT asks for it
+    warnings.filterwarnings("ignore", message=r".*does not have many workers")
+    warnings.filterwarnings("ignore", message=r".*LeafSpec")
+    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")  # nothing to validate on
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated")  # DeepSpeed calls it
+    transformers_logging.disable_progress_bar()
+
+
 def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> int:
     """Call `main` with the options of a command line; its signature is their schema.
 
@@ -88,11 +118,12 @@ def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> 
     Returns:
         Exit status: 0; 2 after an error that the user can mend, whose message goes to standard error; 130 after Ctrl-C.
     """
+    quiet_libraries()
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _with_values([with_underscores(option) for option in given], main)
         check_config_files(args)
-        auto_cli(main, args=args, as_positional=False, parser_class=SuggestingParser)
+        auto_cli(main, args=config_first(args), as_positional=False, parser_class=SuggestingParser)
     except USER_ERRORS as error:
         print(f"error: {told(error)}", file=sys.stderr)
         return 2

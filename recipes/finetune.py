@@ -19,7 +19,7 @@ from himap_train.analysis.report import write_report
 from himap_train.analysis.samples import save_samples, take_samples
 from himap_train.checkpoints.agreement import check_agreement
 from himap_train.checkpoints.export import export_merged
-from himap_train.checkpoints.load import save_adapter
+from himap_train.checkpoints.load import save_adapter, write_card
 from himap_train.command_line import USER_ERRORS
 from himap_train.evaluation.compare import Row
 from himap_train.evaluation.tables import print_table, save_table
@@ -32,8 +32,8 @@ from himap_train.training.run.feature_cache import fill_feature_cache
 from himap_train.training.run.finetune_cli import FinetuneCLI
 from himap_train.training.run.folder import record_run, record_schedule
 from himap_train.training.run.launch import end_children, is_first_process, report_error, say
-from himap_train.training.run.measured_rows import model_config
-from himap_train.training.run.unseen_tokens import unseen_tokens_warning
+from himap_train.training.run.measured_rows import Schedules, model_config
+from himap_train.training.run.unseen_tokens import unproduced_tokens_warning, unseen_tokens_warning
 from himap_train.training.zero.gather import trained_state
 from himap_train.versions import package_versions
 
@@ -48,21 +48,23 @@ def run(cli: FinetuneCLI) -> None:
         say(f"rehearsed: trained, saved, evaluated, exported; {agreement}")
 
 
-def before_training(cli: FinetuneCLI) -> list[Row]:
+def before_training(cli: FinetuneCLI, rows: list[Row]) -> None:
     """Write down what is run, cache image features, measure what it starts from, in a resumed run too."""
     tuner = cli.model
     if is_first_process():
         record_run(cli.output, cli.resolved_config(), tuner.schedule)
     say(trainable_report(tuner.peft_model), f"schedule: {tuner.schedule.to_dict()}")
-    embeddings = base_model(tuner.peft_model).get_input_embeddings().weight
-    unseen = unseen_tokens_warning(cli.datamodule.token_ids, embeddings, cli.datamodule.processor)
-    if unseen:
-        say(unseen)
+    base, data = base_model(tuner.peft_model), cli.datamodule
+    for warning in (
+        unseen_tokens_warning(data.token_ids, base.get_input_embeddings().weight, data.processor),
+        unproduced_tokens_warning(data.answer_ids, base.lm_head, data.processor),
+    ):
+        if warning:
+            say(warning)
     fill_feature_cache(cli.trainer, tuner.peft_model, cli.datamodule)
-    if not cli.settings.before:
-        return []
-    with tuner.peft_model.disable_adapter():
-        return cli.measured.measure(cli.measured.before(), cli.trainer)
+    if cli.settings.before:
+        with tuner.peft_model.disable_adapter():
+            measure(cli, cli.measured.before(), rows)
 
 
 def after_training(cli: FinetuneCLI, rows: list[Row]) -> None:
@@ -75,9 +77,9 @@ def after_training(cli: FinetuneCLI, rows: list[Row]) -> None:
         record_schedule(cli.output, tuner.schedule)  # learned keep ratios are known only now
         say(f"saved {save_adapter(tuner.peft_model, cli.output / 'adapter', tuner.schedule, tuner.processor, weights)}")
     if cli.settings.after:
-        rows = rows + cli.measured.measure(cli.measured.after(), cli.trainer)
+        measure(cli, cli.measured.after(), rows)
     if rows and is_first_process():
-        save_table(rows, cli.output, {"config": cli.resolved_config(), "versions": package_versions()})
+        write_card(cli.output / "adapter", model_config(tuner))  # now that there are scores
         print_table(rows)
     report(cli, rows)
 
@@ -91,6 +93,14 @@ def report(cli: FinetuneCLI, rows: list[Row]) -> None:
     if is_first_process():
         save_samples(samples, cli.output)
         say(f"report: {write_report(cli.output)}")
+
+
+def measure(cli: FinetuneCLI, schedules: Schedules, rows: list[Row]) -> None:
+    """Add a row for each schedule; each is on the disk as soon as it is measured."""
+    for row in cli.measured.measure(schedules, cli.trainer):
+        rows.append(row)
+        if is_first_process():
+            save_table(rows, cli.output, {"config": cli.resolved_config(), "versions": package_versions()})
 
 
 def check_data(cli: FinetuneCLI) -> None:
@@ -124,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli: FinetuneCLI | None = None
     rows: list[Row] = []
     try:
-        cli = FinetuneCLI(argv, (lambda cli: rows.extend(before_training(cli)), lambda cli: after_training(cli, rows)))
+        cli = FinetuneCLI(argv, (lambda cli: before_training(cli, rows), lambda cli: after_training(cli, rows)))
         run(cli)
     except Interrupted as stop:
         if not is_first_process():

@@ -28,7 +28,7 @@ RUNS: dict[str, list[str]] = {
 }
 # Run and row of its metrics.json -> name in the table; the rows before training are the same in every run.
 ROWS = {
-    ("himap", "dense"): "dense, not fine-tuned",
+    ("himap", "dense, not fine-tuned"): "dense, not fine-tuned",
     ("himap", "training-free pruned"): "HiMAP, training-free",
     ("himap", "adapted pruned"): "HiMAP, adapted",
     ("himap", "adapted, evaluated dense"): "HiMAP, adapted, run dense",

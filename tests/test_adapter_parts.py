@@ -19,7 +19,7 @@ from himap_train.checkpoints.load import load_checkpoint, save_adapter
 from himap_train.models.families.llava import Llava
 from himap_train.models.install import pruning_of
 from himap_train.models.loading import load_llava
-from himap_train.training.run.unseen_tokens import unseen_tokens_warning
+from himap_train.training.run.unseen_tokens import unproduced_tokens_warning, unseen_tokens_warning
 
 DECODER = r".*language_model\.layers\.\d+\..*_proj"
 TEMPLATE = "{% for message in messages %}NEW {{ message['role'] }}{% endfor %}"
@@ -181,6 +181,18 @@ def test_tokens_that_the_embeddings_never_saw_are_named(kind: str) -> None:
     found = unseen_tokens_warning(tokens, rows, processor)
     assert found is not None and "1 tokens whose embedding was never trained" in found and "(59)" in found
     assert unseen_tokens_warning(tokens, rows[:0], processor) is None  # spread over processes
+
+
+def test_answers_in_words_that_the_model_never_said() -> None:
+    processor, head = tiny_processor(), tiny_llava().lm_head
+    head.requires_grad_(False)
+    assert unproduced_tokens_warning({40: 3, 41: 1}, head, processor) is None
+    head.weight[30:] = head.weight[30] + 0.01 * head.weight[30:]
+    found = unproduced_tokens_warning({5: 1, 40: 3}, head, processor)
+    assert found is not None and "75 % of the answers' tokens" in found and f"{len(head.weight) - 30} of the" in found
+    assert unproduced_tokens_warning({5: 1}, head, processor) is None
+    head.requires_grad_(True)
+    assert unproduced_tokens_warning({40: 3}, head, processor) is None  # it learns them
 
 
 def test_run_whose_data_use_such_a_token_says_so(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from recipes_cli import RECIPES, run_recipe
 from tiny import IMAGE_TOKENS, tiny_llava, tiny_processor
 from training_toys import save_tiny
 
-from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
+from himap_train import PruningSchedule, PruningStage, bar, install_pruning, remove_pruning
 from himap_train.checkpoints.scheduled import load_with_schedule
 from himap_train.command_line import run_command
 from himap_train.data.batches import collate
@@ -28,10 +28,14 @@ from himap_train.data.records import Conversation, RecordError, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.data.skips import TooManySkippedError
 from himap_train.embedded.scene_text import TYPES
-from himap_train.evaluation.compare import compare, evaluate_row
+from himap_train.evaluation.chart import draw_chart
+from himap_train.evaluation.compare import Row, compare, evaluate_row
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.questions import Question, question_batches
+from himap_train.evaluation.result import EvaluationResult
+from himap_train.evaluation.sample_metric import GroupScore
 from himap_train.evaluation.tables import markdown_lines, markdown_table, print_table, save_table
+from himap_train.evaluation.token_counts import Measured
 from himap_train.models.install import pruning_of
 from himap_train.models.stock import base_model
 from himap_train.pruning.reading import fit_preset, is_preset
@@ -507,3 +511,23 @@ def test_the_embedded_model_prunes_as_its_schedule_says():
     assert result.kept == (72.0, 18.0)
     assert {name: group.count for name, group in result.types.items()} == dict.fromkeys(TYPES, 1)
     assert all(len(prediction.prediction.split()) <= 3 for prediction in result.predictions)  # words, then the end
+
+
+def test_chart_has_a_value_at_each_bar_and_axes_from_0() -> None:
+    group = GroupScore(0.714, 0.02, 50)
+    ratio = Measured(0.4, 0.0)
+    result = EvaluationResult("exact", group, {"count": group}, {}, 16.0, 9.0, (), (), ratio, ratio, 1.0, [])
+    cost = PruningSchedule().cost(tiny_llava().config, image_tokens=16, text_tokens=9)
+    bars, points = draw_chart([Row("a", result, cost), Row("b", result, cost)]).axes
+    assert [text.get_text() for text in bars.texts] == ["71"] * 4
+    assert points.get_ylim()[0] == points.get_xlim()[0] == bars.get_ylim()[0] == 0
+
+
+def test_progress_in_a_log_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bar, "EVERY", 0.0)
+    for shown in (True, False):
+        with bar.progress_bar("evaluating", 8, shown) as advance:
+            advance(2)
+            advance(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and re.fullmatch(r"evaluating: 4 of 8, [\d.]+ min left, [\d.e+]+/s", lines[1])

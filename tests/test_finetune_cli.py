@@ -20,7 +20,9 @@ from tiny import tiny_processor
 from training_toys import RECIPES, SCHEDULE, finetune, save_tiny
 
 from himap_train.checkpoints.load import load_checkpoint
+from himap_train.evaluation.compare import Row, compare
 from himap_train.models.install import pruning_of
+from himap_train.training.run import measured_rows
 from himap_train.training.run.finetune_cli import FinetuneCLI
 
 
@@ -102,12 +104,27 @@ def test_run_folder_holds_what_repeats_the_run(finished: Path) -> None:
     assert json.loads((finished / "versions.json").read_text())["torch"] == torch.__version__
     rows = json.loads((finished / "metrics.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [
-        "dense",
+        "dense, not fine-tuned",
         "training-free pruned",
         "adapted pruned",
         "adapted, evaluated dense",
     ]
     assert [bool(row["schedule"]["stages"]) for row in rows] == [False, True, True, False]
+    assert "| adapted, evaluated dense |" in (finished / "adapter/README.md").read_text()
+
+
+def test_rows_are_written_as_they_come(
+    tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaking(model: Any, processor: Any, source: Any, schedules: dict[str, Any], **settings: Any) -> list[Row]:
+        if "training-free pruned" in schedules:
+            raise ValueError("the power went out")
+        return compare(model, processor, source, schedules, **settings)
+
+    monkeypatch.setattr(measured_rows, "compare", breaking)
+    assert "power went out" in error_of(capsys, "--config", written(tmp_path, config(tiny_path, tmp_path)))
+    rows = json.loads((tmp_path / "run/metrics.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dense, not fine-tuned"]
 
 
 def test_a_dense_run_that_measures_nothing_has_a_report_of_its_training_data(tiny_path: str, tmp_path: Path) -> None:
@@ -124,13 +141,17 @@ def test_a_dense_run_that_measures_nothing_has_a_report_of_its_training_data(tin
 def test_logs_hold_loss_rates_speed_and_both_accuracies(finished: Path) -> None:
     header = (finished / "logs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
     wanted = {"train/loss", "val/loss", "val/accuracy", "val/accuracy_dense", "image tokens kept", "tokens/s"}
+    wanted |= {"s/step", "min left", "memory GiB"}
     assert wanted | {"lr-AdamW/lora", "lr-AdamW/projector", "train/grad_norm"} <= set(header)
     assert list((finished / "logs" / "tensorboard").glob("events.*"))
 
 
-def test_resolved_config_repeats_the_run_exactly(finished: Path, tmp_path: Path) -> None:
+def test_resolved_config_repeats_the_run_exactly(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     again = tmp_path / "again"
     assert finetune("--config", str(finished / "config.yaml"), "--output", str(again)) == 0
+    assert capsys.readouterr().out.count("(expected '") == 2  # answers of the validation
     before, after = (
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
         for folder in (finished, again)

@@ -12,6 +12,7 @@ from training_toys import run_main
 from transformers import LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule
+from himap_train.command_line import config_first
 from himap_train.planning.device_memory import STRATEGIES
 from himap_train.planning.plan_cli import PlanCLI, run_settings
 from himap_train.planning.typical_sample import find_config
@@ -57,6 +58,45 @@ def test_llava_7b_without_hub_or_weights(tmp_path: Path, capsys: pytest.CaptureF
 
 def _largest(side: dict[str, Any]) -> list[int]:
     return [rows for by_strategy in side["largest"].values() for rows in by_strategy.values()]
+
+
+def test_hours_and_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("--trainer.devices", "8", "--effective-batch", "128", "--tflops", "250", "--gpu-price", "2.5")
+    plan = planned(tmp_path, *LLAVA_7B, *given, "--records", "665000")
+    assert plan["run"]["accumulate"] == 2
+    for side in plan["sides"]:
+        assert side["gpu_hours"] == pytest.approx(665_000 * side["flops"]["total"] / 250e12 / 3600)
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"{plan['sides'][1]['gpu_hours'] / 8:.3g}" in out.split("hours on 8 GPUs")[1]
+    assert f"{plan['sides'][1]['gpu_hours'] * 2.5:,.2f}" in out.split("cost at 2.5 a GPU hour")[1]
+    planned(tmp_path, *LLAVA_7B, "--data.train", "embedded:train")  # its tokenizer is what cannot be read
+    out = " ".join(capsys.readouterr().out.split())
+    assert "for hours and cost give --tflops N (reached by one GPU) or --measured" in out
+    assert (
+        "python recipes/finetune.py --config configs/quickstart.yaml); 115 text tokens assumed" in out
+    )  # nothing is cut
+
+
+def test_hours_from_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # this one does load weights
+    measured = ("--measured", "--trainer.max_steps", "10", "--data.batch_size", "2", "--effective-batch", "4")
+    plan = planned(tmp_path, *EMBEDDED, *measured)
+    assert plan["duration"]["samples"] == 40 and plan["duration"]["tflops"] > 0
+    assert 0 < plan["sides"][1]["gpu_hours"] < plan["sides"][0]["gpu_hours"]
+
+
+def test_options_overrule_files_wherever_they_stand() -> None:
+    file = str(CONFIGS / "quickstart.yaml")
+    config = PlanCLI(["--output", "runs/mine", "--config", file, "--data.batch_size", "3"]).config
+    assert (config.output, config.data.batch_size) == ("runs/mine", 3)
+    assert config_first(["--a", "1", "--config=b", "--config", "c", "-d"]) == [
+        "--config=b",
+        "--config",
+        "c",
+        "--a",
+        "1",
+        "-d",
+    ]
 
 
 def test_overlay_plans_the_13b_model(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_elastic_run_saves_its_schedule_and_measures_budgets(elastic: Path) -> N
     assert logged(elastic, "train/divergence")
     rows = {row["name"]: row for row in json.loads((elastic / "metrics.json").read_text())["rows"]}
     assert list(rows) == [
-        "dense",
+        "dense, not fine-tuned",
         "training-free pruned",
         "training-free pruned at 0.92",
         "adapted pruned",

@@ -260,6 +260,19 @@ def test_best_and_last_are_kept_apart(tiny_path: str, tmp_path: Path) -> None:
     assert steps == {"best.ckpt": 1, "last.ckpt": 3}
 
 
+def test_what_max_steps_ends_within_an_epoch_is_validated(tiny_path: str, tmp_path: Path) -> None:
+    trainer = quiet_trainer(
+        tmp_path,
+        max_steps=1,
+        limit_val_batches=1,
+        enable_checkpointing=True,
+        callbacks=last_and_best(tmp_path, None, "val/loss", "min"),
+    )
+    trainer.fit(tuner(tiny_path), datamodule=data())
+    assert trainer.num_training_batches > 1 and trainer.global_step == 1
+    assert {file.name for file in tmp_path.glob("*.ckpt")} == {"best.ckpt", "last.ckpt"}
+
+
 def test_checkpoint_of_another_config_is_refused_with_the_keys(tmp_path: Path) -> None:
     config = {
         "model": {"lora_lr": 0.1, "schedule": {"positions": "keep"}},

@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 
 from himap_train import __version__
-from himap_train.checkpoints.run_facts import RunFacts
+from himap_train.checkpoints.run_facts import ADAPTED, RUN_DENSE, RunFacts
 from himap_train.models.families import family_of_config
 from himap_train.models.families.processing import PartsProcessor
 from himap_train.pruning.schedule import PruningSchedule
 
 TEXT_TOKENS = 115
-"""Text of the sample that costs are given for: a short question with LLaVA-1.5's system prompt."""
+"""Text of the sample that costs are given for where the run measured none: LLaVA-1.5's system prompt and a question."""
 _SETTINGS = (
     ("model", ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "projector", "lora_lr", "projector_lr")),
     ("model", ("weight_decay", "warmup_ratio", "loss_average", "quantize")),
@@ -93,8 +93,8 @@ def _card(
     sections = [
         ("", "\n".join(["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", f"# {title}"])),
         ("Loading", "\n\n".join(loading)),
-        ("Pruning schedule", f"{_schedule(schedule)}\n\n{_cost(schedule, config)}{_elastic(run.config)}"),
-        ("Scores", _scores(run.rows)),
+        ("Pruning schedule", f"{_schedule(schedule)}\n\n{_cost(schedule, config, run.rows)}{_elastic(run.config)}"),
+        ("Scores", _scores(run.rows) + _run_dense(run.rows)),
         ("Data", _data(run.config.get("data") or {})),
         ("Training", _training(run.config)),
         ("Versions", _versions(run.versions)),
@@ -114,10 +114,13 @@ def _schedule(schedule: PruningSchedule) -> str:
     return f"{text}\n```yaml\n{stages}\n```"
 
 
-def _cost(schedule: PruningSchedule, config: Any) -> str:
-    """What a prefill costs, pruned beside dense."""
-    tokens = family_of_config(config).tokens_of_config(config)
-    cost = schedule.cost(config, image_tokens=tokens, text_tokens=TEXT_TOKENS)
+def _cost(schedule: PruningSchedule, config: Any, measured: list[dict[str, Any]]) -> str:
+    """What a prefill costs, pruned beside dense: of the mean sample that the run measured, if it did."""
+    tokens, text, sample = family_of_config(config).tokens_of_config(config), TEXT_TOKENS, "One image"
+    if measured and measured[-1].get("image_tokens") and measured[-1].get("text_tokens"):
+        tokens, text = round(measured[-1]["image_tokens"]), round(measured[-1]["text_tokens"])
+        sample = "The mean question of the scores below"
+    cost = schedule.cost(config, image_tokens=tokens, text_tokens=text)
     layers = cost.image_tokens_per_layer
     starts = [layer for layer, count in enumerate(layers) if layer == 0 or count != layers[layer - 1]]
     ends = [*(start - 1 for start in starts[1:]), len(layers) - 1]
@@ -132,7 +135,7 @@ def _cost(schedule: PruningSchedule, config: Any) -> str:
         ("ratio", f"{cost.kv_bytes_ratio:.3f}", "1"),
     ]
     pruned = "pruned, at most" if cost.upper_bound else "pruned"
-    return f"One image of {tokens} tokens and {TEXT_TOKENS} text tokens:\n\n" + _table(("", pruned, "dense"), rows)
+    return f"{sample}, {tokens} image tokens and {text} text tokens:\n\n" + _table(("", pruned, "dense"), rows)
 
 
 def _elastic(config: Mapping[str, Any]) -> str:
@@ -153,10 +156,26 @@ def _scores(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         overall, cost = row["overall"], _measured_ratio(row)
-        score = f"{100 * overall['score']:.1f} ± {100 * overall['standard_error']:.1f}"
-        lines.append((row["name"], score, str(overall["count"]), cost))
+        lines.append((row["name"], _percent(overall), str(overall["count"]), cost))
     metric = rows[0]["metric"] if rows else ""
     return _table(("", f"{metric}, %", "samples", "flops_ratio"), lines) if rows else ""
+
+
+def _percent(overall: Mapping[str, Any]) -> str:
+    """A score and its standard error; either may be unknown."""
+    score, error = (overall.get(key) for key in ("score", "standard_error"))
+    return "-" if score is None else f"{100 * score:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def _run_dense(rows: list[dict[str, Any]]) -> str:
+    """What the weights lose or gain in engines that do not prune, where the run measured it."""
+    measured = {row["name"]: row["overall"].get("score") for row in rows}
+    pruned, dense = measured.get(ADAPTED), measured.get(RUN_DENSE)
+    if pruned is None or dense is None:
+        return ""
+    change = f"{'gains' if dense >= pruned else 'loses'} {100 * abs(dense - pruned):.1f} points"
+    scores = f"{100 * dense:.1f} % for {100 * pruned:.1f} %"
+    return f"\n\nRun dense, as engines without pruning do, this model {change}: {scores}."
 
 
 def _measured_ratio(row: Mapping[str, Any]) -> str:

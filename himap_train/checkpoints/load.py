@@ -30,6 +30,7 @@ from himap_train.models.loading import load_config, load_llava, resolve_model
 from himap_train.models.stock import base_model
 from himap_train.pruning.reading import schedule_in
 from himap_train.pruning.schedule import PruningSchedule
+from himap_train.storage import atomic_file
 from himap_train.structured import named, read_json
 
 Weights = Literal["adapter", "last", "best"]
@@ -69,6 +70,18 @@ def save_adapter(
     card = adapter_card(adapter.base, schedule, base_model(model).config, run_facts(target.parent))
     adapter.write(target, card, processor)
     return target
+
+
+def write_card(folder: Path, config: Any) -> None:
+    """Write an adapter folder's README.md anew, with the scores that its run has measured since.
+
+    Args:
+        folder: Of the adapter, in the folder of its run.
+        config: Configuration of the base model.
+    """
+    adapter = read_adapter(folder)
+    with atomic_file(folder / "README.md") as file:
+        file.write_text(adapter_card(adapter.base, adapter.schedule, config, run_facts(folder)), encoding="utf-8")
 
 
 def load_checkpoint(

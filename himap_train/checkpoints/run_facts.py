@@ -9,6 +9,8 @@ from typing import Any
 from himap_train.checkpoints.adapter import training_file
 from himap_train.structured import Rule, check_shape, read_json, read_yaml
 
+ADAPTED, RUN_DENSE = "adapted pruned", "adapted, evaluated dense"
+"""Rows of a run's table: its weights as they were trained, and where nothing is pruned."""
 _CONFIG_SHAPE = {
     "data?": dict,
     "model?": dict,
@@ -20,8 +22,10 @@ _ROWS_SHAPE = {
         {
             "name": str,
             "metric": str,
-            "overall": {"score": float, "standard_error": float, "count": int},
+            "overall": {"score?": float, "standard_error?": float, "count": int},
             "cost?": {"flops_ratio": float},
+            "image_tokens?": float,
+            "text_tokens?": float,
             "flops_ratio?": {"mean": float, "sd": float},
         }
     ]

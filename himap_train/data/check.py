@@ -100,6 +100,7 @@ def _examine(
         report.image_tokens[count] = report.image_tokens.get(count, 0) + 1
     for exchange in exchanges:
         report.token_ids.update(exchange.prompt, exchange.answer)
+        report.answer_ids.update(exchange.answer)
     ends = encoder.ends(exchanges, counts)
     report.lengths.append((conversation.id, ends[-1]))
     if encoder.fitting(conversation, ends) < len(ends):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,6 +30,7 @@ class DataReport:
         modes: what is unusual about pixels, such as "I;16 (16 bits)" -> number of such images among the examined.
         lengths: (id, tokens) of the examined records, image tokens included.
         token_ids: those of the examined records.
+        answer_ids: tokens of their answers -> how often.
         truncated: ids of examined records that lose questions at the end.
         padding: batch size, expected share of padding in batches of it, the same with group_by_length; None where no
             batch size was given.
@@ -48,6 +50,7 @@ class DataReport:
     modes: dict[str, int] = field(default_factory=dict)
     lengths: list[tuple[str, int]] = field(default_factory=list)
     token_ids: set[int] = field(default_factory=set)
+    answer_ids: Counter[int] = field(default_factory=Counter)
     truncated: list[str] = field(default_factory=list)
     padding: tuple[int, float, float] | None = None
     skipped: dict[int, str] = field(default_factory=dict)

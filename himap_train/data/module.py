@@ -104,8 +104,8 @@ class LlavaDataModule(LightningDataModule):
         self._cached_encoder: CachedEncoder | None = None
         self.mean_tokens: tuple[int, int] | None = None
         """Image tokens and other tokens of a training record on average, once they are checked."""
-        self.token_ids: set[int] = set()
-        """Tokens of the training records that were examined."""
+        self.token_ids, self.answer_ids = set[int](), dict[int, int]()
+        """Tokens of the training records that were examined; of their answers also how often."""
         self.skips: dict[str, SkipLog] = {}
         """For "train", "validation" and "test" which records were skipped so far."""
 
@@ -145,6 +145,7 @@ class LlavaDataModule(LightningDataModule):
         report = check_source(source, self.processor, *options, name=self.spec(split), batch_size=self.batch_size)
         if split == "train":
             self.mean_tokens, self.token_ids = report.mean_tokens(), report.token_ids
+            self.answer_ids = report.answer_ids
         return report
 
     def read_features(self, store: FeatureStore) -> None:

@@ -35,7 +35,8 @@ def _bars(axes: Axes, rows: Sequence[Row], types: list[str]) -> None:
         heights = [100 * group.score if group else 0.0 for group in groups]
         errors = [100 * np.nan_to_num(group.standard_error) if group else 0.0 for group in groups]
         offsets = places + (number - (len(rows) - 1) / 2) * width
-        axes.bar(offsets, heights, width, yerr=errors, label=row.name, color=_colour(number), ecolor="#999999")
+        bars = axes.bar(offsets, heights, width, yerr=errors, label=row.name, color=_colour(number), ecolor="#999999")
+        axes.bar_label(bars, fmt="%.0f", fontsize=6, padding=1)
     many = len(types) > 3
     axes.set_xticks(places, ["overall", *types], rotation=30 if many else 0, ha="right" if many else "center")
     axes.set_ylim(0, 105)
@@ -49,6 +50,7 @@ def _cost(axes: Axes, rows: Sequence[Row]) -> None:
             error = 100 * np.nan_to_num(row.result.standard_error)
             axes.errorbar(ratio.mean, 100 * row.result.score, yerr=error, fmt="o", color=_colour(number))
     axes.set_xlim(0, 1.05)
+    axes.set_ylim(0, 105)
     axes.set_xlabel("flops_ratio of the prefill")
     axes.set_ylabel("overall, %")
     axes.grid(alpha=0.3)

@@ -17,6 +17,7 @@ from himap_train.evaluation.chart import draw_chart
 from himap_train.evaluation.compare import Row
 from himap_train.evaluation.sample_metric import GroupScore
 from himap_train.evaluation.token_counts import Measured
+from himap_train.storage import atomic_file
 
 FILES = ("metrics.json", "table.md", "accuracy.png")
 
@@ -36,7 +37,8 @@ def save_table(rows: Sequence[Row], folder: Path | str, facts: dict[str, Any] | 
     folder.mkdir(parents=True, exist_ok=True)
     text = markdown_table(rows)
     content = json_ready({**(facts or {}), "rows": [row.to_dict() for row in rows]})
-    (folder / "metrics.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic_file(folder / "metrics.json") as file:
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(text, encoding="utf-8")
     draw_chart(rows).savefig(folder / "accuracy.png", dpi=120)
     return text

@@ -16,11 +16,12 @@ from himap_train.data.module import LlavaDataModule
 from himap_train.models.attention import ATTENTION_IMPLEMENTATIONS
 from himap_train.planning.device_memory import GIB, configured_strategy
 from himap_train.planning.facts import ModelFacts, model_facts
-from himap_train.planning.run_plan import Plan, RunSettings, Sample, make_plan
+from himap_train.planning.run_plan import Duration, Plan, RunSettings, Sample, make_plan
+from himap_train.planning.throughput import seconds_a_sample, trained_samples
 from himap_train.planning.typical_sample import find_config, read_sample
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.module import LlavaFineTuner
-from himap_train.training.run.finetune_cli import FinetuneCLI
+from himap_train.training.run.finetune_cli import FinetuneCLI, processor_of
 from himap_train.training.run.rehearsal import rehearse
 from himap_train.training.run.strategy_names import refuse_spread_quantized, strategy_name
 from himap_train.training.schedules.settings import MODES
@@ -47,6 +48,10 @@ class PlanCLI(FinetuneCLI):
         parser.add_argument(
             "--effective_batch", type=int | None, default=None, help="samples an optimizer step; sets accumulation"
         )
+        parser.add_argument("--tflops", type=float | None, default=None, help="that one GPU reaches, for hours")
+        parser.add_argument("--measured", action="store_true", help="find them in a few real steps on this machine")
+        parser.add_argument("--records", type=int | None, default=None, help="of the data, where it cannot be read")
+        parser.add_argument("--gpu_price", type=float | None, default=None, help="of one GPU for an hour")
         parser.add_argument("--json", type=str | None, default=None, help="write every number into this file")
         parser.add_argument(
             "--verify", action="store_true", help="run two small models and compare them with their predictions"
@@ -70,7 +75,7 @@ class PlanCLI(FinetuneCLI):
             FileNotFoundError: There is no such model.
             ValueError: Something in the config cannot work; the message names the key and what is valid.
         """
-        for key in ("text_tokens", "supervised_tokens", "images"):
+        for key in ("text_tokens", "supervised_tokens", "images", "tflops", "records", "gpu_price"):
             if (self.config[key] or 0) < 0:
                 raise ValueError(f"--{key} is {self.config[key]}; expected 0 or more")
         run = run_settings(self.config)
@@ -86,7 +91,23 @@ class PlanCLI(FinetuneCLI):
         notes: tuple[str, ...] = (f"model: {found}", f"tokens: {counted}", f"attention: {run.attention}, {kernel}")
         facts = model_facts(config, self.tuner)
         notes = (*notes, *self._other_schedules(), *self._at_limit(facts, run, schedule, sample))
-        return make_plan(facts, run, schedule, sample, notes)
+        return self._with_duration(make_plan(facts, run, schedule, sample, notes))
+
+    def _with_duration(self, plan: Plan) -> Plan:
+        """How long it takes, or what is missing to know."""
+        samples = trained_samples(self.data, self.config.trainer, plan.run.effective_batch, self.config.records)
+        tflops = self.config.tflops
+        missing = [
+            *(["--records N"] if samples is None else []),
+            *([] if tflops or self.config.measured else ["--tflops N (reached by one GPU) or --measured"]),
+        ]
+        if missing or samples is None:
+            return replace(plan, notes=(*plan.notes, f"for hours and cost give {' and '.join(missing)}"))
+        if self.config.measured:
+            self.data.processor = processor_of(self.config.model.path)
+            seconds = seconds_a_sample(self.tuner, self.data, self.config.trainer)
+            tflops = plan.sides[-1].flops.total / seconds / 1e12
+        return replace(plan, duration=Duration(samples, tflops, self.config.gpu_price))
 
     def _other_schedules(self) -> tuple[str, ...]:
         """What steps under other schedules than model.schedule mean for the numbers."""

@@ -11,7 +11,7 @@ from rich.table import Table
 from himap_train.models.training_cost import TrainingFlops
 from himap_train.planning.device_memory import GIB, RESERVE
 from himap_train.planning.quantities import Activations
-from himap_train.planning.run_plan import Plan, Side
+from himap_train.planning.run_plan import Duration, Plan, Side
 
 _FLOPS: dict[str, Callable[[TrainingFlops], float]] = {
     "decoder forward": lambda f: f.forward,
@@ -38,6 +38,8 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         console.print(table)
     for note in (*plan.notes, *_assumptions(plan)):
         console.print(f"- {note}", highlight=False)
+    if plan.duration:
+        console.print(_duration(plan, plan.duration))
 
 
 def _parameters(plan: Plan) -> Table:
@@ -95,6 +97,20 @@ def _fits(plan: Plan) -> Table:
     return _table(f"Largest batch of one GPU in {plan.run.gpu_memory:g} GiB", header, rows)
 
 
+def _duration(plan: Plan, duration: Duration) -> Table:
+    hours = [duration.gpu_hours(side) for side in plan.sides]
+    rows = [
+        ["TFLOP", *(f"{duration.samples * side.flops.total / 1e12:,.3g}" for side in plan.sides)],
+        ["GPU hours", *(f"{of_all:,.3g}" for of_all in hours)],
+        [f"hours on {plan.run.devices} GPUs", *(f"{of_all / plan.run.devices:,.3g}" for of_all in hours)],
+    ]
+    if duration.price is not None:
+        price = duration.price
+        rows.append([f"cost at {price:g} a GPU hour", *(f"{of_all * price:,.2f}" for of_all in hours)])
+    title = f"Training on {duration.samples:,} samples at {duration.tflops:.3g} TFLOP/s a GPU, without validations"
+    return _table(title, ("", *(side.name for side in plan.sides)), rows)
+
+
 def _assumptions(plan: Plan) -> list[str]:
     run = plan.run
     bounds = [
@@ -103,7 +119,7 @@ def _assumptions(plan: Plan) -> list[str]:
     return [
         *(bounds if plan.sides[-1].prefill.upper_bound else []),
         f"* as configured: {run.strategy}, {run.precision}; an optimizer step takes {run.batch_size} x "
-        f"{run.accumulate} x {run.devices} = {run.effective_batch} samples",
+        f"{run.accumulate} x {run.devices} = {run.effective_batch} samples (--effective_batch N sets accumulation)",
         "all rows of a batch have the length shown; a peak in brackets does not fit",
         f"{RESERVE / GIB:g} GiB of a GPU are left to CUDA's context, workspaces and fragmentation",
         "ZeRO with Lightning's and DeepSpeed's default buckets; gathered weights of stage 3 are an upper bound",

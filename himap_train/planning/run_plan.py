@@ -93,6 +93,25 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Duration:
+    """How long training takes, without validations and saving.
+
+    Attributes:
+        samples: That are trained on, each time anew.
+        tflops: TFLOP/s that one GPU reaches.
+        price: Of a GPU for an hour; None where it is not known.
+    """
+
+    samples: int
+    tflops: float
+    price: float | None = None
+
+    def gpu_hours(self, side: Side) -> float:
+        """Hours of one GPU, of all GPUs together."""
+        return self.samples * side.flops.total / (self.tflops * 1e12) / 3600
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that is printed.
 
@@ -103,6 +122,7 @@ class Plan:
         memory: By strategy.
         sides: Dense, and pruned where the schedule has stages.
         notes: Where numbers come from and what is assumed.
+        duration: None where throughput or number of samples are not known.
     """
 
     facts: ModelFacts
@@ -111,6 +131,7 @@ class Plan:
     memory: dict[str, StaticMemory]
     sides: tuple[Side, ...]
     notes: tuple[str, ...]
+    duration: Duration | None = None
 
     def peak(self, strategy: str, side: Side) -> int:
         """Bytes of one GPU at the worst moment, with checkpointing as configured."""
@@ -127,6 +148,7 @@ class Plan:
                 both = written[key]
                 written[key] = {"checkpointing": both[True], "no checkpointing": both[False]}
             written["peak"] = {name: self.peak(name, side) for name in STRATEGIES}
+            written["gpu_hours"] = self.duration.gpu_hours(side) if self.duration else None
         return fields
 
 

@@ -77,7 +77,7 @@ def read_sample(
                 sample = replace(sample, supervised=supervised, most_supervised=supervised)
             return sample, where
         except (OSError, ValueError, RecordError) as error:
-            reason = f"the training data cannot be read here ({str(error).splitlines()[0]:.160})"
+            reason = f"the training data cannot be read here ({str(error).splitlines()[0]})"
         text_tokens = TEXT_TOKENS
         where = f"{reason}; {text_tokens} text tokens assumed, give --text_tokens"
     else:

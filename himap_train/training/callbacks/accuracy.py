@@ -12,6 +12,9 @@ from himap_train.evaluation.compare import compare
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.ranges import require_possible
 
+_SHOWN = 3
+"""Answers that are printed at each validation."""
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -58,7 +61,7 @@ class EvaluationSettings:
 
 
 class GenerationAccuracy(Callback):
-    """Logs `val/accuracy` (under the schedule) and `val/accuracy_dense` at each validation."""
+    """Logs `val/accuracy` (under the schedule) and `val/accuracy_dense` at each validation, and prints some answers."""
 
     def __init__(self, settings: EvaluationSettings) -> None:
         self.settings = settings
@@ -84,3 +87,6 @@ class GenerationAccuracy(Callback):
             )
         for row in rows:
             pl_module.log(row.name, row.result.overall.score, prog_bar=True)
+        for shown in rows[0].result.predictions[:_SHOWN]:
+            question, answers = shown.prompt.split("\n")[-1], " | ".join(dict.fromkeys(shown.answers))
+            pl_module.print(f"  {question:.80} -> {shown.prediction!r:.80} (expected {answers!r:.80})")

@@ -76,8 +76,11 @@ class SaveLast(Checkpoint):
     ) -> None:
         """Where an optimizer step ends; the last one may lie within an epoch."""
         due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
-        if step_ended(trainer, batch_idx) and (due or trainer.global_step == trainer.max_steps):
+        last = trainer.global_step == trainer.max_steps
+        if step_ended(trainer, batch_idx) and (due or last):
             trainer.save_checkpoint(self.file)
+        if last:  # Lightning validates where it is told to stop, but not where max_steps ends within an epoch
+            trainer.should_stop = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Within training only."""

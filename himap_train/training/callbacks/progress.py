@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import resource
+import sys
 import time
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from himap_train.models.install import pruning_of
@@ -20,8 +24,16 @@ def logs_now(trainer: Any, batch_idx: int) -> bool:
     return step_ended(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0
 
 
+def peak_memory() -> float:
+    """The most memory, in GiB, that this process has had: of its GPU, or without one of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
 class Throughput(Callback):
-    """Logs `tokens/s` (image tokens as loaded, padding left out), `image tokens kept`, the fraction behind the last
+    """Logs `tokens/s` (image tokens as loaded, padding left out), `s/step` (an optimizer step), `min left` at this
+    rate without validations, `memory GiB` (see `peak_memory`), `image tokens kept`, the fraction behind the last
     stage, and `train/kept_stage0` and so on: image tokens of a sample with images after each stage, mean since the last
     time. These counts lie on the host since the forward pass. Not Lightning's `ThroughputMonitor`, which waits for the
     GPU after every micro-batch, wants the tokens of each on the host, and shows nothing in the progress bar.
@@ -31,12 +43,13 @@ class Throughput(Callback):
         self._kept: list[int] = []
         self._samples = 0
         self._since: float | None = None
+        self._steps = 0  # that were done at that time
         self._tokens: Any = 0  # a tensor on the device: adding up there waits for nothing
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock; a validation in between has stopped it."""
         if self._since is None:
-            self._since, self._tokens = time.perf_counter(), 0
+            self._since, self._tokens, self._steps = time.perf_counter(), 0, trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Read the clock where the loggers are fed, so that the GPU is not waited for more often than anyway."""
@@ -57,8 +70,14 @@ class Throughput(Callback):
             self._kept, self._samples = [], 0
         if self._since is not None and logs_now(trainer, batch_idx):
             tokens, now = float(self._tokens), time.perf_counter()  # the device first: the clock must see its work
-            pl_module.log("tokens/s", tokens * trainer.world_size / max(now - self._since, 1e-9), prog_bar=True)
-            self._since, self._tokens = now, 0  # goes on: waiting for the next batch counts
+            seconds = max(now - self._since, 1e-9)
+            pl_module.log("tokens/s", tokens * trainer.world_size / seconds, prog_bar=True)
+            per_step = seconds / max(trainer.global_step - self._steps, 1)
+            left = (trainer.estimated_stepping_batches - trainer.global_step) * per_step / 60
+            figures = {"s/step": per_step, "memory GiB": peak_memory()}
+            figures |= {"min left": left} if math.isfinite(left) else {}  # not where a stream has no length
+            pl_module.log_dict(figures, prog_bar=True)
+            self._since, self._tokens, self._steps = now, 0, trainer.global_step  # waiting for the next batch counts
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""

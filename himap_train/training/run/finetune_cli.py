@@ -7,11 +7,9 @@ nearest valid one.
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,9 +21,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from transformers.utils import logging as transformers_logging
 
-from himap_train.command_line import check_config_files
+from himap_train.command_line import check_config_files, quiet_libraries
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.loading import load_config, load_processor, resolve_model
 from himap_train.ranges import require_possible
@@ -79,7 +76,7 @@ class FinetuneCLI(LightningCLI):
     ) -> None:
         self.around = around
         check_config_files(sys.argv[1:] if args is None else args, groups=True)
-        _quiet_libraries()
+        quiet_libraries()
         register_strategies()
         started = ["torchrun", "..."] if "TORCHELASTIC_RUN_ID" in os.environ else ["python"]
         self.command = [*started, *(sys.argv if args is None else ["recipes/finetune.py", *args])]
@@ -106,7 +103,7 @@ class FinetuneCLI(LightningCLI):
         parser.add_argument("--save_every", type=int | None, default=None, help="optimizer steps between saves")
         parser.add_class_arguments(PruningSettings, "pruning")
         parser.add_class_arguments(EvaluationSettings, "evaluation")
-        parser.link_arguments("model.path", "data.processor", _processor_of, apply_on="instantiate")
+        parser.link_arguments("model.path", "data.processor", processor_of, apply_on="instantiate")
         parser.add_argument(
             "--resume",
             type=str,
@@ -218,7 +215,7 @@ class FinetuneCLI(LightningCLI):
         return shlex.join([*given, "--resume"])
 
 
-def _processor_of(path: str) -> Any:
+def processor_of(path: str) -> Any:
     """A model's processor alone; the weights come later."""
     folder = resolve_model(path)
     return load_processor(folder, load_config(folder))
@@ -231,17 +228,3 @@ def _other_schedules(pruning: PruningSettings, seed: int, measured: Measured) ->
     if pruning.elastic is None and pruning.curriculum is None and pruning.dense_steps is None:
         return []
     return [SchedulePerStep(partial(pruning.plan, seed=seed), measured)]
-
-
-def _quiet_libraries() -> None:
-    """No advertisements, no bars in log files, no warnings about what is meant as it is."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")  # the frozen vision tower
-    warnings.filterwarnings("ignore", message=r".*is_gradient_checkpointing. is deprecated")  # PEFT asks for it
-    warnings.filterwarnings("ignore", message=r".*does not have many workers")
-    warnings.filterwarnings("ignore", message=r".*LeafSpec")
-    warnings.filterwarnings("ignore", message=r"Total length of `list` across ranks is zero")  # nothing to validate on
-    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated")  # DeepSpeed calls it
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
 
+from himap_train.checkpoints.run_facts import ADAPTED, RUN_DENSE
 from himap_train.data.module import LlavaDataModule
 from himap_train.evaluation.budgeted import prompt_tokens, require_budget
 from himap_train.evaluation.compare import Row, compare
@@ -37,28 +39,31 @@ class MeasuredRows:
     def before(self) -> Schedules:
         """Names and schedules of what is measured before training."""
         name, schedule = "training-free pruned", self.schedule()
-        return {"dense": None, name: schedule, **self._at_budgets(name, schedule)}
+        return {"dense, not fine-tuned": None, name: schedule, **self._at_budgets(name, schedule)}
 
     def after(self) -> Schedules:
         """Names and schedules of what is measured after training."""
         schedule = self.schedule()
         if self.tuner.schedule.stages:
-            name, rows = "adapted pruned", {"adapted pruned": schedule, "adapted, evaluated dense": None}
+            name, rows = ADAPTED, {ADAPTED: schedule, RUN_DENSE: None}
         else:
             name = "fine-tuned dense, then pruned"
             rows = {"fine-tuned dense": None, name: schedule}
         return {**rows, **self._at_budgets(name, schedule)}
 
-    def measure(self, schedules: Schedules, trainer: Trainer) -> list[Row]:
-        """A row of the table for each schedule, in the trainer's precision."""
+    def measure(self, schedules: Schedules, trainer: Trainer) -> Iterator[Row]:
+        """A row of the table for each schedule, as it is measured, in the trainer's precision."""
         found = self._source()
         if found is None:
-            return []
+            return
         source, limit = found
-        wanted = {name: schedule for name, schedule in schedules.items() if schedule is None or schedule.stages}
         settings = self.settings.for_data(self.data, limit)
-        with trainer.precision_plugin.forward_context():
-            return compare(self.tuner.peft_model, self.tuner.processor, source, wanted, **settings)
+        for name, schedule in schedules.items():
+            if schedule is not None and not schedule.stages:
+                continue
+            with trainer.precision_plugin.forward_context():
+                rows = compare(self.tuner.peft_model, self.tuner.processor, source, {name: schedule}, **settings)
+            yield from rows
 
     def shown(self) -> tuple[Any, PruningSchedule, dict[str, Any]]:
         """What a report takes samples of (where nothing is measured, the training data), under which schedule, how."""

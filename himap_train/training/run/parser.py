@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import NoReturn
+import sys
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from himap_train.command_line import end_with
+from himap_train.command_line import config_first, end_with
 from himap_train.training.schedules.settings import setting_names
 
 
 class SuggestingParser(LightningArgumentParser):
-    """Names the nearest valid key where an unknown one is given."""
+    """Names the nearest valid key where an unknown one is given; options overrule files wherever they stand."""
+
+    def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
+        """As jsonargparse does, the files first."""
+        return super().parse_args(config_first(sys.argv[1:] if args is None else args), *more, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with status 2 and the message."""
