@@ -6,13 +6,15 @@ A LLaVA of the embedded model's shape for 256x256 images of 256 tokens, that ans
 token and an output row of its own for some 400 words beyond them. Its stages:
 
 1. `heads`: the class head that the embedded model's features answer to, fitted again.
-2. `tower`: a new vision tower and projector against that head, from random weights, on coarse and fine pictures: no
-   picture of a test split, nor weights that were chosen in view of one, goes into it.
-3. `decoder`: the embedded model's decoder, which has never seen a picture, on the new features: questions and dense
-   texts about coarse and fine scenes, and requests to say words.
+2. `tower`: a new vision tower and projector against that head, from random weights, on coarse and fine pictures.
+3. `decoder`: the embedded model's decoder on the new features: questions and dense texts about coarse and fine scenes,
+   and requests to say words.
 4. `tower_again`: the tower further, with fewer things in half of the fine pictures, as questions have them.
 5. The decoder further, on the better features.
-6. `words`: the decoder once more, with more words and beginnings of words to say, from output rows that were set apart.
+6. `words`: the decoder once more, with more words to say, from output rows that were set apart.
+
+About 80 minutes on one core. The weights in the package came from these stages, but that the odd words of stages 3 and
+5 were letters in a row then, which left the beginnings of words unsaid. The whole has not been run a second time.
 
 A stage whose result is already in the work folder is not repeated, and the decoder goes on from its last validation.
 """
