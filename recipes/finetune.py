@@ -32,6 +32,7 @@ from himap_train.training.run.feature_cache import fill_feature_cache
 from himap_train.training.run.finetune_cli import FinetuneCLI
 from himap_train.training.run.folder import record_run, record_schedule
 from himap_train.training.run.launch import end_children, is_first_process, report_error, say
+from himap_train.training.run.loggers import describe_run
 from himap_train.training.run.measured_rows import Schedules, model_config
 from himap_train.training.run.unseen_tokens import unproduced_tokens_warning, unseen_tokens_warning
 from himap_train.training.zero.gather import trained_state
@@ -53,6 +54,7 @@ def before_training(cli: FinetuneCLI, rows: list[Row]) -> None:
     tuner = cli.model
     if is_first_process():
         record_run(cli.output, cli.resolved_config(), tuner.schedule)
+        describe_run(cli.trainer.loggers, cli.resolved_config())
     say(trainable_report(tuner.peft_model), f"schedule: {tuner.schedule.to_dict()}")
     base, data = base_model(tuner.peft_model), cli.datamodule
     for warning in (

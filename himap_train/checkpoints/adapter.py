@@ -43,6 +43,7 @@ PEFT_SHAPE = {
     "lora_alpha?": _POSITIVE,
     "lora_dropout?": float,
     "use_rslora?": bool,
+    "use_dora?": bool,
     "rank_pattern?": {str: _RANK},
     "alpha_pattern?": {str: _POSITIVE},
     "target_modules?": _NAMES,
@@ -228,6 +229,7 @@ def file_name(parameter: str) -> str:
     `llava.base_model.model.lm_head.lora_A.default.weight` is `base_model.model.lm_head.lora_A.weight`.
     """
     name = parameter.removeprefix("llava.").replace(".modules_to_save.default.", ".")
+    name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
     return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
 
 

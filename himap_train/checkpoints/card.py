@@ -18,6 +18,7 @@ TEXT_TOKENS = 115
 """Text of the sample that costs are given for where the run measured none: LLaVA-1.5's system prompt and a question."""
 _SETTINGS = (
     ("model", ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "projector", "lora_lr", "projector_lr")),
+    ("model", ("use_dora", "use_rslora", "init_adapter")),
     ("model", ("weight_decay", "warmup_ratio", "loss_average", "quantize")),
     ("data", ("batch_size", "max_length", "image_aspect_ratio")),
     ("pruning", ("learnable", "elastic", "curriculum", "dense_steps")),

@@ -37,6 +37,8 @@ def attach_lora(
     dropout: float = 0.0,
     targets: str | list[str] = DECODER_LINEAR,
     projector: Projector = "train",
+    dora: bool = False,
+    rslora: bool = False,
 ) -> PeftModel:
     """Wrap `model` with LoRA; everything else is frozen, the vision tower always.
 
@@ -50,6 +52,8 @@ def attach_lora(
             over whole module names.
         projector: `"train"` trains a full copy (PEFT `modules_to_save`), `"lora"` gives it LoRA of the same rank,
             `"freeze"` leaves it.
+        dora: Train magnitude and direction of each weight apart (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+        rslora: Scale by `alpha / sqrt(r)` (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
 
     Raises:
         ValueError: The targets match nothing (lists what there is) or reach outside the decoder, or a number is out of
@@ -69,6 +73,8 @@ def attach_lora(
         target_modules=f"(?:{pattern})|(?:{_projector_pattern(model)})" if projector == "lora" else pattern,
         modules_to_save=saved_names(family_of(model)) if projector == "train" else None,
         bias="none",
+        use_dora=dora,
+        use_rslora=rslora,
     )
     peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)

@@ -31,6 +31,7 @@ from himap_train.ranges import require_possible
 from himap_train.training.adapter_module import AdapterModule, Teacher
 from himap_train.training.averaging import WindowMean
 from himap_train.training.callbacks.progress import step_ended
+from himap_train.training.init_adapter import read_start, start_from
 from himap_train.training.optim import cosine_with_warmup, parameter_groups
 
 _WEIGHTS = {"bf16": torch.bfloat16, "16": torch.float16}
@@ -53,6 +54,10 @@ class LlavaFineTuner(AdapterModule):
         lora_dropout: Dropout on the input of each LoRA branch.
         lora_targets: "decoder-linear", a list of endings such as [q_proj, v_proj], or a regular expression.
         projector: "train", "lora" or "freeze".
+        use_dora: Train magnitude and direction of each weight apart; better at small ranks, slower.
+        use_rslora: Scale LoRA's update by `lora_alpha / sqrt(lora_r)`, for large ranks.
+        init_adapter: Go on from this adapter, run folder or training checkpoint, of the same base and LoRA settings;
+            only its weights are taken, the schedule is that of this config.
         lora_lr: Peak learning rate of LoRA.
         projector_lr: Peak learning rate of the projector.
         weight_decay: Decay of weight matrices; biases have none.
@@ -77,6 +82,9 @@ class LlavaFineTuner(AdapterModule):
         lora_dropout: float = 0.05,
         lora_targets: str | list[str] = DECODER_LINEAR,
         projector: Projector = "train",
+        use_dora: bool = False,
+        use_rslora: bool = False,
+        init_adapter: str | None = None,
         lora_lr: float = 2e-4,
         projector_lr: float = 2e-5,
         weight_decay: float = 0.0,
@@ -93,8 +101,16 @@ class LlavaFineTuner(AdapterModule):
         self.path = path
         self._preset = is_preset(schedule)
         self.attach = partial(
-            attach_lora, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets, projector=projector
+            attach_lora,
+            r=lora_r,
+            alpha=lora_alpha,
+            dropout=lora_dropout,
+            targets=lora_targets,
+            projector=projector,
+            dora=use_dora,
+            rslora=use_rslora,
         )
+        self.init_adapter = init_adapter
         self.lora_dropout = lora_dropout
         self.rates = {"lora_lr": lora_lr, "projector_lr": projector_lr, "weight_decay": weight_decay}
         self.warmup_ratio = warmup_ratio
@@ -113,6 +129,7 @@ class LlavaFineTuner(AdapterModule):
         """Load the weights, attach LoRA, install the pruner. Lightning calls this on every rank; again does nothing."""
         if self.llava is not None:
             return
+        start = read_start(self.init_adapter, self.path) if self.init_adapter else None
         model, self.processor = load_llava(
             self.path,
             # Frozen weights in the trainer's precision; what is trained stays in fp32 (see `attach_lora`).
@@ -123,6 +140,8 @@ class LlavaFineTuner(AdapterModule):
         with torch.random.fork_rng(devices=[]):  # LoRA starts the same however the weights were loaded
             torch.manual_seed(torch.initial_seed())
             self.llava = self.attach(model)
+        if start is not None:
+            start_from(self.llava, start, str(self.init_adapter))
         decoder = base_model(self.llava).model.language_model
         if self.gradient_checkpointing:
             checkpoint_activations(decoder)
