@@ -26,6 +26,7 @@ from himap_train.evaluation.tables import print_table, save_table
 from himap_train.models.guard import check_trained_weights
 from himap_train.models.lora import trainable_report
 from himap_train.models.stock import base_model
+from himap_train.models.whole import trained_in_place
 from himap_train.training.callbacks.checkpoints import read_checkpoint
 from himap_train.training.callbacks.interrupt import Interrupted
 from himap_train.training.run.feature_cache import fill_feature_cache
@@ -64,7 +65,9 @@ def before_training(cli: FinetuneCLI, rows: list[Row]) -> None:
         if warning:
             say(warning)
     fill_feature_cache(cli.trainer, tuner.peft_model, cli.datamodule)
-    if cli.settings.before:
+    if cli.settings.before and trained_in_place(tuner.peft_model) and (cli.resume_from or tuner.init_adapter):
+        say("not measured before training: weights of the base are no longer what they were")
+    elif cli.settings.before:
         with tuner.peft_model.disable_adapter():
             measure(cli, cli.measured.before(), rows)
 

@@ -25,6 +25,7 @@ from himap_train.checkpoints.ranking import ranking_of, read_ranking, write_rank
 from himap_train.checkpoints.same_base import base_facts, plain
 from himap_train.embedded.model import EMBEDDED_MODELS, embedded_model_path
 from himap_train.models.stock import base_model
+from himap_train.models.whole import trained_in_place
 from himap_train.pruning.reading import schedule_file, schedule_in
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.storage import atomic_folder
@@ -147,6 +148,8 @@ def adapter_of(model: PeftModel, schedule: PruningSchedule, weights: Mapping[str
     """The adapter of a model in memory; `weights` are its trained parameters where the model holds only parts."""
     # "auto" would ask the hub whether the embeddings were resized
     trained = get_peft_model_state_dict(model, weights, save_embedding_layers=False)
+    held = weights or dict(model.named_parameters())
+    trained |= {name: held[name] for name in trained_in_place(model)}
     return _adapter(trained, adapter_facts(model, schedule), "the model")
 
 

@@ -46,6 +46,7 @@ _UNDERSTOOD = {
     "megatron_core",
 }
 
+_EMBEDDINGS = "model.language_model.embed_tokens.weight"
 _WITH_PEFT = (
     "merge it with PEFT itself, schedule included: model, processor = load_checkpoint(ADAPTER); "
     "model.merge_and_unload().save_pretrained(FOLDER); processor.save_pretrained(FOLDER)"
@@ -99,6 +100,7 @@ class Merger:
     def __init__(self, adapter: Adapter, family: Family, tied_head: bool, base: str) -> None:
         require_mergeable(adapter.peft)
         self.adapter, self.family, self.base = adapter, family, base
+        self.tied_head = tied_head
         self.low_rank: dict[str, dict[str, Tensor]] = {}
         self.magnitudes: dict[str, Tensor] = {}
         self.whole: dict[str, Tensor] = {}
@@ -158,6 +160,8 @@ class Merger:
             if name in self.magnitudes:
                 merged *= (self.magnitudes[name].float() / torch.linalg.norm(merged, dim=1))[:, None]
             return self._checked(name, merged)
+        if self.tied_head and name == "lm_head.weight" and _EMBEDDINGS in self.whole:
+            return self.whole[_EMBEDDINGS]
         if name in self.low_rank or name in self.whole:
             raise ValueError(f"{self.base} holds {name} twice, under two names")
         return info.read()

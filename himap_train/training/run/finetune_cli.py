@@ -49,7 +49,7 @@ from himap_train.training.run.measured_rows import MeasuredRows
 from himap_train.training.run.parser import SuggestingParser
 from himap_train.training.run.rehearsal import rehearsal_folder, rehearse
 from himap_train.training.run.strategy_names import (
-    refuse_spread_quantized,
+    refuse_together,
     register_strategies,
     require_known,
 )
@@ -137,7 +137,7 @@ class FinetuneCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before anything is loaded."""
         require_known(self.config.trainer.strategy)
-        refuse_spread_quantized(self.config.trainer.strategy, self.config.model.quantize)
+        refuse_together(self.config.trainer.strategy, self.config.model, self.config.data.cache_image_features)
         require_installed(self.config.loggers)
         if self.config.trainer.accelerator == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed would look for a GPU
