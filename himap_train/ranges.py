@@ -38,6 +38,8 @@ RANGES: dict[str, tuple[str, Test]] = {
     "model.lora_dropout": _BELOW_1,
     "model.lora_lr": _ABOVE_0,
     "model.projector_lr": _from(0),
+    "model.vision_lr": _ABOVE_0,
+    "model.decoder_lr": _ABOVE_0,
     "model.weight_decay": _from(0),
     "model.warmup_ratio": _SHARE,
     "model.betas": _BELOW_1,

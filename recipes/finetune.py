@@ -26,12 +26,14 @@ from himap_train.evaluation.tables import print_table, save_table
 from himap_train.models.guard import check_trained_weights
 from himap_train.models.lora import trainable_report
 from himap_train.models.stock import base_model
+from himap_train.models.whole import trained_in_place
 from himap_train.training.callbacks.checkpoints import read_checkpoint
 from himap_train.training.callbacks.interrupt import Interrupted
 from himap_train.training.run.feature_cache import fill_feature_cache
 from himap_train.training.run.finetune_cli import FinetuneCLI
 from himap_train.training.run.folder import record_run, record_schedule
 from himap_train.training.run.launch import end_children, is_first_process, report_error, say
+from himap_train.training.run.loggers import describe_run
 from himap_train.training.run.measured_rows import Schedules, model_config
 from himap_train.training.run.unseen_tokens import unproduced_tokens_warning, unseen_tokens_warning
 from himap_train.training.zero.gather import trained_state
@@ -53,6 +55,7 @@ def before_training(cli: FinetuneCLI, rows: list[Row]) -> None:
     tuner = cli.model
     if is_first_process():
         record_run(cli.output, cli.resolved_config(), tuner.schedule)
+        describe_run(cli.trainer.loggers, cli.resolved_config())
     say(trainable_report(tuner.peft_model), f"schedule: {tuner.schedule.to_dict()}")
     base, data = base_model(tuner.peft_model), cli.datamodule
     for warning in (
@@ -62,7 +65,9 @@ def before_training(cli: FinetuneCLI, rows: list[Row]) -> None:
         if warning:
             say(warning)
     fill_feature_cache(cli.trainer, tuner.peft_model, cli.datamodule)
-    if cli.settings.before:
+    if cli.settings.before and trained_in_place(tuner.peft_model) and (cli.resume_from or tuner.init_adapter):
+        say("not measured before training: weights of the base are no longer what they were")
+    elif cli.settings.before:
         with tuner.peft_model.disable_adapter():
             measure(cli, cli.measured.before(), rows)
 

@@ -26,6 +26,8 @@ WRONG = {
     "model.lora_dropout": ["1.0", "-0.1", ".nan"],
     "model.lora_lr": [".nan", "-1e-4", ".inf", "0"],
     "model.projector_lr": [".nan", "-1e-4"],
+    "model.vision_lr": ["0"],
+    "model.decoder_lr": ["-1"],
     "model.weight_decay": ["-0.1", ".inf"],
     "model.warmup_ratio": ["7", "-0.1", ".nan"],
     "model.betas": ["[0.9, 1.0]", "[-0.1, 0.9]"],

@@ -25,6 +25,7 @@ from himap_train.checkpoints.ranking import ranking_of, read_ranking, write_rank
 from himap_train.checkpoints.same_base import base_facts, plain
 from himap_train.embedded.model import EMBEDDED_MODELS, embedded_model_path
 from himap_train.models.stock import base_model
+from himap_train.models.whole import trained_in_place
 from himap_train.pruning.reading import schedule_file, schedule_in
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.storage import atomic_folder
@@ -43,6 +44,7 @@ PEFT_SHAPE = {
     "lora_alpha?": _POSITIVE,
     "lora_dropout?": float,
     "use_rslora?": bool,
+    "use_dora?": bool,
     "rank_pattern?": {str: _RANK},
     "alpha_pattern?": {str: _POSITIVE},
     "target_modules?": _NAMES,
@@ -146,6 +148,8 @@ def adapter_of(model: PeftModel, schedule: PruningSchedule, weights: Mapping[str
     """The adapter of a model in memory; `weights` are its trained parameters where the model holds only parts."""
     # "auto" would ask the hub whether the embeddings were resized
     trained = get_peft_model_state_dict(model, weights, save_embedding_layers=False)
+    held = weights or dict(model.named_parameters())
+    trained |= {name: held[name] for name in trained_in_place(model)}
     return _adapter(trained, adapter_facts(model, schedule), "the model")
 
 
@@ -228,6 +232,7 @@ def file_name(parameter: str) -> str:
     `llava.base_model.model.lm_head.lora_A.default.weight` is `base_model.model.lm_head.lora_A.weight`.
     """
     name = parameter.removeprefix("llava.").replace(".modules_to_save.default.", ".")
+    name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
     return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
 
 

@@ -35,7 +35,8 @@ def check_adapter(model: PeftModel, folder: Path) -> None:
         names = {name for name in weights.keys() if not name.endswith(".base_layer.weight")}  # noqa: SIM118
         empty = [name for name in names if 0 in weights.get_slice(name).get_shape()]
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    missing, unknown = sorted(set(expected) - names), sorted(names - set(expected))
+    in_place = names & {name for name, _ in model.named_parameters()}  # weights of the base, trained
+    missing, unknown = sorted(set(expected) - names), sorted(names - set(expected) - in_place)
     if missing or unknown or empty:
         raise ValueError(
             f"{file}: {len(missing)} keys are missing {missing[:2]}, {len(unknown)} are unknown {unknown[:2]}, "
@@ -43,7 +44,8 @@ def check_adapter(model: PeftModel, folder: Path) -> None:
         )
     projectors = family_of(base_model(model)).projector_names
     projector_trained = any(f".{part}." in name and "lora_" not in name for name in names for part in projectors)
-    if not projector_trained and not any(tensor.any() for name, tensor in expected.items() if "lora_B" in name):
+    whole = projector_trained or in_place
+    if not whole and not any(tensor.any() for name, tensor in expected.items() if "lora_B" in name):
         warnings.warn(f"{folder}: every lora_B is zero, the adapter changes nothing (was it trained?)", stacklevel=3)
 
 

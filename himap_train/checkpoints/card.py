@@ -18,6 +18,7 @@ TEXT_TOKENS = 115
 """Text of the sample that costs are given for where the run measured none: LLaVA-1.5's system prompt and a question."""
 _SETTINGS = (
     ("model", ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "projector", "lora_lr", "projector_lr")),
+    ("model", ("vision_tower", "decoder", "vision_lr", "decoder_lr", "use_dora", "use_rslora", "init_adapter")),
     ("model", ("weight_decay", "warmup_ratio", "loss_average", "quantize")),
     ("data", ("batch_size", "max_length", "image_aspect_ratio")),
     ("pruning", ("learnable", "elastic", "curriculum", "dense_steps")),
@@ -50,7 +51,7 @@ def adapter_card(base: str, schedule: PruningSchedule, config: Any, run: RunFact
         config: Configuration of the base model.
         run: What is known about the run.
     """
-    title = f"LoRA adapter for {_short(base)}, {_how(schedule)}"
+    title = f"Adapter for {_short(base)}, {_how(schedule)}"
     note = "`PeftModel.from_pretrained` loads this folder too; the model then runs dense."
     return _card(_front("peft", base, config), title, [_kind(config), _LOAD_PRUNED, note], schedule, config, run)
 

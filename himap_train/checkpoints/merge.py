@@ -1,4 +1,4 @@
-"""W + scale * B A for one tensor of the base model at a time.
+"""W + scale * B A, or DoRA's form of it, for one tensor of the base model at a time.
 
 Names. Hugging Face files call the same weight by the name that was published (`language_model.model.layers.0...` of a
 LLaVA, `model.layers.0...` of a Qwen2-VL) or by that of the module tree (`model.language_model.layers.0...`). Adapters
@@ -30,6 +30,7 @@ _UNDERSTOOD = {
     "alpha_pattern",
     "rank_pattern",
     "use_rslora",
+    "use_dora",
     "target_modules",
     "modules_to_save",
     "exclude_modules",
@@ -45,6 +46,7 @@ _UNDERSTOOD = {
     "megatron_core",
 }
 
+_EMBEDDINGS = "model.language_model.embed_tokens.weight"
 _WITH_PEFT = (
     "merge it with PEFT itself, schedule included: model, processor = load_checkpoint(ADAPTER); "
     "model.merge_and_unload().save_pretrained(FOLDER); processor.save_pretrained(FOLDER)"
@@ -98,13 +100,17 @@ class Merger:
     def __init__(self, adapter: Adapter, family: Family, tied_head: bool, base: str) -> None:
         require_mergeable(adapter.peft)
         self.adapter, self.family, self.base = adapter, family, base
+        self.tied_head = tied_head
         self.low_rank: dict[str, dict[str, Tensor]] = {}
+        self.magnitudes: dict[str, Tensor] = {}
         self.whole: dict[str, Tensor] = {}
         for key, tensor in adapter.weights.items():
             name = self._name(key.removeprefix("base_model.model."))
             module, _, end = name.rpartition(".lora_")
             if end in ("A.weight", "B.weight"):
                 self.low_rank.setdefault(f"{module}.weight", {})[end[0]] = tensor
+            elif end == "magnitude_vector":
+                self.magnitudes[f"{module}.weight"] = tensor
             elif "lora_embedding_" in name or ".base_layer." in name:
                 raise ValueError(
                     f"the adapter has LoRA on embeddings ({key}), not merged tensor by tensor; {_WITH_PEFT}"
@@ -116,6 +122,8 @@ class Merger:
         halves = sorted(name for name, pair in self.low_rank.items() if pair.keys() != {"A", "B"})
         if halves:
             raise ValueError(f"the adapter has only one of lora_A and lora_B for {halves[0]!r} ({len(halves)} such)")
+        if self.magnitudes.keys() != (self.low_rank.keys() if adapter.peft.get("use_dora") else set()):
+            raise ValueError("the adapter's magnitude vectors are not those of its LoRA matrices (`use_dora`)")
         if tied_head and "lm_head.weight" in self.low_rank.keys() | self.whole.keys():
             raise ValueError(
                 f"the adapter changes lm_head, which is tied to the embeddings in {base}: merging would change them "
@@ -148,7 +156,12 @@ class Merger:
             self.unused = self.unused - {name}
             if name in self.whole:
                 return self.whole[name]
-            return self._checked(name, self._update(name).add_(info.read()))  # in place: the sum is fp32
+            merged = self._update(name).add_(info.read())  # in place: the sum is fp32
+            if name in self.magnitudes:
+                merged *= (self.magnitudes[name].float() / torch.linalg.norm(merged, dim=1))[:, None]
+            return self._checked(name, merged)
+        if self.tied_head and name == "lm_head.weight" and _EMBEDDINGS in self.whole:
+            return self.whole[_EMBEDDINGS]
         if name in self.low_rank or name in self.whole:
             raise ValueError(f"{self.base} holds {name} twice, under two names")
         return info.read()

@@ -1,4 +1,4 @@
-"""LoRA on the text decoder, and what happens to the projector beside it.
+"""LoRA on the text decoder, and what happens to projector and vision tower beside it.
 
 PEFT matches a *string* target against whole module names and a *list* against their endings. CLIP's projections end in
 `q_proj` too, so a list (or PEFT's own "all-linear") would train the vision tower as well. Here every choice becomes one
@@ -16,14 +16,17 @@ from typing import Literal, get_args
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from himap_train.limits import bounded
 from himap_train.models.families import family_of
 from himap_train.models.families.base import Family
 from himap_train.models.stock import base_model
+from himap_train.models.whole import train_decoder, used_in_tower
 
 Projector = Literal["train", "lora", "freeze"]
+Part = Projector
 
 DECODER_LINEAR = "decoder-linear"
 _DECODER = r"(?:.*\.)?language_model\.layers\.\d+\."
@@ -37,8 +40,12 @@ def attach_lora(
     dropout: float = 0.0,
     targets: str | list[str] = DECODER_LINEAR,
     projector: Projector = "train",
+    dora: bool = False,
+    rslora: bool = False,
+    vision: Part = "freeze",
+    decoder: Part = "lora",
 ) -> PeftModel:
-    """Wrap `model` with LoRA; everything else is frozen, the vision tower always.
+    """Wrap `model` with LoRA; everything else is frozen.
 
     Args:
         model: A stock model of a known family, pruned or not. Its decoder layers get LoRA in place.
@@ -50,6 +57,11 @@ def attach_lora(
             over whole module names.
         projector: `"train"` trains a full copy (PEFT `modules_to_save`), `"lora"` gives it LoRA of the same rank,
             `"freeze"` leaves it.
+        dora: Train magnitude and direction of each weight apart (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+        rslora: Scale by `alpha / sqrt(r)` (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+        vision: The same for the vision tower without the projector, as far as image features depend on it; `"train"`
+            trains the weights in place.
+        decoder: `"lora"` as the targets say; `"train"` trains it, embeddings and head in place; or `"freeze"`.
 
     Raises:
         ValueError: The targets match nothing (lists what there is) or reach outside the decoder, or a number is out of
@@ -59,19 +71,29 @@ def attach_lora(
         raise ValueError(
             f"LoRA needs r >= 1, alpha > 0 and 0 <= dropout < 1; got r={r}, alpha={alpha}, dropout={dropout}"
         )
-    if projector not in get_args(Projector):
-        raise ValueError(f"projector={projector!r} is not one of {', '.join(map(repr, get_args(Projector)))}")
-    pattern = _target_pattern(model, targets)
+    for name, choice in (("projector", projector), ("vision", vision), ("decoder", decoder)):
+        if choice not in get_args(Part):
+            raise ValueError(f"{name}={choice!r} is not one of {', '.join(map(repr, get_args(Part)))}")
+    patterns = [_target_pattern(model, targets)] if decoder == "lora" else []
+    patterns += [_projector_pattern(model)] if projector == "lora" else []
+    tower = used_in_tower(model) if vision != "freeze" else {}
+    patterns += [_vision_pattern(model, tower)] if vision == "lora" else []
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT annotates int and divides by r
         lora_dropout=dropout,
-        target_modules=f"(?:{pattern})|(?:{_projector_pattern(model)})" if projector == "lora" else pattern,
+        target_modules="|".join(f"(?:{p})" for p in patterns) if patterns[1:] else (*patterns, DUMMY_TARGET_MODULES)[0],
         modules_to_save=saved_names(family_of(model)) if projector == "train" else None,
         bias="none",
+        use_dora=dora,
+        use_rslora=rslora,
     )
     peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
+    for weight in tower.values() if vision == "train" else ():
+        weight.requires_grad_(True)
+    if decoder == "train":
+        train_decoder(base_model(peft_model))
     # PEFT casts LoRA weights of a half-precision model to fp32 by itself, but not the projector's copy: with weights in
     # bfloat16 a step of 2e-5 would be rounded away.
     for parameter in peft_model.parameters():
@@ -139,15 +161,22 @@ def _projector_pattern(model: nn.Module) -> str:
     return rf"(?:.*\.)?(?:{'|'.join(re.escape(name) for name in linear)})"
 
 
+def _vision_pattern(model: nn.Module, used: Iterable[str]) -> str:
+    """The vision tower's linear layers among the weights that are used."""
+    weights = set(used)
+    linear = [name for name, module in model.named_modules() if is_linear(module) and f"{name}.weight" in weights]
+    return rf"(?:.*\.)?(?:{'|'.join(re.escape(name) for name in linear)})"
+
+
 def parameter_group(name: str, family: Family) -> str:
     """The part of the model that a parameter name belongs to: lora, projector, vision tower, decoder or other."""
     if any(f"{projector}." in name for projector in family.projector_names):
         return "projector"
-    if "lora_" in name:
-        return "lora"
     if f"{family.vision_name}." in name:
         return "vision tower"
-    return "decoder" if "language_model" in name else "other"
+    if "lora_" in name:
+        return "lora"
+    return "decoder" if "language_model" in name or ".lm_head." in name else "other"
 
 
 def _elements(parameter: nn.Parameter) -> int:

@@ -23,7 +23,7 @@ from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.run.finetune_cli import FinetuneCLI, processor_of
 from himap_train.training.run.rehearsal import rehearse
-from himap_train.training.run.strategy_names import refuse_spread_quantized, strategy_name
+from himap_train.training.run.strategy_names import refuse_together, strategy_name
 from himap_train.training.schedules.settings import MODES
 
 
@@ -59,7 +59,10 @@ class PlanCLI(FinetuneCLI):
 
     def before_instantiate_classes(self) -> None:
         """No folder is claimed, nothing is resumed."""
-        refuse_spread_quantized(self.config.trainer.strategy, self.config.model.quantize)
+        model = self.config.model
+        refuse_together(self.config.trainer.strategy, model, self.config.data.cache_image_features)
+        if model.vision_tower != "freeze" or model.decoder != "lora":
+            raise ValueError("plan.py plans LoRA on the decoder: without model.vision_tower and model.decoder")
         if self.config.rehearse:
             rehearse(self.config)
 

@@ -89,9 +89,9 @@ class AdapterModule(LightningModule):
         return cast(torch.nn.Module, family_of(base).vision(base))
 
     def train(self, mode: bool = True) -> AdapterModule:
-        """As `nn.Module.train`, but the frozen vision tower stays in evaluation mode."""
+        """As `nn.Module.train`, but a frozen vision tower stays in evaluation mode."""
         super().train(mode)
-        if self.llava is not None:
+        if self.llava is not None and not any(p.requires_grad for p in self.vision_tower.parameters()):
             self.vision_tower.eval()
         return self
 

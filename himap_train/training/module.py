@@ -20,7 +20,7 @@ from himap_train.models.features import weights_are_spread
 from himap_train.models.foresight import make_scorers
 from himap_train.models.install import install_pruning
 from himap_train.models.loading import load_llava
-from himap_train.models.lora import DECODER_LINEAR, Projector, attach_lora
+from himap_train.models.lora import DECODER_LINEAR, Part, Projector, attach_lora
 from himap_train.models.loss import calls_needed, distilled_loss, supervised_loss
 from himap_train.models.quantize import Quantize
 from himap_train.models.stock import base_model
@@ -31,6 +31,7 @@ from himap_train.ranges import require_possible
 from himap_train.training.adapter_module import AdapterModule, Teacher
 from himap_train.training.averaging import WindowMean
 from himap_train.training.callbacks.progress import step_ended
+from himap_train.training.init_adapter import read_start, start_from
 from himap_train.training.optim import cosine_with_warmup, parameter_groups
 
 _WEIGHTS = {"bf16": torch.bfloat16, "16": torch.float16}
@@ -53,8 +54,16 @@ class LlavaFineTuner(AdapterModule):
         lora_dropout: Dropout on the input of each LoRA branch.
         lora_targets: "decoder-linear", a list of endings such as [q_proj, v_proj], or a regular expression.
         projector: "train", "lora" or "freeze".
+        use_dora: Train magnitude and direction of each weight apart; better at small ranks, slower.
+        use_rslora: Scale LoRA's update by `lora_alpha / sqrt(lora_r)`, for large ranks.
+        init_adapter: Go on from this adapter, run folder or training checkpoint, of the same base and LoRA settings;
+            only its weights are taken, the schedule is that of this config.
+        vision_tower: "freeze", "lora" or "train" (all its weights; not with ZeRO-3 or data.cache_image_features).
+        decoder: "lora", "train" (decoder, embeddings and head; not with ZeRO-3 or quantize) or "freeze".
         lora_lr: Peak learning rate of LoRA.
         projector_lr: Peak learning rate of the projector.
+        vision_lr: Peak learning rate of the vision tower; null for `lora_lr` under LoRA and 2e-6 for all its weights.
+        decoder_lr: Peak learning rate of a decoder whose weights are all trained.
         weight_decay: Decay of weight matrices; biases have none.
         warmup_ratio: Share of the optimizer steps in which the rate rises linearly; then it falls as a cosine.
         betas: AdamW's decay rates.
@@ -77,8 +86,15 @@ class LlavaFineTuner(AdapterModule):
         lora_dropout: float = 0.05,
         lora_targets: str | list[str] = DECODER_LINEAR,
         projector: Projector = "train",
+        use_dora: bool = False,
+        use_rslora: bool = False,
+        init_adapter: str | None = None,
+        vision_tower: Part = "freeze",
+        decoder: Part = "lora",
         lora_lr: float = 2e-4,
         projector_lr: float = 2e-5,
+        vision_lr: float | None = None,
+        decoder_lr: float = 2e-5,
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.03,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -93,10 +109,23 @@ class LlavaFineTuner(AdapterModule):
         self.path = path
         self._preset = is_preset(schedule)
         self.attach = partial(
-            attach_lora, r=lora_r, alpha=lora_alpha, dropout=lora_dropout, targets=lora_targets, projector=projector
+            attach_lora,
+            r=lora_r,
+            alpha=lora_alpha,
+            dropout=lora_dropout,
+            targets=lora_targets,
+            projector=projector,
+            dora=use_dora,
+            rslora=use_rslora,
+            vision=vision_tower,
+            decoder=decoder,
         )
+        self.init_adapter = init_adapter
         self.lora_dropout = lora_dropout
-        self.rates = {"lora_lr": lora_lr, "projector_lr": projector_lr, "weight_decay": weight_decay}
+        if vision_lr is None:
+            vision_lr = lora_lr if vision_tower == "lora" else 2e-6
+        self.rates = {"lora": lora_lr, "projector": projector_lr, "vision tower": vision_lr, "decoder": decoder_lr}
+        self.weight_decay = weight_decay
         self.warmup_ratio = warmup_ratio
         self.betas = betas
         self.gradient_checkpointing = gradient_checkpointing
@@ -113,6 +142,7 @@ class LlavaFineTuner(AdapterModule):
         """Load the weights, attach LoRA, install the pruner. Lightning calls this on every rank; again does nothing."""
         if self.llava is not None:
             return
+        start = read_start(self.init_adapter, self.path) if self.init_adapter else None
         model, self.processor = load_llava(
             self.path,
             # Frozen weights in the trainer's precision; what is trained stays in fp32 (see `attach_lora`).
@@ -123,6 +153,8 @@ class LlavaFineTuner(AdapterModule):
         with torch.random.fork_rng(devices=[]):  # LoRA starts the same however the weights were loaded
             torch.manual_seed(torch.initial_seed())
             self.llava = self.attach(model)
+        if start is not None:
+            start_from(self.llava, start, str(self.init_adapter))
         decoder = base_model(self.llava).model.language_model
         if self.gradient_checkpointing:
             checkpoint_activations(decoder)
@@ -209,8 +241,8 @@ class LlavaFineTuner(AdapterModule):
             self.log("val/loss", total / count, prog_bar=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over LoRA and projector, each with its own rate; cosine with warm-up, stepped each optimizer step."""
-        groups = parameter_groups(self.peft_model, **self.rates)
+        """AdamW over what is trained, each part with its own rate; cosine with warm-up, stepped each optimizer step."""
+        groups = parameter_groups(self.peft_model, self.rates, self.weight_decay)
         optimizer = torch.optim.AdamW(groups, betas=self.betas)
         scheduler = cosine_with_warmup(optimizer, self.trainer.estimated_stepping_batches, self.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

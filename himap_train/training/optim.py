@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,31 +16,30 @@ from himap_train.models.lora import parameter_group
 from himap_train.models.stock import base_model
 
 
-def parameter_groups(
-    model: nn.Module, *, lora_lr: float, projector_lr: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """Trainable parameters as AdamW groups: LoRA and projector with their own rate, biases and norms without decay.
+def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters as AdamW groups: each part with its own of the `rates`, biases and norms without decay.
 
-    Each group has a `name` (for learning-rate plots). LoRA on the projector runs at the projector's rate.
+    Each group has a `name` (for learning-rate plots). LoRA on projector or tower runs at the rate of that part.
 
     Raises:
         ValueError: Nothing is trainable.
     """
     family = family_of(base_model(model))
-    rates = {"lora": lora_lr, "projector": projector_lr}
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         part = parameter_group(name, family)
         if part not in rates:
-            raise ValueError(f"{name} is trainable but belongs to neither LoRA nor projector; it has no learning rate")
+            raise ValueError(f"{name} is trainable but belongs to none of {', '.join(rates)}; it has no learning rate")
         decays = parameter.ndim > 1
         key = part if decays else f"{part}-no-decay"
         empty = {"params": [], "lr": rates[part], "weight_decay": weight_decay if decays else 0.0, "name": key}
         groups.setdefault(key, empty)["params"].append(parameter)
     if not groups:
-        raise ValueError("nothing is trainable: attach LoRA or train the projector")
+        raise ValueError(
+            "nothing is trainable: attach LoRA or train a part (model.decoder, model.projector, model.vision_tower)"
+        )
     return list(groups.values())
 
 

@@ -26,6 +26,7 @@ CONFIG_KEY = "himap_config"
 MAY_DIFFER = (
     # where it runs and what it shows, not what it computes
     "output",
+    "loggers",
     "evaluation",
     "keep",
     "data.num_workers",

@@ -20,7 +20,6 @@ from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from himap_train.command_line import check_config_files, quiet_libraries
 from himap_train.data.module import LlavaDataModule
@@ -45,11 +44,12 @@ from himap_train.training.callbacks.step_seeds import StepSeeds
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.run.folder import claim_folder
 from himap_train.training.run.launch import AroundTraining, FineTuneTrainer, is_first_process
+from himap_train.training.run.loggers import LoggerName, make_loggers, require_installed
 from himap_train.training.run.measured_rows import MeasuredRows
 from himap_train.training.run.parser import SuggestingParser
 from himap_train.training.run.rehearsal import rehearsal_folder, rehearse
 from himap_train.training.run.strategy_names import (
-    refuse_spread_quantized,
+    refuse_together,
     register_strategies,
     require_known,
 )
@@ -101,6 +101,12 @@ class FinetuneCLI(LightningCLI):
             "--keep", type=Literal["last", "best"], default="last", help="which weights become the adapter"
         )
         parser.add_argument("--save_every", type=int | None, default=None, help="optimizer steps between saves")
+        parser.add_argument(
+            "--loggers",
+            type=list[LoggerName],
+            default=["csv", "tensorboard"],
+            help="where metrics go; see also `trainer.logger`",
+        )
         parser.add_class_arguments(PruningSettings, "pruning")
         parser.add_class_arguments(EvaluationSettings, "evaluation")
         parser.link_arguments("model.path", "data.processor", processor_of, apply_on="instantiate")
@@ -131,7 +137,8 @@ class FinetuneCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before anything is loaded."""
         require_known(self.config.trainer.strategy)
-        refuse_spread_quantized(self.config.trainer.strategy, self.config.model.quantize)
+        refuse_together(self.config.trainer.strategy, self.config.model, self.config.data.cache_image_features)
+        require_installed(self.config.loggers)
         if self.config.trainer.accelerator == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed would look for a GPU
         if self.config.rehearse:
@@ -196,10 +203,7 @@ class FinetuneCLI(LightningCLI):
             ),
         ]
         if given.get("logger") is None:
-            given["logger"] = [
-                CSVLogger(self.output, name="logs"),  # a new version_N each time: it deletes a file that is there
-                TensorBoardLogger(self.output, name="logs", version="tensorboard"),
-            ]
+            given["logger"] = make_loggers(self.config.loggers, self.output)
         if not sys.stderr.isatty():
             given["enable_progress_bar"] = False
         given["plugins"] = [*(given.pop("plugins", None) or []), AtomicCheckpointIO()]

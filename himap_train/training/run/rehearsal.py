@@ -48,6 +48,10 @@ def rehearse(config: Namespace) -> None:
     _learnable(config, small, scaled=real)
     if real and config.pruning.learn_ranking is not None:
         config.pruning.learn_ranking.layers = None
+    config.loggers = [name for name in config.loggers if name in ("csv", "tensorboard")]
+    if config.model.init_adapter is not None and real:
+        say(f"rehearsing without model.init_adapter={config.model.init_adapter}: it is of another model")
+        config.model.init_adapter = None
     config.output = f"{config.output.rstrip('/')}-rehearsal"
     _possible_budgets(config, small)
     _small_data(config.data)

@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from himap_train.models.quantize import Quantize
 from himap_train.training.zero.strategy import ZeroStrategy
 
 _CLASSES = {"DDPStrategy": "ddp", "SingleDeviceStrategy": "single_device"}
@@ -41,14 +40,30 @@ def require_known(strategy: Any) -> None:
         raise ValueError(f"trainer.strategy={strategy!r} is unknown{hint} Usual ones: {usual}")
 
 
-def refuse_spread_quantized(strategy: Any, quantize: Quantize | None) -> None:
-    """Raises ValueError where ZeRO-3 would have to spread quantised weights, before anything is loaded.
+def refuse_together(strategy: Any, model: Any, cache_image_features: Any) -> None:
+    """Raises ValueError where settings do not go together, before anything is loaded.
 
     Args:
         strategy: The value of `trainer.strategy`.
-        quantize: That of `model.quantize`.
+        model: The group `model`.
+        cache_image_features: The value of `data.cache_image_features`.
     """
-    name = strategy_name(strategy)
+    name, quantize = strategy_name(strategy), model.quantize
+    if model.vision_tower != "freeze" and cache_image_features:
+        raise ValueError(
+            f"model.vision_tower={model.vision_tower} changes image features, and data.cache_image_features "
+            "keeps them as they were: set data.cache_image_features to null, or model.vision_tower to freeze"
+        )
+    if quantize is not None and model.decoder == "train":
+        raise ValueError(
+            f"model.quantize={quantize} does not go with model.decoder=train: quantised weights cannot be trained. "
+            "--model.decoder lora, or --model.quantize null"
+        )
+    if (model.vision_tower != "freeze" or model.decoder == "train") and name.startswith("deepspeed_stage_3"):
+        raise ValueError(
+            f"model.vision_tower={model.vision_tower} and model.decoder={model.decoder} do not go with ZeRO-3 "
+            f"(trainer.strategy {name}): --trainer.strategy deepspeed_stage_2, or LoRA on the decoder alone"
+        )
     if quantize is not None and name.startswith("deepspeed_stage_3"):
         raise ValueError(
             f"model.quantize={quantize} does not go with ZeRO-3 (trainer.strategy {name}): bitsandbytes weights cannot "

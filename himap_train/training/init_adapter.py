@@ -1,0 +1,79 @@
+"""Training that goes on from an adapter: its weights, with a new optimizer and whatever schedule the config has."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+
+from himap_train.checkpoints.adapter import Adapter, file_name, read_adapter
+from himap_train.checkpoints.load import adapter_source
+from himap_train.checkpoints.merge import parameter_name
+from himap_train.checkpoints.same_base import plain, require_same_base
+from himap_train.models.families import family_of
+from himap_train.models.loading import load_config, resolve_model
+from himap_train.models.stock import base_model
+from himap_train.training.zero.gather import set_full_value
+
+_SETTINGS = {
+    "r": "model.lora_r",
+    "lora_alpha": "model.lora_alpha",
+    "use_dora": "model.use_dora",
+    "use_rslora": "model.use_rslora",
+}
+_PREFIX = "base_model.model."
+
+
+def read_start(path: str, base: str) -> Adapter:
+    """The adapter at `path`, which was trained on the model at `base`; reads none of that one's weights.
+
+    Args:
+        path: Adapter folder, run folder or training checkpoint.
+        base: The model that is to be trained.
+
+    Raises:
+        FileNotFoundError: There is no adapter.
+        ValueError: It is damaged, or of another base; says what differs.
+    """
+    source = adapter_source(path)
+    if source is None:
+        raise FileNotFoundError(f"model.init_adapter: {path} has no adapter (no adapter_config.json)")
+    adapter = read_adapter(source)
+    adapter.require_finite(f"model.init_adapter: {source}")
+    require_same_base(adapter.base_facts, load_config(resolve_model(base)), base, adapter.base)
+    return adapter
+
+
+def start_from(model: PeftModel, adapter: Adapter, path: str) -> None:
+    """Give what is trained in `model` the values of an adapter.
+
+    Raises:
+        ValueError: It has another rank, other targets or other parts; says which, and what to set.
+    """
+    config = model.peft_config["default"].to_dict()
+    then = {key: adapter.peft.get(key) or False for key in _SETTINGS}
+    differing = [
+        f"{name} {then[key]!r}, not {config[key]!r}" for key, name in _SETTINGS.items() if then[key] != config[key]
+    ]
+    patterns = [key for key in ("rank_pattern", "alpha_pattern") if adapter.peft.get(key)]
+    if differing or patterns:
+        raise ValueError(
+            f"model.init_adapter: {path} was trained with {', '.join([*differing, *patterns])}. Set the same here, or "
+            "merge it (recipes/export.py) and train the merged model anew"
+        )
+    family = family_of(base_model(model))
+    values = {_PREFIX + parameter_name(key.removeprefix(_PREFIX), family): t for key, t in adapter.weights.items()}
+    trained = {file_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
+    shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in trained.items()}
+    wrong = sorted(
+        name for name in shapes.keys() | values.keys() if shapes.get(name) != getattr(values.get(name), "shape", None)
+    )
+    if wrong:
+        lacking, further = [n for n in wrong if n not in values], [n for n in wrong if n not in shapes]
+        raise ValueError(
+            f"model.init_adapter: {path} does not hold what is trained here: {len(lacking)} weights are not in it "
+            f"{lacking[:2]}, {len(further)} are not trained here {further[:2]}, "
+            f"{len(wrong) - len(lacking) - len(further)} have another shape. It has target_modules "
+            f"{plain(adapter.peft.get('target_modules'))!r:.200} and modules_to_save "
+            f"{plain(adapter.peft.get('modules_to_save'))}: set model.lora_targets and model.projector alike"
+        )
+    for name, weight in trained.items():
+        set_full_value(weight, values[name])
