@@ -80,7 +80,7 @@ def test_learns_words_that_no_scene_uses(tmp_path: Path, monkeypatch: pytest.Mon
         for name, file in (("train", train), ("validation", test), ("test", test))
         for part in (f"--data.{name}", str(file))
     ]
-    options = ["--config", "configs/own_data.yaml", *data, "--trainer.max_epochs", "3"]
+    options = ["--config", "configs/own_data.yaml", *data, "--evaluation.before", "false"]
     assert finetune(*options, "--output", str(tmp_path / "run")) == 0
     rows = {row["name"]: row for row in json.loads((tmp_path / "run/metrics.json").read_text())["rows"]}
     assert rows["adapted pruned"]["overall"]["score"] > 0.9, rows["adapted pruned"]["overall"]
