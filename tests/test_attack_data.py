@@ -103,7 +103,7 @@ RECORDS: dict[str, tuple[str | bytes, str]] = {
     "conversations null": (record(conversations=None), "`conversations` is NoneType None"),
     "conversations text": (record(conversations="q"), "`conversations` is str 'q'"),
     "conversations an object": (record(conversations={"from": "human"}), "`conversations` is dict"),
-    "no turns": (turns(), r"record 3 \(id 'bad'\) has no question"),
+    "no turns": (turns(), r"record 3 \(id 'bad'\) has no (question|answer to compare with)"),
     "turn null": (turns(None), r"conversations\[0\]: expected the keys"),
     "turn a list": (turns([]), r"conversations\[0\]: expected the keys"),
     "turn without value": (turns({"from": "human"}), r"conversations\[0\]: expected the keys `from` and `value`"),

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tiny import IMAGE_TOKENS, tiny_processor
 
 from himap_train.data.encode import Encoder, SampleTooLongError, encode_prompt
-from himap_train.data.records import Conversation, RecordError, Turn
+from himap_train.data.records import Conversation, RecordError, Turn, blank
 
 IMAGE = "<image>" * IMAGE_TOKENS
 TWO_TURNS = talk("<image>\nWhat is it?", "A cat.", "What colour?", "Grey and white.", images=(picture(),))
@@ -271,7 +271,7 @@ def test_checkpoint_without_template_or_eos_is_refused():
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
-    lambda text: text.strip() and "<" not in text
+    lambda text: not blank(text) and "<" not in text
 )
 PROCESSORS = {name: processor_with(name) for name in TEMPLATES}
 

@@ -81,6 +81,8 @@ def test_print_config_shows_every_key(tiny_path: str, tmp_path: Path, capsys: py
         "learnable": None,
         "elastic": None,
         "curriculum": {"shape": "linear", "share": 0.5, "steps": 4, "phases": None},
+        "dense_steps": None,
+        "learn_ranking": None,
         "image_tokens": None,
         "text_tokens": None,
     }
