@@ -155,7 +155,7 @@ def test_the_report_opens_in_a_browser_and_filters_its_samples(run, browser):  #
     page.on("request", lambda request: asked.append(request.url[:5]))
     page.on("console", lambda message: said.append(message.text))
     page.goto((run / "report.html").as_uri())
-    assert page.title().startswith("LoRA adapter for tiny")  # the question's script did not run
+    assert page.title().startswith("Adapter for tiny")  # the question's script did not run
     right, wrong = page.locator(".right-sample"), page.locator(".wrong-sample")
     assert right.count() and wrong.count()
     for label, shown in (("answered wrong", (0, wrong.count())), ("answered right under", (right.count(), 0))):
