@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from himap_train.analysis.oracle import oracle_accuracy
+from himap_train.benchmark.ablation_rows import runs_of
 from himap_train.command_line import run_command
 from himap_train.data.sources import open_source
 from himap_train.evaluation.accuracy_against_cost import Scores, point, save_trade_off
@@ -80,8 +81,8 @@ def main(
                     ]
                     best = forms[tried.index(max(tried)) if tried else 0]
                     scores[name][budget] = [
-                        run(f"{key(best)}, {seed}", partial(answer, llava, processor, asked, best, seed))
-                        for seed in (seeds if name == "random" else seeds[:1])
+                        run(f"{key(form)}, {seed}", partial(answer, llava, processor, asked, form, seed))
+                        for form, seed in runs_of([best], seeds)
                     ]
             if kind == "fine-":
                 even = {b: at(b, PruningSchedule((PruningStage(0, "uniform", 0.5),)), llava.config) for b in budgets}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes_cli import recipe_module
 from transformers import AutoConfig
 
 from himap_train import PruningSchedule, load_llava
@@ -24,11 +24,7 @@ BUDGETS = [0.25, 0.55]
 
 @pytest.fixture(scope="module")
 def recipe() -> Any:
-    spec = importlib.util.spec_from_file_location("budgets_table", ROOT / "recipes" / "budgets_table.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return recipe_module("budgets_table")
 
 
 def fake_run(folder: Path, scores: dict[str, float]) -> None:

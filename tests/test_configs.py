@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 from distributed import NEEDS_DEEPSPEED, finish, start, tails
-from training_toys import RECIPES, finetune
+from recipes_cli import RECIPES
+from training_toys import finetune
 
 from himap_train.checkpoints.load import load_checkpoint
 from himap_train.models.install import pruning_of

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from recipes_cli import run_recipe
+from recipes_cli import RECIPES, run_recipe
 from tiny import tiny_processor
-from training_toys import RECIPES, SCHEDULE, finetune, save_tiny
+from training_toys import SCHEDULE, finetune, save_tiny
 
 from himap_train.checkpoints.load import load_checkpoint
 from himap_train.evaluation.compare import Row, compare

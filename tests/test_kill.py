@@ -19,7 +19,8 @@ import pytest
 import torch
 import yaml
 from distributed import NEEDS_DEEPSPEED, finish, kill_group, start, tails, wait_for
-from training_toys import RECIPES, SCHEDULE, finetune, save_tiny
+from recipes_cli import RECIPES
+from training_toys import SCHEDULE, finetune, save_tiny
 
 from himap_train import storage
 from himap_train.checkpoints.adapter import read_adapter

@@ -21,7 +21,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from processes import in_processes
-from training_toys import RECIPES, SCHEDULE, finetune, quiet_trainer, save_tiny
+from recipes_cli import RECIPES
+from training_toys import SCHEDULE, finetune, quiet_trainer, save_tiny
 
 from himap_train.training.run.finetune_cli import FinetuneCLI
 from himap_train.training.run.launch import AroundTraining, FineTuneTrainer, is_first_process, report_error

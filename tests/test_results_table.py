@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes_cli import recipe_module
 
 from himap_train.experiments import CONFIGS
 
@@ -16,11 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def recipe() -> Any:
-    spec = importlib.util.spec_from_file_location("results_table", ROOT / "recipes" / "results_table.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return recipe_module("results_table")
 
 
 def fake_run(folder: Path, names: list[str], score: float) -> None:

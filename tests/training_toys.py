@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from recipes_cli import recipe_module
 from tiny import IMAGE_SIZE, IMAGE_TOKENS, tiny_llava, tiny_processor
 from torch.utils.data import DataLoader
 
 from himap_train.data.windows import WindowedLoader, Windows
 from himap_train.training.module import LlavaFineTuner
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 SCHEDULE = {"stages": [{"layer": 2, "criterion": "instruction", "keep_ratio": 0.5}]}
 IMAGE_ID = 4
 
@@ -33,11 +32,7 @@ def finetune(*options: str) -> int:
 
 def run_main(recipe: str, *options: str) -> int:
     """What `python recipes/<recipe>.py <options>` runs, for a recipe whose `main` takes the command line."""
-    spec = importlib.util.spec_from_file_location(f"recipe_{recipe}", RECIPES / f"{recipe}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return int(module.main(list(options)))
+    return int(recipe_module(recipe).main(list(options)))
 
 
 def sample(index: int, answer: int = 3, image: bool = True) -> dict[str, Any]:

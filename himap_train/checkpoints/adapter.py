@@ -23,7 +23,7 @@ from himap_train.checkpoints.finite import require_finite
 from himap_train.checkpoints.generation_file import write_end_tokens
 from himap_train.checkpoints.ranking import ranking_of, read_ranking, write_ranking
 from himap_train.checkpoints.same_base import base_facts, plain
-from himap_train.embedded.model import EMBEDDED_MODELS, embedded_model_path
+from himap_train.embedded.model import EMBEDDED_MODELS, embedded_folder
 from himap_train.models.stock import base_model
 from himap_train.models.whole import trained_in_place
 from himap_train.pruning.reading import schedule_file, schedule_in
@@ -238,8 +238,7 @@ def file_name(parameter: str) -> str:
 
 def portable_name(base: str) -> str:
     """The name of a base model as another machine understands it."""
-    names = [name for name, folder in EMBEDDED_MODELS.items() if Path(base).parts[-2:] == ("assets", folder)]
-    return next((name for name in names if Path(base) == embedded_model_path(name)), base)
+    return next((name for name in EMBEDDED_MODELS if Path(base) == embedded_folder(name)), base)
 
 
 def _write_json(file: Path, content: Any) -> None:

@@ -79,16 +79,16 @@ def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor(words: Iterable[str]) -> LlavaProcessor:
-    """LlavaProcessor for 96x96 images of 144 tokens."""
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+def build_processor(words: Iterable[str], image_size: int = IMAGE_SIZE, patch_size: int = PATCH_SIZE) -> LlavaProcessor:
+    """LlavaProcessor for square images; by default 96x96, of 144 tokens."""
+    size = {"height": image_size, "width": image_size}
     half = [0.5, 0.5, 0.5]
     return LlavaProcessor(
         image_processor=CLIPImageProcessorPil(
             size=size, do_center_crop=False, crop_size=size, image_mean=half, image_std=half
         ),
         tokenizer=build_tokenizer(words),
-        patch_size=PATCH_SIZE,
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,

@@ -31,11 +31,7 @@ _THIRDS = np.array([third(index) for index in range(FINE_GRID)])
 
 def fine_processor() -> LlavaProcessor:
     """The embedded model's processor for 256x256 images of 256 tokens, with a token for each of `ALL_WORDS`."""
-    processor = build_processor(ALL_WORDS)
-    size = {"height": FINE_SIZE, "width": FINE_SIZE}
-    processor.image_processor.size, processor.image_processor.crop_size = size, size
-    processor.patch_size = FINE_CELL
-    return processor
+    return build_processor(ALL_WORDS, FINE_SIZE, FINE_CELL)
 
 
 def fit_heads(model: LlavaForConditionalGeneration, steps: int) -> PatchHeads:

@@ -14,6 +14,11 @@ EMBEDDED_MODELS = {"embedded": "embedded_llava", "embedded-fine": "embedded_fine
 """Names that stand for a model's path, and their folders; each recipe writes such a folder."""
 
 
+def embedded_folder(name: str) -> Path:
+    """Where one of `EMBEDDED_MODELS` lies, whether or not it was installed."""
+    return Path(__file__).parents[1] / "assets" / EMBEDDED_MODELS[name]
+
+
 def embedded_model_path(name: str = "embedded") -> Path:
     """Folder that `LlavaForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained` load.
 
@@ -23,7 +28,7 @@ def embedded_model_path(name: str = "embedded") -> Path:
     Raises:
         FileNotFoundError: if the package was installed without its data files.
     """
-    folder = Path(__file__).parents[1] / "assets" / EMBEDDED_MODELS[name]
+    folder = embedded_folder(name)
     if not (folder / "model.safetensors").is_file():
         recipe = "train_embedded.py" if name == "embedded" else "train_fine.py"
         raise FileNotFoundError(
