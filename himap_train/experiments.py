@@ -14,7 +14,7 @@ from typing import Any
 from himap_train.evaluation.accuracy_against_cost import point
 
 METRICS = "metrics.json"
-CONFIGS = ("configs/quickstart.yaml", "configs/results.yaml")
+CONFIGS = ("configs/quickstart.yaml", "configs/adapted.yaml")
 """Configs of every fine-tuning in the README's tables."""
 
 

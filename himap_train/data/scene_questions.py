@@ -19,6 +19,7 @@ class SceneQuestions(Scenes):
         turns: questions in one conversation.
         epoch: another epoch, other scenes; set it to train on fresh scenes all the time.
         fixed: 1 keeps the scenes of this epoch in training too.
+        decoys: striped tiles in a fine scene that no question asks about, 240 at most.
     """
 
     def __init__(
@@ -30,8 +31,9 @@ class SceneQuestions(Scenes):
         turns: int = 1,
         epoch: int = 0,
         fixed: int = 0,
+        decoys: int = 0,
     ) -> None:
-        super().__init__(split, seed, epoch)
+        super().__init__(split, seed, epoch, decoys)
         if min(scenes, questions_per_scene, turns) < 1:
             raise ValueError(
                 f"scenes={scenes}, questions_per_scene={questions_per_scene}, turns={turns}: all must be at least 1"

@@ -14,7 +14,7 @@ from himap_train.data.records import Source, StreamingSource
 from himap_train.data.scene_questions import SceneQuestions
 
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
-_SCENE_OPTIONS = ("scenes", "seed", "questions_per_scene", "turns", "fixed")
+_SCENE_OPTIONS = ("scenes", "seed", "questions_per_scene", "turns", "fixed", "decoys")
 _FORMS = (
     "a LLaVA file *.json, *.jsonl or *.ndjson (also *.gz), a folder or *.parquet file with a Hugging Face data set "
     "(folder:split for one of its splits), the name of one on the hub (owner/name or owner/name:split), or "

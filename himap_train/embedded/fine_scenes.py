@@ -3,13 +3,15 @@
 A scene is 256x256 pixels: on a crop of a photograph, some fifteen things at places of a 16 x 16 grid, each 12 to 16
 pixels wide: emoji, and coloured cards with an 8x8 handwritten digit at its own size. An even subset of the image tokens
 misses most of them, so here it matters which are kept; on the coarse scenes (`scenes.py`) any even subset sees all.
-Splits share no source image, as there.
+Splits share no source image, as there. Decoys, striped tiles that no question asks about, crowd a scene: then it is not
+enough to keep what differs from the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator
@@ -23,6 +25,7 @@ FINE_CELL = FINE_SIZE // FINE_GRID
 FINE_KINDS = ("face", "monkey", "heart", "moon", "book", "cloud", "clock", "arrow", "mailbox")  # known at 16 pixels
 FINE_TYPES = ("where", "exist", "count", "colour", "digit", "next_to")
 _SPRITE_SIZES, _CARD_SIZES = (14, 16), (12, 12)  # a margin of 2 leaves a digit its own 8 pixels
+_DECOY = 12
 Cell = tuple[int, int]  # row, column
 
 
@@ -102,8 +105,8 @@ def compose_fine(rng: Generator) -> FineScene:
     return FineScene(tuple(things))
 
 
-def draw_fine(scene: FineScene, split: str, rng: Generator) -> Image.Image:
-    """The picture of a scene, RGB, 256x256, from this split's source images."""
+def draw_fine(scene: FineScene, split: str, rng: Generator, decoys: int = 0) -> Image.Image:
+    """The picture of a scene, RGB, 256x256, from this split's source images, with so many decoys where nothing lies."""
     canvas = background(split, rng, FINE_SIZE)
     for cell, item in scene.things:
         rgb, alpha = (
@@ -115,8 +118,20 @@ def draw_fine(scene: FineScene, split: str, rng: Generator) -> Image.Image:
         top, left = (index * FINE_CELL + int(rng.integers(FINE_CELL - size + 1)) for index in cell)
         window = canvas[top : top + size, left : left + size]
         window += alpha * (rgb - window)
+    taken = dict(scene.things)
+    free = [cell for cell in np.ndindex(FINE_GRID, FINE_GRID) if cell not in taken]
+    for number in rng.permutation(len(free))[:decoys] if decoys else ():
+        top, left = (index * FINE_CELL + 2 for index in free[number])
+        canvas[top : top + _DECOY, left : left + _DECOY] = _stripes(rng)
     canvas += rng.integers(-8, 9, canvas.shape, dtype=np.int8)
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
+
+
+def _stripes(rng: Generator) -> np.ndarray[Any, Any]:
+    """A tile of stripes of two colours, upright, level or slanting, (12, 12, 3)."""
+    y, x = np.mgrid[:_DECOY, :_DECOY]
+    along = (y, x, x + y)[int(rng.integers(3))] // int(rng.integers(2, 5))
+    return rng.integers(256, size=(2, 3))[along % 2]
 
 
 def ask_fine(scene: FineScene, kind_of_question: str, rng: Generator) -> tuple[str, str, list[Cell]]:

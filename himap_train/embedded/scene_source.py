@@ -23,13 +23,16 @@ class Scenes:
         split: "train", "validation" or "test"; of the fine scenes "fine-train" and so on.
         seed: another seed, other scenes (of the same source images).
         epoch: another epoch, other scenes; set it to train on fresh scenes all the time.
+        decoys: striped tiles in a fine scene that no question asks about, 240 at most.
     """
 
-    def __init__(self, split: str, seed: int = 0, epoch: int = 0) -> None:
+    def __init__(self, split: str, seed: int = 0, epoch: int = 0, decoys: int = 0) -> None:
         if split not in SCENE_SPLITS:
             raise ValueError(f"unknown split {split!r} of the embedded scenes; there are {', '.join(SCENE_SPLITS)}")
-        self.split, self.seed, self.epoch = split, seed, epoch
+        self.split, self.seed, self.epoch, self.decoys = split, seed, epoch, decoys
         self.fine = split.startswith("fine-")
+        if not 0 <= decoys <= 240 * self.fine:
+            raise ValueError(f"decoys={decoys} in {split} scenes; expected 0 to 240, in fine scenes alone")
         self.types = FINE_TYPES if self.fine else TYPES
 
     def scene(self, index: int) -> tuple[Any, Image.Image]:
@@ -37,7 +40,7 @@ class Scenes:
         rng, images = self.generator(index, 0), self.split.removeprefix("fine-")
         if self.fine:
             fine = compose_fine(rng)
-            return fine, draw_fine(fine, images, rng)
+            return fine, draw_fine(fine, images, rng, self.decoys)
         scene = compose(rng)
         return scene, draw(scene, images, rng)
 

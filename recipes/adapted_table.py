@@ -1,0 +1,101 @@
+"""What each method is worth once the model has adapted to it: fine-tunings of equal length on scenes that are new to the model.
+
+python recipes/adapted_table.py --split validation      # "embedded-fine" on crowded scenes: some two hours on one core
+
+The scenes are the fine ones, crowded by decoys that the base has never seen, so there is something to learn. Every run is
+elastic: one fine-tuning is measured at all budgets. `learned` trains its ranking beside the model. Runs that are there
+already are not repeated, so an interrupted table goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from himap_train.command_line import run_command
+from himap_train.evaluation.accuracy_against_cost import Scores, save_trade_off
+from himap_train.experiments import common_options, fine_tune_all, points, rows_of
+
+FORMS: dict[str, list[tuple[int, str, float]]] = {
+    "uniform": [(0, "uniform", 0.3)],
+    "random": [(0, "random", 0.3)],
+    "divprune": [(0, "divprune", 0.3)],
+    "learned": [(0, "learned", 0.3)],
+    "instruction": [(1, "instruction", 0.3)],
+    "himap": [(1, "instruction", 0.5), (3, "image", 0.125)],
+}
+"""(layer, criterion, keep ratio) of each method's stages; budgets scale the ratios."""
+
+
+def main(
+    methods: list[str] = list(FORMS),  # noqa: B006, B008
+    budgets: list[float] = [0.2, 0.3, 0.4, 0.6],  # noqa: B006
+    seeds: list[int] = [0, 1, 2],  # noqa: B006
+    steps: int = 150,
+    decoys: int = 80,
+    split: str = "test",
+    output: Path = Path("runs/adapted"),
+    workers: int = 1,
+) -> None:
+    """Run what is missing, then print and save the table and its picture.
+
+    Args:
+        methods: Of `FORMS`.
+        budgets: `flops_ratio` of the prefill.
+        seeds: One fine-tuning of each method for each.
+        steps: Optimizer steps of each.
+        decoys: Striped tiles in a scene.
+        split: "test", or "validation" to choose by.
+        output: Folder of the runs, budgets.md and budgets.png.
+        workers: Runs at a time, one thread each.
+    """
+    data = {"train": f"embedded:fine-train?scenes=4800&fixed=1&decoys={decoys}"}
+    data["test"] = f"embedded:fine-{split}?scenes=400&seed=11&decoys={decoys}"
+    fine_tune_all(dict(jobs(output, methods, budgets, seeds, steps, data)), workers)
+    scores: Scores = {}
+    for name in methods:
+        free = {row["name"] for row in rows_of(output / f"{name}-{seeds[0]}")}
+        for title, row, runs in (
+            ("training-free", "training-free pruned", seeds[:1]),
+            ("adapted", "adapted pruned", seeds),
+        ):
+            if f"{row} at {budgets[0]}" in free:
+                scores[f"{name}, {title}"] = {b: points(output, name, runs, f"{row} at {b}") for b in budgets}
+    dense = {
+        "dense, fine-tuned": points(output, "dense", seeds, "fine-tuned dense"),
+        "dense, not fine-tuned": points(output, "dense", seeds[:1], "dense, not fine-tuned"),
+    } | {f"{name}, adapted, run dense": points(output, name, seeds, "adapted, evaluated dense") for name in methods}
+    drawn = [name for name in scores if name.endswith("adapted")]
+    print(save_trade_off(output, scores, {name: [score for _, score in at] for name, at in dense.items()}, drawn))
+
+
+def jobs(
+    output: Path, methods: list[str], budgets: list[float], seeds: list[int], steps: int, data: dict[str, str]
+) -> Iterator[tuple[Path, list[str]]]:
+    """Every fine-tuning of the table: options of the ordinary command line."""
+    elastic = ["--config", "configs/elastic.yaml", "--pruning.elastic.budgets", json.dumps([budgets[0], budgets[-1]])]
+    elastic += ["--evaluation.budgets", json.dumps(budgets)]
+    for seed in seeds:
+        for name in ["dense", *methods]:
+            stages = [
+                {"layer": layer, "criterion": criterion, "keep_ratio": ratio}
+                for layer, criterion, ratio in FORMS.get(name, [])
+            ]
+            ranking = ["--pruning.learn_ranking", json.dumps({"share": 0.5, "updates": 6})] if name == "learned" else []
+            given = {
+                "--model.schedule": json.dumps({"stages": stages}),
+                "--trainer.max_steps": str(steps),
+                "--data.train": data["train"],
+                "--data.test": data["test"],
+                "--data.cache_image_features": str(output / "features"),
+                # What stands before training is the same for all seeds, and a ranking that is not trained is none.
+                "--evaluation.before": "true" if seed == seeds[0] and name != "learned" else "false",
+            }
+            pairs = [part for pair in given.items() for part in pair]
+            yield output / f"{name}-{seed}", [*common_options(seed), *(elastic if stages else []), *ranking, *pairs]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
