@@ -1,10 +1,10 @@
-"""What each method is worth once the model has adapted to it: fine-tunings of equal length on scenes that are new to the model.
+"""What each method is worth once the model has adapted to it: fine-tunings of equal length on scenes it does not know.
 
 python recipes/adapted_table.py --split validation      # "embedded-fine" on crowded scenes: some two hours on one core
 
-The scenes are the fine ones, crowded by decoys that the base has never seen, so there is something to learn. Every run is
-elastic: one fine-tuning is measured at all budgets. `learned` trains its ranking beside the model. Runs that are there
-already are not repeated, so an interrupted table goes on where it stopped.
+The scenes are the fine ones, crowded by decoys that the base has never seen, so there is something to learn. Every run
+is elastic: one fine-tuning is measured at all budgets. `learned` trains its ranking beside the model. Runs that are
+there already are not repeated, so an interrupted table goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from himap_train.command_line import run_command
 from himap_train.evaluation.accuracy_against_cost import Scores, save_trade_off
-from himap_train.experiments import common_options, fine_tune_all, points, rows_of
+from himap_train.experiments import common_options, fine_tune_all, points
 
 FORMS: dict[str, list[tuple[int, str, float]]] = {
     "uniform": [(0, "uniform", 0.3)],
@@ -54,21 +54,25 @@ def main(
     data = {"train": f"embedded:fine-train?scenes=4800&fixed=1&decoys={decoys}"}
     data["test"] = f"embedded:fine-{split}?scenes=400&seed=11&decoys={decoys}"
     fine_tune_all(dict(jobs(output, methods, budgets, seeds, steps, data)), workers)
+    drawn = [f"{name}, adapted" for name in methods]
+    print(save_trade_off(output, *results(output, methods, budgets, seeds), drawn))
+
+
+def results(
+    output: Path, methods: list[str], budgets: list[float], seeds: list[int]
+) -> tuple[Scores, dict[str, list[float]]]:
+    """What the runs of `jobs` measured: at the budgets before and after training, and without pruning."""
     scores: Scores = {}
     for name in methods:
-        free = {row["name"] for row in rows_of(output / f"{name}-{seeds[0]}")}
-        for title, row, runs in (
-            ("training-free", "training-free pruned", seeds[:1]),
-            ("adapted", "adapted pruned", seeds),
-        ):
-            if f"{row} at {budgets[0]}" in free:
-                scores[f"{name}, {title}"] = {b: points(output, name, runs, f"{row} at {b}") for b in budgets}
+        if name != "learned":
+            scores[name] = {b: points(output, name, seeds[:1], f"training-free pruned at {b}") for b in budgets}
+        scores[f"{name}, adapted"] = {b: points(output, name, seeds, f"adapted pruned at {b}") for b in budgets}
     dense = {
         "dense, fine-tuned": points(output, "dense", seeds, "fine-tuned dense"),
         "dense, not fine-tuned": points(output, "dense", seeds[:1], "dense, not fine-tuned"),
-    } | {f"{name}, adapted, run dense": points(output, name, seeds, "adapted, evaluated dense") for name in methods}
-    drawn = [name for name in scores if name.endswith("adapted")]
-    print(save_trade_off(output, scores, {name: [score for _, score in at] for name, at in dense.items()}, drawn))
+        **{f"{name}, adapted, run dense": points(output, name, seeds, "adapted, evaluated dense") for name in methods},
+    }
+    return scores, {name: [score for _, score in at] for name, at in dense.items()}
 
 
 def jobs(

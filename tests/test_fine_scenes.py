@@ -100,6 +100,25 @@ def test_things_lie_inside_their_patch() -> None:
         assert patches.sum() >= len(scene.things) - 2  # a thing may have the colour of what lies under it
 
 
+def test_decoys_lie_where_nothing_else_does_and_change_no_question() -> None:
+    plain, crowded = (SceneQuestions("fine-validation", scenes=12, decoys=count) for count in (0, 30))
+    for index in range(12):
+        scene, before = plain.scene(index)
+        again, after = crowded.scene(index)
+        assert scene == again and plain[index].turns == crowded[index].turns
+        moved = np.abs(np.asarray(before, int) - np.asarray(after, int)).max(-1) > 16  # more than the noise of 8
+        share = moved.reshape(FINE_GRID, FINE_CELL, FINE_GRID, FINE_CELL).mean((1, 3))
+        changed = {tuple(cell) for cell in np.argwhere(share > 0.2)}
+        assert len(changed) == 30 and not changed & set(dict(scene.things)), "a decoy hides a thing, or is missing"
+        assert share.max() <= (12 / FINE_CELL) ** 2 + 0.01
+
+
+@pytest.mark.parametrize("split, decoys", [("validation", 3), ("fine-validation", 241)])
+def test_impossible_decoys_are_refused(split: str, decoys: int) -> None:
+    with pytest.raises(ValueError, match=f"decoys={decoys} in {split} scenes; expected 0 to 240, in fine scenes alone"):
+        open_source(f"embedded:{split}?decoys={decoys}")
+
+
 def test_only_pairs_lie_side_by_side() -> None:
     rng = np.random.default_rng(6)
     for _ in range(100):
