@@ -13,20 +13,21 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from himap_train.command_line import run_command
 from himap_train.evaluation.accuracy_against_cost import Scores, save_trade_off
 from himap_train.experiments import common_options, fine_tune_all, points
 
-FORMS: dict[str, list[tuple[int, str, float]]] = {
+FORMS: dict[str, list[tuple[int, Any, float]]] = {
     "uniform": [(0, "uniform", 0.3)],
     "random": [(0, "random", 0.3)],
     "divprune": [(0, "divprune", 0.3)],
-    "learned": [(0, "learned", 0.3)],
+    "learned": [(0, {"name": "learned", "spread": 0.25}, 0.3)],
     "instruction": [(1, "instruction", 0.3)],
     "himap": [(1, "instruction", 0.5), (3, "image", 0.125)],
 }
-"""(layer, criterion, keep ratio) of each method's stages; budgets scale the ratios."""
+"""(layer, criterion, keep ratio) of each method's stages; budgets scale the ratios. Chosen on fine validation scenes."""
 
 
 def main(
