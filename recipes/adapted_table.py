@@ -27,7 +27,7 @@ FORMS: dict[str, list[tuple[int, Any, float]]] = {
     "instruction": [(1, "instruction", 0.3)],
     "himap": [(1, "instruction", 0.5), (3, "image", 0.125)],
 }
-"""(layer, criterion, keep ratio) of each method's stages; budgets scale the ratios. Chosen on fine validation scenes."""
+"""(layer, criterion, keep ratio) of each method's stages; budgets scale the ratios. Chosen on fine validation."""
 
 
 def main(
