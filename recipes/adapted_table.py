@@ -32,7 +32,7 @@ FORMS: dict[str, list[tuple[int, Any, float]]] = {
 
 def main(
     methods: list[str] = list(FORMS),  # noqa: B006, B008
-    budgets: list[float] = [0.2, 0.3, 0.4, 0.6],  # noqa: B006
+    budgets: list[float] = [0.2, 0.3, 0.4],  # noqa: B006
     seeds: list[int] = [0, 1, 2],  # noqa: B006
     steps: int = 150,
     decoys: int = 80,
