@@ -19,7 +19,7 @@ from himap_train.planning.typical_sample import find_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LLAVA_7B = ("--config", str(CONFIGS / "llava_himap.yaml"))
-EMBEDDED = ("--config", str(CONFIGS / "quickstart.yaml"))
+EMBEDDED = ("--config", str(CONFIGS / "coarse.yaml"))
 
 
 @pytest.fixture(autouse=True)
