@@ -10,7 +10,7 @@ OLDEST_TRANSFORMERS := 5.20.2
 LMMS_EVAL := .venv-lmms-eval
 LMMS_EVAL_NEEDS := evaluate loguru pytablewriter pytz sacrebleu tenacity
 
-.PHONY: quickstart test test-oldest test-lmms-eval clean
+.PHONY: quickstart test test-oldest test-lmms-eval test-serve clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python recipes/finetune.py --config configs/quickstart.yaml
@@ -26,6 +26,10 @@ test-oldest: $(OLDEST)/.installed-dev
 
 test-lmms-eval: $(LMMS_EVAL)/.installed-dev
 	$(LMMS_EVAL)/bin/python -m pytest -m lmms_eval tests/test_lmms_eval.py
+
+test-serve: $(VENV)/.installed-dev
+	$(BIN)/pip install -q -c constraints.txt -e ".[serve]" openai
+	$(BIN)/python -m pytest -m serve tests/test_serve.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

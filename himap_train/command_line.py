@@ -8,6 +8,7 @@ import itertools
 import logging
 import re
 import shutil
+import socket
 import sys
 import warnings
 from argparse import ArgumentError
@@ -153,6 +154,14 @@ def new_output_folder(folder: Path, files: Sequence[str], overwrite: bool) -> No
     for path in found:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def require_free_port(host: str, port: int) -> None:
+    """ValueError where nobody can listen at a port, so that it is known before weights are read."""
+    try:
+        socket.create_server((host, port)).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"port {port} of {host} cannot be had ({error}): choose another with --port") from error
 
 
 def _with_values(args: list[str], main: Callable[..., Any]) -> list[str]:

@@ -7,14 +7,13 @@ python recipes/demo.py --checkpoint runs/mine --port 8000
 
 from __future__ import annotations
 
-import socket
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from himap_train.analysis.answered import Answered, answer_question, prompt_encoder
 from himap_train.checkpoints.scheduled import AS_SAVED, installed_schedule, load_with_schedule
-from himap_train.command_line import run_command
+from himap_train.command_line import require_free_port, run_command
 from himap_train.data.encode import Encoder
 from himap_train.data.pixel_modes import Background
 from himap_train.data.records import Conversation, Turn
@@ -55,11 +54,8 @@ def main(
         import gradio
     except ImportError as error:
         raise ValueError(f'the demo needs gradio ({error}): pip install "himap-train[demo]"') from error
-    if port is not None:  # known before weights are read
-        try:
-            socket.create_server((host, port)).close()
-        except (OSError, OverflowError) as error:
-            raise ValueError(f"port {port} of {host} cannot be had ({error}): choose another with --port") from error
+    if port is not None:
+        require_free_port(host, port)
     model, processor = load_with_schedule(checkpoint, schedule, dtype, device)
     images = {"image_aspect_ratio": image_aspect_ratio, "image_background": image_background}
     asked = Asked(model, prompt_encoder(model, processor, max_new_tokens, **images), max_new_tokens)

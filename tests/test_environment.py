@@ -45,7 +45,7 @@ def test_conda_installs_the_same_project_under_the_same_constraints() -> None:
 
 def test_make_installs_under_the_same_constraints() -> None:
     installs = [line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install" in line]
-    assert len(installs) == 5
+    assert len(installs) == 6
     assert all("-c constraints.txt" in line or "-c $(OLDEST)/constraints.txt" in line for line in installs)
 
 

@@ -16,7 +16,7 @@ ORDER = (
     ("checkpoints",),
     ("evaluation",),
     ("training", "analysis", "search"),
-    ("planning", "benchmark"),
+    ("planning", "benchmark", "serving"),
 )
 """Folders from below; each imports from those before it, and from files of the package itself."""
 

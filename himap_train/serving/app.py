@@ -1,0 +1,108 @@
+"""The endpoint: `/v1/models`, `/v1/chat/completions` and `/health`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+from uuid import uuid4
+
+from himap_train.data.encode import SampleTooLongError
+from himap_train.serving.batches import Answer, Batches
+from himap_train.serving.fetch import MOST_BYTES
+from himap_train.serving.requests import Reader, UnknownModelError
+
+
+def build_app(reader: Reader, batches: Batches, about: Mapping[str, Any]) -> Any:
+    """The application for an ASGI server.
+
+    Args:
+        reader: Of requests.
+        batches: What answers them.
+        about: What `/v1/models` says of the model beside its name.
+
+    Raises:
+        ImportError: Starlette is not installed.
+    """
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse, StreamingResponse
+    from starlette.routing import Route
+
+    card = {"id": reader.name, "object": "model", "created": int(time.time()), "owned_by": "himap-train", **about}
+
+    async def models(_: Any) -> Any:
+        return JSONResponse({"object": "list", "data": [card]})
+
+    async def health(_: Any) -> Any:
+        return JSONResponse({"status": "ok"})
+
+    async def chat(request: Any) -> Any:
+        body = await _body(request)
+        answer = batches.ask(await asyncio.to_thread(reader, body))
+        if body.get("stream"):
+            options = body.get("stream_options")
+            usage = isinstance(options, Mapping) and options.get("include_usage") is True
+            return StreamingResponse(_events(answer, reader.name, usage), media_type="text/event-stream")
+        message = {"role": "assistant", "content": "".join([piece async for piece in answer])}
+        choices = [{"index": 0, "message": message, "finish_reason": answer.finish}]
+        return JSONResponse(_reply("chat.completion", reader.name, choices=choices, usage=_usage(answer)))
+
+    async def refused(_: Any, error: Exception) -> Any:
+        return JSONResponse(_told(error), 404 if isinstance(error, UnknownModelError) else 400)
+
+    async def failed(_: Any, error: Exception) -> Any:
+        return JSONResponse(_told(error), 500)
+
+    chats = Route("/v1/chat/completions", chat, methods=["POST"])
+    routes = [Route("/v1/models", models), Route("/health", health), chats]
+    return Starlette(routes=routes, exception_handlers={ValueError: refused, RuntimeError: failed})
+
+
+async def _body(request: Any) -> Any:
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > 2 * MOST_BYTES:
+            raise ValueError(f"the request has more than {2 * MOST_BYTES >> 20} MiB")
+    return json.loads(data)
+
+
+async def _events(answer: Answer, model: str, usage: bool) -> AsyncIterator[str]:
+    """The answer as server-sent events; an error on the way is the last."""
+    head = _reply("chat.completion.chunk", model)
+
+    def chunk(delta: Mapping[str, str], finish: str | None = None) -> str:
+        return _event({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
+
+    yield chunk({"role": "assistant", "content": ""})
+    try:
+        async for piece in answer:
+            yield chunk({"content": piece})
+    except RuntimeError as error:
+        yield _event(_told(error))
+        return
+    yield chunk({}, answer.finish)
+    if usage:
+        yield _event({**head, "choices": [], "usage": _usage(answer)})
+    yield "data: [DONE]\n\n"
+
+
+def _event(values: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(values)}\n\n"
+
+
+def _reply(kind: str, model: str, **values: Any) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": model, **values}
+
+
+def _usage(answer: Answer) -> dict[str, int]:
+    prompt, new = len(answer.asked.sample["input_ids"]), len(answer.tokens)
+    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    kind = "server_error" if isinstance(error, RuntimeError) else "invalid_request_error"
+    codes: dict[type, str] = {SampleTooLongError: "context_length_exceeded", UnknownModelError: "model_not_found"}
+    return {"error": {"message": str(error), "type": kind, "param": None, "code": codes.get(type(error))}}

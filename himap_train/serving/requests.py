@@ -1,0 +1,125 @@
+"""A chat request in OpenAI's form -> a prompt, and how its answer is searched for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from himap_train.data.encode import Encoder, Sample
+from himap_train.data.llava_format import checked_text
+from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, ImageSource, Role, Turn
+from himap_train.evaluation.lmms_eval.requests import Answering
+from himap_train.pruning.names import check_keys
+from himap_train.serving.fetch import image_of
+
+_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_READ = ("model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
+         "top_p", "stop", "seed")  # fmt: skip
+_NAMES_ONLY = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+_ONE_VALUE = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "logit_bias": {}, "tools": [],
+              "response_format": {"type": "text"}}  # fmt: skip
+"""What is understood as long as it changes nothing: what would be ignored is refused instead."""
+
+
+class UnknownModelError(ValueError):
+    """A request for a model that is not served."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt; `seed` is set where sampling must give the same again."""
+
+    sample: Sample
+    answering: Answering
+    seed: int | None
+
+
+class Reader:
+    """Reads requests for one model.
+
+    Args:
+        name: The model's.
+        encoder: From `prompt_encoder`, with room for one token.
+        max_new_tokens: Where an answer is cut that names no length.
+        folder: Where `file://` images may lie; None for no files.
+        private: Images may be fetched from addresses that are not public.
+    """
+
+    def __init__(
+        self, name: str, encoder: Encoder, max_new_tokens: int, folder: Path | None = None, private: bool = False
+    ) -> None:
+        self.name, self._encoder, self._max_new_tokens = name, encoder, max_new_tokens
+        self._folder, self._private, self._lock = folder, private, Lock()
+
+    def __call__(self, body: Any) -> Asked:
+        """Read one; images are fetched here.
+
+        Raises:
+            UnknownModelError: It is for another model.
+            ValueError: It cannot be answered; says why.
+        """
+        if not isinstance(body, Mapping):
+            raise ValueError("the request is no JSON object")
+        given = {key: value for key, value in body.items() if value is not None}
+        if given.get("model", self.name) != self.name:
+            raise UnknownModelError(f"the model {given['model']!r} is not served here; {self.name!r} is")
+        check_keys("the request", given, (*_READ, *_NAMES_ONLY, *_ONE_VALUE))
+        for key, only in _ONE_VALUE.items():
+            if given.get(key, only) != only:
+                raise ValueError(f"{key!r} can only be {only!r} here")
+        length = number(given, "max_completion_tokens", 1, 2**31, number(given, "max_tokens", 1, 2**31))
+        temperature = number(given, "temperature", 0, 100, 0)
+        search: dict[str, Any] = {"do_sample": False}
+        if temperature:  # the two alone decide, whatever the checkpoint's generation config has
+            top_p = number(given, "top_p", 1e-6, 1, 1)
+            search = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": 0}
+        stop = given.get("stop", [])
+        stops = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
+            raise ValueError(f"'stop' is {stop!r:.60}; expected a text or a list of texts")
+        seed = number(given, "seed", -(2**63), 2**63 - 1)
+        conversation = self._conversation(given.get("messages"))
+        with self._lock:  # tokenizers are for one thread at a time
+            sample = self._encoder.encode_prompt(conversation)
+        room = (self._encoder.max_length or 2**31) + 1 - len(sample["input_ids"])
+        return Asked(sample, Answering(min(length or self._max_new_tokens, room), search, tuple(stops)), seed)
+
+    def _conversation(self, messages: Any) -> Conversation:
+        if not isinstance(messages, list) or not messages:
+            raise ValueError("'messages' is missing or empty")
+        images: list[ImageSource] = []
+        turns = [self._turn(message, f"messages[{number}]", images) for number, message in enumerate(messages)]
+        if turns[-1].role != "user":
+            raise ValueError("the last message is not the user's: there is nothing to answer")
+        return Conversation("request", tuple(images), tuple(turns), place="the request")
+
+    def _turn(self, message: Any, where: str, images: list[ImageSource]) -> Turn:
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
+        if not isinstance(role, str) or role not in _ROLES:
+            raise ValueError(f"{where} has the role {role!r:.40}; expected one of {', '.join(_ROLES)}")
+        text = ""
+        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+        for part in parts:
+            match part:
+                case {"type": "text", "text": str(words)}:
+                    text += checked_text(words, where)
+                case {"type": "image_url", "image_url": {"url": str(url)}}:
+                    images.append(image_of(url, where, self._folder, self._private))
+                    text += IMAGE_PLACEHOLDER
+                case _:
+                    raise ValueError(f"{where} has the part {part!r:.60}; expected text or image_url")
+        return Turn(_ROLES[role], text)
+
+
+def number(given: Mapping[str, Any], key: str, least: float, most: float, default: Any = None) -> Any:
+    """A value of a request where it is a number in range; whole where the default is none."""
+    value = given.get(key, default)
+    whole = default is None or key.startswith("max")
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not least <= value <= most
+    ):
+        raise ValueError(f"{key!r} is {value!r:.40}; expected a {'whole ' * whole}number from {least} to {most}")
+    return value
