@@ -159,7 +159,8 @@ def new_output_folder(folder: Path, files: Sequence[str], overwrite: bool) -> No
 def require_free_port(host: str, port: int) -> None:
     """ValueError where nobody can listen at a port, so that it is known before weights are read."""
     try:
-        socket.create_server((host, port)).close()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
     except (OSError, OverflowError) as error:
         raise ValueError(f"port {port} of {host} cannot be had ({error}): choose another with --port") from error
 

@@ -99,7 +99,7 @@ def test_options_of_an_answer(reader):
     assert answering(max_tokens=7, stop="end") == Answering(7, GREEDY, ("end",))
     assert answering(max_tokens=7, max_completion_tokens=9, temperature=0.5) == Answering(9, sampled, ())
     assert answering(temperature=0.5, top_p=0.9).search == sampled | {"top_p": 0.9}
-    assert answering(temperature=0, top_p=0.9).search == GREEDY
+    assert answering(temperature=0, top_p=0.9).search == answering(temperature=1e-300).search == GREEDY
     prompt = len(reader({"messages": [user("Hi")]}).sample["input_ids"])
     assert answering(max_tokens=10_000).max_new_tokens == 512 - prompt  # what the context has room for
 
@@ -120,10 +120,10 @@ def test_options_of_an_answer(reader):
         ({"messages": [user("Hi")], "temprature": 1}, "unknown key 'temprature'; did you mean 'temperature'"),
         ({"messages": [user("Hi")], "n": 2}, "'n' can only be 1"),
         ({"messages": [user("Hi")], "tools": [{}]}, "'tools' can only be"),
-        ({"messages": [user("Hi")], "temperature": -1}, "'temperature' is -1; expected a number"),
+        ({"messages": [user("Hi")], "temperature": -1}, "'temperature' is -1; expected float from 0 to 100"),
         ({"messages": [user("Hi")], "temperature": float("nan")}, "'temperature' is nan"),
         ({"messages": [user("Hi")], "temperature": 1, "top_p": 0}, "'top_p' is 0"),
-        ({"messages": [user("Hi")], "max_tokens": 0}, "'max_tokens' is 0; expected a whole number"),
+        ({"messages": [user("Hi")], "max_tokens": 0}, "'max_tokens' is 0; expected int from 1"),
         ({"messages": [user("Hi")], "max_tokens": True}, "'max_tokens' is True"),
         ({"messages": [user("Hi")], "stop": [""]}, "'stop' is"),
         ({"messages": [user("Hi " * 600)]}, "the request: the prompt takes 18"),

@@ -49,15 +49,13 @@ def build_app(reader: Reader, batches: Batches, about: Mapping[str, Any]) -> Any
         choices = [{"index": 0, "message": message, "finish_reason": answer.finish}]
         return JSONResponse(_reply("chat.completion", reader.name, choices=choices, usage=_usage(answer)))
 
-    async def refused(_: Any, error: Exception) -> Any:
-        return JSONResponse(_told(error), 404 if isinstance(error, UnknownModelError) else 400)
-
-    async def failed(_: Any, error: Exception) -> Any:
-        return JSONResponse(_told(error), 500)
+    async def wrong(_: Any, error: Exception) -> Any:
+        known = 404 if isinstance(error, UnknownModelError) else 400
+        return JSONResponse(_told(error), 500 if isinstance(error, RuntimeError) else known)
 
     chats = Route("/v1/chat/completions", chat, methods=["POST"])
     routes = [Route("/v1/models", models), Route("/health", health), chats]
-    return Starlette(routes=routes, exception_handlers={ValueError: refused, RuntimeError: failed})
+    return Starlette(routes=routes, exception_handlers={ValueError: wrong, RuntimeError: wrong})
 
 
 async def _body(request: Any) -> Any:

@@ -30,7 +30,7 @@ class Answer:
 
     Attributes:
         tokens: Its ids so far, an end token included.
-        finish: None while it goes on; then "stop" or "length", or "gone" where nobody listens any more.
+        finish: "" while it goes on; then "stop" or "length", or "gone" where nobody listens any more.
     """
 
     def __init__(self, asked: Asked, tokenizer: Any, ends: Sequence[int]) -> None:
@@ -112,8 +112,8 @@ class Batches:
             time.sleep(_TOGETHER)
             with self._changed:
                 first = self._waiting[0]
-                alike = [other for other in self._waiting if other is first or _share(first.asked, other.asked)]
-                batch = alike[: self._size]
+                batch = [other for other in self._waiting if other is first or _share(first.asked, other.asked)]
+                batch = batch[: self._size]
                 self._waiting = [other for other in self._waiting if other not in batch]
             self._answer([answer for answer in batch if not answer.finish])
 

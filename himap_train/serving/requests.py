@@ -9,7 +9,6 @@ from threading import Lock
 from typing import Any
 
 from himap_train.data.encode import Encoder, Sample
-from himap_train.data.llava_format import checked_text
 from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, ImageSource, Role, Turn
 from himap_train.evaluation.lmms_eval.requests import Answering
 from himap_train.pruning.names import check_keys
@@ -22,6 +21,9 @@ _NAMES_ONLY = ("user", "metadata", "store", "service_tier", "safety_identifier",
 _ONE_VALUE = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "logit_bias": {}, "tools": [],
               "response_format": {"type": "text"}}  # fmt: skip
 """What is understood as long as it changes nothing: what would be ignored is refused instead."""
+
+_COLDEST = 0.01
+"""Below, logits over temperature are no numbers any more: the answer is greedy."""
 
 
 class UnknownModelError(ValueError):
@@ -70,11 +72,11 @@ class Reader:
         for key, only in _ONE_VALUE.items():
             if given.get(key, only) != only:
                 raise ValueError(f"{key!r} can only be {only!r} here")
-        length = number(given, "max_completion_tokens", 1, 2**31, number(given, "max_tokens", 1, 2**31))
-        temperature = number(given, "temperature", 0, 100, 0)
+        length = number(given, "max_completion_tokens", 1, 2**31) or number(given, "max_tokens", 1, 2**31)
+        temperature = number(given, "temperature", 0, 100, float) or 0
+        top_p = number(given, "top_p", 1e-6, 1, float) or 1
         search: dict[str, Any] = {"do_sample": False}
-        if temperature:  # the two alone decide, whatever the checkpoint's generation config has
-            top_p = number(given, "top_p", 1e-6, 1, 1)
+        if temperature >= _COLDEST:  # the two alone decide, whatever the checkpoint's generation config has
             search = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": 0}
         stop = given.get("stop", [])
         stops = [stop] if isinstance(stop, str) else stop
@@ -105,7 +107,7 @@ class Reader:
         for part in parts:
             match part:
                 case {"type": "text", "text": str(words)}:
-                    text += checked_text(words, where)
+                    text += words
                 case {"type": "image_url", "image_url": {"url": str(url)}}:
                     images.append(image_of(url, where, self._folder, self._private))
                     text += IMAGE_PLACEHOLDER
@@ -114,12 +116,10 @@ class Reader:
         return Turn(_ROLES[role], text)
 
 
-def number(given: Mapping[str, Any], key: str, least: float, most: float, default: Any = None) -> Any:
-    """A value of a request where it is a number in range; whole where the default is none."""
-    value = given.get(key, default)
-    whole = default is None or key.startswith("max")
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not least <= value <= most
-    ):
-        raise ValueError(f"{key!r} is {value!r:.40}; expected a {'whole ' * whole}number from {least} to {most}")
+def number(given: Mapping[str, Any], key: str, least: float, most: float, kind: type = int) -> Any:
+    """A value of a request where it is a number in range, None where there is none."""
+    value = given.get(key)
+    wanted = int if kind is int else int | float
+    if value is not None and (isinstance(value, bool) or not isinstance(value, wanted) or not least <= value <= most):
+        raise ValueError(f"{key!r} is {value!r:.40}; expected {kind.__name__} from {least} to {most}")
     return value
