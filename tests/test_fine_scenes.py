@@ -10,20 +10,11 @@ import pytest
 
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.data.sources import open_source
-from himap_train.embedded.fine_scenes import (
-    FINE_CELL,
-    FINE_GRID,
-    FINE_KINDS,
-    FINE_SIZE,
-    FINE_TYPES,
-    FineScene,
-    ask_fine,
-    compose_fine,
-    draw_fine,
-)
-from himap_train.embedded.scene_dense import fine_catalogue
+from himap_train.embedded.compose import compose_fine
+from himap_train.embedded.scene_dense import catalogue
 from himap_train.embedded.scene_source import Scenes
-from himap_train.embedded.scene_text import COLOURS
+from himap_train.embedded.scene_text import COLOURS, FINE_GRID, FINE_KINDS, FINE_TYPES, Scene, ask
+from himap_train.embedded.scenes import FINE_CELL, FINE_SIZE, draw
 from himap_train.embedded.words import EXTRA_WORDS, copying
 
 SINGULAR = {"mailboxes": "mailbox"} | {kind + "s": kind for kind in FINE_KINDS}
@@ -38,7 +29,7 @@ def region(row: int, column: int) -> str:
     return f"{rows[int(down)]} {columns[int(right)]}"
 
 
-def true_answers(scene: FineScene, question: str) -> set[str]:
+def true_answers(scene: Scene, question: str) -> set[str]:
     """All answers that the question's words allow, found by looking at every thing; written apart from the scenes."""
     grid = dict(scene.things)
     if m := re.fullmatch(r"Where is the (\w+) card\?", question):
@@ -71,10 +62,10 @@ def test_every_answer_is_the_only_true_one_and_its_patches_show_it() -> None:
     for _ in range(400):
         scene = compose_fine(rng)
         for kind in FINE_TYPES:
-            question, answer, cells = ask_fine(scene, kind, rng)
+            question, answer, cells = ask(scene, kind, rng)
             assert true_answers(scene, question) == {answer}, question
             # Who sees these cells alone can answer: the rest of the scene may be gone.
-            left = FineScene(tuple(thing for thing in scene.things if thing[0] in cells))
+            left = Scene(tuple(thing for thing in scene.things if thing[0] in cells), FINE_GRID)
             assert true_answers(left, question) == {answer}, question
             given[kind][answer] += 1
     for kind, answers in given.items():
@@ -83,16 +74,16 @@ def test_every_answer_is_the_only_true_one_and_its_patches_show_it() -> None:
 
 def test_an_unknown_type_is_refused() -> None:
     with pytest.raises(ValueError, match=r"unknown question type 'place'; there are where, exist"):
-        ask_fine(compose_fine(np.random.default_rng(0)), "place", np.random.default_rng(0))
+        ask(compose_fine(np.random.default_rng(0)), "place", np.random.default_rng(0))
 
 
 def test_things_lie_inside_their_patch() -> None:
     rng = np.random.default_rng(5)
     for _ in range(20):
         scene, state = compose_fine(rng), rng.bit_generator.state
-        full = np.asarray(draw_fine(scene, "validation", rng)).astype(int)
+        full = np.asarray(draw(scene, "validation", rng)).astype(int)
         rng.bit_generator.state = state
-        empty = np.asarray(draw_fine(FineScene(()), "validation", rng)).astype(int)
+        empty = np.asarray(draw(Scene((), FINE_GRID), "validation", rng)).astype(int)
         assert full.shape == (FINE_SIZE, FINE_SIZE, 3)
         changed = np.abs(full - empty).max(-1) > 16  # more than the noise of both
         patches = changed.reshape(FINE_GRID, FINE_CELL, FINE_GRID, FINE_CELL).any((1, 3))
@@ -146,7 +137,7 @@ def test_as_a_source_of_conversations() -> None:
 def test_the_catalogue_says_all_about_kinds_and_cards() -> None:
     rng = np.random.default_rng(8)
     scene = compose_fine(rng)
-    parts = fine_catalogue(scene, rng)[0][1].split(", ")
+    parts = catalogue(scene, rng).split(", ")
     assert len(parts) == len(FINE_KINDS) + len(COLOURS)
     for part in parts[: len(FINE_KINDS)]:
         kind, there, number, *places = part.split()

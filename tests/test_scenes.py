@@ -13,8 +13,9 @@ from PIL import Image
 
 from himap_train.data.records import Conversation
 from himap_train.data.scene_questions import SceneQuestions
-from himap_train.embedded.scene_dense import catalogue, dense_texts, neighbours
-from himap_train.embedded.scene_text import COLOURS, DESCRIBE, KINDS, TYPES, Scene, ask, compose, describe
+from himap_train.embedded.compose import compose
+from himap_train.embedded.scene_dense import catalogue, dense_texts, describe, neighbours
+from himap_train.embedded.scene_text import COLOURS, DESCRIBE, KINDS, TYPES, Item, Scene, ask
 from himap_train.embedded.scenes import ASSETS, SPLITS
 
 ROWS, COLUMNS = ["top", "middle", "bottom"], ["left", "center", "right"]
@@ -23,14 +24,18 @@ SINGULAR = {"mailboxes": "mailbox"} | {kind + "s": kind for kind in (*KINDS, "ca
 MAJORITY = {"place": 0.3, "where": 0.2, "exist": 0.56, "count": 0.4, "colour": 0.25, "digit": 0.18, "next_to": 0.35}
 
 
+def placed(scene: Scene) -> dict[tuple[int, int], Item | None]:
+    return {(r, c): dict(scene.things).get((r, c)) for r in range(3) for c in range(3)}
+
+
 def words_at(scene: Scene, row: int, column: int) -> str:
-    item = scene.cells[3 * row + column]
+    item = placed(scene)[row, column]
     return "nothing" if item is None else item.kind
 
 
 def true_answers(scene: Scene, question: str) -> set[str]:
     """All answers that the question's words allow, found by looking at every place; written apart from `scene_text`."""
-    grid = {(r, c): scene.cells[3 * r + c] for r in range(3) for c in range(3)}
+    grid = placed(scene)
     at = re.search(r"at the (\w+) (\w+)\?", question)
     place = (ROWS.index(at[1]), COLUMNS.index(at[2])) if at else None
     name = {rc: f"{ROWS[rc[0]]} {COLUMNS[rc[1]]}" for rc in grid}
@@ -153,10 +158,10 @@ def test_description_names_every_place() -> None:
     scene = _composed(1)
     parts = [part.split(" ", 2) for part in describe(scene).split(", ")]
     assert [p[:2] for p in parts] == [[r, c] for r in ROWS for c in COLUMNS]
-    for part, item in zip(parts, scene.cells, strict=True):
+    for part, item in zip(parts, placed(scene).values(), strict=True):
         wanted = "nothing" if item is None else f"{item.colour} card {item.digit}" if item.colour else item.kind
         assert part[2] == wanted
-    assert DESCRIBE.endswith(".") and {i.colour for i in scene.cells if i and i.colour} <= set(COLOURS)
+    assert DESCRIBE.endswith(".") and {i.colour for i in scene.cards()} <= set(COLOURS)
 
 
 def _read_entry(part: str) -> tuple[str, str, set[str], set[str]]:

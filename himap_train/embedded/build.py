@@ -1,6 +1,6 @@
-"""Build the embedded LLaVA from nothing: tokenizer, processor and an untrained model of stock Hugging Face classes.
+"""Build an embedded LLaVA from nothing: tokenizer, processor and an untrained model of stock Hugging Face classes.
 
-Only `recipes/train_embedded.py` and tests need this; everybody else loads the trained folder (`embedded.py`).
+Only `recipes/train_embedded.py` and tests need this; everybody else loads the trained folder (`model.py`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-IMAGE_SIZE, PATCH_SIZE = 96, 8
-IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2  # 144
+IMAGE_SIZE, PATCH_SIZE = 96, 8  # 144 tokens
 WIDTH = 128
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 # LLaVA-1.5's conversation, as llava-hf writes it; an answer ends with </s>, and owns the space before it as the
@@ -95,7 +94,9 @@ def build_processor(words: Iterable[str], image_size: int = IMAGE_SIZE, patch_si
     )
 
 
-def build_model(vocab_size: int, layers: int = 8, seed: int = 0) -> LlavaForConditionalGeneration:
+def build_model(
+    vocab_size: int, layers: int = 8, seed: int = 0, image_size: int = IMAGE_SIZE, patch_size: int = PATCH_SIZE
+) -> LlavaForConditionalGeneration:
     """An untrained LLaVA, all 128 wide: CLIP tower of 5 layers, projector, Llama decoder of `layers` layers."""
     torch.manual_seed(seed)
     shape: dict[str, Any] = {"hidden_size": WIDTH, "num_attention_heads": 4}
@@ -104,8 +105,8 @@ def build_model(vocab_size: int, layers: int = 8, seed: int = 0) -> LlavaForCond
             **shape,
             intermediate_size=4 * WIDTH,
             num_hidden_layers=5,
-            image_size=IMAGE_SIZE,
-            patch_size=PATCH_SIZE,
+            image_size=image_size,
+            patch_size=patch_size,
             projection_dim=WIDTH,
         ),
         text_config=LlamaConfig(
@@ -124,7 +125,7 @@ def build_model(vocab_size: int, layers: int = 8, seed: int = 0) -> LlavaForCond
             eos_token_id=2,
         ),
         image_token_index=SPECIAL_TOKENS.index("<image>"),
-        image_seq_length=IMAGE_TOKENS,
+        image_seq_length=(image_size // patch_size) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,

@@ -1,9 +1,9 @@
 """The small trained LLaVAs that ship with the package: no network, no GPU.
 
 A CLIP vision tower (5 layers), a projector and a Llama decoder (8 layers), all 128 wide, in the stock Hugging Face
-layout. "embedded" takes images of 96x96 as 144 image tokens and knows the coarse scenes; `recipes/train_embedded.py`
-trained it from nothing. "embedded-fine" takes 256x256 as 256 tokens, knows coarse and fine scenes, and can say words
-beyond them; `recipes/train_fine.py` trained it from the first.
+layout; `recipes/train_embedded.py` trained both. "embedded" takes images of 96x96 as 144 image tokens and knows the
+coarse scenes. "embedded-fine", trained from the first, takes 256x256 as 256 tokens, knows coarse and fine scenes, and
+can say words beyond them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 EMBEDDED_MODELS = {"embedded": "embedded_llava", "embedded-fine": "embedded_fine"}
-"""Names that stand for a model's path, and their folders; each recipe writes such a folder."""
+"""Names that stand for a model's path, and their folders."""
 
 
 def embedded_folder(name: str) -> Path:
@@ -30,9 +30,8 @@ def embedded_model_path(name: str = "embedded") -> Path:
     """
     folder = embedded_folder(name)
     if not (folder / "model.safetensors").is_file():
-        recipe = "train_embedded.py" if name == "embedded" else "train_fine.py"
         raise FileNotFoundError(
             f"the model {name!r} is missing: no model.safetensors in {folder}; reinstall himap-train "
-            f"with its package data, or make it with recipes/{recipe}"
+            f"with its package data, or make it with recipes/train_embedded.py --model {name}"
         )
     return folder

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
-from himap_train.embedded.fine_scenes import FINE_GRID, FINE_TYPES, ask_fine, compose_fine, draw_fine
-from himap_train.embedded.scene_dense import dense_texts, fine_catalogue
-from himap_train.embedded.scene_text import TYPES, ask, compose
+from himap_train.embedded.compose import compose, compose_fine
+from himap_train.embedded.scene_text import FINE_TYPES, TYPES, Scene, ask
 from himap_train.embedded.scenes import SPLITS, draw
 
 SCENE_SPLITS = (*SPLITS, *(f"fine-{split}" for split in SPLITS))
@@ -35,25 +32,16 @@ class Scenes:
             raise ValueError(f"decoys={decoys} in {split} scenes; expected 0 to 240, in fine scenes alone")
         self.types = FINE_TYPES if self.fine else TYPES
 
-    def scene(self, index: int) -> tuple[Any, Image.Image]:
-        """What scene `index` holds (`Scene` or `FineScene`), and its picture."""
-        rng, images = self.generator(index, 0), self.split.removeprefix("fine-")
-        if self.fine:
-            fine = compose_fine(rng)
-            return fine, draw_fine(fine, images, rng, self.decoys)
-        scene = compose(rng)
-        return scene, draw(scene, images, rng)
+    def scene(self, index: int) -> tuple[Scene, Image.Image]:
+        """What scene `index` holds, and its picture."""
+        rng = self.generator(index, 0)
+        scene = (compose_fine if self.fine else compose)(rng)
+        return scene, draw(scene, self.split.removeprefix("fine-"), rng, self.decoys)
 
-    def ask(self, scene: Any, kind_of_question: str, rng: Generator) -> tuple[str, str, list[int]]:
+    def ask(self, scene: Scene, kind_of_question: str, rng: Generator) -> tuple[str, str, list[int]]:
         """One question of the named type, its answer, and the image tokens that show what it is about (fine alone)."""
-        if self.fine:
-            question, answer, cells = ask_fine(scene, kind_of_question, rng)
-            return question, answer, [row * FINE_GRID + column for row, column in cells]
-        return *ask(scene, kind_of_question, rng), []
-
-    def dense(self, scene: Any, rng: Generator) -> list[tuple[str, str]]:
-        """Requests whose answers say nearly everything about the scene."""
-        return (fine_catalogue if self.fine else dense_texts)(scene, rng)
+        question, answer, cells = ask(scene, kind_of_question, rng)
+        return question, answer, [row * scene.grid + column for row, column in cells if scene.fine]
 
     def generator(self, scene: int, stream: int) -> Generator:
         """Random numbers of a scene: stream 0 composes and draws it, others ask about it."""

@@ -1,7 +1,9 @@
-"""What a scene holds and what is asked about it: nine places, each empty or with one object or one card.
+"""What a scene holds and what is asked about it: things on a grid, each an object or a coloured card with a digit.
 
-A scene is pure data here; `scenes.py` draws it. `ask` makes one question with its answer from the scene, balanced so
-that always giving the most frequent answer of a type is right in half of its questions (yes/no) or far less.
+Coarse scenes have nine places, three by three. Fine ones have 16 x 16, of which few are filled; their places are told
+in ninths of the picture. A scene is pure data here; `compose.py` makes it up, `scenes.py` draws it. `ask` makes one
+question with its answer, balanced so that always giving the most frequent answer of a type is right in half of its
+questions (yes/no) or far less.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from typing import TypeVar
 from numpy.random import Generator
 
 T = TypeVar("T")
+Cell = tuple[int, int]  # row, column
 KINDS = ("face", "cat", "monkey", "heart", "sign", "car", "moon", "book", "cloud", "clock", "arrow", "mailbox")
+FINE_KINDS = tuple(kind for kind in KINDS if kind not in ("cat", "sign", "car"))  # known at 16 pixels
 PLURALS = {kind: kind + "s" for kind in KINDS} | {"mailbox": "mailboxes", "card": "cards"}
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 DIGITS = tuple("0123456789")
@@ -21,6 +25,8 @@ ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 PLACES = tuple(f"{row} {column}" for row in ROWS for column in COLUMNS)
 SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 TYPES = ("place", "where", "exist", "count", "colour", "digit", "next_to")
+FINE_TYPES = TYPES[1:]
+COARSE_GRID, FINE_GRID = 3, 16
 DESCRIBE = "Describe the image."
 # Every word of the questions and answers; the embedded tokenizer has one token for each.
 WORDS = tuple(
@@ -53,68 +59,72 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """Nine places in reading order."""
+    """What lies where, on a grid of `grid` x `grid` places."""
 
-    cells: tuple[Item | None, ...]
+    things: tuple[tuple[Cell, Item], ...]
+    grid: int = COARSE_GRID
 
-    def kind_at(self, place: int) -> str:
-        """Kind of what is at `place`, "nothing" where it is empty."""
-        item = self.cells[place]
-        return item.kind if item else "nothing"
+    @property
+    def fine(self) -> bool:
+        """Whether it is one of the fine scenes."""
+        return self.grid == FINE_GRID
 
-    def count(self, kind: str) -> int:
-        """How many things of this kind there are."""
-        return sum(item is not None and item.kind == kind for item in self.cells)
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds that such a scene may hold, beside cards."""
+        return FINE_KINDS if self.fine else KINDS
 
-    def places(self, **wanted: str) -> list[int]:
-        """Places whose item has all of the wanted attributes."""
-        return [p for p, i in enumerate(self.cells) if i and all(getattr(i, name) == v for name, v in wanted.items())]
+    @property
+    def places(self) -> list[Cell]:
+        """All cells of the grid in reading order."""
+        return [(row, column) for row in range(self.grid) for column in range(self.grid)]
 
+    def kind_at(self, cell: Cell) -> str:
+        """Kind of what is there, "nothing" where the place is empty."""
+        return dict(self.things).get(cell, Item("nothing")).kind
 
-def compose(rng: Generator) -> Scene:
-    """A random scene: one kind several times or not at all, two or three kinds once, one to three unlike cards."""
-    kinds = rng.permutation(KINDS).tolist()
-    singles = 2 + int(rng.integers(2))
-    copies = int(rng.choice([0, 2, 3, 4]))
-    cards = min(1 + int(rng.integers(3)), len(PLACES) - singles - copies)
-    items = [Item(kind) for kind in kinds[:singles]] + [Item(kinds[singles])] * copies
-    colours, digits = rng.permutation(COLOURS).tolist(), rng.permutation(DIGITS).tolist()
-    items += [Item("card", colours[c], digits[c]) for c in range(cards)]
-    cells: list[Item | None] = [None] * len(PLACES)
-    for place, item in zip(rng.permutation(len(PLACES)).tolist(), items, strict=False):
-        cells[place] = item
-    return Scene(tuple(cells))
+    def cells(self, **wanted: str) -> list[Cell]:
+        """Cells of the things that have all of the wanted attributes."""
+        return [c for c, item in self.things if all(getattr(item, name) == value for name, value in wanted.items())]
 
+    def cards(self) -> list[Item]:
+        """Its cards; no two share a colour or a digit."""
+        return [item for _, item in self.things if item.kind == "card"]
 
-def describe(scene: Scene) -> str:
-    """Every place by name, in reading order, with what is there; colour and digit of cards."""
-    parts = [f"{i.colour} card {i.digit}" if i and i.colour else (i.kind if i else "nothing") for i in scene.cells]
-    return ", ".join(f"{place} {part}" for place, part in zip(PLACES, parts, strict=True))
+    def single_kinds(self) -> list[str]:
+        """Kinds of which there is exactly one, in the order of `KINDS`."""
+        return [kind for kind in self.kinds if len(self.cells(kind=kind)) == 1]
 
+    def beside(self) -> list[tuple[str, str, str]]:
+        """(kind, side, kind of what lies there) for every kind that is single, as far as the picture reaches."""
+        found = []
+        for kind in self.single_kinds():
+            row, column = self.cells(kind=kind)[0]
+            for side, (down, right) in SIDES.items():
+                if 0 <= row + down < self.grid and 0 <= column + right < self.grid:
+                    found.append((kind, side, self.kind_at((row + down, column + right))))
+        return found
 
-def single_kinds(scene: Scene) -> list[str]:
-    """Kinds of which there is exactly one, in the order of `KINDS`."""
-    return [kind for kind in KINDS if scene.count(kind) == 1]
-
-
-def sides(scene: Scene, kind: str) -> list[tuple[str, str]]:
-    """What lies on each side of the only thing of this kind, as far as the picture reaches."""
-    row, column = divmod(scene.places(kind=kind)[0], len(COLUMNS))
-    return [
-        (side, scene.kind_at((row + down) * len(COLUMNS) + column + right))
-        for side, (down, right) in SIDES.items()
-        if 0 <= row + down < len(ROWS) and 0 <= column + right < len(COLUMNS)
-    ]
+    def place_of(self, cell: Cell) -> str:
+        """Which of the nine places of the picture a cell's centre lies in: "top left" and so on."""
+        row, column = (third(index, self.grid) for index in cell)
+        return PLACES[3 * row + column]
 
 
-def ask(scene: Scene, kind_of_question: str, rng: Generator) -> tuple[str, str]:
-    """One question of the named type with its answer.
+def third(index: int, grid: int) -> int:
+    """Which third of the picture the centre of row or column `index` of a grid lies in: 0, 1 or 2."""
+    return 3 * (2 * index + 1) // (2 * grid)
+
+
+def ask(scene: Scene, kind_of_question: str, rng: Generator) -> tuple[str, str, list[Cell]]:
+    """One question of the named type with its answer, and the cells of what it is about: who sees these can answer.
 
     Raises:
-        ValueError: for a type that is not in `TYPES`.
+        ValueError: for a type that is not asked about such a scene (`TYPES`, `FINE_TYPES`).
     """
-    if kind_of_question not in _ASK:
-        raise ValueError(f"unknown question type {kind_of_question!r}; there are {', '.join(TYPES)}")
+    types = FINE_TYPES if scene.fine else TYPES
+    if kind_of_question not in types:
+        raise ValueError(f"unknown question type {kind_of_question!r}; there are {', '.join(types)}")
     return _ASK[kind_of_question](scene, rng)
 
 
@@ -123,69 +133,71 @@ def pick(rng: Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 
-def _ask_place(scene: Scene, rng: Generator) -> tuple[str, str]:
-    answers = sorted({scene.kind_at(p) for p in range(len(PLACES))})
-    answer = pick(rng, answers)  # over what is there, not over places: "nothing" and repeated kinds are no safe guess
-    place = pick(rng, [p for p in range(len(PLACES)) if scene.kind_at(p) == answer])
-    return f"What is at the {PLACES[place]}?", answer
+def _ask_place(scene: Scene, rng: Generator) -> tuple[str, str, list[Cell]]:
+    at = {cell: scene.kind_at(cell) for cell in scene.places}
+    answer = pick(rng, sorted({*at.values()}))  # over what is there: "nothing" and repeated kinds are no safe guess
+    cell = pick(rng, [cell for cell, kind in at.items() if kind == answer])
+    return f"What is at the {scene.place_of(cell)}?", answer, [cell]
 
 
-def _ask_where(scene: Scene, rng: Generator) -> tuple[str, str]:
-    cards = scene.places(kind="card")
-    if rng.random() < 0.3:
-        place = pick(rng, cards)
-        item = scene.cells[place]
-        return f"Where is the {item.colour if item else ''} card?", PLACES[place]
-    kind = pick(rng, single_kinds(scene))
-    return f"Where is the {kind}?", PLACES[scene.places(kind=kind)[0]]
+def _ask_where(scene: Scene, rng: Generator) -> tuple[str, str, list[Cell]]:
+    if rng.random() < (0.5 if scene.fine else 0.3):
+        item = pick(rng, scene.cards())
+        name, cells = f"{item.colour} card", scene.cells(colour=item.colour)
+    else:
+        name = pick(rng, scene.single_kinds())
+        cells = scene.cells(kind=name)
+    return f"Where is the {name}?", scene.place_of(cells[0]), cells
 
 
-def _ask_exist(scene: Scene, rng: Generator) -> tuple[str, str]:
+def _ask_exist(scene: Scene, rng: Generator) -> tuple[str, str, list[Cell]]:
     yes = bool(rng.integers(2))
-    if rng.random() < 0.25:
-        colour = pick(rng, [c for c in COLOURS if bool(scene.places(colour=c)) == yes])
-        return f"Is there {article(colour)} {colour} card?", "yes" if yes else "no"
-    kind = pick(rng, [k for k in KINDS if bool(scene.count(k)) == yes])
-    return f"Is there {article(kind)} {kind}?", "yes" if yes else "no"
+    kinds = [("kind", kind) for kind in scene.kinds if bool(scene.cells(kind=kind)) == yes]
+    colours = [("colour", colour) for colour in COLOURS if bool(scene.cells(colour=colour)) == yes]
+    if scene.fine:
+        options = pick(rng, [group for group in (kinds, colours) if group])
+    else:
+        options = colours if rng.random() < 0.25 else kinds
+    what, name = pick(rng, options)
+    words = f"{name} card" if what == "colour" else name
+    article = "an" if words[0] in "aeiou" else "a"
+    return f"Is there {article} {words}?", "yes" if yes else "no", scene.cells(**{what: name})
 
 
-def _ask_count(scene: Scene, rng: Generator) -> tuple[str, str]:
-    if rng.random() < 0.15:
-        return "How many cards are there?", str(scene.count("card"))
-    counts = {kind: scene.count(kind) for kind in KINDS}
-    wanted = max(counts.values()) if rng.random() < 0.75 else int(rng.integers(2))
+def _ask_count(scene: Scene, rng: Generator) -> tuple[str, str, list[Cell]]:
+    if not scene.fine and rng.random() < 0.15:
+        return "How many cards are there?", str(len(scene.cards())), scene.cells(kind="card")
+    counts = {kind: len(scene.cells(kind=kind)) for kind in scene.kinds}
+    wanted = max(counts.values()) if rng.random() < (0.6 if scene.fine else 0.75) else int(rng.integers(2))
     kind = pick(rng, [k for k, n in counts.items() if n == wanted])
-    return f"How many {PLURALS[kind]} are there?", str(wanted)
+    return f"How many {PLURALS[kind]} are there?", str(wanted), scene.cells(kind=kind)
 
 
-def _ask_colour(scene: Scene, rng: Generator) -> tuple[str, str]:
-    place = pick(rng, scene.places(kind="card"))
-    item = scene.cells[place] or Item("")
-    if rng.random() < 0.5:
-        return f"What colour is the card at the {PLACES[place]}?", item.colour
-    return f"What colour is the card with the {item.digit}?", item.colour
+def _ask_colour(scene: Scene, rng: Generator) -> tuple[str, str, list[Cell]]:
+    item = pick(rng, scene.cards())
+    cells = scene.cells(digit=item.digit)
+    if not scene.fine and rng.random() < 0.5:
+        return f"What colour is the card at the {scene.place_of(cells[0])}?", item.colour, cells
+    return f"What colour is the card with the {item.digit}?", item.colour, cells
 
 
-def _ask_digit(scene: Scene, rng: Generator) -> tuple[str, str]:
-    place = pick(rng, scene.places(kind="card"))
-    item = scene.cells[place] or Item("")
-    if rng.random() < 0.4:
-        return f"Which digit is at the {PLACES[place]}?", item.digit
-    return f"Which digit is on the {item.colour} card?", item.digit
+def _ask_digit(scene: Scene, rng: Generator) -> tuple[str, str, list[Cell]]:
+    item = pick(rng, scene.cards())
+    cells = scene.cells(colour=item.colour)
+    if not scene.fine and rng.random() < 0.4:
+        return f"Which digit is at the {scene.place_of(cells[0])}?", item.digit, cells
+    return f"Which digit is on the {item.colour} card?", item.digit, cells
 
 
-def _ask_next_to(scene: Scene, rng: Generator) -> tuple[str, str]:
-    options: dict[str, list[str]] = {}
-    for kind in single_kinds(scene):
-        for side, answer in sides(scene, kind):
-            options.setdefault(answer, []).append(f"What is {side} the {kind}?")
-    answer = pick(rng, sorted(options))
-    return pick(rng, options[answer]), answer
-
-
-def article(word: str) -> str:
-    """The indefinite article before `word`."""
-    return "an" if word[0] in "aeiou" else "a"
+def _ask_next_to(scene: Scene, rng: Generator) -> tuple[str, str, list[Cell]]:
+    options = scene.beside()
+    if scene.fine:  # its pairs are all that lies side by side
+        options = [option for option in options if option[2] != "nothing"]
+    else:
+        answer = pick(rng, sorted({answer for _, _, answer in options}))
+        options = [option for option in options if option[2] == answer]
+    kind, side, answer = pick(rng, options)
+    return f"What is {side} the {kind}?", answer, scene.cells(kind=kind) + scene.cells(kind=answer)
 
 
 _ASK = {

@@ -1,6 +1,6 @@
-"""What the training of the embedded LLaVA computes: optimizer, dense labels of patches, image features, attention.
+"""What the training of the embedded models computes: optimizer, dense labels of patches, image features, attention.
 
-Shapes: B scenes, T image tokens (144), D width (128), L rows of a sequence, d width of a head.
+Shapes: B scenes, T image tokens, D width (128), L rows of a sequence, d width of a head.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +17,65 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
-from himap_train.embedded.build import IMAGE_SIZE, PATCH_SIZE
-from himap_train.embedded.scene_text import COLOURS, COLUMNS, DIGITS, KINDS, ROWS, Item, Scene
-from himap_train.embedded.start import HEADS, PatchHeads
+from himap_train.embedded.build import WIDTH
+from himap_train.embedded.scene_text import COLOURS, COLUMNS, DIGITS, KINDS, ROWS, Scene, third
 
-_GRID = IMAGE_SIZE // PATCH_SIZE
-_PER_CELL = _GRID // len(ROWS)
+# The dense labels of a patch, and the words that the rows of the class head become.
+HEADS: dict[str, tuple[str, ...]] = {
+    "kind": (*KINDS, "card", "nothing"),
+    "colour": COLOURS,
+    "digit": DIGITS,
+    "row": ROWS,
+    "column": COLUMNS,
+}
+HEAD_WORDS = tuple(word for words in HEADS.values() for word in words)
+
+
+class PatchHeads(nn.Module):
+    """One linear classifier a label over the projector's output; its rows later start the word embeddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, len(HEAD_WORDS), bias=False)
+
+    def forward(self, features: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
+        """Sum of the heads' cross-entropies, and for each head the fraction of patches that are right."""
+        loss, right = features.new_zeros(()), {}
+        for (name, _), logits in zip(
+            HEADS.items(), self.linear(features).float().split([len(w) for w in HEADS.values()], dim=-1), strict=True
+        ):
+            target = labels[name]
+            loss = loss + nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
+            valid = target != -100
+            right[name] = (logits.argmax(-1) == target)[valid].float().mean().item()
+        return loss, right
+
+
+class Stages:
+    """The stages of a recipe; one whose result is in the folder already is not repeated.
+
+    Args:
+        folder: Made.
+        kept: Modules and optimizers, which hold a stage's result.
+    """
+
+    def __init__(self, folder: Path, **kept: Any) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.kept = folder, kept
+
+    def __call__(self, name: str, run: Callable[[], object]) -> None:
+        """Run one, or take its result."""
+        file = self.folder / f"{name}.pt"
+        if not file.exists():
+            run()
+            torch.save({key: part.state_dict() for key, part in self.kept.items()}, file)
+        for key, state in torch.load(file, weights_only=True).items():
+            self.kept[key].load_state_dict(state)
+
+
+def scaled(steps: int, scale: float) -> int:
+    """`steps` shrunk, at least 1."""
+    return max(1, round(scale * steps))
 
 
 def optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -39,38 +94,29 @@ def step(optimizer: torch.optim.Optimizer, loss: Tensor, now: int, steps: int, p
     optimizer.step()
 
 
-def pixels(images: Sequence[Image.Image], size: int = IMAGE_SIZE) -> Tensor:
+def pixels(images: Sequence[Image.Image], size: int) -> Tensor:
     """(B, 3, size, size) as the processor makes them: resized where they must be, values -1 to 1."""
     same = (image.resize((size, size), Image.Resampling.BICUBIC) if image.width != size else image for image in images)
     array = np.stack([np.asarray(image) for image in same])
     return torch.from_numpy(array).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def dense_scene(rng: np.random.Generator) -> Scene:
-    """A fuller scene than questions are asked about: one pass of the tower learns more from it, above all of digits."""
+def patch_labels(scenes: Sequence[Scene], side: int) -> dict[str, Tensor]:
+    """For each head the class of what lies at each of `side` x `side` patches, (B, T); -100 for no colour or digit.
 
-    def item() -> Item | None:
-        draw = rng.random()
-        if draw < 0.2:
-            return None
-        kind = str(rng.choice(KINDS))
-        return Item(kind) if draw < 0.6 else Item("card", str(rng.choice(COLOURS)), str(rng.choice(DIGITS)))
-
-    return Scene(tuple(item() for _ in range(len(ROWS) * len(COLUMNS))))
-
-
-def patch_labels(scenes: Sequence[Scene]) -> dict[str, Tensor]:
-    """For each head the class of every patch's place, (B, T); -100 where a place has no colour or digit."""
-    cells = {name: np.full((len(scenes), len(ROWS), len(COLUMNS)), -100) for name in HEADS}
-    for b, scene in enumerate(scenes):
-        for place, item in enumerate(scene.cells):
-            row, column = divmod(place, len(COLUMNS))
-            facts = {"kind": scene.kind_at(place), "row": ROWS[row], "column": COLUMNS[column]}
-            facts |= {"colour": item.colour, "digit": item.digit} if item and item.colour else {}
-            for name, word in facts.items():
-                cells[name][b, row, column] = HEADS[name].index(word)
-    grid = {name: c.repeat(_PER_CELL, 1).repeat(_PER_CELL, 2) for name, c in cells.items()}
-    return {name: torch.from_numpy(g.reshape(len(scenes), -1)) for name, g in grid.items()}
+    A patch of a coarse scene has the class of the place that its centre lies in.
+    """
+    thirds = np.array([third(index, side) for index in range(side)])
+    grids = {name: np.full((len(scenes), side, side), -100) for name in HEADS}
+    grids["kind"][:] = HEADS["kind"].index("nothing")
+    grids["row"][:], grids["column"][:] = thirds[:, None], thirds
+    for number, scene in enumerate(scenes):
+        for (row, column), item in scene.things:
+            where = (row, column) if scene.fine else np.ix_(thirds == row, thirds == column)
+            for name, word in vars(item).items():
+                if word:
+                    grids[name][number][where] = HEADS[name].index(word)
+    return {name: torch.from_numpy(grid.reshape(len(scenes), -1)) for name, grid in grids.items()}
 
 
 def image_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:

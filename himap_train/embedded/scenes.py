@@ -1,9 +1,11 @@
-"""Questions about composed scenes of real images: the data set that ships with the package.
+"""Pictures of composed scenes of real images: the data set that ships with the package.
 
-A scene is 96x96 pixels: on a crop of a photograph, nine places (three by three) that hold an emoji, a coloured card
-with a handwritten digit, or nothing. Scenes are drawn when they are asked for, about a millisecond each, so a set can
-be as long as one likes (`scene_source.py`). Train, validation and test never share an emoji, a handwritten digit or a
-photograph: `assets/scenes/NOTICE` has the sources. Training images are also varied (mirrored, turned, recoloured).
+A coarse scene is 96x96 pixels: on a crop of a photograph, nine places (three by three) that hold an emoji, a coloured
+card with a handwritten digit, or nothing. A fine one is 256x256, with a grid of 16 x 16 places of 16 pixels. Scenes are
+drawn when they are asked for, about a millisecond each, so a set can be as long as one likes (`scene_source.py`).
+Decoys, striped tiles that no question asks about, crowd a fine scene: then it is not enough to keep what differs from
+the rest. Train, validation and test never share an emoji, a handwritten digit or a photograph: `assets/scenes/NOTICE`
+has the sources. Training images are also varied (mirrored, turned, recoloured).
 """
 
 from __future__ import annotations
@@ -16,12 +18,17 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
-from himap_train.embedded.scene_text import COLOURS, COLUMNS, Item, Scene
+from himap_train.embedded.scene_text import COLOURS, FINE_GRID, Item, Scene
 
 ASSETS = Path(__file__).parents[1] / "assets/scenes"
 SPLITS = ("train", "validation", "test")
 IMAGE_SIZE, CELL, SPRITE = 96, 32, 32
+FINE_CELL = 16
+FINE_SIZE = FINE_GRID * FINE_CELL
 _SIZES = (24, 30)  # of a sprite or card inside its cell
+_FINE_SPRITES, _FINE_CARDS = (14, 16), (12, 12)
+_DECOY = 12
+_MARGIN = 2  # of a card around its digit; leaves a digit its own 8 pixels on a fine card
 _KEPT = 512
 """Drawn sprites and digits that wait to be used again; thousands of them made a long run look as if it leaked."""
 _CARD_RGB = dict(
@@ -34,21 +41,39 @@ _CARD_RGB = dict(
 FloatArray = np.ndarray
 
 
-def draw(scene: Scene, split: str, rng: Generator) -> Image.Image:
-    """The picture of a scene, RGB, 96x96, from this split's source images."""
-    canvas = background(split, rng)
-    for place, item in enumerate(scene.cells):
-        if item is not None:
-            rgb, alpha = (card if item.kind == "card" else sprite)(item, split, rng, _SIZES)
-            size = len(alpha)
-            top, left = ((c * CELL) + int(rng.integers(CELL - size + 1)) for c in divmod(place, len(COLUMNS)))
-            window = canvas[top : top + size, left : left + size]
-            window += alpha * (rgb - window)
+def draw(scene: Scene, split: str, rng: Generator, decoys: int = 0) -> Image.Image:
+    """The picture of a scene, RGB, 96x96 or for a fine one 256x256, from this split's source images.
+
+    `decoys` tiles more lie at places of a fine scene where nothing else does.
+    """
+    cell_size = FINE_CELL if scene.fine else CELL
+    canvas = background(split, rng, scene.grid * cell_size)
+    for cell, item in scene.things:
+        if item.kind == "card":
+            rgb, alpha = card(item, split, rng, _FINE_CARDS if scene.fine else _SIZES)
+        else:
+            rgb, alpha = sprite(item, split, rng, _FINE_SPRITES if scene.fine else _SIZES)
+        size = len(alpha)
+        top, left = (index * cell_size + int(rng.integers(cell_size - size + 1)) for index in cell)
+        window = canvas[top : top + size, left : left + size]
+        window += alpha * (rgb - window)
+    taken = dict(scene.things)
+    free = [cell for cell in scene.places if cell not in taken]
+    for number in rng.permutation(len(free))[:decoys] if decoys else ():
+        top, left = (index * FINE_CELL + 2 for index in free[number])
+        canvas[top : top + _DECOY, left : left + _DECOY] = _stripes(rng)
     canvas += rng.integers(-8, 9, canvas.shape, dtype=np.int8)
     return Image.fromarray(canvas.clip(0, 255).astype(np.uint8))
 
 
-def background(split: str, rng: Generator, size: int = IMAGE_SIZE) -> FloatArray:
+def _stripes(rng: Generator) -> FloatArray:
+    """A tile of stripes of two colours, upright, level or slanting, (12, 12, 3)."""
+    y, x = np.mgrid[:_DECOY, :_DECOY]
+    along = (y, x, x + y)[int(rng.integers(3))] // int(rng.integers(2, 5))
+    return rng.integers(256, size=(2, 3))[along % 2]
+
+
+def background(split: str, rng: Generator, size: int) -> FloatArray:
     """A photograph's crop, mirrored at random and mixed into a random colour: (size, size, 3)."""
     crops = _backgrounds(split, size)
     crop = crops[int(rng.integers(len(crops)))][:: _sign(rng), :: _sign(rng)]
@@ -70,14 +95,12 @@ def sprite(item: Item, split: str, rng: Generator, sizes: tuple[int, int]) -> tu
     return (rgb * gain.astype(np.float32)).clip(0, 255), pixels[..., 3:] / np.float32(255)
 
 
-def card(
-    item: Item, split: str, rng: Generator, sizes: tuple[int, int], margin: int = 2
-) -> tuple[FloatArray, FloatArray]:
-    """A square of the card's colour with a handwritten digit in white or black, `margin` pixels from its edges."""
+def card(item: Item, split: str, rng: Generator, sizes: tuple[int, int]) -> tuple[FloatArray, FloatArray]:
+    """A square of the card's colour with a handwritten digit in white or black."""
     samples = _digits(split)[int(item.digit)]
     size = int(rng.integers(sizes[0], sizes[1] + 1))
     turn = int(rng.integers(-1, 2)) * 8 if split == "train" else 0
-    ink = _ink(split, int(item.digit), int(rng.integers(len(samples))), size, turn, margin)
+    ink = _ink(split, int(item.digit), int(rng.integers(len(samples))), size, turn)
     colour = np.asarray(_CARD_RGB[item.colour], np.float32) + rng.uniform(-15, 15, 3).astype(np.float32)
     pen = np.float32(250 if item.colour not in ("yellow", "orange") else 10)
     return colour + ink * (pen - colour), np.ones((size, size, 1), np.float32)
@@ -98,15 +121,14 @@ def _scaled(split: str, kind: str, which: int, size: int, mirror: bool, turn: in
 
 
 @lru_cache(maxsize=_KEPT)
-def _ink(split: str, digit: int, which: int, size: int, turn: int, margin: int) -> FloatArray:
+def _ink(split: str, digit: int, which: int, size: int, turn: int) -> FloatArray:
     """Opacity of the pen, (size, size, 1): the 8x8 sample scaled to the card less a margin."""
     sample = Image.fromarray((_digits(split)[digit][which] * 15.9).astype(np.uint8))
-    inner = size - 2 * margin
+    inner = size - 2 * _MARGIN
     drawn = sample.resize((inner, inner), Image.Resampling.BICUBIC)
     ink = np.zeros((size, size, 1), np.float32)
-    ink[margin : margin + inner, margin : margin + inner, 0] = (
-        np.asarray(drawn.rotate(turn, Image.Resampling.BILINEAR)) / 255
-    )
+    inside = slice(_MARGIN, _MARGIN + inner)
+    ink[inside, inside, 0] = np.asarray(drawn.rotate(turn, Image.Resampling.BILINEAR)) / 255
     return ink
 
 

@@ -1,4 +1,4 @@
-"""What the embedded LLaVA's decoder starts from: the class head of its vision tower. And how it grows.
+"""How the embedded LLaVA was trained from nothing; its decoder starts from the class head of its vision tower.
 
 The head's rows become word embeddings and output rows, and three attention heads of every layer start as lookups over
 the same directions. With random starts the decoder answers only from the frequency of answers for a long time.
@@ -7,47 +7,35 @@ Shapes: B images, T image tokens, D width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from himap_train.embedded.build import WIDTH
-from himap_train.embedded.scene_text import COLOURS, COLUMNS, DIGITS, KINDS, PLURALS, ROWS, WORDS
+from himap_train.embedded.build import IMAGE_SIZE, PATCH_SIZE, WIDTH, build_model, build_processor
+from himap_train.embedded.compose import dense_scene
+from himap_train.embedded.scene_batches import Lesson, SceneBatches, train_decoder
+from himap_train.embedded.scene_text import PLURALS, TYPES, WORDS
+from himap_train.embedded.scene_training import (
+    HEAD_WORDS,
+    HEADS,
+    PatchHeads,
+    Stages,
+    patch_labels,
+    pixels,
+    scaled,
+    train_tower,
+)
+from himap_train.embedded.scenes import draw
 
-# The dense labels of a patch, and the words that the rows of the class head become.
-HEADS: dict[str, tuple[str, ...]] = {
-    "kind": (*KINDS, "card", "nothing"),
-    "colour": COLOURS,
-    "digit": DIGITS,
-    "row": ROWS,
-    "column": COLUMNS,
-}
-HEAD_WORDS = tuple(word for words in HEADS.values() for word in words)
 # What each look-up head compares; and by how much a word's attention logit for the image tokens of its own class of
 # the first group exceeds that for others.
 LOOKUPS = (("kind",), ("colour", "digit"), ("row", "column"))
 GAP = 5.0
-
-
-class PatchHeads(nn.Module):
-    """One linear classifier a label over the projector's output; its rows later start the word embeddings."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, len(HEAD_WORDS), bias=False)
-
-    def forward(self, features: Tensor, labels: dict[str, Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """Sum of the heads' cross-entropies, and for each head the fraction of patches that are right."""
-        loss, right = features.new_zeros(()), {}
-        for (name, _), logits in zip(
-            HEADS.items(), self.linear(features).float().split([len(w) for w in HEADS.values()], dim=-1), strict=True
-        ):
-            target = labels[name]
-            loss = loss + nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-100)
-            valid = target != -100
-            right[name] = (logits.argmax(-1) == target)[valid].float().mean().item()
-        return loss, right
 
 
 @torch.no_grad()
@@ -141,3 +129,89 @@ def grow(model: LlavaForConditionalGeneration) -> None:
     config.num_hidden_layers = len(layers)
     for index, layer in enumerate(decoder.layers):
         layer.self_attn.layer_idx = index
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """One training of the decoder. Questions about a scene are one of each of `mix`, so a type may come several times.
+
+    Every `dense_every`-th batch before step `dense_until` has dense texts instead of half of the questions. From step
+    `chained_from` on, the batches whose number modulo `chained[0]` is `chained[1]` hold conversations of many turns.
+    """
+
+    steps: int
+    cosine: int  # steps after which the learning rate would be at its end
+    peak: float  # learning rate
+    seed: int
+    mix: str
+    dense_every: int
+    dense_until: int
+    chained: tuple[int, int] = (8, 3)
+    chained_from: int = 0
+
+
+EVEN = "where next_to exist place count where next_to exist place count where next_to colour digit"
+LATE = "count next_to digit colour count next_to digit place count next_to digit colour where exist"
+CARDS = "count colour next_to digit count colour place next_to count colour digit place where exist"
+COUNT = "count next_to count place count next_to count place count next_to colour count exist digit"
+ALL = "count place next_to where count colour next_to digit count place next_to where exist colour"
+LESSONS = {
+    "decoder": Lessons(700, 900, 2e-3, 2000, EVEN, 1, 405, chained=(5, 4), chained_from=405),
+    "grown": Lessons(650, 650, 1.2e-3, 6000, EVEN, 4, 455),
+    "more": Lessons(480, 480, 1e-3, 6000, LATE, 8, 336),
+    "decoder_again": Lessons(340, 340, 9e-4, 6000, CARDS, 9, 238),
+    "counts": Lessons(270, 270, 8e-4, 10000, COUNT, 1, 1),
+    "last": Lessons(230, 230, 5e-4, 14000, ALL, 1, 1),
+}
+BATCH = 16  # scenes a step of the decoder; the tower takes four times as many
+
+
+def train_coarse(work: Path, scale: float, seed: int) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """All stages; their results go to `work`. `scale` shrinks their steps."""
+    processor = build_processor(WORDS)
+    model, heads = build_model(len(processor.tokenizer), seed=seed), PatchHeads()
+    stage = Stages(work, model=model, heads=heads)
+
+    def pictures(rng: np.random.Generator) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        scenes = [dense_scene(rng) for _ in range(4 * BATCH)]
+        labels = patch_labels(scenes, IMAGE_SIZE // PATCH_SIZE)
+        return pixels([draw(scene, "train", rng) for scene in scenes], IMAGE_SIZE), [labels]
+
+    def tower(name: str, steps: int, own: int, peak: float) -> None:
+        stage(name, lambda: train_tower(model, heads, pictures, scaled(steps, scale), peak, own + seed))
+
+    def decoder(name: str) -> None:
+        plan = LESSONS[name]
+
+        def lesson(now: int) -> Lesson:
+            dense = now % plan.dense_every == 0 and now < scale * plan.dense_until
+            chained = now % plan.chained[0] == plan.chained[1] and now >= scale * plan.chained_from
+            return Lesson(plan.mix.split(), dense=dense, chained=chained)
+
+        steps, cosine = range(scaled(plan.steps, scale)), scaled(plan.cosine, scale)
+        stage(name, lambda: train_decoder(model, processor, lesson, steps, cosine, plan.peak, plan.seed + seed, BATCH))
+
+    def features() -> Tensor:
+        return SceneBatches(model, processor, 3000 + seed).get(0, 32, Lesson(TYPES[:1]))[0].float()
+
+    tower("tower", 1000, 0, 1.5e-3)
+    vision = {n: w.clone() for n, w in model.state_dict().items() if "vision_tower" in n or "projector" in n}
+    shrink(model, 4)
+    scale_features(model, features())
+    start_words(model, heads, processor.tokenizer)
+    with torch.random.fork_rng(devices=[]):  # so the weights of new layers do not depend on how attention starts
+        start_attention(model, heads, features())
+    decoder("decoder")
+    grow(model)
+    decoder("grown")
+    decoder("more")
+    model.load_state_dict(vision, strict=False)
+    heads.requires_grad_(False)
+    tower("tower_again", 420, 1000, 8e-4)
+    scale_features(model, features())
+    decoder("decoder_again")
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    decoder("counts")
+    model.load_state_dict({name: (weight + before[name]) / 2 for name, weight in model.state_dict().items()})
+    decoder("last")
+    return model, processor
