@@ -16,7 +16,6 @@ from training_toys import ToyData, quiet_trainer, save_tiny, tuner
 
 from himap_train.data.check import check_source
 from himap_train.data.windows import WAITED, Windows
-from himap_train.training.callbacks.data_costs import DataCosts
 from himap_train.training.callbacks.progress import Throughput
 
 PAUSE, STEP = 2.0, 6.0  # seconds
@@ -41,7 +40,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    for module in ("data.windows", "training.callbacks.data_costs", "training.callbacks.progress"):
+    for module in ("data.windows", "training.callbacks.progress"):
         monkeypatch.setattr(f"himap_train.{module}.time", found)
     return found
 
@@ -94,7 +93,7 @@ def fit(tiny_path: str, folder: Path, clock: Clock, pause: float) -> tuple[Metri
         folder,
         max_epochs=1,
         log_every_n_steps=1,
-        callbacks=[Throughput(), DataCosts(), metrics],
+        callbacks=[Throughput(), metrics],
         accumulate_grad_batches=1,
     )
     trainer.fit(tuner(tiny_path), datamodule=Slow(clock, pause))

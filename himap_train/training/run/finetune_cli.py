@@ -34,7 +34,6 @@ from himap_train.training.callbacks.checkpoints import (
     newest_good,
     refuse_other_config,
 )
-from himap_train.training.callbacks.data_costs import DataCosts
 from himap_train.training.callbacks.finite import GradientNorm
 from himap_train.training.callbacks.interrupt import SaveOnInterrupt
 from himap_train.training.callbacks.learn_ranking import LearnRanking
@@ -190,7 +189,6 @@ class FinetuneCLI(LightningCLI):
             *([LearnRanking(pruning.learn_ranking, seed)] if pruning.learn_ranking else []),
             GradientNorm(self.checkpoints),
             Throughput(),
-            DataCosts(),
             LearningRateMonitor("step"),
             *([GenerationAccuracy(settings)] if generates else []),
             *([] if sys.stderr.isatty() else [ProgressLines()]),
