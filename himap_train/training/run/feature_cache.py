@@ -34,7 +34,7 @@ from himap_train.models.stock import base_model
 from himap_train.models.tower import check_frozen, facts_key, tower_facts
 from himap_train.processes import from_all
 from himap_train.storage import atomic_file, remove_leftovers
-from himap_train.training.run.launch import agree, say
+from himap_train.training.run.launch import say, together
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +70,12 @@ def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         store = _store(trainer, base, data)
         missing = _announced(trainer, store, places)
-        written, failure = _compute(trainer, base, source, data, store, missing)
-    agree(failure)
-    agree(_refreshed(store))
-    agree(_unseen(store, written))
+        with together():
+            written = _compute(trainer, base, source, data, store, missing)
+    with together():
+        store.refresh()
+    with together():
+        _require_seen(store, written)
     data.read_features(store)
 
 
@@ -88,17 +90,16 @@ def _store(trainer: Trainer, base: Any, data: LlavaDataModule) -> FeatureStore:
     wanted = data.cache_image_features
     root = Path(trainer.default_root_dir) / FOLDER if wanted is True else Path(str(wanted))
     store = FeatureStore(root / facts_key(facts), blank.shape[0], blank.shape[1], blank.dtype)
-    agree(_prepared(store, facts) if trainer.is_global_zero else None)
-    agree(_refreshed(store))
+    with together():
+        if trainer.is_global_zero:
+            _prepare(store, facts)
+    with together():
+        store.refresh()
     return store
 
 
-def _prepared(store: FeatureStore, facts: dict[str, Any]) -> str | None:
-    """Say of which tower the features are, and clear away damaged shards and what killed processes have left.
-
-    Returns:
-        The error, if there was one.
-    """
+def _prepare(store: FeatureStore, facts: dict[str, Any]) -> None:
+    """Say of which tower the features are, and clear away damaged shards and what killed processes have left."""
     try:
         remove_leftovers(store.folder)
         if not (store.folder / FACTS).exists():  # else it is somebody's already, and says the same
@@ -107,16 +108,7 @@ def _prepared(store: FeatureStore, facts: dict[str, Any]) -> str | None:
         for path in store.refresh():
             logger.warning("%s is damaged or incomplete%s; its images are computed again", path, clear_away(path))
     except OSError as error:
-        return f"cannot use {store.folder} (data.cache_image_features): {error}"
-    return None
-
-
-def _refreshed(store: FeatureStore) -> str | None:
-    try:
-        store.refresh()
-    except OSError as error:
-        return str(error)
-    return None
+        raise OSError(f"cannot use {store.folder} (data.cache_image_features): {error}") from error
 
 
 def _images(trainer: Trainer, source: Source, data: LlavaDataModule) -> list[Place]:
@@ -159,14 +151,9 @@ def _announced(trainer: Trainer, store: FeatureStore, places: list[Place]) -> li
 
 
 def _compute(
-    trainer: Trainer,
-    base: Any,
-    source: Source,
-    data: LlavaDataModule,
-    store: FeatureStore,
-    missing: list[Place],
-) -> tuple[list[str], str | None]:
-    """This process's share of the missing images, written shard by shard: names of the shards, why it failed if it did.
+    trainer: Trainer, base: Any, source: Source, data: LlavaDataModule, store: FeatureStore, missing: list[Place]
+) -> list[str]:
+    """Write this process's share of the missing images, shard by shard: names of the shards.
 
     After a failure it goes on running the tower, as often as the others: under ZeRO-3 they would wait for it.
     """
@@ -175,7 +162,7 @@ def _compute(
     images = ImagesToEncode(source, own, data.processor, data.image_aspect_ratio, data.image_background)
     batches, ready = iter(_loader(images, data)), dict[str, torch.Tensor]()
     written: list[str] = []
-    failure: str | None = None
+    failure: OSError | None = None
     family = family_of(base)
     blank = family.empty_images(base)
     with progress_bar("caching image features", len(own), trainer.is_global_zero) as advance:
@@ -186,32 +173,27 @@ def _compute(
             features = family.tower_features(base, given, reads_tower(base)).cpu()
             ready |= {digest: values for (digest, _), values in zip(good, features, strict=False)}
             if failure is None and (len(ready) >= store.shard_images or call == calls - 1):
-                failure, ready = _write(store, ready, written), {}
+                try:
+                    store.refresh()
+                    new = {digest: values for digest, values in ready.items() if digest not in store}
+                    written += [store.write(new)] if new else []  # what no other run has written meanwhile
+                except OSError as error:
+                    failure = error
+                ready = {}
             advance(len(read))
-    return written, failure
+    if failure is not None:
+        raise OSError(f"{failure}, or set data.cache_image_features to null. What is written already is kept")
+    return written
 
 
-def _write(store: FeatureStore, ready: dict[str, torch.Tensor], written: list[str]) -> str | None:
-    """Write a shard of what no other run has written meanwhile, note its name; the error, if there was one."""
-    try:
-        store.refresh()
-        new = {digest: values for digest, values in ready.items() if digest not in store}
-        if new:
-            written.append(store.write(new))
-    except OSError as error:
-        return f"{error}, or set data.cache_image_features to null. What is written already is kept"
-    return None
-
-
-def _unseen(store: FeatureStore, written: list[str]) -> str | None:
-    """What to say where this process does not see what others have written: the machines do not share the folder."""
+def _require_seen(store: FeatureStore, written: list[str]) -> None:
+    """Raise OSError where this process does not see what others have written: the machines do not share the folder."""
     lacking = [name for part in from_all(written) for name in part if not (store.folder / name).is_file()]
-    if not lacking:
-        return None
-    return (
-        f"a process on {platform.node()} does not see {len(lacking)} files of image features that others have written "
-        f"to {store.folder}: data.cache_image_features must be a folder that all machines share"
-    )
+    if lacking:
+        raise OSError(
+            f"a process on {platform.node()} does not see {len(lacking)} files of image features that others have "
+            f"written to {store.folder}: data.cache_image_features must be a folder that all machines share"
+        )
 
 
 def _loader(dataset: Any, data: LlavaDataModule) -> DataLoader[Any]:

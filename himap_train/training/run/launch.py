@@ -11,7 +11,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -42,8 +43,14 @@ def say(*parts: object) -> None:
         print(*parts, sep="\n", flush=True)
 
 
-def agree(failure: str | None) -> None:
-    """Raises OSError in all processes where one of them has failed; all must call it."""
+@contextmanager
+def together() -> Iterator[None]:
+    """A block of all processes: raises OSError in all of them where it fails with one in any."""
+    failure = None
+    try:
+        yield
+    except OSError as error:
+        failure = str(error)
     first = next((reason for reason in from_all(failure) if reason), None)
     if first:
         raise OSError(first)
