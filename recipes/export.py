@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 from himap_train.checkpoints.agreement import check_agreement
-from himap_train.checkpoints.export import export_adapter, export_merged
+from himap_train.checkpoints.export import ExportDtype, export_adapter, export_merged
 from himap_train.checkpoints.hub import push_to_hub as push
 from himap_train.checkpoints.hub import require_hub
 from himap_train.checkpoints.load import Weights, adapter_source
-from himap_train.checkpoints.merged import ExportDtype
 from himap_train.command_line import run_command
 
 

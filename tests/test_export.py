@@ -18,7 +18,7 @@ from training_toys import SCHEDULE, ToyData, quiet_trainer, save_tiny, tuner
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from himap_train.checkpoints import agreement
-from himap_train.checkpoints import merged as merged_module
+from himap_train.checkpoints import export as export_module
 from himap_train.checkpoints.agreement import check_agreement, require_stock_keys
 from himap_train.checkpoints.card import adapter_card, merged_card
 from himap_train.checkpoints.export import export_adapter, export_merged
@@ -288,7 +288,7 @@ def test_full_disk_is_known_before_and_leaves_nothing_behind(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(merged_module, "write_shards", full)
+        patched.setattr(export_module, "write_shards", full)
         with pytest.raises(OSError, match="could not save .*No space left on device.*MB free"):
             export_merged(run[0], tmp_path / "never")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)

@@ -229,7 +229,7 @@ def changed(adapter: Path, folder: Path, change: str) -> Path:
         ("unknown", r"layers.9.*: \(32, 64\) here, none in the base"),
         ("half", "only one of lora_A and lora_B for 'model.language_model.layers.0.mlp.down_proj.weight'"),
         ("vector", "magnitude vectors are not those of its LoRA matrices"),
-        ("nan", "is not finite after merging"),
+        ("nan", "the merged model holds a weight that is no number.* The adapter is broken"),
         ("rank", "have rank 2, 4 is in adapter_config.json"),
     ],
 )

@@ -7,7 +7,6 @@ first model.
 from __future__ import annotations
 
 import gc
-import json
 import subprocess
 import sys
 import tempfile
@@ -17,8 +16,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from himap_train.checkpoints.load import adapter_source, load_checkpoint
@@ -126,33 +123,20 @@ def require_stock_keys(folder: Path | str) -> None:
 
 def _in_fresh_process(path: Path | str, base: str | None) -> Outputs:
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "outputs.safetensors"
-        command = [
-            sys.executable,
-            "-m",
-            "himap_train.checkpoints.agreement",
-            str(path),
-            str(file),
-            *([base] if base else []),
-        ]
+        file = Path(folder) / "outputs.pt"
+        module = "himap_train.checkpoints.agreement"
+        command = [sys.executable, "-m", module, str(path), str(file), *([base] if base else [])]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"{path} could not be loaded in a fresh process:\n{done.stderr.strip()[-2000:]}")
-        with safe_open(file, framework="pt") as saved:
-            facts = json.loads(saved.metadata()["facts"])
-            return Outputs(
-                facts["dtype"], saved.get_tensor("dense"), saved.get_tensor("pruned"), facts["kept"], facts["by_mass"]
-            )
+        return Outputs(**torch.load(file, weights_only=True))
 
 
 def _main(path: str, results: str, base: str | None = None) -> None:
     """The fresh process: stock keys first, then what is computed."""
     if adapter_source(path) is None:
         require_stock_keys(path)
-    found = outputs(path, base)
-    facts = json.dumps({"dtype": found.dtype, "kept": found.kept, "by_mass": found.by_mass})
-    tensors = {"dense": found.dense.contiguous(), "pruned": found.pruned.contiguous()}
-    save_file(tensors, results, metadata={"facts": facts})
+    torch.save(vars(outputs(path, base)), results)
 
 
 def _example(model: Any, processor: Any) -> dict[str, Tensor]:
