@@ -116,7 +116,7 @@ def test_each_pass_runs_its_own_schedule(tiny_path: str) -> None:
     with record_pruning(model.peft_model) as trace, model.running_step(Step(student)):
         decoder = model.peft_model.get_base_model().model.language_model
         decoder.register_forward_hook(note)
-        hidden = model.teacher_states(batch(), Teacher(teacher, 1.0))
+        hidden = model.teacher_states(batch(), teacher)
         assert not hidden.requires_grad and pruning_of(model.peft_model).schedule == student
         assert model.states(batch()).requires_grad
     text = int(batch()["attention_mask"].sum()) - 32

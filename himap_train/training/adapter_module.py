@@ -131,9 +131,9 @@ class AdapterModule(LightningModule):
         with nullcontext() if step is None else running(self.peft_model, step.schedule, step.ratios):
             yield
 
-    def teacher_states(self, batch: dict[str, Any], teacher: Teacher) -> Tensor:
-        """What the teacher's pass gives for a batch, (B, S, D)."""
-        with running(self.peft_model, teacher.schedule), torch.no_grad():
+    def teacher_states(self, batch: dict[str, Any], schedule: PruningSchedule) -> Tensor:
+        """What a pass under a schedule gives for a batch, without gradients, (B, S, D)."""
+        with running(self.peft_model, schedule), torch.no_grad():
             states = self.states(batch)
         torch.clear_autocast_cache()  # older torch uses weights that were cast here again: without gradients
         return states

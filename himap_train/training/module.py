@@ -186,7 +186,7 @@ class LlavaFineTuner(AdapterModule):
 
     def distilled_batch_loss(self, batch: dict[str, Any], teacher: Teacher) -> tuple[Tensor, Tensor, Tensor]:
         """As `batch_loss`, with the summed divergence from the teacher between loss and number."""
-        expected = self.teacher_states(batch, teacher)
+        expected = self.teacher_states(batch, teacher.schedule)
         hidden, calls = self.states(batch), self._lm_head_calls(batch["labels"])
         lm_head = base_model(self.peft_model).lm_head
         return distilled_loss(hidden, expected, batch["labels"], lm_head, self.loss_chunk, calls)

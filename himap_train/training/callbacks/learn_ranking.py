@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,6 @@ from himap_train.models.foresight import Lesson, lessons
 from himap_train.models.installed import scorers_of
 from himap_train.models.stock import text_decoder
 from himap_train.pruning.learned.scorer import ranking_loss
-from himap_train.pruning.schedule import PruningSchedule
-from himap_train.training.adapter_module import Teacher
 from himap_train.training.callbacks.progress import step_ended
 from himap_train.training.optim import cosine_with_warmup
 from himap_train.training.run.launch import say
@@ -60,10 +59,7 @@ class LearnRanking(Callback):
         """Where it is due, or nothing has been seen since the run went on, see what a dense pass shows of a batch."""
         if self._lessons and not self.settings.due(self.seed, trainer.global_step):
             return
-
-        def dense(schedule: PruningSchedule) -> Any:
-            return pl_module.teacher_states(batch, Teacher(schedule, weight=0.0))
-
+        dense = partial(pl_module.teacher_states, batch)
         self._lessons.append(lessons(pl_module.peft_model, dense, pl_module.schedule, self._watched))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -95,7 +91,7 @@ class LearnRanking(Callback):
         losses = []
         for layer, lesson in shown.items():
             scores = self._scorers[layer](lesson.asked)
-            losses.append(ranking_loss(scores, lesson.target**self.settings.sharpness, lesson.asked.image_real))
+            losses.append(ranking_loss(scores, lesson.target, lesson.asked.image_real))
         return torch.stack([total for total, _ in losses]).sum(), losses[0][1]
 
     def state_dict(self) -> dict[str, Any]:

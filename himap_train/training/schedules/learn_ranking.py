@@ -30,7 +30,6 @@ class RankingSettings:
         share: Share of the optimizer steps with a dense pass to learn from.
         layers: First and last layer whose attention is foreseen; null: all from the stage on that can be, which leaves
             out the decoder's last.
-        sharpness: Power of the attention that is foreseen: above 1 the tokens that are looked at most count for more.
         learning_rate: Peak of the ranking's own learning rate; it rises and falls as that of LoRA.
         remembered: How many batches of such passes are learned from in turn.
         updates: How many of them in a step; more where a run is short.
@@ -38,7 +37,6 @@ class RankingSettings:
 
     share: float = 0.1
     layers: tuple[int, int] | None = None
-    sharpness: float = 1.0
     learning_rate: float = 3e-3
     remembered: int = 8
     updates: int = 2
@@ -51,7 +49,7 @@ class RankingSettings:
         """
         key = "pruning.learn_ranking"
         require_share(f"{key}.share", self.share)
-        for name in ("share", "sharpness", "learning_rate", "remembered", "updates"):
+        for name in ("share", "learning_rate", "remembered", "updates"):
             require_positive(f"{key}.{name}", getattr(self, name))
         if not learned_layers(schedule):
             raise ValueError(
