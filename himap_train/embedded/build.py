@@ -22,25 +22,11 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from himap_train.embedded.model import embedded_folder
+
 IMAGE_SIZE, PATCH_SIZE = 96, 8  # 144 tokens
 WIDTH = 128
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-# LLaVA-1.5's conversation, as llava-hf writes it; an answer ends with </s>, and owns the space before it as the
-# tokenizer's words do.
-_TEXT = "message['content'] | selectattr('type', 'equalto', 'text')"
-_IMAGES = "message['content'] | selectattr('type', 'equalto', 'image')"
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ 'ASSISTANT:' }}{% generation %}{{ ' ' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in " + _TEXT + " %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{{ '</s>' }}{% endgeneration %}"
-    "{% else %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] + ' ' }}{% else %}"
-    "{% for part in " + _IMAGES + " %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in " + _TEXT + " %}{{ part['text'] + ' ' }}{% endfor %}{% endif %}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 
 
 def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -79,7 +65,11 @@ def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_processor(words: Iterable[str], image_size: int = IMAGE_SIZE, patch_size: int = PATCH_SIZE) -> LlavaProcessor:
-    """LlavaProcessor for square images; by default 96x96, of 144 tokens."""
+    """LlavaProcessor for square images; by default 96x96, of 144 tokens.
+
+    The chat template in the package is LLaVA-1.5's conversation, as llava-hf writes it; an answer ends with </s>, and
+    owns the space before it as the tokenizer's words do.
+    """
     size = {"height": image_size, "width": image_size}
     half = [0.5, 0.5, 0.5]
     return LlavaProcessor(
@@ -90,7 +80,7 @@ def build_processor(words: Iterable[str], image_size: int = IMAGE_SIZE, patch_si
         patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=(embedded_folder("embedded") / "chat_template.jinja").read_text("utf-8"),
     )
 
 
