@@ -35,7 +35,7 @@ from himap_train.evaluation.questions import Question, question_batches
 from himap_train.evaluation.result import EvaluationResult
 from himap_train.evaluation.sample_metric import GroupScore
 from himap_train.evaluation.tables import markdown_lines, markdown_table, print_table, save_table
-from himap_train.evaluation.token_counts import Measured
+from himap_train.evaluation.token_counts import Measured, MeasuredTokens
 from himap_train.models.install import pruning_of
 from himap_train.models.stock import base_model
 from himap_train.pruning.reading import fit_preset, is_preset
@@ -516,7 +516,9 @@ def test_the_embedded_model_prunes_as_its_schedule_says():
 def test_chart_has_a_value_at_each_bar_and_axes_from_0() -> None:
     group = GroupScore(0.714, 0.02, 50)
     ratio = Measured(0.4, 0.0)
-    result = EvaluationResult("exact", group, {"count": group}, {}, 16.0, 9.0, (), (), ratio, ratio, 1.0, [])
+    tokens = MeasuredTokens(16.0, 9.0, (), (), ratio, ratio, None)
+    scores = {"metric": "exact", "overall": group, "types": {"count": group}, "figures": {}}
+    result = EvaluationResult(**vars(tokens), **scores, seconds=1.0, predictions=[])
     cost = PruningSchedule().cost(tiny_llava().config, image_tokens=16, text_tokens=9)
     bars, points = draw_chart([Row("a", result, cost), Row("b", result, cost)]).axes
     assert [text.get_text() for text in bars.texts] == ["71"] * 4

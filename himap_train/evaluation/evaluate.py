@@ -93,41 +93,17 @@ def evaluate(
         scorer.join(scored[number] for *_, scored in parts)
     # A prediction that several made once: the first's, as in the scores.
     by_index = {prediction.index: prediction for _, made, *_ in reversed(parts) for prediction in made}
-    return _result(
-        model,
-        scorers,
-        [sample for samples, *_ in parts for sample in samples],
-        [by_index[index] for index in sorted(by_index)],
-        sorted({reason for _, _, reasons, _ in parts for reason in reasons}),
-        time.perf_counter() - start,
-    )
-
-
-def _result(
-    model: nn.Module,
-    scorers: list[SampleMetric],
-    samples: list[SampleTokens],
-    predictions: list[Prediction],
-    skipped: list[str],
-    seconds: float,
-) -> EvaluationResult:
     overall, types = scorers[0].summary()
-    tokens = measured_tokens(samples, installed_schedule(model), base_model(model).config)
+    samples = [sample for found, *_ in parts for sample in found]
     return EvaluationResult(
         metric=scorers[0].name,
         overall=overall,
         types=types,
         figures={name: value.item() for scorer in scorers for name, value in scorer.compute().items()},
-        image_tokens=tokens.image.mean,
-        text_tokens=tokens.text.mean,
-        kept=tuple(kept.mean for kept in tokens.kept),
-        kept_sd=tuple(kept.sd for kept in tokens.kept),
-        flops_ratio=tokens.flops_ratio,
-        image_only_flops_ratio=tokens.image_only_flops_ratio,
-        image_tokens_per_layer=tokens.per_layer,
-        seconds=seconds,
-        predictions=predictions,
-        skipped=skipped,
+        **vars(measured_tokens(samples, installed_schedule(model), base.config)),
+        seconds=time.perf_counter() - start,
+        predictions=[by_index[index] for index in sorted(by_index)],
+        skipped=sorted({reason for _, _, reasons, _ in parts for reason in reasons}),
     )
 
 

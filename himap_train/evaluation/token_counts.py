@@ -39,22 +39,24 @@ class MeasuredTokens:
     """Tokens and prefill cost of the samples, by what each of them kept.
 
     Attributes:
-        image: Image tokens of a sample.
-        text: Its other prompt tokens.
-        kept: Image tokens after each stage; empty when dense.
-        image_per_layer: Image tokens that a layer runs on, averaged over all layers.
+        image_tokens: Mean number of image tokens of a sample.
+        text_tokens: Mean number of its other prompt tokens.
+        kept: Mean number of image tokens after each stage; empty when dense.
+        kept_sd: Its standard deviation over samples, which have numbers of their own where a stage keeps by attention
+            mass or images differ in size.
         flops_ratio: Ratio of the whole prefill; None where no sample has an image.
         image_only_flops_ratio: The paper's, image tokens alone; None where no sample has an image.
-        per_layer: Image tokens averaged over layers; None where no sample has an image.
+        image_tokens_per_layer: Image tokens of a sample averaged over layers, as papers count them; None where no
+            sample has an image.
     """
 
-    image: Measured
-    text: Measured
-    kept: tuple[Measured, ...]
-    image_per_layer: Measured
+    image_tokens: float
+    text_tokens: float
+    kept: tuple[float, ...]
+    kept_sd: tuple[float, ...]
     flops_ratio: Measured | None
     image_only_flops_ratio: Measured | None
-    per_layer: Measured | None
+    image_tokens_per_layer: Measured | None
 
 
 def measured_tokens(samples: Sequence[SampleTokens], schedule: PruningSchedule, config: Any) -> MeasuredTokens:
@@ -71,15 +73,17 @@ def measured_tokens(samples: Sequence[SampleTokens], schedule: PruningSchedule, 
         return schedule_cost(schedule, config, sample.image, sample.text, kept=sample.kept)
 
     costs = [cost(sample) for sample in samples] if any(sample.image for sample in samples) else []
-    per_layer = [statistics.fmean(one.image_tokens_per_layer) for one in costs] or [0.0]
+    stages = [Measured.of(counts) for counts in zip(*(sample.kept for sample in samples), strict=True)]
     return MeasuredTokens(
-        image=Measured.of([sample.image for sample in samples]),
-        text=Measured.of([sample.text for sample in samples]),
-        kept=tuple(Measured.of(counts) for counts in zip(*(sample.kept for sample in samples), strict=True)),
-        image_per_layer=Measured.of(per_layer),
+        image_tokens=statistics.fmean(sample.image for sample in samples),
+        text_tokens=statistics.fmean(sample.text for sample in samples),
+        kept=tuple(stage.mean for stage in stages),
+        kept_sd=tuple(stage.sd for stage in stages),
         flops_ratio=Measured.of([one.flops_ratio for one in costs]) if costs else None,
         image_only_flops_ratio=Measured.of([one.image_only_flops_ratio for one in costs]) if costs else None,
-        per_layer=Measured.of([statistics.fmean(one.image_tokens_per_layer) for one in costs]) if costs else None,
+        image_tokens_per_layer=(
+            Measured.of([statistics.fmean(one.image_tokens_per_layer) for one in costs]) if costs else None
+        ),
     )
 
 
@@ -93,12 +97,12 @@ def report(samples: Sequence[SampleTokens], schedule: PruningSchedule, config: A
     """
     shown = [sample for sample in samples if sample.image]
     text = f"{len(samples)} prompts, {len(samples) - len(shown)} without an image; schedule {schedule.to_dict()}"
-    found = measured_tokens(shown, schedule, config) if shown else None
-    if found is None or found.flops_ratio is None or found.image_only_flops_ratio is None:
+    if not shown:
         return text
-    counts = " -> ".join(f"{count.mean:.1f}" for count in (found.image, *found.kept))
+    found: Any = measured_tokens(shown, schedule, config)
+    counts = " -> ".join(f"{count:.1f}" for count in (found.image_tokens, *found.kept))
     return (
-        f"{text}; image tokens {counts}, {found.image_per_layer.mean:.1f} averaged over layers; others "
-        f"{found.text.mean:.1f}; flops_ratio {found.flops_ratio.mean:.3f}, of image tokens alone "
+        f"{text}; image tokens {counts}, {found.image_tokens_per_layer.mean:.1f} averaged over layers; others "
+        f"{found.text_tokens:.1f}; flops_ratio {found.flops_ratio.mean:.3f}, of image tokens alone "
         f"{found.image_only_flops_ratio.mean:.3f}"
     )
