@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import itertools
 import logging
 import re
@@ -42,7 +41,15 @@ set_loader("yaml", _bounded_yaml, (yaml.YAMLError,))
 
 
 class SuggestingParser(ArgumentParser):
-    """Names the nearest valid option where an unknown one is given."""
+    """Takes `--private` for `--private=true`, and names the nearest valid option where an unknown one is given."""
+
+    def parse_args(self, args: Sequence[str], *more: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Options of a command line."""
+        given = (action for action in self._actions if getattr(action, "_typehint", None) is bool)
+        flags = {name for action in given for name in action.option_strings}
+        following = zip(args, [*args[1:], "--"], strict=False)
+        valued = [f"{arg}=true" if arg in flags and after.startswith("-") else arg for arg, after in following]
+        return super().parse_args(valued, *more, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with status 2 and the message."""
@@ -113,7 +120,8 @@ def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> 
     """Call `main` with the options of a command line; its signature is their schema.
 
     Args:
-        main: Fully typed; its docstring is the help.
+        main: Fully typed; its docstring is the help. Its `**name` stands for the options of the function that is called
+            with `**name`.
         argv: Options; by default those of this process.
 
     Returns:
@@ -122,7 +130,7 @@ def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> 
     quiet_libraries()
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        args = _with_values([with_underscores(option) for option in given], main)
+        args = [with_underscores(option) for option in given]
         check_config_files(args)
         auto_cli(main, args=config_first(args), as_positional=False, parser_class=SuggestingParser)
     except USER_ERRORS as error:
@@ -163,16 +171,6 @@ def require_free_port(host: str, port: int) -> None:
         socket.create_server((host, port), family=family).close()
     except (OSError, OverflowError) as error:
         raise ValueError(f"port {port} of {host} cannot be had ({error}): choose another with --port") from error
-
-
-def _with_values(args: list[str], main: Callable[..., Any]) -> list[str]:
-    """`--private` alone is `--private=true`, for options of `main` that are true or false."""
-    flags = {f"--{name}" for name, given in inspect.signature(main).parameters.items() if given.annotation == "bool"}
-    following = [*args[1:], "--"]
-    return [
-        f"{arg}=true" if arg in flags and after.startswith("-") else arg
-        for arg, after in zip(args, following, strict=False)
-    ]
 
 
 def with_underscores(option: str) -> str:

@@ -31,7 +31,6 @@ TABLE, PICTURE = "ablation.md", "heat_maps.png"
 
 
 def main(
-    checkpoint: str = "embedded",
     data: str = "embedded:test",
     preset: str = "table4",
     layers: list[list[int | dict[str, Any]]] | None = None,
@@ -51,13 +50,11 @@ def main(
     clock: Clock = "wall",
     output: Path = Path("runs/ablation"),
     overwrite: bool = False,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str = "auto",
+    **loading: Any,
 ) -> None:
     """Measure every schedule of a grid, training-free or as the checkpoint was adapted.
 
     Args:
-        checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
         data: embedded:test, a LLaVA file (.json, .jsonl), a Hugging Face data set (folder, .parquet, owner/name:split).
         preset: table4 (the paper's criteria and pairs of them), kr (layers and ratios), same-criterion, depth (one
             layer for all, or one for each sample).
@@ -79,8 +76,7 @@ def main(
         clock: On a CPU, "wall", or "cpu" for the time of this process alone (one thread, on a machine that is shared).
         output: Folder for rows.json, ablation.md and heat_maps.png.
         overwrite: Take the rows that are there away first: after a change of what a checkpoint or data name stands for.
-        dtype: Dtype of the weights; "auto" as they are stored.
-        device: "auto", "cpu", "cuda", "cuda:1", ...
+        **loading: Options of `load_with_schedule`.
     """
     make_metrics(metrics)  # a misspelt name fails before anything is loaded
     grids = read_grids(preset, layers=layers, ratios=ratios, criteria=criteria)
@@ -88,14 +84,14 @@ def main(
     if overwrite:
         new_output_folder(output, (ROWS, TABLE, PICTURE), overwrite)
     source = open_source(data, image_folder, split="test")
-    model, processor = load_with_schedule(checkpoint, "none", dtype, device)
+    model, processor = load_with_schedule(schedule="none", **loading)
     remove_pruning(model)
     depth = base_model(model).config.text_config.num_hidden_layers
     schedules = schedules_of(grids, controls, depth, layers is None, skip_impossible)
     evaluation = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "metrics": metrics, "limit": limit}
     evaluation |= {"image_aspect_ratio": image_aspect_ratio}
     batch = timed_batch(model, processor, source, timed_prompts, image_aspect_ratio=image_aspect_ratio)
-    facts = {"checkpoint": checkpoint, "data": data, "image_folder": image_folder, "dtype": dtype, "device": device}
+    facts = {**loading, "data": data, "image_folder": image_folder}
     settings: dict[str, Any] = {**facts, "timed_prompts": timed_prompts, "rounds": rounds, "clock": clock, **evaluation}
     runs = runs_of(schedules, seeds)
     with progress_bar("rows", len(runs)) as advance:

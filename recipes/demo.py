@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from himap_train.analysis.answered import Answered, answer_question, prompt_encoder
 from himap_train.checkpoints.scheduled import AS_SAVED, installed_schedule, load_with_schedule
@@ -27,28 +27,24 @@ from himap_train.pruning.schedule import PruningSchedule
 
 
 def main(
-    checkpoint: str = "embedded",
     schedule: ScheduleArgument = AS_SAVED,
     port: int | None = None,
     host: str = "127.0.0.1",
     image_aspect_ratio: AspectRatio = "as_processor",
     image_background: Background = "white",
     max_new_tokens: int = 64,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str = "auto",
+    **loading: Any,
 ) -> None:
     """Serve the page until Ctrl-C; nothing leaves this machine.
 
     Args:
-        checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
         schedule: What the page offers beside the presets: as-saved, a pruning.yaml, or the stages inline.
         port: Where the page is served; by default the first free port from 7860 on.
         host: Who may ask: 127.0.0.1 is this machine alone, 0.0.0.0 whoever can reach it.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
         image_background: Colour under a transparent image, "white" or "black".
         max_new_tokens: Where the answers are cut.
-        dtype: Dtype of the weights; "auto" as they are stored.
-        device: "auto", "cpu", "cuda", "cuda:1", ...
+        **loading: Options of `load_with_schedule`.
     """
     try:
         import gradio
@@ -56,7 +52,7 @@ def main(
         raise ValueError(f'the demo needs gradio ({error}): pip install "himap-train[demo]"') from error
     if port is not None:
         require_free_port(host, port)
-    model, processor = load_with_schedule(checkpoint, schedule, dtype, device)
+    model, processor = load_with_schedule(schedule=schedule, **loading)
     images = {"image_aspect_ratio": image_aspect_ratio, "image_background": image_background}
     asked = Asked(model, prompt_encoder(model, processor, max_new_tokens, **images), max_new_tokens)
     page(gradio, asked).launch(server_name=host, server_port=port, ssr_mode=False, footer_links=[])

@@ -14,13 +14,12 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 
-from himap_train.checkpoints.scheduled import AS_SAVED, load_with_schedule
+from himap_train.checkpoints.scheduled import AS_SAVED, Dtype, load_with_schedule
 from himap_train.command_line import new_output_folder, run_command
-from himap_train.data.pixel_modes import Background
 from himap_train.evaluation.benchmarks.export import SUBMISSIONS, export
 from himap_train.evaluation.benchmarks.opening import Task, open_task
 from himap_train.evaluation.budgeted import check_budget_argument, prompt_tokens, run_at_budget
@@ -47,19 +46,16 @@ def main(
     image_folder: str | None = None,
     follow_links: bool = False,
     image_aspect_ratio: AspectRatio = "as_processor",
-    image_background: Background = "white",
     metrics: list[str] | None = None,
-    batch_size: int = 64,
     max_new_tokens: int | None = None,
-    num_workers: int = 0,
     limit: int | None = None,
-    max_skipped: int | float = 0.01,
     output: Path | None = None,
     overwrite: bool = False,
     name: str | None = None,
     seed: int = 0,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dtype: Dtype = "auto",
     device: str = "auto",
+    **settings: Any,
 ) -> None:
     r"""Answer every question of a data set greedily and score the answers.
 
@@ -77,20 +73,17 @@ def main(
         image_folder: Where the data's image paths start; by default the folder of its file.
         follow_links: Symbolic links in the image folder may lead out of it.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
-        image_background: Colour under transparent images, "white" or "black".
         metrics: exact, gqa, vqa, textvqa (both need the annotators' answers, four or more), pope, mme, relaxed, anls,
             choice, choice-strict (as LLaVA's ScienceQA script), circular, cider; the first gives the score.
-        batch_size: Questions in a batch.
         max_new_tokens: Where an answer is cut; by default as the benchmark has it, or 16.
-        num_workers: Processes that decode images and encode ahead of the model.
         limit: Only the first so many records.
-        max_skipped: Unusable records that are tolerated: a number, or a fraction below 1.
         output: Folder for metrics.json, predictions.jsonl, table.md and accuracy.png.
         overwrite: Replace results that are there.
         name: Name of the row in the table; by default the checkpoint and the schedule.
         seed: For the criterion `random`.
         dtype: Dtype of the weights; "auto" as they are stored.
         device: "auto", "cpu", "cuda", "cuda:1", ...
+        **settings: Options of `himap_train.evaluation.evaluate.evaluate`.
     """
     check_budget_argument(budget, schedule)
     make_metrics(metrics or ["exact"])  # a misspelt name fails before anything is loaded
@@ -110,14 +103,12 @@ def main(
         model,
         processor,
         task.source,
-        batch_size=batch_size,
         max_new_tokens=max_new_tokens or task.max_new_tokens,
         metrics=metrics or task.metrics,
-        num_workers=num_workers,
         limit=limit,
         image_aspect_ratio=image_aspect_ratio,
-        image_background=image_background,
-        max_skipped=max_skipped,
+        progress=True,
+        **settings,
     )
     facts = {"checkpoint": checkpoint, "data": data, "benchmark": benchmark, "seed": seed}
     report(row, task, output, {**facts, "dtype": dtype, "device": device})

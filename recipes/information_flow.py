@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -22,12 +22,9 @@ from himap_train.analysis.flow_table import cut_rows, flow_rows, image_over_inst
 from himap_train.analysis.knockout import KnockedOut, knock_out, passes, windows
 from himap_train.analysis.saliency import Formula, measure
 from himap_train.bar import progress_bar
-from himap_train.checkpoints.scheduled import load_with_schedule
 from himap_train.command_line import new_output_folder, run_command
-from himap_train.data.sources import open_source
-from himap_train.evaluation.samples import read_samples
+from himap_train.evaluation.samples import open_samples
 from himap_train.evaluation.tables import json_ready
-from himap_train.models.families.base import AspectRatio
 from himap_train.models.stock import base_model
 from himap_train.search.flow import mean_image_to_text, reason, suggest
 from himap_train.search.search_folder import schedule_file
@@ -46,16 +43,11 @@ def main(
     window: int = 2,
     renormalise: bool = True,
     budget: float = 0.4,
-    image_folder: str | None = None,
-    follow_links: bool = False,
-    image_aspect_ratio: AspectRatio = "as_processor",
     batch_size: int = 16,
-    max_skipped: int | float = 0.01,
     output: Path = Path("runs/information_flow"),
     overwrite: bool = False,
     seed: int = 0,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str = "auto",
+    **opened: Any,
 ) -> None:
     """Measure the information flow of a dense model, and what its answers lose without parts of it.
 
@@ -68,34 +60,19 @@ def main(
         window: Layers of a window.
         renormalise: What a cut takes is shared by what is left; false: it is lost.
         budget: flops_ratio of the suggested schedule.
-        image_folder: Where the data's image paths start; by default the folder of its file.
-        follow_links: Symbolic links in the image folder may lead out of it.
-        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
         batch_size: Samples in a batch.
-        max_skipped: Unusable records that are tolerated: a number, or a fraction below 1.
         output: Folder for tables, figures and the suggested schedule.
         overwrite: Replace results that are there.
         seed: Seed of the drawn samples, and of the cuts' controls.
-        dtype: Dtype of the weights; "auto" as they are stored.
-        device: "auto", "cpu", "cuda", "cuda:1", ...
+        **opened: Options of `open_samples`.
     """
     files = (FLOW, CUTS, FACTS, PICTURE, MAP, schedule_file(budget))
     new_output_folder(output, files, overwrite)
-    source = open_source(data, image_folder, follow_links=follow_links)
-    model, processor = load_with_schedule(checkpoint, "none", dtype, device)
+    model, _, drawn = open_samples(
+        checkpoint, data, samples=samples, batch_size=batch_size, seed=seed, each_turn=True, **opened
+    )
     config: Any = base_model(model).config
     layers = windows(config.text_config.num_hidden_layers, window) if knockouts else []
-    drawn = read_samples(
-        model,
-        processor,
-        source,
-        count=samples,
-        batch_size=batch_size,
-        seed=seed,
-        image_aspect_ratio=image_aspect_ratio,
-        max_skipped=max_skipped,
-        each_turn=True,
-    )
     space = Space(config, budget, drawn.tokens["image_tokens"], drawn.tokens["text_tokens"])
     with progress_bar("saliency", drawn.count) as advance:
         flows = measure(model, drawn, formula, advance)
@@ -110,7 +87,7 @@ def main(
     facts |= {"renormalise": renormalise, "seed": seed, "image_to_text": given, "image_over_instruction": ratios}
     (output / FACTS).write_text(json.dumps(json_ready(facts), indent=2) + "\n", encoding="utf-8")
     try:
-        save_map(output / MAP, processor, drawn.first, flows, image_aspect_ratio)
+        save_map(output / MAP, drawn, flows)
     except ValueError as error:
         print(f"no {MAP}: {error}", file=sys.stderr)
     print_flow(given)

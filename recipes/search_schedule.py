@@ -14,15 +14,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from himap_train.analysis.saliency import measure
 from himap_train.bar import progress_bar
-from himap_train.checkpoints.scheduled import load_with_schedule
 from himap_train.command_line import new_output_folder, run_command
-from himap_train.data.sources import open_source
-from himap_train.evaluation.samples import read_samples
-from himap_train.models.families.base import AspectRatio
+from himap_train.evaluation.samples import open_samples
 from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.flow import mean_image_to_text
@@ -45,17 +42,10 @@ def main(
     stages: int = 2,
     criteria: list[str] | None = None,
     free_criteria: bool = False,
-    samples: int = 300,
-    image_folder: str | None = None,
-    follow_links: bool = False,
-    image_aspect_ratio: AspectRatio = "as_processor",
-    batch_size: int = 32,
-    max_skipped: int | float = 0.01,
     output: Path = Path("runs/search"),
     overwrite: bool = False,
     seed: int = 0,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str = "auto",
+    **opened: Any,
 ) -> None:
     """Search the schedule with the lowest loss at each budget.
 
@@ -70,34 +60,16 @@ def main(
         stages: Most removals of a schedule.
         criteria: One a stage, by depth; by default instruction at the first and image at the others.
         free_criteria: Choose any of the criteria at each stage.
-        samples: Records with images and answers, drawn from the data.
-        image_folder: Where the data's image paths start; by default the folder of its file.
-        follow_links: Symbolic links in the image folder may lead out of it.
-        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
-        batch_size: Samples in a batch.
-        max_skipped: Unusable records that are tolerated: a number, or a fraction below 1.
         output: Folder for schedule-0.40.yaml and its like, trials.csv, search.json and search.png.
         overwrite: Replace results that are there.
         seed: Seed of the drawn samples, and for the criterion `random`.
-        dtype: Dtype of the weights; "auto" as they are stored.
-        device: "auto", "cpu", "cuda", "cuda:1", ...
+        **opened: Options of `open_samples`.
     """
     wanted = budgets_of(budget, budgets)
     new_output_folder(output, (*map(schedule_file, wanted), TRIALS, FACTS, PICTURE), overwrite)
     start = time.perf_counter()
-    source = open_source(data, image_folder, follow_links=follow_links)
-    model, processor = load_with_schedule(checkpoint, "none", dtype, device)
+    model, _, drawn = open_samples(checkpoint, data, seed=seed, each_turn=False, **opened)
     config = base_model(model).config
-    drawn = read_samples(
-        model,
-        processor,
-        source,
-        count=samples,
-        batch_size=batch_size,
-        seed=seed,
-        image_aspect_ratio=image_aspect_ratio,
-        max_skipped=max_skipped,
-    )
     spaces = [
         Space(config, one, **drawn.tokens, stages=stages, criteria=criteria, free_criteria=free_criteria)
         for one in wanted

@@ -90,7 +90,7 @@ def test_samples_are_drawn_by_the_seed_and_text_alone_is_left_out() -> None:
     everything = read_samples(model, processor, mixed)
     assert (everything.count, everything.without_image, everything.image_tokens) == (8, 2, 16)
     ids = [
-        {tuple(row) for batch in read_samples(model, processor, SCENES, count=4, seed=seed).batches
+        {tuple(row) for batch in read_samples(model, processor, SCENES, samples=4, seed=seed).batches
          for row in batch.texts["input_ids"].tolist()}
         for seed in (0, 0, 1)
     ]  # fmt: skip
@@ -108,4 +108,4 @@ def test_data_that_cannot_be_searched_on_is_refused() -> None:
     one_broken = Listed(*(SCENES[i] for i in range(5)), RecordError("its image is broken"))
     assert read_samples(model, processor, one_broken, max_skipped=1).count == 5
     with pytest.raises(ValueError, match="must be at least 1"):
-        read_samples(model, processor, SCENES, count=0)
+        read_samples(model, processor, SCENES, samples=0)

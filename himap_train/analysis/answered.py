@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,12 @@ class Answered:
 
 
 def answer_question(
-    model: nn.Module, encoder: Encoder, conversation: Conversation, schedule: PruningSchedule, max_new_tokens: int
+    model: nn.Module,
+    encoder: Encoder,
+    conversation: Conversation,
+    schedule: PruningSchedule,
+    max_new_tokens: int,
+    search: Mapping[str, Any] | None = None,
 ) -> Answered:
     """Answer the last question of a conversation; afterwards the model has the schedule that it had.
 
@@ -51,6 +57,7 @@ def answer_question(
         conversation: The images and the question; a last answer is left out.
         schedule: What runs.
         max_new_tokens: Where the answer is cut.
+        search: As in `answer_batch`.
 
     Raises:
         RecordError: The conversation or one of its images cannot be used, or is too long.
@@ -65,7 +72,7 @@ def answer_question(
     try:
         with running(model, schedule), record_pruning(model) as trace, evaluation_mode(model):
             start = time.perf_counter()
-            (text,), (tokens,) = answer_batch(model, processor, batch, max_new_tokens)
+            (text,), (tokens,) = answer_batch(model, processor, batch, max_new_tokens, search)
             seconds = time.perf_counter() - start
     finally:
         if stock:

@@ -16,10 +16,8 @@ from himap_train.analysis.flow_table import ALL, Row
 from himap_train.analysis.knockout import KnockedOut
 from himap_train.analysis.pictures import draw_kept
 from himap_train.analysis.saliency import SampleFlow
-from himap_train.data.encode import Encoder
 from himap_train.data.images import open_image
-from himap_train.data.records import Conversation
-from himap_train.models.families.base import AspectRatio
+from himap_train.evaluation.samples import EncodedSamples
 from himap_train.storage import atomic_file
 
 FLOW, CUTS, PICTURE, MAP = "flow.csv", "knockouts.csv", "flow.png", "map.png"
@@ -42,24 +40,20 @@ def _cell(value: Any) -> Any:
     return value if not isinstance(value, float) else "" if math.isnan(value) else f"{value:.6g}"
 
 
-def save_map(
-    file: Path, processor: Any, record: Conversation, flows: Sequence[SampleFlow], aspect_ratio: AspectRatio
-) -> None:
-    """Draw over the first image of a record what each of its tokens gives to text, the more the brighter.
+def save_map(file: Path, samples: EncodedSamples, flows: Sequence[SampleFlow]) -> None:
+    """Draw over the first image of the first sample what each of its tokens gives to text, the more the brighter.
 
     Args:
         file: A PNG.
-        processor: That of the checkpoint.
-        record: One of those that were measured.
+        samples: That were measured.
         flows: From `measure`.
-        aspect_ratio: As the images were encoded.
 
     Raises:
         ValueError: The family does not tell where its tokens lie.
     """
+    record, encoder = samples.first, samples.encoder
     flow = next(flow for flow in flows if flow.id == record.id)
-    encoder = Encoder(processor, image_aspect_ratio=aspect_ratio)
-    family, image = encoder.family, encoder.encode(record)["images"][0]
+    processor, family, image = encoder.processor, encoder.family, encoder.encode(record)["images"][0]
     picture = open_image(record.images[0], record.id, encoder.image_background)
     weights = weights_over_image(flow, family.image_tokens(processor, image))
     drawn = draw_kept(

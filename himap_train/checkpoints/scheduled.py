@@ -5,7 +5,7 @@ one meaning of `--schedule` for every recipe.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,18 +17,19 @@ from himap_train.pruning.reading import ScheduleArgument, fit_preset, is_preset,
 from himap_train.pruning.schedule import PruningSchedule
 
 AS_SAVED = "as-saved"
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def load_with_schedule(
-    checkpoint: str, schedule: ScheduleArgument = AS_SAVED, dtype: str = "auto", device: str = "auto"
+    checkpoint: str = "embedded", schedule: ScheduleArgument = AS_SAVED, dtype: Dtype = "auto", device: str = "auto"
 ) -> tuple[Any, Any]:
     """The model in evaluation mode on its device with its pruner installed, and its processor.
 
     Args:
-        checkpoint: Whatever `load_checkpoint` takes.
-        schedule: What to run instead of what was saved with the checkpoint.
-        dtype: "auto" (as the weights are stored), "float32", "bfloat16" or "float16".
-        device: "auto" (a GPU where there is one), or as torch names it.
+        checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
+        schedule: as-saved, none, a preset (himap, fastv, ...), a pruning.yaml, or the stages inline.
+        dtype: Dtype of the weights; "auto" as they are stored.
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ...
 
     Raises:
         FileNotFoundError: The checkpoint or the schedule's file is not there.

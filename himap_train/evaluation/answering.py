@@ -54,7 +54,7 @@ def answer_batch(
         processor: Its processor.
         batch: Left-padded prompts: input_ids (B, S), attention_mask (B, S), images.
         max_new_tokens: Where an answer is cut if the model does not end it.
-        search: What `generate` does in place of greedy decoding: do_sample, temperature, num_beams, ...
+        search: What `generate` does in place of greedy decoding: do_sample, temperature, num_beams, streamer, ...
 
     Raises:
         RuntimeError: A schedule is installed but the images of this batch were not pruned.

@@ -54,13 +54,13 @@ def evaluate(
         model: LLaVA or PeftModel around one; its training mode is given back as it was.
         processor: Its processor.
         source: Conversations; the last assistant turn is the reference.
-        batch_size: Questions a batch.
+        batch_size: Questions in a batch.
         max_new_tokens: Where an answer is cut.
         metrics: Names from `METRICS`; the first gives the score.
         limit: Use so many records at most, from the start of the source.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
-        image_background: Colour under transparent images.
-        max_skipped: Records that may be unusable: a number, or a fraction below 1. They are reported and not scored.
+        image_background: Colour under transparent images, "white" or "black".
+        max_skipped: Unusable records that are tolerated: a number, or a fraction below 1. They are not scored.
         progress: Show a bar.
         num_workers: Processes that decode images and encode ahead of the model; 0 does it between the answers.
 

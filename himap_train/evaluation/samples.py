@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from himap_train.checkpoints.scheduled import Dtype, load_with_schedule
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import IGNORED, Encoder, Sample
 from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Source, StreamingSource
 from himap_train.data.skips import SkipLog
+from himap_train.data.sources import open_source
 from himap_train.evaluation.answering import evaluation_mode
 from himap_train.evaluation.questions import Question, question_batches, source_length
 from himap_train.models.attention import OwnAttention
@@ -70,6 +72,7 @@ class EncodedSamples:
         supervised: Positions that are predicted, of all samples.
         without_image: Samples that were read and left out.
         first: A record that is among them.
+        encoder: What encoded them.
     """
 
     batches: list[EncodedBatch]
@@ -79,6 +82,7 @@ class EncodedSamples:
     supervised: int
     without_image: int
     first: Conversation
+    encoder: Encoder
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -100,12 +104,38 @@ class _Drawn:
         return self.source[self.indices[index]]
 
 
+def open_samples(
+    checkpoint: str,
+    data: str,
+    *,
+    image_folder: str | None = None,
+    follow_links: bool = False,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    **reading: Any,
+) -> tuple[Any, Any, EncodedSamples]:
+    """A dense model, its processor, and samples of some data.
+
+    Args:
+        checkpoint: As in `load_with_schedule`.
+        data: As in `open_source`.
+        image_folder: Where the data's image paths start; by default the folder of its file.
+        follow_links: Symbolic links in the image folder may lead out of it.
+        dtype: Dtype of the weights; "auto" as they are stored.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        **reading: Options of `read_samples`.
+    """
+    source = open_source(data, image_folder, follow_links=follow_links)
+    model, processor = load_with_schedule(checkpoint, "none", dtype, device)
+    return model, processor, read_samples(model, processor, source, **reading)
+
+
 def read_samples(
     model: nn.Module,
     processor: Any,
     source: Source | StreamingSource,
     *,
-    count: int = 300,
+    samples: int = 300,
     batch_size: int = 32,
     seed: int = 0,
     image_aspect_ratio: AspectRatio = "as_processor",
@@ -118,36 +148,47 @@ def read_samples(
         model: LLaVA or PeftModel around one; encodes the images, whose features stay on its device.
         processor: Its processor.
         source: Conversations with answers; of a stream the first are taken.
-        count: Samples; fewer if there are not so many.
+        samples: Records with images and answers, drawn from the data; fewer if there are not so many.
         batch_size: Samples in a batch.
         seed: Which records of a map-style source are drawn.
-        image_aspect_ratio: As in `evaluate`.
-        max_skipped: As in `evaluate`.
+        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
+        max_skipped: Unusable records that are tolerated: a number, or a fraction below 1.
         each_turn: Make a sample of every turn, which ends with that turn and supervises its answer alone; its
             `meta["turn"]` counts from 1. The record's type is that of its last turn, the others have none.
 
     Raises:
         TooManySkippedError: More unusable records than `max_skipped`, such as questions without answers.
-        ValueError: `count` or `batch_size` below 1, or no sample has an image.
+        ValueError: `samples` or `batch_size` below 1, or no sample has an image.
     """
-    if min(count, batch_size) < 1:
-        raise ValueError(f"{count} samples in batches of {batch_size}: both must be at least 1")
-    drawn = _Drawn(source, count, seed) if isinstance(source, Source) else source
+    if min(samples, batch_size) < 1:
+        raise ValueError(f"{samples} samples in batches of {batch_size}: both must be at least 1")
+    drawn = _Drawn(source, samples, seed) if isinstance(source, Source) else source
     base: Any = base_model(model)
     encoder = Encoder(processor, base.config.text_config.max_position_embeddings, image_aspect_ratio)
-    skipped = SkipLog(source_length(drawn, count), max_skipped)
-    questions = itertools.chain.from_iterable(question_batches(drawn, batch_size, count, skipped.add))
-    samples, without_image, first = _encoded(questions, encoder, skipped, each_turn)
+    skipped = SkipLog(source_length(drawn, samples), max_skipped)
+    questions = itertools.chain.from_iterable(question_batches(drawn, batch_size, samples, skipped.add))
+    encoded, without_image, first = _encoded(questions, encoder, skipped, each_turn)
     if first is None:
         raise ValueError(
             f"none of the {without_image + skipped.count} samples that were read can be searched on ({without_image} "
             f"without an image, {skipped.count} unusable); give conversations with images and answers"
         )
-    samples.sort(key=lambda sample: len(sample["input_ids"]))
+    encoded.sort(key=lambda sample: len(sample["input_ids"]))
     pad = pad_token_id_of(processor.tokenizer)
     with evaluation_mode(model):
-        batches = [_batch(base, samples[i : i + batch_size], pad) for i in range(0, len(samples), batch_size)]
-    return _described(batches, samples, base.config.image_token_id, without_image, first)
+        batches = [_batch(base, encoded[i : i + batch_size], pad) for i in range(0, len(encoded), batch_size)]
+    lengths = sum(len(sample["input_ids"]) for sample in encoded)
+    image = sum(int((sample["input_ids"] == base.config.image_token_id).sum()) for sample in encoded)
+    return EncodedSamples(
+        batches=batches,
+        count=len(encoded),
+        image_tokens=image / len(encoded),
+        text_tokens=(lengths - image) / len(encoded),
+        supervised=sum(int((sample["labels"][1:] != IGNORED).sum()) for sample in encoded),
+        without_image=without_image,
+        first=first,
+        encoder=encoder,
+    )
 
 
 def _encoded(
@@ -196,19 +237,3 @@ def _batch(base: Any, samples: list[Sample], pad_token_id: int) -> EncodedBatch:
     images = {name: values.to(base.device) for name, values in batch["images"].items()}
     encoded, sizes = encode_and_read(base, images), family.position_inputs(images)
     return EncodedBatch(texts, encoded, sizes, batch["ids"], batch["meta"])
-
-
-def _described(
-    batches: list[EncodedBatch], samples: list[Sample], image_token_id: int, without_image: int, first: Conversation
-) -> EncodedSamples:
-    lengths = sum(len(sample["input_ids"]) for sample in samples)
-    image = sum(int((sample["input_ids"] == image_token_id).sum()) for sample in samples)
-    return EncodedSamples(
-        batches=batches,
-        count=len(samples),
-        image_tokens=image / len(samples),
-        text_tokens=(lengths - image) / len(samples),
-        supervised=sum(int((sample["labels"][1:] != IGNORED).sum()) for sample in samples),
-        without_image=without_image,
-        first=first,
-    )

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar, cast, get_args
 from accelerate import PartialState
 
 from himap_train.bar import progress_bar
-from himap_train.checkpoints.scheduled import AS_SAVED, installed_schedule, load_with_schedule
+from himap_train.checkpoints.scheduled import AS_SAVED, Dtype, installed_schedule, load_with_schedule
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder, Sample
 from himap_train.data.records import Conversation, RecordError, Turn
@@ -67,7 +67,7 @@ class Himap(harness("api.model").lmms):  # type: ignore[misc]
         budget: float | None = None,
         batch_size: int | str = 1,
         device: str = "auto",
-        dtype: str = "auto",
+        dtype: Dtype = "auto",
         image_aspect_ratio: AspectRatio = "as_processor",
         max_skipped: int | float = 0.01,
         **unknown: Any,
