@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from himap_train.bar import progress_bar
 from himap_train.benchmark.ablation import CONTROLS, read_grids, schedules_of

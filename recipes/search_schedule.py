@@ -24,12 +24,11 @@ from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.flow import mean_image_to_text
 from himap_train.search.objective import Objective
-from himap_train.search.one_budget import budgets_of, search_budget
-from himap_train.search.proposals import Method
+from himap_train.search.proposals import Method, search_budget
 from himap_train.search.search_folder import FACTS, PICTURE, TRIALS, save_search, schedule_file
 from himap_train.search.show import print_flow, print_search
 from himap_train.search.space import Space
-from himap_train.search.trials import Found
+from himap_train.search.trials import Trials
 
 
 def main(
@@ -65,7 +64,9 @@ def main(
         seed: Seed of the drawn samples, and for the criterion `random`.
         **opened: Options of `open_samples`.
     """
-    wanted = budgets_of(budget, budgets)
+    if (budget is None) == (not budgets):
+        raise ValueError(f"budget is {budget} and budgets is {budgets}; give --budget 0.4 or --budgets [0.25,0.4]")
+    wanted = list(dict.fromkeys(budgets or [budget or 0.0]))
     new_output_folder(output, (*map(schedule_file, wanted), TRIALS, FACTS, PICTURE), overwrite)
     start = time.perf_counter()
     model, _, drawn = open_samples(checkpoint, data, seed=seed, each_turn=False, **opened)
@@ -78,7 +79,7 @@ def main(
     flow, objective = mean_image_to_text(measure(model, drawn)), Objective(model, drawn, seed)
     print_flow(flow)
     dense = objective(PruningSchedule())
-    found: list[Found] = []
+    found: list[Trials] = []
     for space in spaces:
         try:
             found.append(searched(space, objective, method, trials, flow))
@@ -98,7 +99,7 @@ def main(
             "forward_passes": objective.forward_passes + len(drawn.batches),
         }
         save_search(found, output, facts, drawn, flow)
-        if found[-1].trials.interrupted:
+        if found[-1].interrupted:
             stop(output)
     print(f"saved in {output}")
 
@@ -109,7 +110,7 @@ def stop(output: Path) -> NoReturn:
     sys.exit(130)
 
 
-def searched(space: Space, objective: Objective, method: Method, trials: int, flow: Sequence[float]) -> Found:
+def searched(space: Space, objective: Objective, method: Method, trials: int, flow: Sequence[float]) -> Trials:
     """`search_budget` with a progress bar."""
     with progress_bar(f"budget {space.budget:g}", 1 if method == "flow" else trials) as advance:
         return search_budget(space, objective, method, trials, flow, lambda trial: advance(1))

@@ -8,8 +8,7 @@ import pytest
 from transformers import LlamaConfig, LlavaConfig
 
 from himap_train import PruningSchedule
-from himap_train.search.one_budget import search_budget
-from himap_train.search.proposals import search
+from himap_train.search.proposals import search, search_budget
 from himap_train.search.space import Space
 from himap_train.search.trials import Trials
 
@@ -70,8 +69,8 @@ def test_the_trials_are_always_the_same_and_none_twice() -> None:
 def test_flow_tries_its_suggestion_alone() -> None:
     loss, _ = planted((2, 7), (0.25,))
     found = search_budget(SPACE, loss, "flow", 60, FLOW)
-    assert len(found.trials.done) == 1
-    assert found.trials.best.origin == "start"
+    assert len(found.done) == 1
+    assert found.best.origin == "start"
     schedule, its_loss = found.baseline
     assert its_loss == loss(schedule)
 
@@ -83,7 +82,7 @@ def test_a_search_is_never_worse_than_the_preset() -> None:
     def loss(schedule: PruningSchedule) -> float:
         return sum(abs(a - b) > 1 for a, b in zip(SPACE.layer_counts(schedule), counts, strict=True))
 
-    assert search_budget(SPACE, loss, "coordinate", 3, FLOW).trials.best.loss == 0
+    assert search_budget(SPACE, loss, "coordinate", 3, FLOW).best.loss == 0
 
 
 def test_ctrl_c_keeps_the_trials_that_are_done() -> None:

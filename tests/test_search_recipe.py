@@ -42,7 +42,6 @@ def test_two_budgets_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert len(own) == one["trials"] == 3
         assert json.loads(best["schedule"]) == schedule.to_dict() == one["best"]["schedule"]
         assert one["best"]["loss"] <= one["preset"]["loss"] + 0.02
-        assert 0 < one["training_steps_of_32_samples"] < 3
     # One batch: the flow, the dense loss and, for each budget, the preset and three trials.
     assert (facts["samples"], facts["forward_passes"]) == (12, 2 + 2 * (1 + 3))
     assert Image.open(tmp_path / "search.png").size[0] > 800

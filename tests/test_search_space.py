@@ -9,8 +9,7 @@ from cost_toys import LLAVA_7B
 from transformers import LlamaConfig, LlavaConfig
 
 from himap_train.search.flow import handed_over, kept_flow, suggest
-from himap_train.search.one_budget import preset_at_budget, starting_points
-from himap_train.search.proposals import _spread
+from himap_train.search.proposals import _spread, preset_at_budget, starting_points
 from himap_train.search.space import Space
 
 TEXT = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=8, num_attention_heads=4)
@@ -116,7 +115,7 @@ def test_no_other_candidate_keeps_more_of_the_flow() -> None:
 def test_the_search_starts_from_the_preset_at_the_budget() -> None:
     searched = Space(LLAVA_7B, 0.45, image_tokens=576, text_tokens=115)
     preset = preset_at_budget(searched)
-    start = starting_points(searched, (1.0,) * 32, with_preset=True)[-1]
+    start = starting_points(searched, (1.0,) * 32, preset)[-1]
     ours, theirs = (one.cost(LLAVA_7B).image_tokens_per_layer for one in (searched.schedule(start), preset))
     assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) <= 1
     assert preset_at_budget(Space(LLAVA_7B, 0.2, image_tokens=576, text_tokens=115)) is None

@@ -1,18 +1,21 @@
-"""How the next candidate is chosen: from the information flow alone, or by coordinate search.
+"""One budget searched: where the search starts, what it is compared with, and how the next candidate is chosen.
 
-Both first try the same starting points (a published preset at the budget, the flow's suggestion).
+That is from the information flow alone, or by coordinate search; both first try the flow's suggestion.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
 
+from himap_train.pruning.reading import fit_preset
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.search.flow import suggest
 from himap_train.search.space import Point, Space
-from himap_train.search.trials import Trials
+from himap_train.search.trials import Trial, Trials
 
 Method = Literal["coordinate", "flow"]
 FINEST_SPLIT = 1 / 64
@@ -21,8 +24,57 @@ _PROPOSALS_PER_TRIAL = 10
 """Schedules are proposed again that have been run, which costs nothing; but not for ever."""
 
 
+def search_budget(
+    space: Space,
+    objective: Callable[[PruningSchedule], float],
+    method: Method,
+    limit: int,
+    flow: Sequence[float],
+    on_trial: Callable[[Trial], None] = lambda trial: None,
+) -> Trials:
+    """Search a space from the flow's suggestion and, by coordinates, from the layers of preset himap.
+
+    Args:
+        space: With the budget.
+        objective: Schedule to loss.
+        method: How candidates are chosen.
+        limit: Most schedules that are run.
+        flow: From `mean_image_to_text`.
+        on_trial: Called after each trial.
+
+    Raises:
+        ValueError: No candidate meets the budget, or `limit` is below 1.
+    """
+    if limit < 1:
+        raise ValueError(f"{limit} trials: give at least 1")
+    preset = preset_at_budget(space)
+    baseline = None if preset is None else (preset, objective(preset))
+    trials = Trials(space, objective, limit, on_trial, baseline)
+    search(method, trials, starting_points(space, flow, preset if method == "coordinate" else None))
+    return trials
+
+
+def preset_at_budget(space: Space) -> PruningSchedule | None:
+    """Preset himap at its relative depths with ratios for the budget; None where it cannot meet that."""
+    try:
+        preset = fit_preset(PruningSchedule.from_preset("himap"), space.num_layers)
+        return preset.at_budget(space.config, space.budget, **space.tokens)
+    except ValueError:
+        return None
+
+
+def starting_points(space: Space, flow: Sequence[float], preset: PruningSchedule | None) -> list[Point]:
+    """The flow's suggestion and the layers of a preset that has as many stages as the space."""
+    points = [suggest(flow, space)]
+    if preset is not None and len(preset.stages) == space.stages:
+        ratios = [stage.keep_ratio or 0.0 for stage in preset.stages]
+        splits = [after / before if before else 0.0 for before, after in itertools.pairwise(ratios)]
+        points.append(space.point([stage.layer for stage in preset.stages], splits))
+    return points
+
+
 def search(method: Method, trials: Trials, starts: Sequence[Point]) -> None:
-    """Fill `trials`. A pressed Ctrl-C ends the search and sets `trials.interrupted`.
+    """Fill `trials`. A pressed Ctrl-C behind the first trial ends the search and sets `trials.interrupted`.
 
     Args:
         method: "flow" tries the starting points alone.
@@ -32,16 +84,20 @@ def search(method: Method, trials: Trials, starts: Sequence[Point]) -> None:
     Raises:
         ValueError: No candidate meets the budget.
     """
-    with trials.until_interrupted():
+    try:
         losses = {point: loss for point in starts if (loss := trials.try_point(point, "start")) is not None}
         if method == "coordinate":
             _coordinate(trials, losses)
+    except KeyboardInterrupt:
         if not trials.done:
-            raise ValueError(
-                f"no candidate's flops_ratio is within 1 % of the budget {trials.space.budget}: the sample has only "
-                f"{trials.space.tokens['image_tokens']} image tokens, which go one by one. Give a higher budget, or "
-                "more stages"
-            )
+            raise
+        trials.interrupted = True
+    if not trials.done:
+        raise ValueError(
+            f"no candidate's flops_ratio is within 1 % of the budget {trials.space.budget}: the sample has only "
+            f"{trials.space.tokens['image_tokens']} image tokens, which go one by one. Give a higher budget, or "
+            "more stages"
+        )
 
 
 def _coordinate(trials: Trials, losses: dict[Point, float]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from himap_train.pruning.schedule import PruningSchedule
@@ -41,12 +40,14 @@ class Trials:
         objective: Schedule to loss, lower is better.
         limit: Most schedules that may be run.
         on_trial: Called after each, for a progress bar.
+        baseline: The preset at the same budget and its loss; None where it cannot meet the budget.
     """
 
     space: Space
     objective: Callable[[PruningSchedule], float]
     limit: int
     on_trial: Callable[[Trial], None] = lambda trial: None
+    baseline: tuple[PruningSchedule, float] | None = None
     done: list[Trial] = field(default_factory=list)
     interrupted: bool = False
 
@@ -75,31 +76,3 @@ class Trials:
         self.done.append(trial)
         self.on_trial(trial)
         return loss
-
-    @contextmanager
-    def until_interrupted(self) -> Iterator[None]:
-        """Ctrl-C inside ends the block and keeps what was done; where that is nothing it goes through."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            if not self.done:
-                raise
-            self.interrupted = True
-
-
-@dataclass(frozen=True)
-class Found:
-    """A finished search at one budget.
-
-    Attributes:
-        trials: All that were run.
-        baseline: The preset at the same budget and its loss; None where it cannot meet the budget.
-    """
-
-    trials: Trials
-    baseline: tuple[PruningSchedule, float] | None
-
-    @property
-    def budget(self) -> float:
-        """The `flops_ratio` that all candidates have."""
-        return self.trials.space.budget
