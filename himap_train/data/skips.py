@@ -34,6 +34,8 @@ class SkipLog:
         self._size = size
         used = size if used is None or size is None else min(used, size)
         self.limit = skip_limit(used, max_skipped)
+        self.reasons: list[str] = []
+        """What this process was told, one line a record."""
         self._skipped = torch.zeros(1 if size is None else size, dtype=torch.int32).share_memory_()
 
     @property
@@ -47,6 +49,7 @@ class SkipLog:
         Raises:
             TooManySkippedError: one too many.
         """
+        self.reasons.append(str(error))
         if self._size is None:
             self._skipped[0] += 1
         elif self._skipped[index]:

@@ -78,7 +78,7 @@ def evaluate(
     encoder = Encoder(processor, longest, image_aspect_ratio, image_background)
     tokens: list[SampleTokens] = []
     predictions: list[Prediction] = []
-    skipped = _Skips(total, max_skipped)
+    skipped = SkipLog(total, max_skipped)
     with evaluation_mode(model), progress_bar("evaluating", total, progress) as advance:
         for count, batch, padded in _encoded(
             question_batches(source, batch_size, limit, skipped.add), encoder, scorers, skipped, num_workers
@@ -99,24 +99,12 @@ def evaluate(
         metric=scorers[0].name,
         overall=overall,
         types=types,
-        figures={name: value.item() for scorer in scorers for name, value in scorer.compute().items()},
+        figures={name: value for scorer in scorers for name, value in scorer.figures(scorer.rows()).items()},
         **vars(measured_tokens(samples, installed_schedule(model), base.config)),
         seconds=time.perf_counter() - start,
         predictions=[by_index[index] for index in sorted(by_index)],
         skipped=sorted({reason for _, _, reasons, _ in parts for reason in reasons}),
     )
-
-
-class _Skips:
-    """Reports each record that cannot be used, keeps the reasons, and gives up when there are too many."""
-
-    def __init__(self, total: int | None, max_skipped: int | float) -> None:
-        self.reasons: list[str] = []
-        self._log = SkipLog(total, max_skipped)
-
-    def add(self, index: int, error: RecordError) -> None:
-        self._log.add(index, error)
-        self.reasons.append(str(error))
 
 
 class _Encoding(Dataset[tuple[Batch | None, dict[int, RecordError]]]):
@@ -141,7 +129,7 @@ def _as_it_is(encoded: Any) -> Any:
 
 
 def _encoded(
-    batches: Iterator[list[Question]], encoder: Encoder, scorers: list[SampleMetric], skipped: _Skips, num_workers: int
+    batches: Iterator[list[Question]], encoder: Encoder, scorers: list[SampleMetric], skipped: SkipLog, num_workers: int
 ) -> Iterator[tuple[int, list[Question], Batch | None]]:
     """The number of questions read, those that can be used, and their batch: those that every metric can score,
     whatever the answer. Only conversations go to the workers, and only tensors come back.

@@ -25,17 +25,15 @@ class ExactMatch(SampleMetric):
     """Share of answers that equal an accepted answer, ignoring case, spaces at the ends and a final full stop."""
 
     name = "exact"
+    read = staticmethod(plain)
 
     def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
         """1.0 for a match, else 0.0."""
-        return (float(plain(prediction) in {plain(answer) for answer in answers}),)
+        return (float(self.read(prediction) in map(self.read, answers)),)
 
 
-class GQA(SampleMetric):
+class GQA(ExactMatch):
     """GQA (Hudson and Manning 2019): exact match that ignores case and punctuation."""
 
     name = "gqa"
-
-    def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
-        """1.0 for a match, else 0.0."""
-        return (float(without_punctuation(prediction) in {without_punctuation(answer) for answer in answers}),)
+    read = staticmethod(without_punctuation)

@@ -7,16 +7,15 @@ errors clustered by image) see all partners even when these were answered in dif
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torchmetrics import Metric
 
 from himap_train.data.records import Conversation, RecordError
-from himap_train.evaluation.statistics import mean_and_standard_error
 
 
 @dataclass(frozen=True)
@@ -52,20 +51,16 @@ _Row = tuple[tuple[float, ...], str, str, tuple[str, Sequence[str]]]
 """Numbers, cluster, group, and the answer with its references."""
 
 
-class SampleMetric(Metric):
+class SampleMetric(ABC):
     """Scores each answer by `measure`; the first number that `measure` returns is the sample's score in [0, 1].
 
-    Rows of several processes are joined by `join`, once, together with all else that an evaluation gathers, and not by
-    torchmetrics, which would need them as tensors.
+    Rows of several processes are joined by `join`, once, together with all else that an evaluation gathers.
     """
 
     name: ClassVar[str]
     reads_answers: ClassVar[bool] = True
-    full_state_update = False
-    higher_is_better = True
 
     def __init__(self) -> None:
-        super().__init__(sync_on_compute=False)
         self._rows: dict[str, _Row] = {}  # by key
 
     @abstractmethod
@@ -137,15 +132,6 @@ class SampleMetric(Metric):
             figures[f"{self.name}/{group}"] = rows.values[rows.where(group), 0].mean().item()
         return figures
 
-    def compute(self) -> dict[str, torch.Tensor]:
-        """`figures` of the rows held now, as tensors."""
-        return {name: torch.tensor(value) for name, value in self.figures(self.rows()).items()}
-
-    def reset(self) -> None:
-        """Forget all rows."""
-        super().reset()
-        self._rows = {}
-
     def summary(self) -> tuple[GroupScore, dict[str, GroupScore]]:
         """Mean score with its standard error, overall and per type."""
         rows = self.rows()
@@ -156,3 +142,33 @@ class SampleMetric(Metric):
 def _score(rows: Rows, chosen: torch.Tensor) -> GroupScore:
     scores = rows.values[chosen, 0]
     return GroupScore(*mean_and_standard_error(scores, rows.clusters[chosen]), count=len(scores))
+
+
+def mean_and_standard_error(scores: torch.Tensor, clusters: torch.Tensor) -> tuple[float, float]:
+    """Mean of the scores and its cluster-robust standard error: questions about one image are not independent.
+
+        With one sample a cluster this is the ordinary standard error of a mean, which for right/wrong scores is the
+        binomial one (up to the factor N / (N - 1)).
+
+        Args:
+            scores: (N,) floating point, one score a sample.
+            clusters: (N,) integers; samples with the same number belong together.
+
+        Returns:
+            Mean, and for C clusters sqrt(C / (C - 1) * sum_c (sum_{i in c} (score_i - mean))^2) / N; NaN where fewer than
+        two clusters tell nothing of the spread.
+
+    Raises:
+            ValueError: there are no scores.
+    """
+    if scores.numel() == 0:
+        raise ValueError("no sample was scored; check the data source and the limit")
+    scores = scores.double()
+    mean = scores.mean()
+    _, index = torch.unique(clusters, return_inverse=True)
+    count = int(index.max()) + 1
+    if count < 2:
+        return mean.item(), math.nan
+    sums = torch.zeros(count, dtype=torch.float64).index_add_(0, index, scores - mean)
+    variance = count / (count - 1) * sums.square().sum() / scores.numel() ** 2
+    return mean.item(), math.sqrt(variance.item())

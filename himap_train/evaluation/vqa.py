@@ -55,9 +55,9 @@ def normalise(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def split_words(text: str) -> str:
-    """The extra first step of the TextVQA evaluation: lower case, no comma or question mark, the possessive apart."""
-    return text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+def normalise_text(text: str) -> str:
+    """As TextVQA's evaluation, which has a first step: lower case, no comma or question mark, the possessive apart."""
+    return normalise(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
 
 
 def vqa_score(prediction: str, answers: Sequence[str]) -> float:
@@ -80,17 +80,15 @@ class VQAAccuracy(SampleMetric):
     """VQAv2's accuracy. `answers` are those of the annotators, repetitions included."""
 
     name = "vqa"
+    read = staticmethod(normalise)
 
     def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
         """The sample's accuracy in [0, 1]."""
-        return (vqa_score(normalise(prediction), [normalise(answer) for answer in answers]),)
+        return (vqa_score(self.read(prediction), [self.read(answer) for answer in answers]),)
 
 
-class TextVQAAccuracy(SampleMetric):
+class TextVQAAccuracy(VQAAccuracy):
     """TextVQA's accuracy: the same with words split first."""
 
     name = "textvqa"
-
-    def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
-        """The sample's accuracy in [0, 1]."""
-        return (vqa_score(normalise(split_words(prediction)), [normalise(split_words(answer)) for answer in answers]),)
+    read = staticmethod(normalise_text)

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from himap_train.evaluation.result import Prediction
-from himap_train.evaluation.vqa import normalise, split_words
+from himap_train.evaluation.vqa import normalise_text
 
 SUBMISSIONS = ("submission.json", "submission.jsonl", "submission.xlsx", "submission.tsv")
 Row = dict[str, Any]
 
 _FORMS: dict[str, Callable[[Prediction, Row], Row]] = {
-    "vqa": lambda one, row: {"question_id": _number(one.id), "answer": normalise(split_words(one.prediction))},
-    "vizwiz": lambda one, row: {"image": row.get("image", one.id), "answer": normalise(split_words(one.prediction))},
+    "vqa": lambda one, row: {"question_id": _number(one.id), "answer": normalise_text(one.prediction)},
+    "vizwiz": lambda one, row: {"image": row.get("image", one.id), "answer": normalise_text(one.prediction)},
     "docvqa": lambda one, row: {"questionId": _number(one.id), "answer": one.prediction},
     "mmvet": lambda one, row: {f"v1_{one.id.removeprefix('v1_')}": one.prediction},
     "llava-bench": lambda one, row: {
