@@ -18,7 +18,7 @@ from himap_train.data.encode import Encoder
 from himap_train.data.pixel_modes import Background
 from himap_train.data.records import Conversation, Turn
 from himap_train.data.scene_questions import SceneQuestions
-from himap_train.evaluation.token_counts import measured_tokens
+from himap_train.evaluation.result import measured_tokens
 from himap_train.models.families.base import AspectRatio
 from himap_train.models.stock import base_model
 from himap_train.pruning.presets import PRESETS

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from himap_train.analysis.flow_report import CUTS, FLOW, MAP, PICTURE, print_cuts, save_flow, save_map
+from himap_train.analysis.flow_report import FLOW, KNOCKOUTS, MAP, PICTURE, print_cuts, save_flow, save_map
 from himap_train.analysis.flow_table import cut_rows, flow_rows, image_over_instruction
 from himap_train.analysis.knockout import KnockedOut, knock_out, passes, windows
 from himap_train.analysis.saliency import Formula, measure
@@ -27,8 +27,7 @@ from himap_train.evaluation.samples import open_samples
 from himap_train.evaluation.tables import json_ready
 from himap_train.models.stock import base_model
 from himap_train.search.flow import mean_image_to_text, reason, suggest
-from himap_train.search.search_folder import schedule_file
-from himap_train.search.show import print_flow
+from himap_train.search.search_folder import print_flow, schedule_file
 from himap_train.search.space import Space
 
 FACTS = "flow.json"
@@ -66,7 +65,7 @@ def main(
         seed: Seed of the drawn samples, and of the cuts' controls.
         **opened: Options of `open_samples`.
     """
-    files = (FLOW, CUTS, FACTS, PICTURE, MAP, schedule_file(budget))
+    files = (FLOW, KNOCKOUTS, FACTS, PICTURE, MAP, schedule_file(budget))
     new_output_folder(output, files, overwrite)
     model, _, drawn = open_samples(
         checkpoint, data, samples=samples, batch_size=batch_size, seed=seed, each_turn=True, **opened

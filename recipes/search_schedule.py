@@ -25,8 +25,15 @@ from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.flow import mean_image_to_text
 from himap_train.search.objective import Objective
 from himap_train.search.proposals import Method, search_budget
-from himap_train.search.search_folder import FACTS, PICTURE, TRIALS, save_search, schedule_file
-from himap_train.search.show import print_flow, print_search
+from himap_train.search.search_folder import (
+    FACTS,
+    PICTURE,
+    TRIALS,
+    print_flow,
+    print_search,
+    save_search,
+    schedule_file,
+)
 from himap_train.search.space import Space
 from himap_train.search.trials import Trials
 

@@ -31,7 +31,7 @@ from himap_train.evaluation.budgeted import prompt_tokens, run_at_budget
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.lmms_eval import manifest
 from himap_train.evaluation.lmms_eval.requests import Answering, to_conversation, user_message
-from himap_train.evaluation.token_counts import SampleTokens, report
+from himap_train.evaluation.result import SampleTokens, report
 
 SCHEDULE = PruningSchedule((PruningStage(2, "instruction", 0.5), PruningStage(4, "image", 0.125)))
 HARNESS = find_spec("lmms_eval") is not None
@@ -305,7 +305,7 @@ def choices(doc):
     return [*CHOICES, *([doc["answer"]] if doc["answer"] not in CHOICES else [])]
 
 def score(doc, results):
-    from himap_train.evaluation.exact import ExactMatch
+    from himap_train.evaluation.text import ExactMatch
     return {"accuracy": ExactMatch().measure(results[0], [doc["answer"]], {})[0]}
 """
 

@@ -18,10 +18,9 @@ from himap_train.evaluation.choice import (
     read_reference,
     strict_letter,
 )
-from himap_train.evaluation.exact import GQA, ExactMatch
 from himap_train.evaluation.metrics import METRICS, make_metrics
 from himap_train.evaluation.sample_metric import mean_and_standard_error
-from himap_train.evaluation.text import ANLS, RelaxedAccuracy, anls_score, relaxed_match
+from himap_train.evaluation.text import ANLS, GQA, ExactMatch, RelaxedAccuracy, anls_score, relaxed_match
 from himap_train.evaluation.vqa import TextVQAAccuracy, VQAAccuracy, normalise, vqa_score
 from himap_train.evaluation.yes_no import MME, POPE, mme_answer, pope_answer
 from himap_train.processes import from_all

@@ -16,7 +16,7 @@ from himap_train.data.encode import Encoder
 from himap_train.data.images import open_image
 from himap_train.data.records import Conversation
 from himap_train.evaluation.answering import answer_batch, evaluation_mode
-from himap_train.evaluation.token_counts import SampleTokens
+from himap_train.evaluation.result import SampleTokens
 from himap_train.models.install import install_pruning, pruning_of, record_pruning, remove_pruning, running
 from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule

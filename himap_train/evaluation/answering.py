@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from himap_train.data.batches import pad_token_id_of
 from himap_train.data.encode import IGNORED
 from himap_train.data.end_of_answer import end_token_ids
-from himap_train.evaluation.token_counts import SampleTokens
+from himap_train.evaluation.result import SampleTokens
 from himap_train.models.features import (
     encode_nothing,
     hidden_states,

@@ -16,8 +16,8 @@ from unicodedata import normalize
 
 import torch
 
-from himap_train.evaluation.exact import plain
 from himap_train.evaluation.sample_metric import Rows, SampleMetric
+from himap_train.evaluation.text import plain
 
 CIRCULAR_OFFSET = 1_000_000
 """MMBench numbers the rotations of question i as i, i + 10^6, i + 2 * 10^6, ..."""

@@ -22,9 +22,8 @@ from himap_train.data.skips import SkipLog
 from himap_train.evaluation.answering import answer_batch, evaluation_mode
 from himap_train.evaluation.metrics import make_metrics
 from himap_train.evaluation.questions import Question, question_batches, source_length
-from himap_train.evaluation.result import EvaluationResult, Prediction
+from himap_train.evaluation.result import EvaluationResult, Prediction, SampleTokens, measured_tokens
 from himap_train.evaluation.sample_metric import SampleMetric
-from himap_train.evaluation.token_counts import SampleTokens, measured_tokens
 from himap_train.models.families.base import AspectRatio
 from himap_train.models.stock import base_model
 from himap_train.processes import from_all

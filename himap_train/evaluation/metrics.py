@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from himap_train.evaluation.captions import CIDEr
 from himap_train.evaluation.choice import CircularChoice, MultipleChoice, StrictChoice
-from himap_train.evaluation.exact import GQA, ExactMatch
 from himap_train.evaluation.sample_metric import SampleMetric
-from himap_train.evaluation.text import ANLS, RelaxedAccuracy
+from himap_train.evaluation.text import ANLS, GQA, ExactMatch, RelaxedAccuracy
 from himap_train.evaluation.vqa import TextVQAAccuracy, VQAAccuracy
 from himap_train.evaluation.yes_no import MME, POPE
 

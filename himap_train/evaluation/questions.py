@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -120,7 +120,7 @@ def numbered_records(source: Source | StreamingSource) -> Iterator[tuple[int, Ca
         yield from ((index, partial(source.__getitem__, index)) for index in range(len(source)))
     else:
         stream: Iterable[Conversation] = cast(Any, source)
-        yield from ((index, partial(_given, conversation)) for index, conversation in enumerate(stream))
+        yield from ((index, partial(replace, conversation)) for index, conversation in enumerate(stream))
 
 
 def _listed(value: str) -> list[Any]:
@@ -129,10 +129,6 @@ def _listed(value: str) -> list[Any]:
     if len(found) == 1 and isinstance(found[0], dict) and isinstance(found[0].get("answer"), list):
         return found[0]["answer"]  # a column of objects as `datasets` gives it: {"answer": [...], "answer_id": [...]}
     return [item.get("answer") if isinstance(item, dict) else item for item in found]
-
-
-def _given(conversation: Conversation) -> Conversation:
-    return conversation
 
 
 def _length(question: Question) -> tuple[int, int]:

@@ -147,19 +147,19 @@ def _score(rows: Rows, chosen: torch.Tensor) -> GroupScore:
 def mean_and_standard_error(scores: torch.Tensor, clusters: torch.Tensor) -> tuple[float, float]:
     """Mean of the scores and its cluster-robust standard error: questions about one image are not independent.
 
-        With one sample a cluster this is the ordinary standard error of a mean, which for right/wrong scores is the
-        binomial one (up to the factor N / (N - 1)).
+    With one sample a cluster this is the ordinary standard error of a mean, which for right/wrong scores is the
+    binomial one (up to the factor N / (N - 1)).
 
-        Args:
-            scores: (N,) floating point, one score a sample.
-            clusters: (N,) integers; samples with the same number belong together.
+    Args:
+        scores: (N,) floating point, one score a sample.
+        clusters: (N,) integers; samples with the same number belong together.
 
-        Returns:
-            Mean, and for C clusters sqrt(C / (C - 1) * sum_c (sum_{i in c} (score_i - mean))^2) / N; NaN where fewer than
+    Returns:
+        Mean, and for C clusters sqrt(C / (C - 1) * sum_c (sum_{i in c} (score_i - mean))^2) / N; NaN where fewer than
         two clusters tell nothing of the spread.
 
     Raises:
-            ValueError: there are no scores.
+        ValueError: there are no scores.
     """
     if scores.numel() == 0:
         raise ValueError("no sample was scored; check the data source and the limit")

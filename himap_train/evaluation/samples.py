@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from himap_train.checkpoints.scheduled import Dtype, load_with_schedule
 from himap_train.data.batches import collate, pad_token_id_of
@@ -90,20 +91,6 @@ class EncodedSamples:
         return {"image_tokens": round(self.image_tokens), "text_tokens": round(self.text_tokens)}
 
 
-class _Drawn:
-    """Some records of a source, drawn at random and in the source's order."""
-
-    def __init__(self, source: Source, count: int, seed: int) -> None:
-        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
-        self.source, self.indices = source, sorted(order[:count].tolist())
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Conversation:
-        return self.source[self.indices[index]]
-
-
 def open_samples(
     checkpoint: str,
     data: str,
@@ -162,7 +149,10 @@ def read_samples(
     """
     if min(samples, batch_size) < 1:
         raise ValueError(f"{samples} samples in batches of {batch_size}: both must be at least 1")
-    drawn = _Drawn(source, samples, seed) if isinstance(source, Source) else source
+    drawn: Any = source
+    if isinstance(source, Source):
+        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
+        drawn = Subset(cast(Any, source), sorted(order[:samples].tolist()))
     base: Any = base_model(model)
     encoder = Encoder(processor, base.config.text_config.max_position_embeddings, image_aspect_ratio)
     skipped = SkipLog(source_length(drawn, samples), max_skipped)

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from himap_train.evaluation.chart import draw_chart
 from himap_train.evaluation.compare import Row
+from himap_train.evaluation.result import Measured
 from himap_train.evaluation.sample_metric import GroupScore
-from himap_train.evaluation.token_counts import Measured
 from himap_train.storage import atomic_file
 
 FILES = ("metrics.json", "table.md", "accuracy.png")

@@ -1,11 +1,13 @@
-"""Answers read off documents and charts: ANLS for DocVQA (Biten et al. 2019), relaxed accuracy for ChartQA (Methani et
-al. 2020).
+"""Answers of a word or a few that are compared as texts: exactly, as GQA does, and read off documents and charts: ANLS
+for DocVQA (Biten et al. 2019), relaxed accuracy for ChartQA (Methani et al. 2020).
 """
 
 from __future__ import annotations
 
 import math
+import string
 from collections.abc import Mapping, Sequence
+from unicodedata import normalize
 
 from torchmetrics.functional.text import edit_distance
 
@@ -13,6 +15,7 @@ from himap_train.evaluation.sample_metric import SampleMetric
 
 ANLS_THRESHOLD = 0.5
 RELAXED_TOLERANCE = 0.05
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def anls_score(prediction: str, answers: Sequence[str]) -> float:
@@ -69,3 +72,31 @@ class RelaxedAccuracy(SampleMetric):
     def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
         """1.0 for a match with one of the answers."""
         return (float(any(relaxed_match(prediction, answer) for answer in answers)),)
+
+
+def plain(text: str) -> str:
+    """Lower case, single spaces, without a final full stop, each letter with its accents as one character."""
+    return " ".join(normalize("NFC", text).lower().split()).rstrip(".").strip()
+
+
+def without_punctuation(text: str) -> str:
+    """Lower case, single spaces, ASCII punctuation removed, each letter with its accents as one character."""
+    return " ".join(normalize("NFC", text).lower().translate(_PUNCTUATION).split())
+
+
+class ExactMatch(SampleMetric):
+    """Share of answers that equal an accepted answer, ignoring case, spaces at the ends and a final full stop."""
+
+    name = "exact"
+    read = staticmethod(plain)
+
+    def measure(self, prediction: str, answers: Sequence[str], meta: Mapping[str, str]) -> tuple[float, ...]:
+        """1.0 for a match, else 0.0."""
+        return (float(self.read(prediction) in map(self.read, answers)),)
+
+
+class GQA(ExactMatch):
+    """GQA (Hudson and Manning 2019): exact match that ignores case and punctuation."""
+
+    name = "gqa"
+    read = staticmethod(without_punctuation)

@@ -24,7 +24,7 @@ from himap_train.evaluation.answering import answer_batch, answer_losses, evalua
 from himap_train.evaluation.budgeted import check_budget_argument, prompt_tokens, require_stages, run_at_budget
 from himap_train.evaluation.lmms_eval import harness
 from himap_train.evaluation.lmms_eval.requests import Answering, to_conversation, user_message
-from himap_train.evaluation.token_counts import SampleTokens, report
+from himap_train.evaluation.result import SampleTokens, report
 from himap_train.models.families.base import AspectRatio
 from himap_train.models.install import change_schedule
 from himap_train.models.stock import base_model
