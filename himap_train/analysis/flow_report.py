@@ -128,14 +128,13 @@ def _cuts(axes: Axes, knocked_out: Sequence[KnockedOut]) -> None:
         axes.set(title="answers with a window of layers cut", ylabel="accuracy", ylim=(0, 1.02))
 
 
-def weights_over_image(flow: SampleFlow, tokens: int, most: int = 3) -> dict[int, dict[int, float]]:
-    """For `draw_kept`: of the layers in which the first image gives most to text what its tokens give, 1 at most.
+def weights_over_image(flow: SampleFlow, tokens: int) -> dict[int, dict[int, float]]:
+    """For `draw_kept`: of the three layers in which the first image gives most to text what its tokens give, 1 at most.
 
     Args:
         flow: Of a sample.
         tokens: Image tokens of its first image.
-        most: So many layers at most, by depth.
     """
     given = flow.image_to_text[:, :tokens]
-    layers = sorted(given.sum(1).topk(min(most, len(given))).indices.tolist())
+    layers = sorted(given.sum(1).topk(min(3, len(given))).indices.tolist())
     return {layer: dict(enumerate((given[layer] / given[layer].max()).nan_to_num().tolist())) for layer in layers}

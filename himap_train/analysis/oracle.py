@@ -18,6 +18,8 @@ from himap_train.pruning.methods.base import Method, Reads, Seen
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.stage import PruningStage
 
+_BATCH, _LONGEST = 64, 16  # questions, tokens of an answer
+
 
 @dataclass(frozen=True)
 class Oracle(Method):
@@ -42,9 +44,7 @@ class Oracle(Method):
         return -even
 
 
-def oracle_accuracy(
-    model: nn.Module, processor: Any, source: Source, keep_ratio: float, batch_size: int = 64, max_new_tokens: int = 16
-) -> dict[str, float]:
+def oracle_accuracy(model: nn.Module, processor: Any, source: Source, keep_ratio: float) -> dict[str, float]:
     """Exact match by question type ("all": over all of them) where an oracle chooses before the decoder.
 
     Args:
@@ -52,19 +52,17 @@ def oracle_accuracy(
         processor: Its processor.
         source: Questions whose `meta["patches"]` names the image tokens that they are about.
         keep_ratio: Fraction of the image tokens that stay.
-        batch_size: Questions a batch.
-        max_new_tokens: Where an answer is cut.
     """
-    encoder = Encoder(processor, base_model(model).config.text_config.max_position_embeddings - max_new_tokens)
+    encoder = Encoder(processor, base_model(model).config.text_config.max_position_embeddings - _LONGEST)
     right: dict[str, list[bool]] = {}
     with evaluation_mode(model):
-        for first in range(0, len(source), batch_size):
-            asked = [source[index] for index in range(first, min(first + batch_size, len(source)))]
+        for first in range(0, len(source), _BATCH):
+            asked = [source[index] for index in range(first, min(first + _BATCH, len(source)))]
             patches = tuple(tuple(map(int, one.meta.get("patches", "").split())) for one in asked)
             install_pruning(model, PruningSchedule((PruningStage(0, Oracle(patches), keep_ratio=keep_ratio),)))
             samples = [encoder.encode_prompt(one) for one in asked]
             batch = collate(samples, pad_token_id_of(processor.tokenizer), padding_side="left")
-            answers, _ = answer_batch(model, processor, batch, max_new_tokens)
+            answers, _ = answer_batch(model, processor, batch, _LONGEST)
             for one, answer in zip(asked, answers, strict=True):
                 right.setdefault(one.meta["type"], []).append(answer == one.answer)
     remove_pruning(model)

@@ -71,7 +71,6 @@ class EncodedSamples:
         image_tokens: Image tokens of a sample, mean.
         text_tokens: Text tokens of a sample, mean.
         supervised: Positions that are predicted, of all samples.
-        without_image: Samples that were read and left out.
         first: A record that is among them.
         encoder: What encoded them.
     """
@@ -81,7 +80,6 @@ class EncodedSamples:
     image_tokens: float
     text_tokens: float
     supervised: int
-    without_image: int
     first: Conversation
     encoder: Encoder
 
@@ -175,7 +173,6 @@ def read_samples(
         image_tokens=image / len(encoded),
         text_tokens=(lengths - image) / len(encoded),
         supervised=sum(int((sample["labels"][1:] != IGNORED).sum()) for sample in encoded),
-        without_image=without_image,
         first=first,
         encoder=encoder,
     )

@@ -44,7 +44,7 @@ def save_table(rows: Sequence[Row], folder: Path | str, facts: dict[str, Any] | 
     return text
 
 
-def print_table(rows: Sequence[Row], title: str | None = None) -> None:
+def print_table(rows: Sequence[Row]) -> None:
     """The table on standard output, turned: one column a row, as many beside one another as fit with no word cut."""
     console = Console()
     names, *cells = _cells(rows)
@@ -53,7 +53,7 @@ def print_table(rows: Sequence[Row], title: str | None = None) -> None:
         widths = [_least_width(column, console.width) for column in (names, *cells)]
         fits = np.cumsum(widths)[1:] < console.width
         shown = [names, *cells[: max(1, fits.sum())]]
-        table = Table(title=title)
+        table = Table()
         for number, (column, width) in enumerate(zip(shown, widths, strict=False)):
             side: Literal["left", "right"] = "right" if number else "left"
             table.add_column(column[0], justify=side, min_width=width - 4, overflow="fold")
