@@ -49,7 +49,7 @@ def figures(task: Task, *said: str) -> dict[str, float]:
             [str(question.index) for question in questions],
             [question.cluster for question in questions],
         )
-        found |= {name: value.item() for name, value in metric.compute().items()}
+        found |= metric.figures(metric.rows())
     return found
 
 
