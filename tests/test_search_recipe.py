@@ -82,7 +82,7 @@ def test_ctrl_c_saves_what_was_tried(tmp_path: Path, monkeypatch, capsys, call: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--budget", "0.05"], "Give at least"),
+        (["--follow-links", "--budget", "0.05"], "Give at least"),  # an option of `open_samples`, and without a value
         (["--budget", "0.4", "--budgets", "[0.4]"], "give --budget 0.4 or --budgets"),
         ([], "give --budget 0.4 or --budgets"),
         (["--budget", "0.4", "--criteria", "[instruction,imgae]"], "did you mean 'image'"),
