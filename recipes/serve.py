@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from himap_train.analysis.answered import prompt_encoder
 from himap_train.checkpoints.scheduled import AS_SAVED, installed_schedule, load_with_schedule
@@ -34,8 +34,7 @@ def main(
     private_addresses: bool = False,
     image_aspect_ratio: AspectRatio = "as_processor",
     image_background: Background = "white",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str = "auto",
+    **loading: Any,
 ) -> None:
     """Answer /v1/chat/completions until Ctrl-C.
 
@@ -51,8 +50,7 @@ def main(
         private_addresses: Fetch images from addresses of this machine and its network too.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
         image_background: Colour under a transparent image, "white" or "black".
-        dtype: Dtype of the weights; "auto" as they are stored.
-        device: "auto", "cpu", "cuda", "cuda:1", ...
+        **loading: Options of `load_with_schedule`.
     """
     try:
         import starlette  # noqa: F401
@@ -62,7 +60,7 @@ def main(
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError(f"--batch-size {batch_size} and --max-new-tokens {max_new_tokens} must be 1 or more")
     require_free_port(host, port)
-    model, processor = load_with_schedule(checkpoint, schedule, dtype, device)
+    model, processor = load_with_schedule(checkpoint, schedule, **loading)
     images = {"image_aspect_ratio": image_aspect_ratio, "image_background": image_background}
     encoder = prompt_encoder(model, processor, 1, **images)
     reader = Reader(name or checkpoint, encoder, max_new_tokens, image_folder, private_addresses)
