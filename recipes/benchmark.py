@@ -3,6 +3,7 @@
 python recipes/benchmark.py                                        # a small LLaVA, every method, some minutes
 python recipes/benchmark.py --size tiny --rounds 1                 # what the output looks like, in seconds
 python recipes/benchmark.py --methods [himap] --series [image_tokens,batch,depth,text_tokens]
+python recipes/benchmark.py --job true --peer_python ENV/bin/python # beside Trainer and TRL, files to adapter
 python recipes/benchmark.py --size llava-1.5-7b --device cuda --dtype bfloat16 --batch 8 --gradient_checkpointing true
 
 Weights are random; of times and memory that changes nothing. Every method is timed in pairs with dense.
@@ -18,10 +19,13 @@ from typing import Any, Literal
 import torch
 
 from himap_train.benchmark.bench import Settings
-from himap_train.benchmark.benchmark_tables import FILES, Results, save
+from himap_train.benchmark.benchmark_tables import FILES, save
 from himap_train.benchmark.contenders import DENSE, MEASURES, METHODS
 from himap_train.benchmark.environment import command_line, environment, load_average
-from himap_train.benchmark.measurements import run_jobs, series_jobs, table_job
+from himap_train.benchmark.job import PEERS, run_job
+from himap_train.benchmark.job_tables import JOB_FILES, save_job
+from himap_train.benchmark.measurements import planned, run_jobs
+from himap_train.benchmark.series import Point, points
 from himap_train.benchmark.sizes import find_size
 from himap_train.benchmark.timing import Clock
 from himap_train.benchmark.workload import Workload
@@ -36,8 +40,8 @@ def main(
     measures: list[str] = list(MEASURES),  # noqa: B006, B008
     series: list[str] = [],  # noqa: B006
     series_values: list[int] | None = None,
-    series_methods: list[str] = ["himap"],  # noqa: B006
-    series_measures: list[str] = ["training_step", "prefill"],  # noqa: B006
+    series_methods: list[str] = ["himap", "divprune", "average-pool", "hidrop"],  # noqa: B006
+    series_measures: list[str] = list(MEASURES),  # noqa: B006, B008
     rounds: int = 5,
     batch: int = 1,
     image_tokens: int = 576,
@@ -51,6 +55,13 @@ def main(
     threads: int | None = None,
     clock: Clock = "wall",
     seed: int = 0,
+    job: bool = False,
+    job_methods: list[str] = ["himap", DENSE, *PEERS],  # noqa: B006
+    job_records: int = 32,
+    job_epochs: int = 3,
+    job_workers: int = 0,
+    job_cache: bool = True,
+    peer_python: str = sys.executable,
     output: Path = Path("runs/benchmark"),
     overwrite: bool = False,
 ) -> None:
@@ -58,9 +69,9 @@ def main(
 
     Args:
         size: tiny, laptop, 100m, llava-1.5-7b, llava-1.5-13b or llava-next-34b.
-        methods: Presets, schedules as YAML, hf-trainer, fastv-attention-maps, pyramiddrop-ranking, masking.
+        methods: Presets, schedules as YAML, fastv-attention-maps, pyramiddrop-ranking, masking, stock.
         measures: training_step, prefill, decode (one token), generate (64 tokens).
-        series: Also along image_tokens, batch, depth or text_tokens.
+        series: Also along image_tokens, dynamic_resolution, batch, depth or text_tokens.
         series_values: The values of the axis instead of its own; with one series.
         series_methods: Methods of the series.
         series_measures: Measures of the series.
@@ -77,7 +88,14 @@ def main(
         threads: Threads of the CPU; by default torch's own choice.
         clock: On a CPU, "wall", or "cpu" for the time of this process alone (one thread, on a machine that is shared).
         seed: Seed of weights and inputs.
-        output: Folder for benchmark.json, benchmark.md, methods.png and series.png.
+        job: Time whole fine-tunings instead, from a LLaVA file and images to a saved adapter.
+        job_methods: What fine-tunes: methods, hf-trainer (Trainer and PEFT) and trl (SFTTrainer).
+        job_records: Records of the file.
+        job_epochs: How often each is trained on.
+        job_workers: Processes that load data.
+        job_cache: Whether our jobs keep what the frozen tower makes of each image.
+        peer_python: Python of the environment that hf-trainer and trl run in.
+        output: Folder for benchmark.json, benchmark.md and series.png; or job.json and job.md.
         overwrite: Replace results that are there.
 
     Raises:
@@ -98,17 +116,25 @@ def main(
         clock=clock,
     )
     workload = Workload(batch, image_tokens, text_before, text_after)
-    jobs = [table_job(settings, workload, methods, measures)] if methods else []
+    here = Point(None, 0, settings.size, workload)
+    jobs = planned([here], settings, methods, measures) if methods and not job else []
     for axis in series:
-        jobs += series_jobs(axis, settings, workload, series_methods, series_measures, series_values)
-    new_output_folder(output, FILES, overwrite)
+        along = points(axis, settings.size, workload, series_values)
+        jobs += planned(along, settings, series_methods, series_measures)
+    new_output_folder(output, JOB_FILES if job else FILES, overwrite)
 
     shown = {"size": size, **asdict(workload), "dtype": dtype, "attention": attention, "rounds": rounds, "clock": clock}
     shown |= {"whole_model": whole_model, "gradient_checkpointing": gradient_checkpointing}
     facts: dict[str, Any] = {"command": command_line(), "environment": environment(place), "settings": shown}
+    if job:
+        how: dict[str, Any] = {"records": job_records, "epochs": job_epochs, "workers": job_workers, "cache": job_cache}
+        done = run_job(job_methods, settings, workload, **how, threads=threads, peer_python=peer_python, folder=output)
+        facts |= {"load_after": load_average(), "settings": shown | how}
+        print(save_job(facts, done, output))
+        return
     rows, found = run_jobs(jobs)
     facts["load_after"] = load_average()
-    print(save(Results(facts, rows, found), output))
+    print(save(facts, rows, found, output))
     print(f"saved in {output}")
 
 

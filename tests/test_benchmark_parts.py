@@ -10,7 +10,7 @@ import torch
 from cost_toys import LLAVA_7B
 from torch import Tensor
 
-from himap_train import PruningSchedule, PruningStage, install_pruning, remove_pruning
+from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning, remove_pruning
 from himap_train.benchmark import contenders as methods_module
 from himap_train.benchmark import timing
 from himap_train.benchmark.bounds import decode_ratio, step_flops
@@ -216,8 +216,54 @@ def test_series_change_one_thing() -> None:
     assert [point.size.layers for point in found["depth"]] == [6, 12, 24]
     assert all(point.workload.text_tokens == point.value for point in found["text_tokens"])
     assert all(point.workload.batch == point.value and point.size == size for point in found["batch"])
+    assert all(point.workload.mixed and point.workload.batch == 4 for point in found["dynamic_resolution"])
     with pytest.raises(ValueError, match="did you mean 'depth'"):
         list(points("dept", size, workload))
+
+
+def test_mixed_samples_have_their_own_tokens_and_padding_before_them() -> None:
+    workload, model = Workload(6, 50, 5, 12, mixed=True), build_model(find_size("tiny"))
+    counts = [50, 40, 30, 20, 10, 50]
+    assert [sample.image_tokens for sample in workload.samples] == counts and workload.tokens == sum(counts) + 6 * 17
+    batch = make_batch(model, workload)
+    mask = batch.given["attention_mask"]
+    assert mask.sum(1).tolist() == [count + 17 for count in counts] and bool(mask[:, -1].all())
+    image = batch.input_ids == model.config.image_token_id
+    assert image.sum(1).tolist() == counts and not (image & ~mask.bool()).any()
+    alone = make_batch(model, Workload(1, 30, 5, 12))
+    row = batch.input_ids[2:3, mask[2].bool()]
+    method = find_method("himap", 4)
+    with torch.no_grad(), method.active(model):
+        given = {"labels": batch.labels, "input_ids": batch.input_ids}
+        mixed = hidden_states(model, **given, **batch.for_states())[2, mask[2].bool()]
+        encoded = {"mm_encoder_outputs": {"image": replace_features(alone, batch.features[2])}}
+        single = hidden_states(model, input_ids=row, labels=batch.labels[2:3, mask[2].bool()], **encoded)[0]
+    torch.testing.assert_close(mixed, single, atol=1e-4, rtol=1e-4)
+
+
+def replace_features(batch: Any, features: Tensor) -> Any:
+    encoded = batch.images()["mm_encoder_outputs"]["image"]
+    encoded.pooler_output = [features]
+    return encoded
+
+
+def test_bounds_of_mixed_samples_are_those_of_each() -> None:
+    schedule, mixed = PruningSchedule.from_preset("himap"), Workload(2, 50, 5, 12, mixed=True)
+    bytes_of = [schedule.cost(LLAVA_7B, image_tokens=count, text_tokens=17).kv_bytes for count in (50, 40)]
+    dense = [PruningSchedule().cost(LLAVA_7B, image_tokens=count, text_tokens=17).kv_bytes for count in (50, 40)]
+    assert decode_ratio(schedule, LLAVA_7B, mixed, 10**6, 2) == (10**6 + sum(bytes_of)) / (10**6 + sum(dense))
+
+
+def test_dense_has_what_pruned_rows_have_and_removes_nothing() -> None:
+    model = build_model(find_size("tiny"))
+    batch = make_batch(model, SMALL)
+    stock = states_of(model, batch, False)
+    with find_method("dense", 4).active(model), record_pruning(model) as trace:
+        found = states_of(model, batch, False)
+    assert [len(row) for stage in trace.kept for row in stage] == [57, 57]
+    torch.testing.assert_close(found, stock)
+    with find_method("stock", 4).active(model):
+        assert torch.equal(states_of(model, batch, False), stock)
 
 
 @pytest.mark.parametrize("change", [{"batch": 0}, {"image_tokens": 0}, {"text_after": 1}, {"text_before": 0}])

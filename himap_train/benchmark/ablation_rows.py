@@ -82,10 +82,11 @@ def measured(
 
     The model is stock and in evaluation mode, before and after.
     """
-    method, dense = scheduled("", run[0]), find_method(DENSE, 0)
+    dense = find_method(DENSE, 0)
     torch.manual_seed(run[1])
-    with method.active(model):
+    with scheduled("", run[0]).active(model):
         found = evaluate_row("", model, processor, source, **settings, progress=False).to_dict()
+    method = dense if run[0].dense else scheduled("", run[0])
     for measure in ("decode", "prefill"):
         theirs, ours = (inference_task(measure, model, which, batch) for which in (dense, method))
         pairs = time_pairs(theirs, ours, rounds, batch.input_ids.device, clock=clock)

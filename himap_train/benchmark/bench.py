@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,15 +133,18 @@ class Bench:
         lora = lora_parameters(self.model) if measure == "training_step" else [0] * self.settings.size.layers
         whole, checkpointing = self.settings.whole, self.settings.checkpointing
         dense, pruned = (
-            step_flops(
-                measure,
-                kind,
-                self.config,
-                self.workload,
-                lora_parameters=lora,
-                whole=whole,
-                checkpointing=checkpointing,
-                causal=causal,
+            statistics.fmean(
+                step_flops(
+                    measure,
+                    kind,
+                    self.config,
+                    sample,
+                    lora_parameters=lora,
+                    whole=whole,
+                    checkpointing=checkpointing,
+                    causal=causal,
+                )
+                for sample in self.workload.samples
             )
             for kind in (PruningSchedule(), schedule)
         )

@@ -66,9 +66,14 @@ def decode_ratio(
     schedule: PruningSchedule, config: Any, workload: Workload, weights: int, bytes_per_value: int
 ) -> float:
     """Bytes that decoding a token reads, pruned / dense: all weights once, and the cache of each sample."""
-    sample = workload.image_tokens, workload.text_tokens
     pruned, dense = (
-        weights + workload.batch * schedule_cost(kind, config, *sample, bytes_per_value=bytes_per_value).kv_bytes
+        weights
+        + sum(
+            schedule_cost(
+                kind, config, sample.image_tokens, sample.text_tokens, bytes_per_value=bytes_per_value
+            ).kv_bytes
+            for sample in workload.samples
+        )
         for kind in (schedule, PruningSchedule())
     )
     return pruned / dense

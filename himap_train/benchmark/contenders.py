@@ -30,7 +30,9 @@ from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.stage import PruningStage
 
 DENSE = "dense"
-HF_TRAINER = "hf-trainer"
+KEEPS_ALL = PruningSchedule((PruningStage(1, "first-k", 1.0),))
+"""What dense is here: layer loop, attention kernel and loss as under pruning, and nothing is removed."""
+STOCK = "stock"
 EVERY_LAYER = "every-layer"
 LEARNING = "learning"
 MEASURES = ("training_step", "prefill", "decode", "generate")
@@ -42,7 +44,7 @@ class Method:
 
     Attributes:
         name: How it is asked for.
-        schedule: What it removes where; the bound follows from it. Empty for dense.
+        schedule: What it removes where; the bound follows from it.
         why: Why it costs what it costs.
         active: Makes a model run it inside the block.
         measures: What can be measured of it.
@@ -117,12 +119,12 @@ _PEERS = {
     ),
 }
 _WHY = {
-    DENSE: "every layer runs on all tokens",
+    DENSE: "every layer runs on all tokens, with the attention kernel and the loss that pruning has",
+    STOCK: "dense, with the stock forward: what is not 1 here is the layer loop and, on a CPU, attention in blocks",
     EVERY_LAYER: "tokens leave at every layer but the first; ranked by the layer before each",
     LEARNING: "the same schedule while its keep ratios get a gradient: every key has a bias, heads are 8 wider",
-    HF_TRAINER: "Trainer.training_step of a PEFT model: dense, and logits of all positions instead of the answer's",
 }
-METHODS = (DENSE, HF_TRAINER, EVERY_LAYER, LEARNING, *(name for name in PRESETS if name != "none"), *_PEERS)
+METHODS = (DENSE, STOCK, EVERY_LAYER, LEARNING, *(name for name in PRESETS if name != "none"), *_PEERS)
 
 
 def find_method(name: str, layers: int) -> Method:
@@ -135,9 +137,10 @@ def find_method(name: str, layers: int) -> Method:
     Raises:
         ValueError: There is no such method, or it keeps by attention mass.
     """
-    if name in (DENSE, HF_TRAINER):
-        measures = MEASURES if name == DENSE else MEASURES[:1]
-        return Method(name, PruningSchedule(), _WHY[name], lambda model: nullcontext(), measures)
+    if name == DENSE:
+        return Method(name, KEEPS_ALL, _WHY[name], partial(_pruned, KEEPS_ALL))
+    if name == STOCK:
+        return Method(name, PruningSchedule(), _WHY[name], lambda model: nullcontext())
     if name in (EVERY_LAYER, LEARNING):
         schedule = _every_layer(layers)
         if name == LEARNING:

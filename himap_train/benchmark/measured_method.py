@@ -24,7 +24,7 @@ class Row:
         ratio: Pair by pair.
         bound: What the ratio could be at least, by FLOPs or bytes; None where there is no such bound.
         causal_bound: The same where what the causal mask hides is no work; None but for FLOPs.
-        flops: FLOPs of dense and of the method, one sample; None where bytes are what counts.
+        flops: FLOPs of dense and of the method, mean of the samples; None where bytes are what counts.
         peak: Most bytes alive at once beside the weights.
         dense_peak: The same of dense.
         kv: Bytes of the cache after the prefill; None in training.

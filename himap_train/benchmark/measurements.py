@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -11,7 +11,7 @@ from himap_train.bar import progress_bar
 from himap_train.benchmark.bench import Bench, Settings
 from himap_train.benchmark.contenders import DENSE, MEASURES, find_method
 from himap_train.benchmark.measured_method import Row
-from himap_train.benchmark.series import points
+from himap_train.benchmark.series import Point
 from himap_train.benchmark.workload import Workload
 from himap_train.pruning.names import nearest
 
@@ -35,40 +35,28 @@ class Job:
     rows: list[tuple[str, str]]
 
 
-def table_job(settings: Settings, workload: Workload, methods: Sequence[str], measures: Sequence[str]) -> Job:
-    """All methods at one shape.
-
-    Raises:
-        ValueError: A name is unknown.
-    """
-    return Job(None, 0, settings, workload, _rows(settings, methods, measures))
-
-
-def series_jobs(
-    axis: str,
-    settings: Settings,
-    workload: Workload,
-    methods: Sequence[str],
-    measures: Sequence[str],
-    values: list[int] | None = None,
-) -> list[Job]:
-    """Some methods along one axis.
+def planned(points: Iterable[Point], settings: Settings, methods: Sequence[str], measures: Sequence[str]) -> list[Job]:
+    """Some methods at each point, for which the size of `settings` is replaced.
 
     Raises:
         ValueError: A name is unknown, or a value impossible.
     """
     return [
-        Job(axis, point.value, changed, point.workload, _rows(changed, methods, measures))
-        for point in points(axis, settings.size, workload, values)
+        Job(point.axis, point.value, changed, point.workload, _rows(changed, point.workload, methods, measures))
+        for point in points
         for changed in [replace(settings, size=point.size)]
     ]
 
 
-def _rows(settings: Settings, methods: Sequence[str], measures: Sequence[str]) -> list[tuple[str, str]]:
+def _rows(
+    settings: Settings, workload: Workload, methods: Sequence[str], measures: Sequence[str]
+) -> list[tuple[str, str]]:
     for measure in measures:
         if measure not in MEASURES:
             raise ValueError(f"measure {measure!r} is unknown{nearest(measure, MEASURES)}")
     found = [find_method(name, settings.size.layers) for name in methods if name != DENSE]
+    if peers := [method.name for method in found if method.peer and workload.mixed]:
+        raise ValueError(f"{', '.join(peers)} cannot be run on samples of several lengths, as peers know no padding")
     # Training comes last: it attaches LoRA to the model for good.
     ordered = [measure for measure in (*MEASURES[1:], MEASURES[0]) if measure in measures]
     return [(measure, method.name) for measure in ordered for method in found if measure in method.measures]

@@ -12,9 +12,9 @@ from himap_train.pruning.names import nearest
 
 @dataclass(frozen=True)
 class Point:
-    """One value of an axis, and the shapes that go with it."""
+    """One value of an axis, and the shapes that go with it; no axis for the shapes as they are given."""
 
-    axis: str
+    axis: str | None
     value: int
     size: Size
     workload: Workload
@@ -29,6 +29,14 @@ _AXES: dict[str, tuple[tuple[int, ...], Callable[[Size, Workload, int], tuple[Si
     "image_tokens": (
         (TOKENS_PER_IMAGE // 4, TOKENS_PER_IMAGE // 2, TOKENS_PER_IMAGE, 2 * TOKENS_PER_IMAGE, 5 * TOKENS_PER_IMAGE),
         lambda size, workload, value: (size, replace(workload, image_tokens=value)),
+    ),
+    "dynamic_resolution": (
+        (TOKENS_PER_IMAGE, 2 * TOKENS_PER_IMAGE, 5 * TOKENS_PER_IMAGE),
+        # Several samples, or there is nothing to mix.
+        lambda size, workload, value: (
+            size,
+            replace(workload, image_tokens=value, mixed=True, batch=max(4, workload.batch)),
+        ),
     ),
     "batch": ((1, 2, 4, 8), lambda size, workload, value: (size, replace(workload, batch=value))),
     "depth": ((6, 12, 24), lambda size, workload, value: (replace(size, layers=value), workload)),

@@ -6,7 +6,6 @@ Prefill and decoding run without LoRA, as a merged checkpoint does; the training
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -15,9 +14,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
-from himap_train.benchmark.contenders import HF_TRAINER, Method
+from himap_train.benchmark.contenders import Method
 from himap_train.benchmark.timing import Task
 from himap_train.benchmark.workload import Batch
 from himap_train.models.features import hidden_states
@@ -106,12 +104,10 @@ class TrainingSteps:
         self.device = batch.input_ids.device
         self.dtype = base_model(model).dtype
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        self._trainer: Any = None
 
     def task(self, method: Method) -> Task:
         """One step of a method."""
-        run = self._hugging_face if method.name == HF_TRAINER else partial(self._step, method.peer)
-        return Task(run, lambda: method.active(self.model))
+        return Task(partial(self._step, method.peer), lambda: method.active(self.model))
 
     def _step(self, peer: bool) -> None:
         base, batch = base_model(self.model), self.batch
@@ -127,30 +123,7 @@ class TrainingSteps:
                 hidden = hidden_states(self.model, **given, **batch.for_states())
             total, count = supervised_loss(hidden, batch.labels, base.lm_head)
         (total / count).backward()
-        self._update()
-
-    def _update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
         for feature in self.batch.features:
             feature.grad = None
-
-    def _hugging_face(self) -> None:
-        trainer = self._trainer or self._make_trainer()
-        inputs = {"input_ids": self.batch.input_ids, "labels": self.batch.labels, **self.batch.images()}
-        trainer.training_step(self.model, inputs)
-        self._update()
-
-    def _make_trainer(self) -> Any:
-        arguments = TrainingArguments(
-            output_dir=tempfile.gettempdir(),
-            per_device_train_batch_size=len(self.batch.input_ids),
-            use_cpu=self.device.type == "cpu",
-            bf16=self.dtype == torch.bfloat16,
-            fp16=self.dtype == torch.float16,
-            report_to=[],
-            save_strategy="no",
-        )
-        self._trainer = Trainer(model=self.model, args=arguments)
-        self._trainer.current_gradient_accumulation_steps = 1  # set by `train`, whose loop over data is not timed
-        return self._trainer

@@ -6,7 +6,7 @@ are the answer, which is what training predicts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,12 +26,15 @@ class Workload:
         image_tokens: Image tokens of each sample.
         text_before: Text tokens before the image.
         text_after: Text tokens behind it, question and answer.
+        mixed: Images of dynamic resolution: all of `image_tokens`, four fifths, three fifths and so on, sample by
+            sample, with padding before the shorter ones.
     """
 
     batch: int = 1
     image_tokens: int = 576
     text_before: int = 35
     text_after: int = 80
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         """Check what the tensors will need."""
@@ -52,9 +55,16 @@ class Workload:
         return self.text_before + self.text_after
 
     @property
+    def samples(self) -> list[Workload]:
+        """Each sample on its own."""
+        fifths = (5 - number % 5 if self.mixed else 5 for number in range(self.batch))
+        counts = (-(-self.image_tokens * part // 5) for part in fifths)
+        return [replace(self, batch=1, image_tokens=count, mixed=False) for count in counts]
+
+    @property
     def tokens(self) -> int:
-        """Tokens of the whole batch."""
-        return self.batch * (self.image_tokens + self.text_tokens)
+        """Tokens of the whole batch, without padding."""
+        return sum(sample.image_tokens + sample.text_tokens for sample in self.samples)
 
 
 @dataclass(frozen=True)
@@ -75,17 +85,17 @@ class Batch:
 
     def images(self) -> dict[str, Any]:
         """Keyword arguments of the model; made anew for each call, since `generate` takes entries out."""
-        if self.given:
+        if not self.features:
             return dict(self.given)
         features: Any = list(self.features)
         encoded: Any = BaseModelOutputWithPooling(pooler_output=features)
         # Any numbers, as the features are; the keys as wide as a head of the usual towers.
         encoded.tower_readings = torch.cat(features).detach()[:, :65].float()
-        return {"mm_encoder_outputs": {"image": encoded}}
+        return {"mm_encoder_outputs": {"image": encoded}, **self.given}
 
     def for_states(self) -> dict[str, Any]:
         """The same for `hidden_states`."""
-        return {"images": self.images()} if self.given else self.images()
+        return self.images() if self.features else {"images": self.images()}
 
     def tensors(self) -> list[Tensor]:
         """All that a call is given."""
@@ -98,23 +108,27 @@ def make_batch(model: LlavaForConditionalGeneration, workload: Workload, whole: 
     Raises:
         ValueError: A whole model is asked for a number of image tokens that no number of images has.
     """
-    if whole and workload.image_tokens % TOKENS_PER_IMAGE:
+    if whole and any(sample.image_tokens % TOKENS_PER_IMAGE for sample in workload.samples):
         raise ValueError(
             f"image_tokens={workload.image_tokens} is no multiple of {TOKENS_PER_IMAGE}, the tokens of one image; "
             "choose one, or leave the vision tower out with --whole_model=false"
         )
     noise = torch.Generator().manual_seed(seed)
     text: Any = model.config.text_config
-    ids = torch.randint(5, text.vocab_size, (workload.batch, workload.tokens // workload.batch), generator=noise)
-    ids[:, workload.text_before : workload.text_before + workload.image_tokens] = IMAGE_ID
+    length = workload.image_tokens + workload.text_tokens
+    ids = torch.randint(5, text.vocab_size, (workload.batch, length), generator=noise)
+    mask, counts = torch.ones_like(ids), [sample.image_tokens for sample in workload.samples]
+    for row, count in enumerate(counts):
+        mask[row, : workload.image_tokens - count] = 0
+        ids[row, -workload.text_after - count : -workload.text_after] = IMAGE_ID
     labels = ids.clone()
     labels[:, : -workload.answer] = -100
-    given, features = {}, []
+    given = {"attention_mask": mask.to(model.device)} if workload.mixed else {}
+    features: list[Tensor] = []
     if whole:
-        images = workload.batch * workload.image_tokens // TOKENS_PER_IMAGE
-        given = {"pixel_values": torch.randn(images, 3, 336, 336, generator=noise).to(model.device, model.dtype)}
+        images = sum(counts) // TOKENS_PER_IMAGE
+        given["pixel_values"] = torch.randn(images, 3, 336, 336, generator=noise).to(model.device, model.dtype)
     else:
-        shape = (workload.batch, workload.image_tokens, text.hidden_size)
-        features = list((0.3 * torch.randn(shape, generator=noise)).to(model.device, model.dtype))
-        features = [feature.requires_grad_() for feature in features]
+        noises = (0.3 * torch.randn(count, text.hidden_size, generator=noise) for count in counts)
+        features = [values.to(model.device, model.dtype).requires_grad_() for values in noises]
     return Batch(ids.to(model.device), labels.to(model.device), features, given)

@@ -1,0 +1,153 @@
+"""The whole job on the clock: from JSON and image files to a saved adapter, with this package and with others.
+
+Each job is a process of its own, from its start to its end; all train on the same weights, records, order and batches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from himap_train.bar import progress_bar
+from himap_train.benchmark import job_peers
+from himap_train.benchmark.bench import Settings
+from himap_train.benchmark.contenders import find_method
+from himap_train.benchmark.sizes import TOKENS_PER_IMAGE, build_model
+from himap_train.benchmark.workload import Workload
+from himap_train.data.sampling import BatchOrder
+from himap_train.embedded.build import build_processor
+from himap_train.embedded.scene_source import Scenes
+
+HF_TRAINER, TRL = PEERS = ("hf-trainer", "trl")
+_IMAGE_SIZE, _PATCH, _PICTURE = 336, 14, (640, 480)
+_TEMPLATE_TOKENS, _WORDS = 9, "abcdefghijklmnopqrstuvwxyz"
+_PRECISION = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
+Results = dict[str, list[dict[str, Any]]]
+
+
+def make_job(folder: Path, settings: Settings, workload: Workload, records: int) -> None:
+    """Fill a folder: `model` with random weights, photos of 640x480 in `images`, and a LLaVA file, `train.json`."""
+    processor = build_processor(_WORDS, _IMAGE_SIZE, _PATCH)
+    size = replace(settings.size, vocabulary=max(settings.size.vocabulary, len(processor.tokenizer)))
+    torch.manual_seed(settings.seed)
+    build_model(size, whole=True, dtype=settings.dtype).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    scenes, noise = Scenes("train", settings.seed), np.random.default_rng(settings.seed)
+    asked, rows = max(workload.text_tokens - workload.answer - _TEMPLATE_TOKENS, 1), []
+    (folder / "images").mkdir()
+    for number in range(records):
+        scenes.scene(number)[1].convert("RGB").resize(_PICTURE).save(folder / "images" / f"{number}.jpg", quality=90)
+        question, answer = (" ".join(noise.choice([*_WORDS], count)) for count in (asked, workload.answer))
+        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        rows.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
+    (folder / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+def finetune_config(folder: Path, settings: Settings, batch: int, epochs: int, workers: int, cache: bool) -> Any:
+    """What all of these jobs do, as `finetune.py` is told; output and schedule are missing."""
+    rank = settings.size.lora_rank
+    model: dict[str, Any] = {"path": str(folder / "model"), "lora_r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0}
+    model |= {"projector": "freeze", "lora_lr": 1e-4, "gradient_checkpointing": settings.checkpointing}
+    data: dict[str, Any] = {
+        "train": str(folder / "train.json"),
+        "validation": None,
+        "image_folder": str(folder / "images"),
+    }
+    data |= {"batch_size": batch, "num_workers": workers, "max_length": None, "seed": settings.seed}
+    accelerator = "cpu" if settings.device == "cpu" else "gpu"
+    return {
+        "seed_everything": settings.seed,
+        "model": model | {"attn_implementation": settings.attention},
+        "data": data | {"cache_image_features": cache},
+        "trainer": {"accelerator": accelerator, "devices": 1, "max_epochs": epochs}
+        | {"precision": _PRECISION[settings.dtype]},
+    }
+
+
+def run_job(
+    contenders: Sequence[str],
+    settings: Settings,
+    workload: Workload,
+    *,
+    records: int,
+    epochs: int,
+    workers: int = 0,
+    cache: bool = True,
+    threads: int | None = None,
+    peer_python: str = sys.executable,
+    folder: Path,
+) -> Results:
+    """Run each job `settings.rounds` times, in turns.
+
+    Args:
+        contenders: Methods of this package, "hf-trainer" and "trl".
+        settings: Model, dtype, device, rounds and clock.
+        workload: Of it, batch and text.
+        records: Records of the LLaVA file.
+        epochs: How often they are trained on.
+        workers: Processes that load data.
+        cache: Whether this package keeps what the frozen tower makes of each image.
+        threads: Of the CPU, in each job.
+        peer_python: The interpreter of the peers' environment.
+        folder: Model and data lie there while it runs.
+
+    Returns:
+        For each contender and round: `whole`, seconds of the process; `seconds` of its parts; `step`, those of a step;
+        `losses`; `trained`, how many numbers; `versions`.
+
+    Raises:
+        ValueError: A contender is unknown, cannot run here, or a job has failed; or a shape is impossible.
+    """
+    if workload.image_tokens != TOKENS_PER_IMAGE:
+        raise ValueError(f"images of a job have {TOKENS_PER_IMAGE} tokens, not image_tokens={workload.image_tokens}")
+    if records % workload.batch or epochs * records < 2 * workload.batch:
+        raise ValueError(f"{epochs} x {records} records are no two or more whole batches of {workload.batch}")
+    schedules = {
+        name: find_method(name, settings.size.layers).schedule.to_dict() for name in contenders if name not in PEERS
+    }
+    if TRL in contenders and subprocess.run([peer_python, "-c", "import trl"], capture_output=True).returncode:
+        raise ValueError(f"{peer_python} has no TRL: give --peer_python of an environment that has, or leave out trl")
+    order = [index for batch in BatchOrder(records, workload.batch, seed=settings.seed) for _, index in batch]
+    shared = {"order": order, "threads": threads, "clock": settings.clock}
+    found: Results = {name: [] for name in contenders}
+    with TemporaryDirectory(dir=folder) as place:
+        make_job(Path(place), settings, workload, records)
+        config = finetune_config(Path(place), settings, workload.batch, epochs, workers, cache)
+        with progress_bar("jobs", settings.rounds * len(contenders), sys.stderr.isatty()) as advance:
+            for number in range(settings.rounds):
+                for name in contenders if number % 2 == 0 else reversed(contenders):
+                    with TemporaryDirectory(dir=place) as own:
+                        model = config["model"] | {"schedule": schedules.get(name)}
+                        job = shared | {"contender": name, "results": f"{own}/results.json"}
+                        job["config"] = config | {"model": model, "output": f"{own}/run"}
+                        found[name].append(_run(job, Path(own) / "job.json", peer_python))
+                    advance(1)
+    return found
+
+
+def _run(job: dict[str, Any], file: Path, peer_python: str) -> dict[str, Any]:
+    file.write_text(json.dumps(job), encoding="utf-8")
+    script, environment = Path(job_peers.__file__), dict(os.environ)
+    if job["contender"] in PEERS:  # -P: or files beside the script could be taken for modules of the same name
+        command = [peer_python, "-P", str(script)]
+    else:
+        command = [sys.executable, "-m", "himap_train.benchmark.job_ours"]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    now: Callable[[], float] = time.perf_counter if job["clock"] == "wall" else lambda: sum(os.times()[2:4])
+    began = now()
+    done = subprocess.run([*command, str(file)], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise ValueError(f"the job of {job['contender']} has failed:\n{done.stderr[-3000:]}")
+    results: dict[str, Any] = json.loads(Path(job["results"]).read_text(encoding="utf-8"))
+    return {"whole": now() - began, **results}
