@@ -58,6 +58,7 @@ def test_decoding_a_token_and_generating(tmp_path: Path) -> None:
 
 def test_series_are_drawn(tmp_path: Path) -> None:
     options = ("--methods", "[]", "--series", "[image_tokens]", "--series_values", "[16,48,96]")
+    options += ("--series_measures", "[training_step,prefill]")
     found = run(tmp_path, *options, "--series_methods", "[himap,vtw]", "--gradient_checkpointing", "true")
     points = found["series"]["image_tokens"]
     assert [point["value"] for point in points] == [16] * 4 + [48] * 4 + [96] * 4 and not found["rows"]

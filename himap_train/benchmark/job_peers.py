@@ -88,7 +88,7 @@ class Stopwatch:
             return found
 
         def back(loss: Any, *args: Any, **kwargs: Any) -> None:
-            self.losses.append(float(loss))
+            self.losses.append(float(loss.detach()))
             with self.part("lm_head"):
                 backward(loss, *args, **kwargs)
             self.switch("other")
