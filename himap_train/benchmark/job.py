@@ -124,7 +124,8 @@ def run_job(
     with TemporaryDirectory(dir=folder) as place:
         make_job(Path(place), settings, workload, records)
         config = finetune_config(Path(place), settings, workload.batch, epochs, workers, cache)
-        with progress_bar("jobs", settings.rounds * len(contenders), sys.stderr.isatty()) as advance:
+        shown = sys.stderr.isatty()
+        with progress_bar("jobs", settings.rounds * len(contenders), shown) as advance:
             for number in range(settings.rounds):
                 for name in contenders if number % 2 == 0 else reversed(contenders):
                     with TemporaryDirectory(dir=place) as own:
@@ -133,12 +134,15 @@ def run_job(
                         job["config"] = config | {"model": model, "output": f"{own}/run"}
                         found[name].append(_run(job, Path(own) / "job.json", peer_python))
                     advance(1)
+                    if not shown:
+                        print(f"{name}: {sum(found[name][-1]['step'].values()):.3f} s/step", file=sys.stderr, flush=True)
     return found
 
 
 def _run(job: dict[str, Any], file: Path, peer_python: str) -> dict[str, Any]:
     file.write_text(json.dumps(job), encoding="utf-8")
-    script, environment = Path(job_peers.__file__), dict(os.environ)
+    one_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # Trainer would spread a batch over all
+    script, environment = Path(job_peers.__file__), {**os.environ, "CUDA_VISIBLE_DEVICES": one_gpu}
     if job["contender"] in PEERS:  # -P: or files beside the script could be taken for modules of the same name
         command = [peer_python, "-P", str(script)]
     else:

@@ -199,7 +199,7 @@ def main() -> None:
         torch.manual_seed(config["seed_everything"])
         processor = AutoProcessor.from_pretrained(settings["path"])
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            settings["path"], attn_implementation=settings["attn_implementation"]
+            settings["path"], dtype="auto", attn_implementation=settings["attn_implementation"]
         )
         lora = LoraConfig(r=settings["lora_r"], lora_alpha=settings["lora_alpha"], target_modules=_DECODER)
         model = get_peft_model(model, lora)
