@@ -135,7 +135,8 @@ def run_job(
                         found[name].append(_run(job, Path(own) / "job.json", peer_python))
                     advance(1)
                     if not shown:
-                        print(f"{name}: {sum(found[name][-1]['step'].values()):.3f} s/step", file=sys.stderr, flush=True)
+                        seconds = sum(found[name][-1]["step"].values())
+                        print(f"{name}: {seconds:.3f} s/step", file=sys.stderr, flush=True)
     return found
 
 
