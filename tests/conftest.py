@@ -1,4 +1,7 @@
-"""One thread a process: two busy torch processes with two threads each stall one another on small machines."""
+"""Settings for all tests.
+
+One thread a process: two busy torch processes with two threads each stall one another on small machines.
+"""
 
 from __future__ import annotations
 
@@ -12,5 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch  # noqa: E402
+from torch.utils.data import _utils  # noqa: E402
 
 torch.set_num_threads(1)
+# How long a collected loader waits for each of its workers; in reference cycles, as a Trainer is, it waits in vain.
+_utils.MP_STATUS_CHECK_INTERVAL = 0.2
