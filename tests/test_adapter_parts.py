@@ -12,7 +12,7 @@ import torch
 from export_toys import PRUNED, logits, trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llava, tiny_processor
-from training_toys import finetune, save_tiny
+from training_toys import finetune
 
 from himap_train.checkpoints.export import export_adapter, export_merged
 from himap_train.checkpoints.load import load_checkpoint, save_adapter
@@ -23,11 +23,6 @@ from himap_train.training.run.unseen_tokens import unproduced_tokens_warning, un
 
 DECODER = r".*language_model\.layers\.\d+\..*_proj"
 TEMPLATE = "{% for message in messages %}NEW {{ message['role'] }}{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from recipes_cli import run_recipe
 from safetensors.torch import load_file, save_file
 from tiny import tiny_processor
-from training_toys import ToyData, finetune, quiet_trainer, save_tiny, tuner
+from training_toys import ToyData, finetune, quiet_trainer, tuner
 from transformers import LlavaForConditionalGeneration
 
 from himap_train.checkpoints.export import export_adapter, export_merged
@@ -26,11 +26,6 @@ from himap_train.checkpoints.load import load_checkpoint, save_adapter
 from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO, last_and_best
 from himap_train.training.callbacks.finite import PATIENCE, GradientNorm
 from himap_train.training.run.launch import FineTuneTrainer
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 class Breaks(Callback):
