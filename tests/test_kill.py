@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 import torch
 import yaml
 from distributed import NEEDS_DEEPSPEED, finish, kill_group, start, tails, wait_for
+from processes import Fork
 from recipes_cli import RECIPES
 from training_toys import SCHEDULE, finetune, save_tiny
 
@@ -91,28 +91,22 @@ def attempt(
     """Run in a fork; its exit status, or minus the signal that ended it. Killed after `seconds` of training, or of all
     that a run does.
     """
-    child = os.fork()
-    if not child:
-        try:
-            with open(losses.with_suffix(".log"), "a") as log:
-                os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-            arm(kind, number, losses)
-            os._exit(finetune(*options))
-        except BaseException:
-            traceback.print_exc()
-            os._exit(70)
+
+    def armed() -> int:
+        arm(kind, number, losses)
+        return finetune(*options)
+
+    child = Fork(armed, losses.with_suffix(".log"))
     lines = losses.read_text().count("\n") if losses.exists() else 0
-    limit, started = time.monotonic() + 60, time.monotonic() if from_start else None
-    while True:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
+    limit, started = time.monotonic() + 300, time.monotonic() if from_start else None
+    while (status := child.poll()) is None:
         training = losses.exists() and losses.read_text().count("\n") > lines
         started = started or (time.monotonic() if training else None)
         late = seconds is not None and started is not None and time.monotonic() - started > seconds
         if late or time.monotonic() > limit:
-            os.kill(child, signal.SIGKILL)
+            os.kill(child.pid, signal.SIGKILL)
         time.sleep(0.002)
+    return status
 
 
 def leftovers(folder: Path) -> list[str]:
