@@ -16,11 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from distributed import NEEDS_DEEPSPEED, finish, kill_group, start, tails, wait_for
 from processes import Fork
 from recipes_cli import RECIPES
-from training_toys import SCHEDULE, finetune, save_tiny
+from training_toys import finetune, save_tiny, small_run
 
 from himap_train import storage
 from himap_train.checkpoints.adapter import read_adapter
@@ -31,17 +30,9 @@ _RUNS = ("straight", "run")
 
 
 def config(folder: Path) -> str:
-    """Twenty steps with dropout and accumulation over two and a half epochs, saved every third."""
-    content = {
-        "output": str(folder / "run"),
-        "save_every": 3,
-        "model": {"path": save_tiny(folder / "tiny"), "schedule": SCHEDULE, "lora_r": 4, "lora_alpha": 8},
-        "data": {"batch_size": 2, "train_limit": 31, "validation": None, "max_length": 400},
-        "trainer": {"accelerator": "cpu", "max_steps": STEPS, "max_epochs": 9, "accumulate_grad_batches": 2},
-        "evaluation": {"before": False, "after": False, "during": 0},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    return str(folder / "config.yaml")
+    """Twenty steps with dropout and accumulation over two and a half epochs."""
+    trainer = {"max_steps": STEPS, "max_epochs": 9, "accumulate_grad_batches": 2}
+    return small_run(folder, save_tiny(folder / "tiny"), data={"train_limit": 31}, trainer=trainer)
 
 
 def die() -> None:
@@ -114,7 +105,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def test_killed_many_times_equals_uninterrupted_to_the_last_bit(tmp_path: Path) -> None:
-    options = ["--config", config(tmp_path), "--resume", "auto"]
+    options = ["--config", config(tmp_path), "--save_every", "3", "--resume", "auto"]
     straight = tmp_path / "straight.txt"
     assert attempt([*options, "--output", str(tmp_path / "straight")], straight) == 0, straight.with_suffix(
         ".log"
@@ -151,7 +142,8 @@ def test_killed_many_times_equals_uninterrupted_to_the_last_bit(tmp_path: Path) 
 @pytest.mark.slow
 def test_a_hundred_kills_at_random_points(tmp_path: Path) -> None:
     """Anywhere from the first line of the config to the end of the adapter's writing; HIMAP_KILLS sets how many."""
-    options, run, losses = ["--config", config(tmp_path), "--resume", "auto"], tmp_path / "run", tmp_path / "losses.txt"
+    options = ["--config", config(tmp_path), "--save_every", "3", "--resume", "auto"]
+    run, losses = tmp_path / "run", tmp_path / "losses.txt"
     began = time.monotonic()
     straight = tmp_path / "straight.txt"
     assert attempt([*options, "--output", str(tmp_path / "straight")], straight) == 0
