@@ -35,6 +35,7 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own, its output in `log`."""
     env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+    env.pop("PL_GLOBAL_SEED", None)  # Lightning leaves that of the last config here, and joined processes seed by it
     with log.open("ab") as output:
         return subprocess.Popen(
             [str(part) for part in command], stdout=output, stderr=output, env=env, cwd=cwd, start_new_session=True
