@@ -202,7 +202,7 @@ def mass_schedules(draw: st.DrawFn) -> PruningSchedule:
     return by_mass(*stages, positions=draw(st.sampled_from(["keep", "renumber"])))
 
 
-@settings(QUICK, max_examples=80)
+@settings(QUICK, max_examples=40)
 @given(
     models,
     mass_schedules(),
