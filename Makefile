@@ -19,10 +19,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-oldest: $(OLDEST)/.installed-dev
-	$(OLDEST)/bin/python -m pytest -n $(WORKERS) -m "core and not slow and not gpu"
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "core and not slow and not gpu"
 
 test-lmms-eval: $(LMMS_EVAL)/.installed-dev
 	$(LMMS_EVAL)/bin/python -m pytest -m lmms_eval tests/test_lmms_eval.py

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 IMAGE_ID = 4
 RAGGED = ("t3 i16 t4", "t9", "t2 i9 t3 i16 t5", "i7 t1", "t5 i12")  # no text before, no text after, none at all
+TURNS = ("t2 i16 t4 a3 t5 i12 t3 a2", "t4 a2 t2 i16 t3 a4 t5 a2", "t1 i9 t2 a1 i7 i5 t3 a2", "t2 i16 t4 a3 t5 a2")
 RAGGED_ANSWERS = ("t3 i16 t4 a3", "t5 a4", "t2 i9 t3 i16 t5 a1", "i7 t1 a6 t2", "t5 i12 a2")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cases import Case
+from cases import RAGGED, RAGGED_ANSWERS, TURNS, Case, make_case
 from naive import naive_forward
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
@@ -47,3 +47,24 @@ def assert_equals_naive(
         dropped = [c for c in columns.tolist() if c not in kept[-1][row].tolist()] if kept else []
         assert not states[row, dropped].any(), f"row {row}: dropped columns are not zero"
     return kept
+
+
+def assert_ragged_equal_naive(model: LlavaForConditionalGeneration, plan: PruningSchedule) -> None:
+    """Prompts, answers and several turns."""
+    assert_equals_naive(model, plan, make_case(model, RAGGED, "left", seed=1))
+    assert_equals_naive(model, plan, make_case(model, RAGGED_ANSWERS, "right", seed=2), labels=True)
+    assert_equals_naive(model, plan, make_case(model, TURNS), labels=True)
+
+
+def assert_rows_equal_the_row_alone(
+    model: LlavaForConditionalGeneration, rows: tuple[str, ...] | list[str], side: str, labels: bool = False
+) -> tuple[Case, list[list[Tensor]]]:
+    """The batch and what is kept of it."""
+    case = make_case(model, rows, side)
+    states, kept = run(model, case, labels)
+    for b, spec in enumerate(rows):
+        alone_states, alone_kept = run(model, make_case(model, [spec], seed=b), labels)
+        columns = case.columns(b)
+        torch.testing.assert_close(states[b, columns], alone_states[0], **STATES)
+        assert_same_kept([[stage[b]] for stage in kept], [[columns[stage[0]]] for stage in alone_kept])
+    return case, kept

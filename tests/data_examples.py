@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from PIL import Image
-from tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_processor
+from tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, fast, tiny_processor
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
@@ -57,7 +58,7 @@ def llama_like_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
-    return _fast(tokenizer)
+    return fast(tokenizer)
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
@@ -73,19 +74,7 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return _fast(tokenizer)
-
-
-def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    tokenizer.add_special_tokens(SPECIAL_TOKENS)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
+    return fast(tokenizer)
 
 
 def picture(width: int = 40, height: int = 30, colour: tuple[int, int, int] = (200, 30, 60)) -> Image.Image:
@@ -113,6 +102,20 @@ def image_folder(folder: Path, names: tuple[str, ...]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(colour=(40 * number % 256, 99, 10)).save(path)
     return folder
+
+
+def eleven_records(folder: Path) -> Path:
+    """With images and text alone; answers of different lengths; no batch size divides them."""
+    names = ("a.png", "b.png", "c.png")
+    image_folder(folder, names)
+    records = [
+        llava_record(
+            str(i), names[i % 3] if i % 4 else None, ("<image>\n" if i % 4 else "") + "What?", "x" * (i * 7 % 30 + 1)
+        )
+        for i in range(11)
+    ]
+    (folder / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    return folder / "data.json"
 
 
 def encode(conversation, processor, max_length=None, image_aspect_ratio="as_processor"):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from cases import Case
-from naive import naive_forward, naive_logits
+from cases import RAGGED, Case, make_case
+from naive import naive_forward, naive_generate, naive_logits
+from tiny import tiny_llava
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from himap_train import PruningSchedule, PruningStage
+from himap_train import PruningSchedule, PruningStage, install_pruning
 
 LOGITS = {"atol": 1e-3, "rtol": 1e-4}  # fp32; logits of this model are of the order of 10
 SCORES = {"atol": 1e-4, "rtol": 1e-4}
@@ -69,3 +70,16 @@ def naive_decode(model: LlavaForConditionalGeneration, plan: PruningSchedule, ca
 
 def random_tokens(rows: int, length: int = STEPS) -> Tensor:
     return torch.randint(5, 264, (rows, length), generator=torch.Generator().manual_seed(9))
+
+
+def assert_decodes_as_naive(plan: PruningSchedule) -> None:
+    """Given tokens in chunks, and those that `generate` makes."""
+    model = tiny_llava()
+    case, tokens = make_case(model, RAGGED, "left", seed=4), random_tokens(len(RAGGED))
+    expected = naive_decode(model, plan, case, tokens)
+    made = naive_generate(model, plan, case.naive(), STEPS)
+    install_pruning(model, plan)
+    found, _ = decode(model, case, tokens, chunk=2, give_positions=True)
+    torch.testing.assert_close(found, expected, **LOGITS)
+    answer = model.generate(**case.inputs(), max_new_tokens=STEPS, do_sample=False)
+    assert torch.equal(answer[:, case.input_ids.shape[1] :], made)

@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from cases import make_case
+from tiny import tiny_llava
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from himap_train import PruningSchedule, install_pruning
+from himap_train.models.features import hidden_states
 
 WAITS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique", "item", "index.Tensor")
 
@@ -65,3 +70,13 @@ def tainted(model: Any, tensors: list[Tensor], monkeypatch: pytest.MonkeyPatch) 
     with monkeypatch.context() as patch, mode:
         patch.setattr(Tensor, "cpu", cpu)
         yield mode
+
+
+def forward_waits(plan: PruningSchedule, labels: bool, patch: pytest.MonkeyPatch) -> Tainted:
+    """What one forward pass of a ragged batch waits for."""
+    model = install_pruning(tiny_llava(), plan)
+    case = make_case(model, ["t3 i16 t4 a2", "t1 i9 t2 a1", "t4 a3"])
+    tensors = [case.input_ids, case.attention_mask, case.labels, *case.features]
+    with torch.set_grad_enabled(labels), tainted(model, tensors, patch) as mode:
+        hidden_states(model, **case.inputs(labels))
+    return mode

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import Fork
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 HAS_DEEPSPEED = find_spec("deepspeed") is not None
@@ -34,13 +35,14 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a command in a process group of its own, its output in `log`."""
     env = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+    env.pop("PL_GLOBAL_SEED", None)  # Lightning leaves that of the last config here, and joined processes seed by it
     with log.open("ab") as output:
         return subprocess.Popen(
             [str(part) for part in command], stdout=output, stderr=output, env=env, cwd=cwd, start_new_session=True
         )
 
 
-def finish(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], seconds: float) -> list[int]:
+def finish(processes: Sequence[subprocess.Popen[bytes] | Fork], logs: Sequence[Path], seconds: float) -> list[int]:
     """Wait for all; exit statuses. At the time limit all are killed and the test fails with their output."""
     try:
         return [process.wait(timeout=seconds) for process in processes]
@@ -51,7 +53,7 @@ def finish(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], s
             kill_group(process)
 
 
-def wait_for(text: str, process: subprocess.Popen[bytes], log: Path, seconds: float = 120) -> None:
+def wait_for(text: str, process: subprocess.Popen[bytes] | Fork, log: Path, seconds: float = 120) -> None:
     """Return when a text stands in a running process's log; the test fails where it ends or takes longer."""
     limit = time.monotonic() + seconds
     while text not in log.read_text():
@@ -59,7 +61,7 @@ def wait_for(text: str, process: subprocess.Popen[bytes], log: Path, seconds: fl
         time.sleep(0.01)
 
 
-def kill_group(process: subprocess.Popen[bytes]) -> None:
+def kill_group(process: subprocess.Popen[bytes] | Fork) -> None:
     """SIGKILL for a process and what it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)

@@ -150,6 +150,7 @@ def train(
         schedule=SCHEDULES[schedule],
         gradient_checkpointing=checkpointing,
         weight_decay=0.1,
+        lora_targets=["q_proj", "v_proj", "down_proj"],  # ZeRO-3 fetches each adapter by itself, which takes time
         lora_lr=3e-3,
         lora_dropout=0.0,
     )

@@ -8,7 +8,7 @@ from tiny import tiny_llava
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from himap_train import PruningSchedule, PruningStage
+from himap_train import PruningSchedule, PruningStage, install_pruning
 
 RELATIVE = 2e-4  # fp32: largest error of a gradient, relative to its largest entry
 LAYERS = 5
@@ -62,3 +62,14 @@ def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor])
 
 def batches(model: LlavaForConditionalGeneration) -> list[Case]:
     return [make_case(model, RAGGED_ANSWERS, "right"), make_case(model, OTHER_ROWS, "left", seed=11)]
+
+
+def assert_gradients_equal_naive(plan: PruningSchedule, reentrant: bool | None) -> None:
+    """Two forward passes and then two backward ones."""
+    model = trainable(reentrant)
+    cases = batches(model)
+    expected = naive_gradients(plan, cases)
+    install_pruning(model, plan)
+    for loss in [model(**with_leaves(case).inputs(labels=True)).loss for case in cases]:
+        loss.backward()
+    assert_same_gradients(gradients(model, cases), expected)

@@ -1,4 +1,4 @@
-"""A function on several processes joined by gloo; the number of a process that is gone."""
+"""A function in a fork of this process, or on several joined by gloo; the number of a process that is gone."""
 
 from __future__ import annotations
 
@@ -7,10 +7,53 @@ import os
 import socket
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+
+
+class Fork:
+    """What `function` prints, in `log`, and the status that it returns, as `Popen` has it.
+
+    Importing torch in a new process would take longer than what most tests run there.
+    """
+
+    def __init__(self, function: Callable[[], int], log: Path) -> None:
+        self.returncode: int | None = None
+        log.touch()
+        self.pid = os.fork()
+        if self.pid:
+            return
+        status = 70
+        try:
+            os.setsid()
+            with log.open("ab") as output:
+                os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
+            sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+            status = function()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            found, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if found else None
+        return self.returncode
+
+    def wait(self, timeout: float = 120) -> int:
+        limit = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > limit:
+                raise subprocess.TimeoutExpired("a fork", timeout)
+            time.sleep(0.002)
+        return status
 
 
 def dead_process() -> int:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from himap_train.command_line import run_command
 
@@ -23,3 +26,13 @@ def recipe_module(name: str) -> Any:
 def run_recipe(name: str, *argv: object) -> int:
     """What `python recipes/<name>.py <argv>` runs; its exit status."""
     return run_command(recipe_module(name).main, [str(argument) for argument in argv])
+
+
+def run_program(name: str, *argv: object, patch: pytest.MonkeyPatch) -> int:
+    """`python recipes/<name>.py <argv>` as the main program of this process; its exit status."""
+    patch.setattr(sys, "argv", [f"recipes/{name}.py", *map(str, argv)])
+    try:
+        runpy.run_path(str(RECIPES / f"{name}.py"), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0

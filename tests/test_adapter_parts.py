@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from export_toys import PRUNED, logits, trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_llava, tiny_processor
-from training_toys import finetune, save_tiny
+from training_toys import finetune, small_run
 
 from himap_train.checkpoints.export import export_adapter, export_merged
 from himap_train.checkpoints.load import load_checkpoint, save_adapter
@@ -23,11 +22,6 @@ from himap_train.training.run.unseen_tokens import unproduced_tokens_warning, un
 
 DECODER = r".*language_model\.layers\.\d+\..*_proj"
 TEMPLATE = "{% for message in messages %}NEW {{ message['role'] }}{% endfor %}"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture
@@ -202,13 +196,6 @@ def test_run_whose_data_use_such_a_token_says_so(base: str, tmp_path: Path, caps
     number = processor.tokenizer.convert_tokens_to_ids("e")
     model.model.language_model.embed_tokens.weight.data[number] = 0.0
     model.save_pretrained(tmp_path / "base")
-    content = {
-        "output": str(tmp_path / "run"),
-        "model": {"path": str(tmp_path / "base"), "schedule": None, "lora_r": 4},
-        "data": {"batch_size": 2, "train_limit": 8, "validation": None, "max_length": 400},
-        "trainer": {"accelerator": "cpu", "max_steps": 1},
-        "evaluation": {"before": False, "after": False, "during": 0},
-    }
-    (tmp_path / "config.yaml").write_text(json.dumps(content))
-    assert finetune("--config", str(tmp_path / "config.yaml")) == 0
+    groups = {"model": {"schedule": None}, "data": {"train_limit": 8}, "trainer": {"max_steps": 1}}
+    assert finetune("--config", small_run(tmp_path, str(tmp_path / "base"), **groups)) == 0
     assert f"'e' ({number})" in capsys.readouterr().out

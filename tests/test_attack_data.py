@@ -8,19 +8,17 @@ import json
 import os
 import pickle
 import re
-import resource
-import subprocess
-import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-from attacks import harmless, the_error
+from attacks import harmless, in_little_memory, the_error
 from data_examples import image_folder, llava_record
-from recipes_cli import RECIPES, run_recipe
+from recipes_cli import run_recipe
 from tiny import tiny_processor
 from training_toys import finetune, save_tiny
 
@@ -433,11 +431,5 @@ LIMITED: dict[str, tuple[str, Any, str]] = {
 def test_a_process_of_its_own_in_little_memory(name: str, folder: Path) -> None:
     file, made, message = LIMITED[name]
     (folder / file).write_bytes(made())
-    command = [sys.executable, str(RECIPES / "evaluate.py"), "--data", str(folder / file)]
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
-        resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
-
-    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=120)
-    check_refused(done.returncode, done.stderr, message)
+    run = partial(run_recipe, "evaluate", "--data", folder / file)
+    check_refused(*in_little_memory(run, 4, folder / "log"), message)

@@ -9,8 +9,6 @@ import re
 import resource
 import shutil
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +16,9 @@ from typing import Any
 
 import pytest
 import torch
-from attacks import harmless, the_error
+from attacks import harmless, in_little_memory, the_error
 from export_toys import trained
-from recipes_cli import RECIPES, run_recipe
+from recipes_cli import run_recipe
 from safetensors.torch import load_file, save_file
 from training_toys import run_main, save_tiny
 
@@ -486,12 +484,16 @@ def refused(capsys: pytest.CaptureFixture[str], message: str, recipe: str, *opti
     """Status 2 and one line that fits the pattern, without a traceback, in bounded time and memory; nothing is run."""
     capsys.readouterr()
     with harmless(Path.cwd(), MEGABYTES):
-        try:
-            own = recipe in ("finetune", "plan")
-            status = run_main(recipe, *map(str, options)) if own else run_recipe(recipe, *options)
-        except SystemExit as end:
-            status = int(str(end.code))
+        status = run(recipe, *options)
     check_refused(status, capsys.readouterr().err, message)
+
+
+def run(recipe: str, *options: object) -> int:
+    try:
+        own = recipe in ("finetune", "plan")
+        return run_main(recipe, *map(str, options)) if own else run_recipe(recipe, *options)
+    except SystemExit as end:
+        return int(str(end.code))
 
 
 def check_refused(status: int, text: str, message: str) -> None:
@@ -705,24 +707,12 @@ def test_bounds_leave_nothing_behind() -> None:
         pass
 
 
-LIMITED = """
-import resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 @pytest.mark.parametrize("recipe", ["finetune", "export"])
 def test_in_a_process_of_bounded_memory(recipe: str, folder: Path, tmp_path: Path) -> None:
-    """The whole program, with nothing of pytest in it."""
     (tmp_path / "x.yaml").write_text(BOMB)
     header("model/model.safetensors", b"{}", 10**10)(folder)
     options, message = {
         "finetune": (["--config", "x.yaml"], "x.yaml .*more than 100000 values"),
         "export": (["--checkpoint", folder / "model", "--output", "never"], "model.safetensors is damaged"),
     }[recipe]
-    command = [sys.executable, "-c", LIMITED, RECIPES / f"{recipe}.py", *options]
-    environment = {**os.environ, "PYTHONPATH": str(RECIPES.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    check_refused(done.returncode, done.stderr, message)
+    check_refused(*in_little_memory(lambda: run(recipe, *options), 4, tmp_path / "log"), message)

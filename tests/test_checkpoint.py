@@ -13,7 +13,6 @@ from export_toys import PRUNED, logits, trained
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import tiny_processor
-from training_toys import save_tiny
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from himap_train.checkpoints.agreement import check_agreement
@@ -37,11 +36,6 @@ MERGED_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,16 @@ from training_toys import finetune
 
 from himap_train.checkpoints.load import load_checkpoint
 from himap_train.models.install import pruning_of
+from himap_train.training.run.finetune_cli import FinetuneCLI
+from himap_train.training.zero.strategy import ZeroStrategy
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-COUNT = 16
+COUNT = 15
 OVERLAYS = sorted((ROOT / "configs" / "deepspeed").glob("*.yaml"))
 OVERLAY_COUNT = 4
-SLOW = ("zero1", "zero3_offload")
-SMALL = ("--evaluation.limit", "4", "--trainer.max_steps", "2")
+RUN = "zero3"
+SMALL = ("--evaluation.limit", "2", "--evaluation.during", "2", "--trainer.max_steps", "2")
 
 
 def command(config: Path) -> list[str]:
@@ -67,9 +69,19 @@ def test_config_rehearses(config: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @NEEDS_DEEPSPEED
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_overlay_sets_the_strategy_of_its_name(overlay: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    strategy = FinetuneCLI([*command(overlay), "--rehearse", "--output", str(tmp_path / "run")]).trainer.strategy
+    assert isinstance(strategy, ZeroStrategy)
+    zero = strategy.config["zero_optimization"]
+    assert f"zero{zero['stage']}{'_offload' if 'offload_param' in zero else ''}" == overlay.stem
+
+
+@NEEDS_DEEPSPEED
 @pytest.mark.parametrize(
     "overlay",
-    [pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in SLOW else []) for path in OVERLAYS],
+    [pytest.param(path, id=path.stem, marks=[] if path.stem == RUN else [pytest.mark.slow]) for path in OVERLAYS],
 )
 def test_overlay_rehearses_in_two_processes(overlay: Path, tmp_path: Path) -> None:
     """Lightning starts the second process with the command line of the first, so this one is run as it is."""
@@ -77,7 +89,7 @@ def test_overlay_rehearses_in_two_processes(overlay: Path, tmp_path: Path) -> No
     assert f"configs/deepspeed/{overlay.name}" in options and options[-2:] == ["--trainer.devices", "8"]
     made = ["--rehearse", "--output", tmp_path / "run", *SMALL]
     process = start([sys.executable, RECIPES / "finetune.py", *options, *made], log, cwd=ROOT)
-    assert finish([process], [log], 240) == [0], tails([log])
+    assert finish([process], [log], 400) == [0], tails([log])
     lines, folder = log.read_text().splitlines(), tmp_path / "run-rehearsal"
     done = [line for line in lines if line.startswith("rehearsed: trained, saved, evaluated, exported; logits differ")]
     assert len(done) == 1 and "step 2 of 2" in log.read_text(), tails([log])

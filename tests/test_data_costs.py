@@ -12,18 +12,13 @@ import torch
 from data_examples import talk
 from lightning.pytorch import Callback
 from tiny import tiny_processor
-from training_toys import ToyData, quiet_trainer, save_tiny, tuner
+from training_toys import ToyData, quiet_trainer, tuner
 
 from himap_train.data.check import check_source
 from himap_train.data.windows import WAITED, Windows
 from himap_train.training.callbacks.progress import Throughput
 
 PAUSE, STEP = 2.0, 6.0  # seconds
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @dataclass

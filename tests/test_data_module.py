@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 
 import pytest
 import torch
-from data_examples import image_folder, llava_record
+from data_examples import eleven_records
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import tiny_processor
@@ -15,21 +14,10 @@ from tiny import tiny_processor
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.skips import TooManySkippedError
 
-NAMES = ("a.png", "b.png", "c.png")
-
 
 @pytest.fixture
 def data(tmp_path):
-    """Eleven records with images and text-only ones; answers of different lengths."""
-    image_folder(tmp_path, NAMES)
-    records = [
-        llava_record(
-            str(i), NAMES[i % 3] if i % 4 else None, ("<image>\n" if i % 4 else "") + "What?", "x" * (i * 7 % 30 + 1)
-        )
-        for i in range(11)
-    ]
-    (tmp_path / "data.json").write_text(json.dumps(records))
-    return str(tmp_path / "data.json")
+    return str(eleven_records(tmp_path))
 
 
 def module(train, **options):

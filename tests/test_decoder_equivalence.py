@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import RAGGED, RAGGED_ANSWERS, make_case
-from checks import STATES, assert_equals_naive, assert_same_kept, run, two_stages
+from checks import STATES, assert_equals_naive, assert_rows_equal_the_row_alone, assert_same_kept, run, two_stages
 from naive import naive_forward
 from tiny import tiny_llava
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -104,13 +104,7 @@ def test_rows_of_a_batch_equal_the_row_alone(side: str, labels: bool, criterion:
     model = tiny_llava("qwen2")
     rows = RAGGED_ANSWERS if labels else RAGGED
     install_pruning(model, two_stages(criterion, criterion))
-    case = make_case(model, rows, side)
-    states, kept = run(model, case, labels)
-    for b, spec in enumerate(rows):
-        alone_states, alone_kept = run(model, make_case(model, [spec], seed=b), labels)
-        columns = case.columns(b)
-        torch.testing.assert_close(states[b, columns], alone_states[0], **STATES)
-        assert_same_kept([[stage[b]] for stage in kept], [[columns[stage[0]]] for stage in alone_kept])
+    assert_rows_equal_the_row_alone(model, rows, side, labels)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

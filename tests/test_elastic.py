@@ -15,15 +15,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from processes import in_processes
-from tiny import tiny_llava, tiny_processor
-from training_toys import SCHEDULE, collate, quiet_trainer, sample, save_tiny, tuner
+from tiny import tiny_llava
+from training_toys import SCHEDULE, collate, fit_windows, sample, tuner
 
 from himap_train import PruningSchedule, PruningStage
-from himap_train.data.module import LlavaDataModule
 from himap_train.models.install import pruning_of
 from himap_train.training.adapter_module import Step
-from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO
-from himap_train.training.callbacks.interrupt import Interrupted, SaveOnInterrupt
+from himap_train.training.callbacks.interrupt import Interrupted
 from himap_train.training.schedules.elastic import GRID, Elastic, ElasticSteps, SelfDistillation
 from himap_train.training.schedules.per_step import SchedulePerStep
 from himap_train.training.schedules.settings import PruningSettings
@@ -31,11 +29,6 @@ from himap_train.training.schedules.settings import PruningSettings
 HIMAP = PruningSchedule.from_dict(SCHEDULE)
 TOKENS = (16, 8)
 ELASTIC = Elastic((0.6, 0.9), dense_share=0.2, self_distillation=SelfDistillation(share=0.5))
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -121,19 +114,8 @@ def per_step(settings: PruningSettings, seed: int = 3) -> SchedulePerStep:
 
 def fit(path: str, folder: Path, seen: Seen, resume: bool = False, **kwargs: Any) -> Any:
     """Eight optimizer steps of two micro-batches."""
-    model, last = tuner(path, lora_dropout=0.0), folder / "last.ckpt"
-    settings = PruningSettings(elastic=ELASTIC)
-    trainer = quiet_trainer(
-        folder,
-        **{"max_epochs": 2, "accumulate_grad_batches": 2, **kwargs},
-        enable_checkpointing=True,
-        plugins=[AtomicCheckpointIO()],
-        callbacks=[seen, per_step(settings), SaveOnInterrupt(last, "again --resume")],
-    )
-    data = LlavaDataModule(batch_size=2, train_limit=16, validation_limit=4, max_length=400, processor=tiny_processor())
-    torch.manual_seed(0)
-    trainer.fit(model, datamodule=data, ckpt_path=last if resume else None, weights_only=True)
-    return model
+    callbacks = [seen, per_step(PruningSettings(elastic=ELASTIC))]
+    return fit_windows(tuner(path, lora_dropout=0.0), folder, callbacks, resume, **kwargs)
 
 
 def test_decoder_runs_what_was_drawn_and_validation_the_schedule(tiny_path: str, tmp_path: Path, config: Any) -> None:

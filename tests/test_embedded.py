@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recipes_cli import run_program
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -175,26 +173,10 @@ def test_a_grown_decoder_says_the_same_with_twice_the_layers() -> None:
 
 
 @pytest.mark.parametrize("name", ["embedded", "embedded-fine"])
-def test_the_recipe_makes_such_a_folder(name: str, tmp_path: Path) -> None:
+def test_the_recipe_makes_such_a_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of each stage; the shipped folder has the same files and the same shapes."""
-    root = Path(__file__).parents[1]
-    command = [
-        sys.executable,
-        "recipes/train_embedded.py",
-        "--model",
-        name,
-        "--work",
-        str(tmp_path),
-        "--scale",
-        "0.001",
-    ]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "made"), "--test-scenes", "2"],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root)},
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    options = ["--work", tmp_path, "--scale", 0.001, "--out", tmp_path / "made", "--test-scenes", 2]
+    assert run_program("train_embedded", "--model", name, *options, patch=monkeypatch) == 0
     shipped = embedded.embedded_model_path(name)
     assert {f.name for f in (tmp_path / "made").iterdir()} == {f.name for f in shipped.iterdir()} - {"README.md"}
     made, mine = (load_file(folder / "model.safetensors") for folder in (tmp_path / "made", shipped))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -15,7 +13,7 @@ import yaml
 from evaluation_toys import QUIET, Source, conversation, image
 from PIL import Image
 from processes import in_processes
-from recipes_cli import RECIPES, run_recipe
+from recipes_cli import run_program, run_recipe
 from tiny import IMAGE_TOKENS, tiny_llava, tiny_processor
 from training_toys import save_tiny
 
@@ -409,14 +407,13 @@ def data(tmp_path_factory):
     return folder / "test.json"
 
 
-def test_the_real_command_line_writes_table_and_predictions(checkpoint, data, tmp_path):
+def test_the_program_writes_table_and_predictions(checkpoint, data, tmp_path, monkeypatch, capsys):
     output = tmp_path / "results"
-    command = [sys.executable, RECIPES / "evaluate.py", "--checkpoint", checkpoint, "--data", data, "--output", output]
-    command += ["--schedule", "himap", "--metrics", "[pope, exact]", "--max-new-tokens", 3, "--batch-size=4"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "16 -> 8 -> 2" in done.stdout
-    assert "pope_f1_mean_of_splits" in done.stdout
+    options = ["--checkpoint", checkpoint, "--data", data, "--output", output, "--schedule", "himap"]
+    options += ["--metrics", "[pope, exact]", "--max-new-tokens", 3, "--batch-size=4"]
+    assert run_program("evaluate", *options, patch=monkeypatch) == 0
+    printed = capsys.readouterr().out
+    assert "16 -> 8 -> 2" in printed and "pope_f1_mean_of_splits" in printed
     found = json.loads((output / "metrics.json").read_text())
     (row,) = found["rows"]
     # himap is written for 32 layers, this decoder has 6

@@ -19,7 +19,7 @@ from PIL import Image
 from processes import dead_process, in_processes
 from safetensors import safe_open
 from tiny import IMAGE_TOKENS, tiny_processor
-from training_toys import SCHEDULE, collate, finetune, quiet_trainer, sample, save_tiny, tuner
+from training_toys import SCHEDULE, collate, finetune, quiet_trainer, sample, tuner
 
 from himap_train import storage
 from himap_train.data.feature_store import DamagedShardError, FeatureStore
@@ -34,11 +34,6 @@ from himap_train.training.run.launch import AroundTraining, FineTuneTrainer
 
 NAMES = tuple(f"{letter}.png" for letter in "abcdef")
 DIGESTS = tuple(f"{number:064x}" for number in (1 << 200, 2 << 200, 3 << 200))
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -5,33 +5,25 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from recipes_cli import RECIPES, run_recipe
-from tiny import tiny_processor
-from training_toys import SCHEDULE, finetune, save_tiny
+from distributed import wait_for
+from processes import Fork
+from pruning_runs import error_of
+from recipes_cli import run_recipe
+from training_toys import SCHEDULE, finetune
 
+from himap_train.checkpoints import agreement
 from himap_train.checkpoints.load import load_checkpoint
 from himap_train.evaluation.compare import Row, compare
 from himap_train.models.install import pruning_of
 from himap_train.training.run import measured_rows
 from himap_train.training.run.finetune_cli import FinetuneCLI
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tiny")
-    processor = tiny_processor()
-    processor.save_pretrained(folder)
-    return save_tiny(folder)
 
 
 def config(tiny: str, folder: Path, **model: Any) -> dict[str, Any]:
@@ -61,16 +53,6 @@ def config(tiny: str, folder: Path, **model: Any) -> dict[str, Any]:
 def written(folder: Path, content: dict[str, Any], name: str = "config.yaml") -> str:
     (folder / name).write_text(yaml.safe_dump(content), encoding="utf-8")
     return str(folder / name)
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *options: str) -> str:
-    """Run something that must fail with status 2; the message."""
-    try:
-        status = finetune(*options)
-    except SystemExit as stop:  # jsonargparse ends the process itself
-        status = int(stop.code or 0)
-    assert status == 2
-    return capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +132,8 @@ def test_resolved_config_repeats_the_run_exactly(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again = tmp_path / "again"
-    assert finetune("--config", str(finished / "config.yaml"), "--output", str(again)) == 0
+    options = ["--config", str(finished / "config.yaml"), "--output", str(again)]
+    assert finetune(*options, "--evaluation.before", "false", "--evaluation.after", "false") == 0
     assert capsys.readouterr().out.count("(expected '") == 2  # answers of the validation
     before, after = (
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -167,7 +150,10 @@ def test_trained_checkpoint_loads_with_its_schedule(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["merged", "adapter"])
-def test_export(finished: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export(
+    finished: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement, "_in_fresh_process", agreement.outputs)  # test_export.py starts one
     options = ["--checkpoint", str(finished), "--output", str(tmp_path / form), "--format", form]
     assert run_recipe("export", *options) == 0
     assert "the same image tokens kept" in capsys.readouterr().out
@@ -287,28 +273,19 @@ def test_rehearsal_replaces_rehearsals_only(tiny_path: str, tmp_path: Path, caps
     assert (tmp_path / "run-rehearsal" / "thesis.tex").exists()
 
 
-# ---- signals, through a process of its own ----
-
-
-def output_until(process: subprocess.Popen[str], wanted: str) -> Iterator[str]:
-    assert process.stdout is not None
-    for line in process.stdout:
-        yield line
-        if wanted in line:
-            return
-    raise AssertionError(f"ended without {wanted!r}")
+# ---- signals ----
 
 
 def test_ctrl_c_saves_and_the_printed_command_resumes(finished: Path, tiny_path: str, tmp_path: Path) -> None:
     content = config(tiny_path, tmp_path)
     content["trainer"] |= {"max_steps": 400, "max_epochs": 1000, "limit_val_batches": 0}
     content["evaluation"] = {"before": False, "after": False, "during": 0}
-    command = [sys.executable, str(RECIPES / "finetune.py"), "--config", written(tmp_path, content)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
-    seen = list(output_until(process, "step 3 of 400"))
-    process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=60)[0]
-    assert process.returncode == 130, "".join(seen) + rest
+    log, options = tmp_path / "log", ["--config", written(tmp_path, content)]
+    process = Fork(lambda: finetune(*options), log)
+    wait_for("step 3 of 400", process, log)
+    os.kill(process.pid, signal.SIGINT)
+    status, rest = process.wait(60), log.read_text()
+    assert status == 130, rest
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     stopped = torch.load(last, weights_only=True)["global_step"]
     assert 3 <= stopped < 400 and f"saved {last} at step {stopped}" in rest

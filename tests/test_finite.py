@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from recipes_cli import run_recipe
 from safetensors.torch import load_file, save_file
 from tiny import tiny_processor
-from training_toys import ToyData, finetune, quiet_trainer, save_tiny, tuner
+from training_toys import ToyData, finetune, quiet_trainer, small_run, tuner
 from transformers import LlavaForConditionalGeneration
 
 from himap_train.checkpoints.export import export_adapter, export_merged
@@ -26,11 +25,6 @@ from himap_train.checkpoints.load import load_checkpoint, save_adapter
 from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO, last_and_best
 from himap_train.training.callbacks.finite import PATIENCE, GradientNorm
 from himap_train.training.run.launch import FineTuneTrainer
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 class Breaks(Callback):
@@ -135,16 +129,8 @@ def test_validation_loss_that_is_none_ends_training(base: str, tmp_path: Path) -
 
 
 def config(base: str, folder: Path, **model: Any) -> str:
-    content = {
-        "output": str(folder / "run"),
-        "save_every": 1,
-        "model": {"path": base, "schedule": None, "lora_r": 4, "lora_alpha": 8, **model},
-        "data": {"batch_size": 2, "train_limit": 16, "validation": None, "max_length": 400},
-        "trainer": {"accelerator": "cpu", "max_steps": 4, "gradient_clip_val": None},
-        "evaluation": {"before": False, "after": False, "during": 0},
-    }
-    (folder / "config.yaml").write_text(json.dumps(content), "utf-8")
-    return str(folder / "config.yaml")
+    trainer = {"max_steps": 4, "gradient_clip_val": None}
+    return small_run(folder, base, model={"schedule": None, **model}, trainer=trainer)
 
 
 def test_diverged_run_ends_with_status_2_and_no_adapter(
@@ -227,7 +213,8 @@ def test_nan_in_one_process_ends_all(base: str, tmp_path: Path, strategy: str) -
         "LlavaFineTuner.batch_loss = loss\n"
         "sys.exit(finetune(*sys.argv[1:]))\n"
     )
-    options = ["--config", config(base, tmp_path), "--trainer.devices", 2, "--trainer.strategy", strategy]
+    options = ["--config", config(base, tmp_path), "--save_every", 1]
+    options += ["--trainer.devices", 2, "--trainer.strategy", strategy]
     logs = [tmp_path / "rank0.log", tmp_path / "rank1.log"]
     statuses = finish(start_two([sys.executable, script, *options], logs), logs, 150)
     assert statuses == [2, 2], tails(logs)

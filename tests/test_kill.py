@@ -11,16 +11,15 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from distributed import NEEDS_DEEPSPEED, finish, kill_group, start, tails, wait_for
+from processes import Fork
 from recipes_cli import RECIPES
-from training_toys import SCHEDULE, finetune, save_tiny
+from training_toys import finetune, save_tiny, small_run
 
 from himap_train import storage
 from himap_train.checkpoints.adapter import read_adapter
@@ -31,17 +30,9 @@ _RUNS = ("straight", "run")
 
 
 def config(folder: Path) -> str:
-    """Twenty steps with dropout and accumulation over two and a half epochs, saved every third."""
-    content = {
-        "output": str(folder / "run"),
-        "save_every": 3,
-        "model": {"path": save_tiny(folder / "tiny"), "schedule": SCHEDULE, "lora_r": 4, "lora_alpha": 8},
-        "data": {"batch_size": 2, "train_limit": 31, "validation": None, "max_length": 400},
-        "trainer": {"accelerator": "cpu", "max_steps": STEPS, "max_epochs": 9, "accumulate_grad_batches": 2},
-        "evaluation": {"before": False, "after": False, "during": 0},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    return str(folder / "config.yaml")
+    """Twenty steps with dropout and accumulation over two and a half epochs."""
+    trainer = {"max_steps": STEPS, "max_epochs": 9, "accumulate_grad_batches": 2}
+    return small_run(folder, save_tiny(folder / "tiny"), data={"train_limit": 31}, trainer=trainer)
 
 
 def die() -> None:
@@ -91,28 +82,22 @@ def attempt(
     """Run in a fork; its exit status, or minus the signal that ended it. Killed after `seconds` of training, or of all
     that a run does.
     """
-    child = os.fork()
-    if not child:
-        try:
-            with open(losses.with_suffix(".log"), "a") as log:
-                os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
-            arm(kind, number, losses)
-            os._exit(finetune(*options))
-        except BaseException:
-            traceback.print_exc()
-            os._exit(70)
+
+    def armed() -> int:
+        arm(kind, number, losses)
+        return finetune(*options)
+
+    child = Fork(armed, losses.with_suffix(".log"))
     lines = losses.read_text().count("\n") if losses.exists() else 0
-    limit, started = time.monotonic() + 60, time.monotonic() if from_start else None
-    while True:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
+    limit, started = time.monotonic() + 300, time.monotonic() if from_start else None
+    while (status := child.poll()) is None:
         training = losses.exists() and losses.read_text().count("\n") > lines
         started = started or (time.monotonic() if training else None)
         late = seconds is not None and started is not None and time.monotonic() - started > seconds
         if late or time.monotonic() > limit:
-            os.kill(child, signal.SIGKILL)
+            os.kill(child.pid, signal.SIGKILL)
         time.sleep(0.002)
+    return status
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -120,7 +105,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 def test_killed_many_times_equals_uninterrupted_to_the_last_bit(tmp_path: Path) -> None:
-    options = ["--config", config(tmp_path), "--resume", "auto"]
+    options = ["--config", config(tmp_path), "--save_every", "3", "--resume", "auto"]
     straight = tmp_path / "straight.txt"
     assert attempt([*options, "--output", str(tmp_path / "straight")], straight) == 0, straight.with_suffix(
         ".log"
@@ -157,7 +142,8 @@ def test_killed_many_times_equals_uninterrupted_to_the_last_bit(tmp_path: Path) 
 @pytest.mark.slow
 def test_a_hundred_kills_at_random_points(tmp_path: Path) -> None:
     """Anywhere from the first line of the config to the end of the adapter's writing; HIMAP_KILLS sets how many."""
-    options, run, losses = ["--config", config(tmp_path), "--resume", "auto"], tmp_path / "run", tmp_path / "losses.txt"
+    options = ["--config", config(tmp_path), "--save_every", "3", "--resume", "auto"]
+    run, losses = tmp_path / "run", tmp_path / "losses.txt"
     began = time.monotonic()
     straight = tmp_path / "straight.txt"
     assert attempt([*options, "--output", str(tmp_path / "straight")], straight) == 0

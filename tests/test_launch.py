@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from distributed import NEEDS_DEEPSPEED, finish, free_port, kill_group, start, start_two, tails, wait_for
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, Trainer
@@ -22,7 +21,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from processes import in_processes
 from recipes_cli import RECIPES
-from training_toys import SCHEDULE, finetune, quiet_trainer, save_tiny
+from training_toys import finetune, quiet_trainer, save_tiny, small_run
 
 from himap_train.training.run.finetune_cli import FinetuneCLI
 from himap_train.training.run.launch import AroundTraining, FineTuneTrainer, is_first_process, report_error
@@ -34,15 +33,8 @@ FINETUNE = RECIPES / "finetune.py"
 
 
 def written(folder: Path, steps: int, **trainer: Any) -> str:
-    content = {
-        "output": str(folder / "run"),
-        "model": {"path": save_tiny(folder / "tiny"), "schedule": SCHEDULE, "lora_r": 4, "lora_alpha": 8},
-        "data": {"batch_size": 2, "train_limit": 16, "validation": None, "max_length": 400},
-        "trainer": {"accelerator": "cpu", "max_steps": steps, "max_epochs": 1000, "log_every_n_steps": 1, **trainer},
-        "evaluation": {"before": False, "after": False, "during": 0},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    return str(folder / "config.yaml")
+    trainer = {"max_steps": steps, "max_epochs": 1000, "log_every_n_steps": 1, **trainer}
+    return small_run(folder, save_tiny(folder / "tiny"), trainer=trainer)
 
 
 def test_sigterm_to_one_process_saves_and_the_run_goes_on_in_one(tmp_path: Path) -> None:

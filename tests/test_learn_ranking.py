@@ -13,7 +13,7 @@ from distributed import NEEDS_DEEPSPEED, run_scenarios
 from distributed_worker import train
 from pruning_runs import config, error_of, logged
 from safetensors.torch import load_file, save_file
-from training_toys import collate, finetune, sample, save_tiny
+from training_toys import collate, finetune, sample
 from transformers import LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule, load_checkpoint, record_pruning
@@ -26,11 +26,6 @@ from himap_train.training.schedules.learn_ranking import RankingSettings
 BY = {"name": "learned", "width": 16, "spread": 0.25}
 STAGES = [{"layer": 0, "criterion": BY, "keep_ratio": 0.5}, {"layer": 3, "criterion": BY, "keep_ratio": 0.25}]
 LEARN = {"share": 0.5, "learning_rate": 0.02}
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,15 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 from pruning_runs import config, error_of, logged
-from tiny import tiny_llava, tiny_processor
-from training_toys import finetune, quiet_trainer, save_tiny, tuner
+from tiny import tiny_llava
+from training_toys import finetune, fit_windows, tuner
 from transformers import LlamaConfig
 
 from himap_train import PruningSchedule, PruningStage
 from himap_train.checkpoints.load import load_checkpoint
-from himap_train.data.module import LlavaDataModule
 from himap_train.models.install import pruning_of
 from himap_train.models.stock import text_decoder
-from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO
-from himap_train.training.callbacks.interrupt import Interrupted, SaveOnInterrupt
+from himap_train.training.callbacks.interrupt import Interrupted
 from himap_train.training.callbacks.learn_ratios import LearnKeepRatios
 from himap_train.training.schedules.learnable import Learnable
 
@@ -33,11 +31,6 @@ LEARNABLE = Learnable(budget=0.8, first_layer=1, switch_layer=3, warmup=0.25, un
 NO_SCHEDULE = {"model": {"schedule": None}}
 START = {"stages": [{"layer": 1, "criterion": "instruction", "keep_ratio": 0.8}]}
 SETTINGS = {"start": START, "budget": 0.97, "first_layer": 1, "switch_layer": 2, "warmup": 0.2, "until": 0.7}
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 class Seen(Callback):
@@ -70,19 +63,8 @@ class Seen(Callback):
 
 def fit(path: str, folder: Path, seen: Seen, resume: bool = False, **kwargs: Any) -> Any:
     """Eight optimizer steps of two micro-batches: 2 warm up, 4 more learn, 2 are frozen."""
-    model, last = tuner(path, lora_dropout=0.0, schedule=None), folder / "last.ckpt"
-    learner = LearnKeepRatios(LEARNABLE, lambda measured: TOKENS)
-    trainer = quiet_trainer(
-        folder,
-        **{"max_epochs": 2, "accumulate_grad_batches": 2, **kwargs},
-        enable_checkpointing=True,
-        plugins=[AtomicCheckpointIO()],
-        callbacks=[learner, seen, SaveOnInterrupt(last, "again --resume")],
-    )
-    data = LlavaDataModule(batch_size=2, train_limit=16, validation_limit=4, max_length=400, processor=tiny_processor())
-    torch.manual_seed(0)
-    trainer.fit(model, datamodule=data, ckpt_path=last if resume else None, weights_only=True)
-    return model
+    callbacks = [LearnKeepRatios(LEARNABLE, lambda measured: TOKENS), seen]
+    return fit_windows(tuner(path, lora_dropout=0.0, schedule=None), folder, callbacks, resume, **kwargs)
 
 
 def cost(schedule: PruningSchedule) -> float:

@@ -7,29 +7,24 @@ from typing import Any
 
 import pytest
 import torch
-from cases import RAGGED, RAGGED_ANSWERS, make_case
-from checks import STATES, assert_equals_naive, assert_same_kept, run
-from decoding import LOGITS, STEPS, decode, naive_decode, random_tokens
-from device_waits import tainted
-from gradient_checks import (
-    CHECKPOINTING,
-    NAMES,
-    assert_same_gradients,
-    batches,
-    gradients,
-    naive_gradients,
-    trainable,
-    with_leaves,
+from cases import RAGGED, RAGGED_ANSWERS, TURNS, make_case
+from checks import (
+    assert_equals_naive,
+    assert_ragged_equal_naive,
+    assert_rows_equal_the_row_alone,
+    assert_same_kept,
+    run,
 )
+from decoding import assert_decodes_as_naive
+from device_waits import forward_waits
+from gradient_checks import CHECKPOINTING, NAMES, assert_gradients_equal_naive
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive import naive_generate
 from random_cases import QUICK, check, dialogues, models, prompts, seeds, sides
 from tiny import tiny_llava
 from torch import Tensor
 
 from himap_train import AttentionMass, Mass, PruningSchedule, PruningStage, install_pruning, record_pruning
-from himap_train.models.features import hidden_states
 from himap_train.models.install import pruning_of
 from himap_train.pruning.layout import TokenLayout, build_layout
 from himap_train.pruning.ranks import image_ranks, select, tokens_for_mass
@@ -38,7 +33,6 @@ from himap_train.pruning.removal import plan_removals, settle_mass
 pytestmark = pytest.mark.core
 
 CRITERIA = ["instruction", "image", "image_debiased", "last_token"]
-TURNS = ("t2 i16 t4 a3 t5 i12 t3 a2", "t4 a2 t2 i16 t3 a4 t5 a2", "t1 i9 t2 a1 i7 i5 t3 a2", "t2 i16 t4 a3 t5 a2")
 
 
 def by_mass(*stages: tuple[Any, ...], positions: str = "keep") -> PruningSchedule:
@@ -69,10 +63,7 @@ def numbers(kept: list[list[Tensor]]) -> list[list[int]]:
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_equal_the_oracle(name: str, attn: str) -> None:
-    model = tiny_llava(attn=attn)
-    assert_equals_naive(model, SCHEDULES[name], make_case(model, RAGGED, "left", seed=1))
-    assert_equals_naive(model, SCHEDULES[name], make_case(model, RAGGED_ANSWERS, "right", seed=2), labels=True)
-    assert_equals_naive(model, SCHEDULES[name], make_case(model, TURNS), labels=True)
+    assert_ragged_equal_naive(tiny_llava(attn=attn), SCHEDULES[name])
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -89,13 +80,7 @@ def test_criteria_and_decoders_equal_the_oracle(text: str, criterion: str) -> No
 def test_rows_of_a_batch_equal_the_row_alone(side: str, labels: bool) -> None:
     model = install_pruning(tiny_llava("qwen2"), SCHEDULES["then mass"])
     rows = (*RAGGED_ANSWERS, *TURNS) if labels else RAGGED
-    case = make_case(model, rows, side)
-    states, kept = run(model, case, labels)
-    for b, spec in enumerate(rows):
-        alone_states, alone_kept = run(model, make_case(model, [spec], seed=b), labels)
-        columns = case.columns(b)
-        torch.testing.assert_close(states[b, columns], alone_states[0], **STATES)
-        assert_same_kept([[stage[b]] for stage in kept], [[columns[stage[0]]] for stage in alone_kept])
+    assert_rows_equal_the_row_alone(model, rows, side, labels)
 
 
 def test_fewer_with_less_mass_and_bounds_bind() -> None:
@@ -125,15 +110,7 @@ def test_an_image_token_that_predicts_an_answer_stays_and_counts() -> None:
 
 @pytest.mark.parametrize("name", ["then ratio", "then mass", "renumbered"])
 def test_decoding_equals_the_oracle(name: str) -> None:
-    model, plan = tiny_llava(), SCHEDULES[name]
-    case, tokens = make_case(model, RAGGED, "left", seed=4), random_tokens(len(RAGGED))
-    expected = naive_decode(model, plan, case, tokens)
-    made = naive_generate(model, plan, case.naive(), STEPS)
-    install_pruning(model, plan)
-    found, _ = decode(model, case, tokens, chunk=2, give_positions=True)
-    torch.testing.assert_close(found, expected, **LOGITS)
-    answer = model.generate(**case.inputs(), max_new_tokens=STEPS, do_sample=False)
-    assert torch.equal(answer[:, case.input_ids.shape[1] :], made)
+    assert_decodes_as_naive(SCHEDULES[name])
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -152,14 +129,7 @@ def test_teacher_forcing_keeps_what_generate_keeps(prompt: str, criterion: str) 
 @pytest.mark.parametrize("reentrant", CHECKPOINTING, ids=NAMES)
 @pytest.mark.parametrize("name", ["then ratio", "then mass"])
 def test_gradients_equal_the_oracle(name: str, reentrant: bool | None) -> None:
-    model, plan = trainable(reentrant), SCHEDULES[name]
-    cases = batches(model)
-    expected = naive_gradients(plan, cases)
-    install_pruning(model, plan)
-    losses = [model(**with_leaves(case).inputs(labels=True)).loss for case in cases]
-    for loss in losses:
-        loss.backward()
-    assert_same_gradients(gradients(model, cases), expected)
+    assert_gradients_equal_naive(SCHEDULES[name], reentrant)
 
 
 def test_counts_of_each_row_and_a_batch_without_images() -> None:
@@ -180,16 +150,9 @@ def test_counts_of_each_row_and_a_batch_without_images() -> None:
 def test_one_more_transfer_for_each_mass_stage_and_no_other_wait(
     name: str, labels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits = []
-    for schedule in (PruningSchedule(), SCHEDULES[name]):
-        model = install_pruning(tiny_llava(), schedule)
-        case = make_case(model, ["t3 i16 t4 a2", "t1 i9 t2 a1", "t4 a3"])
-        tensors = [case.input_ids, case.attention_mask, case.labels, *case.features]
-        with torch.set_grad_enabled(labels), tainted(model, tensors, monkeypatch) as mode:
-            hidden_states(model, **case.inputs(labels))
-        waits.append(mode.waits)
-    assert waits[0] == waits[1]
-    assert mode.transfers == 1 + sum(isinstance(stage.keep, Mass) for stage in SCHEDULES[name].stages)
+    dense, found = (forward_waits(plan, labels, monkeypatch) for plan in (PruningSchedule(), SCHEDULES[name]))
+    assert found.waits == dense.waits
+    assert found.transfers == 1 + sum(isinstance(stage.keep, Mass) for stage in SCHEDULES[name].stages)
 
 
 def layout_of(groups: list[int], padding: int) -> tuple[TokenLayout, Any]:
@@ -239,7 +202,7 @@ def mass_schedules(draw: st.DrawFn) -> PruningSchedule:
     return by_mass(*stages, positions=draw(st.sampled_from(["keep", "renumber"])))
 
 
-@settings(QUICK, max_examples=80)
+@settings(QUICK, max_examples=40)
 @given(
     models,
     mass_schedules(),

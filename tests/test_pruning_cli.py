@@ -11,18 +11,13 @@ import torch
 import yaml
 from pruning_runs import STAGES, config, error_of, logged
 from recipes_cli import run_recipe
-from training_toys import finetune, save_tiny
+from training_toys import finetune
 
 from himap_train.checkpoints.load import load_checkpoint
 from himap_train.models.install import pruning_of
 from himap_train.training.run.finetune_cli import FinetuneCLI
 
 ELASTIC = {"budgets": [0.9, 0.95], "self_distillation": {"share": 0.5}}
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny_llava
 from torch import nn
-from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, save_tiny, tuner
+from training_toys import SCHEDULE, CountingHead, ToyData, collate, quiet_trainer, sample, tuner
 
 from himap_train import PruningSchedule, PruningStage, install_pruning
 from himap_train.models.features import hidden_states
@@ -23,11 +23,6 @@ from himap_train.training.schedules.settings import PruningSettings
 FP32 = {"atol": 1e-5, "rtol": 1e-4}
 STUDENT = PruningSchedule.from_dict(SCHEDULE)
 DENSE = PruningSchedule()
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def batch() -> dict[str, Any]:
@@ -75,18 +70,12 @@ def test_value_and_gradients_equal_full_logits(chunk: int) -> None:
 
 
 def test_logits_exist_for_a_chunk_of_supervised_rows_only() -> None:
-    rows: list[int] = []
-
-    class Head(nn.Linear):
-        def forward(self, states: torch.Tensor) -> torch.Tensor:
-            rows.append(states.shape[0])
-            return super().forward(states)
-
+    head = CountingHead()
     labels = torch.full((2, 50), -100)
     labels[:, 40:45] = 7
     hidden, teacher = torch.randn(2, 50, 8, requires_grad=True), torch.randn(2, 50, 8)
-    distilled_loss(hidden, teacher, labels, Head(8, 20), chunk=4)
-    assert rows == [4, 4, 4, 4, 2, 2]  # the student's and the teacher's
+    distilled_loss(hidden, teacher, labels, head, chunk=4)
+    assert head.rows == [4, 4, 4, 4, 2, 2]  # the student's and the teacher's
 
 
 def test_nothing_supervised_gives_zero_with_a_graph() -> None:

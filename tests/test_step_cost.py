@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import make_case
 from cost_toys import HIMAP, decoder, plan
-from device_waits import tainted
+from device_waits import forward_waits
 from tiny import tiny_llava
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -114,20 +114,11 @@ def test_peak_memory_falls_as_the_tokens_do(row: str) -> None:
 def test_one_transfer_and_no_other_wait_for_the_device(
     second: str, labels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = {}
-    for name, schedule in {
-        "dense": PruningSchedule(),
-        "pruned": plan((2, "instruction", 0.5), (4, second, 0.25)),
-    }.items():
-        model = install_pruning(tiny_llava(), schedule)
-        case = make_case(model, ["t3 i16 t4 a2", "t1 i9 t2 a1", "t4 a3"])
-        tensors = [case.input_ids, case.attention_mask, case.labels, *case.features]
-        with torch.set_grad_enabled(labels), tainted(model, tensors, monkeypatch) as mode:
-            hidden_states(model, **case.inputs(labels))
-        found[name] = mode
-    assert found["dense"].waits, "the stock model itself asks the device; if it no longer does, drop this line"
-    assert found["pruned"].waits == found["dense"].waits
-    assert (found["dense"].transfers, found["pruned"].transfers) == (0, 1)
+    schedules = PruningSchedule(), plan((2, "instruction", 0.5), (4, second, 0.25))
+    dense, pruned = (forward_waits(schedule, labels, monkeypatch) for schedule in schedules)
+    assert dense.waits, "the stock model itself asks the device; if it no longer does, drop this line"
+    assert pruned.waits == dense.waits
+    assert (dense.transfers, pruned.transfers) == (0, 1)
 
 
 def test_logits_of_all_positions_never_exist_at_once() -> None:

@@ -16,7 +16,6 @@ from processes import dead_process
 from safetensors.torch import save_file
 from test_training_resume import full_disk
 from tiny import tiny_processor
-from training_toys import save_tiny
 
 from himap_train import storage
 from himap_train.checkpoints.export import export_adapter, export_merged
@@ -24,11 +23,6 @@ from himap_train.checkpoints.load import load_checkpoint, save_adapter
 from himap_train.command_line import run_command
 from himap_train.storage import atomic_file, atomic_folder, remove_leftovers, write_failure
 from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_llava
 from torch import nn
-from training_toys import collate, sample
+from training_toys import CountingHead, collate, sample
 
 from himap_train.models.features import hidden_states
 from himap_train.models.loss import supervised_loss
@@ -37,17 +37,11 @@ def test_loss_and_gradients_equal_hugging_face(chunk: int) -> None:
 
 
 def test_lm_head_sees_supervised_rows_only_and_a_chunk_at_a_time() -> None:
-    rows: list[int] = []
-
-    class Head(nn.Linear):
-        def forward(self, states: torch.Tensor) -> torch.Tensor:
-            rows.append(states.shape[0])
-            return super().forward(states)
-
+    head = CountingHead()
     labels = torch.full((2, 50), -100)
     labels[:, 40:45] = 7
-    supervised_loss(torch.randn(2, 50, 8), labels, Head(8, 20), chunk=4)
-    assert rows == [4, 4, 2]
+    supervised_loss(torch.randn(2, 50, 8), labels, head, chunk=4)
+    assert head.rows == [4, 4, 2]
 
 
 def test_first_column_is_never_a_target() -> None:

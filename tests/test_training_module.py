@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from tiny import tiny_processor
 from torch.utils.data import DataLoader, IterableDataset
-from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, save_tiny, tuner
+from training_toys import SCHEDULE, ToyData, collate, quiet_trainer, sample, tuner
 
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.install import install_pruning, pruning_of, record_pruning, remove_pruning
@@ -18,11 +18,6 @@ from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.callbacks.accuracy import EvaluationSettings, GenerationAccuracy
 from himap_train.training.module import LlavaFineTuner
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 def fit(path: str, folder: Path, data: ToyData | None = None, **kwargs: Any) -> LlavaFineTuner:

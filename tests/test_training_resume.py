@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from tiny import tiny_processor
-from training_toys import quiet_trainer, save_tiny, tuner
+from training_toys import quiet_trainer, tuner
 
 from himap_train.data.module import LlavaDataModule
 from himap_train.training.callbacks.checkpoints import (
@@ -26,11 +26,6 @@ from himap_train.training.callbacks.checkpoints import (
 from himap_train.training.callbacks.interrupt import Interrupted, SaveOnInterrupt
 from himap_train.training.callbacks.step_seeds import StepSeeds
 from himap_train.training.module import LlavaFineTuner
-
-
-@pytest.fixture(scope="module")
-def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
 
 
 class Losses(Callback):

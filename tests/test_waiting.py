@@ -6,38 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-from cases import RAGGED, RAGGED_ANSWERS, make_case
-from checks import STATES, assert_equals_naive, assert_same_kept, run
+from cases import make_case
+from checks import assert_ragged_equal_naive, assert_rows_equal_the_row_alone, run
 from cost_toys import LLAVA_7B
-from decoding import LOGITS, STEPS, decode, naive_decode, random_tokens
-from device_waits import tainted
+from decoding import assert_decodes_as_naive
+from device_waits import forward_waits
 from evaluation_toys import QUIET, Source, conversation
-from gradient_checks import (
-    CHECKPOINTING,
-    NAMES,
-    assert_same_gradients,
-    batches,
-    gradients,
-    naive_gradients,
-    trainable,
-    with_leaves,
-)
+from gradient_checks import CHECKPOINTING, NAMES, assert_gradients_equal_naive
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive import naive_generate
 from random_cases import QUICK, check, dialogues, models, prompts, seeds, sides
 from tiny import tiny_llava, tiny_processor
 
 from himap_train import Mass, PruningSchedule, PruningStage, install_pruning
 from himap_train.evaluation.compare import compare
 from himap_train.evaluation.tables import markdown_table
-from himap_train.models.features import hidden_states
 from himap_train.pruning.cost import schedule_cost
 from himap_train.pruning.learned.ratios import KeepRatios
 
 pytestmark = pytest.mark.core
-
-TURNS = ("t2 i16 t4 a3 t5 i12 t3 a2", "t4 a2 t2 i16 t3 a4 t5 a2", "t1 i9 t2 a1 i7 i5 t3 a2", "t2 i16 t4 a3 t5 a2")
 
 
 def schedule(*stages: dict[str, Any], positions: str = "keep") -> PruningSchedule:
@@ -71,22 +58,13 @@ def acts_at(kept: list[list[torch.Tensor]], lengths: list[int]) -> list[int]:
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_equal_the_oracle(name: str, attn: str) -> None:
-    model = tiny_llava(attn=attn)
-    assert_equals_naive(model, SCHEDULES[name], make_case(model, RAGGED, "left", seed=1))
-    assert_equals_naive(model, SCHEDULES[name], make_case(model, RAGGED_ANSWERS, "right", seed=2), labels=True)
-    assert_equals_naive(model, SCHEDULES[name], make_case(model, TURNS), labels=True)
+    assert_ragged_equal_naive(tiny_llava(attn=attn), SCHEDULES[name])
 
 
 def test_rows_of_one_batch_act_at_layers_of_their_own_and_as_when_alone() -> None:
     model, rows = install_pruning(tiny_llava(), SCHEDULES["instruction"]), ["t3 i16 t4", "t1 i9 t3"] * 6
-    case = make_case(model, rows, "left")
-    states, kept = run(model, case)
+    case, kept = assert_rows_equal_the_row_alone(model, rows, "left")
     assert len(set(acts_at(kept, case.attention_mask.sum(1).tolist()))) > 2, "the point is that they differ"
-    for b, spec in enumerate(rows):
-        alone_states, alone_kept = run(model, make_case(model, [spec], seed=b))
-        columns = case.columns(b)
-        torch.testing.assert_close(states[b, columns], alone_states[0], **STATES)
-        assert_same_kept([[stage[b]] for stage in kept], [[columns[stage[0]]] for stage in alone_kept])
 
 
 def test_a_share_that_no_row_reaches_waits_for_the_last_layer_and_1_for_none() -> None:
@@ -98,37 +76,17 @@ def test_a_share_that_no_row_reaches_waits_for_the_last_layer_and_1_for_none() -
 
 @pytest.mark.parametrize("name", ["then image", "stride", "exit"])
 def test_decoding_equals_the_oracle(name: str) -> None:
-    model, plan = tiny_llava(), SCHEDULES[name]
-    case, tokens = make_case(model, RAGGED, "left", seed=4), random_tokens(len(RAGGED))
-    expected = naive_decode(model, plan, case, tokens)
-    made = naive_generate(model, plan, case.naive(), STEPS)
-    install_pruning(model, plan)
-    found, _ = decode(model, case, tokens, chunk=2, give_positions=True)
-    torch.testing.assert_close(found, expected, **LOGITS)
-    answer = model.generate(**case.inputs(), max_new_tokens=STEPS, do_sample=False)
-    assert torch.equal(answer[:, case.input_ids.shape[1] :], made)
+    assert_decodes_as_naive(SCHEDULES[name])
 
 
 @pytest.mark.parametrize("reentrant", CHECKPOINTING, ids=NAMES)
 def test_gradients_equal_the_oracle(reentrant: bool | None) -> None:
-    model, plan = trainable(reentrant), SCHEDULES["then image"]
-    cases = batches(model)
-    expected = naive_gradients(plan, cases)
-    install_pruning(model, plan)
-    for loss in [model(**with_leaves(case).inputs(labels=True)).loss for case in cases]:
-        loss.backward()
-    assert_same_gradients(gradients(model, cases), expected)
+    assert_gradients_equal_naive(SCHEDULES["then image"], reentrant)
 
 
 def test_one_transfer_for_each_layer_that_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    for plan in (PruningSchedule(), SCHEDULES["then image"]):
-        model = install_pruning(tiny_llava(), plan)
-        case = make_case(model, ["t3 i16 t4 a2", "t1 i9 t2 a1", "t4 a3"])
-        with tainted(model, [case.input_ids, case.attention_mask, case.labels, *case.features], monkeypatch) as mode:
-            hidden_states(model, **case.inputs(True))
-        found.append(mode.waits)
-    assert found[0] == found[1] and mode.transfers == 1 + 2
+    dense, found = (forward_waits(plan, True, monkeypatch) for plan in (PruningSchedule(), SCHEDULES["then image"]))
+    assert found.waits == dense.waits and found.transfers == 1 + 2
 
 
 @st.composite

@@ -12,7 +12,7 @@ import torch
 from export_toys import PRUNED, logits, trained
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llava, tiny_processor
-from training_toys import ToyData, collate, finetune, quiet_trainer, sample, save_tiny, tuner
+from training_toys import ToyData, collate, finetune, quiet_trainer, sample, tuner
 
 from himap_train.checkpoints.export import export_adapter, export_merged
 from himap_train.checkpoints.load import load_checkpoint, save_adapter
@@ -33,11 +33,6 @@ PARTS: list[dict[str, Any]] = [
     {"vision_tower": "train", "vision_lr": 1e-2},
     {"decoder": "train", "decoder_lr": 1e-2},
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("base"))
 
 
 def fit(path: str, folder: Path, **model: Any) -> tuple[LlavaFineTuner, Path]:

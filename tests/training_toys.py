@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule, Trainer
 from recipes_cli import recipe_module
 from tiny import IMAGE_SIZE, IMAGE_TOKENS, tiny_llava, tiny_processor
 from torch.utils.data import DataLoader
 
+from himap_train.data.module import LlavaDataModule
 from himap_train.data.windows import WindowedLoader, Windows
+from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO
+from himap_train.training.callbacks.interrupt import SaveOnInterrupt
 from himap_train.training.module import LlavaFineTuner
 
 SCHEDULE = {"stages": [{"layer": 2, "criterion": "instruction", "keep_ratio": 0.5}]}
@@ -33,6 +37,19 @@ def finetune(*options: str) -> int:
 def run_main(recipe: str, *options: str) -> int:
     """What `python recipes/<recipe>.py <options>` runs, for a recipe whose `main` takes the command line."""
     return int(recipe_module(recipe).main(list(options)))
+
+
+def small_run(folder: Path, path: str, **groups: dict[str, Any]) -> str:
+    """A config file for `finetune`: a run of seconds on the embedded scenes that measures nothing; `groups` go over."""
+    defaults: dict[str, Any] = {
+        "model": {"path": path, "schedule": SCHEDULE, "lora_r": 4, "lora_alpha": 8},
+        "data": {"batch_size": 2, "train_limit": 16, "validation": None, "max_length": 400},
+        "trainer": {"accelerator": "cpu"},
+        "evaluation": {"before": False, "after": False, "during": 0},
+    }
+    content = {"output": str(folder / "run"), **{name: one | groups.get(name, {}) for name, one in defaults.items()}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    return str(folder / "config.yaml")
 
 
 def sample(index: int, answer: int = 3, image: bool = True) -> dict[str, Any]:
@@ -109,3 +126,31 @@ def quiet_trainer(folder: Path, **kwargs: Any) -> Trainer:
     }
     kind = kwargs.pop("kind", Trainer)
     return kind(default_root_dir=folder, **{**defaults, **kwargs})
+
+
+class CountingHead(torch.nn.Linear):
+    """An output layer that notes how many rows each call gives it."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 20)
+        self.rows: list[int] = []
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        self.rows.append(states.shape[0])
+        return super().forward(states)
+
+
+def fit_windows(model: LlavaFineTuner, folder: Path, callbacks: list[Any], resume: bool = False, **trainer: Any) -> Any:
+    """Eight optimizer steps of two micro-batches of embedded scenes; interrupted, it leaves `last.ckpt`."""
+    last = folder / "last.ckpt"
+    fitting = quiet_trainer(
+        folder,
+        **{"max_epochs": 2, "accumulate_grad_batches": 2, **trainer},
+        enable_checkpointing=True,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=[*callbacks, SaveOnInterrupt(last, "again --resume")],
+    )
+    data = LlavaDataModule(batch_size=2, train_limit=16, validation_limit=4, max_length=400, processor=tiny_processor())
+    torch.manual_seed(0)
+    fitting.fit(model, datamodule=data, ckpt_path=last if resume else None, weights_only=True)
+    return model
