@@ -93,6 +93,16 @@ class LlavaFile:
             return 0, 0
         return sum(len(turn.text) for turn in turns), len(shown)
 
+    def first_image(self, index: int) -> str | None:
+        """The first image that a record names; None for a record without, or a broken one."""
+        try:
+            record = self._record(index)
+        except RecordError:
+            return None
+        names = record.get("image", record.get("images")) if isinstance(record, dict) else None
+        name = names[0] if isinstance(names, list) and names else names
+        return name if isinstance(name, str) else None
+
     def _record(self, index: int) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: record {index} of {len(self)}")
