@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from data_examples import image_folder, llava_record, talk
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_data_module import fit, module
+from training_toys import finetune
 
 from himap_train.data.mixing import Chosen, MixedRecords, read_parts
 from himap_train.data.records import Conversation
 from himap_train.data.sampling import BatchOrder
+from himap_train.training.run.parser import _own_data
 
 
 class Talks:
@@ -211,3 +214,31 @@ def test_what_cannot_be_mixed_or_split(tmp_path: Path) -> None:
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             module(train, **options).source("train")
+
+
+def test_rehearsal_on_own_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mix, a share of it for validation, and a length that fits the real model's tokens alone."""
+    (tmp_path / "b").mkdir()
+    train = [
+        {"path": write(tmp_path, "a", 6), "weight": 1},
+        {"path": write(tmp_path / "b", "b", 6, 3), "weight": 3, "image_folder": str(tmp_path / "b")},
+    ]
+    config = {
+        "output": str(tmp_path / "run"),
+        "data": {"train": train, "validation": 0.2, "max_length": 8, "image_folder": str(tmp_path)},
+        "trainer": {"max_steps": 1},
+        "evaluation": {"before": False, "after": False, "during": 0},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert finetune("--config", str(tmp_path / "config.yaml"), "--rehearse", "--data", "mine") == 0
+    out = capsys.readouterr().out
+    assert "samples from " + train[1]["path"] in out and "\nrehearsed: trained, saved" in out
+    data = yaml.safe_load((tmp_path / "run-rehearsal/config.yaml").read_text())["data"]
+    assert data["train"] == train and data["validation"] == 0.2 and data["max_length"] is None
+
+
+def test_own_records_are_asked_for_with_a_rehearsal_only() -> None:
+    assert _own_data(["--rehearse", "--data", "mine", "--x"]) == ["--rehearse=mine", "--x"]
+    assert _own_data(["--data=mine", "--rehearse"]) == ["--rehearse=mine"]
+    for other in (["--data", "mine"], ["--rehearse", "--data", "data.yaml"], ["--rehearse", "--data.train", "mine"]):
+        assert _own_data(other) == other

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from himap_train.data.json_places import check_encoding, offsets, split_list, unpacked
-from himap_train.data.llava_format import length_hint, parse_llava_record
+from himap_train.data.llava_format import parse_llava_record
 from himap_train.data.messages_format import has_turns, read_record, refuse_preferences, turns_of
 from himap_train.data.records import Conversation, RecordError
 from himap_train.structured import each_key_once
@@ -85,10 +85,7 @@ class LlavaFile:
     def length_hint(self, index: int) -> tuple[int, int]:
         """(characters, images) of a record without checking it; (0, 0) for a broken line."""
         try:
-            record = self._record(index)
-            if not _is_other_form(record):
-                return length_hint(record)
-            turns, shown = turns_of(record, self.path.name)
+            turns, shown = turns_of(self._record(index), self.path.name)
         except RecordError:
             return 0, 0
         return sum(len(turn.text) for turn in turns), len(shown)

@@ -72,12 +72,14 @@ def refuse_preferences(record: Mapping[str, Any], where: str) -> None:
             raise RecordError(f"{where} is judged good or bad (`{judgement}`), as KTO trains on; {ONLY_CHOSEN}")
 
 
-def turns_of(record: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], list[Any]]:
+def turns_of(record: Any, where: str) -> tuple[tuple[Turn, ...], list[Any]]:
     """Turns with `<image>` at the places of images, and for each of these its number in `images`, or the image.
 
     Raises:
         RecordError: no list of messages, or one that is not as expected.
     """
+    if not isinstance(record, Mapping):
+        raise RecordError(f"{where}: expected an object with `messages`, found {type(record).__name__}")
     if record.get("conversations") is not None:
         turns = parse_turns(record["conversations"], where)
         return turns, list(range(sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns)))

@@ -51,11 +51,6 @@ def read_parts(
 ) -> tuple[Part, ...]:
     """What `data.train` names, without what has weight 0; nothing where it is one data set and all of it is trained on.
 
-    Args:
-        train: `data.train`.
-        share: of it, for validation.
-        streaming: `data.streaming`.
-
     Raises:
         ValueError: an unknown key (the nearest is named), a value that cannot be, weights that decide nothing, or what
             a stream cannot give.
@@ -96,6 +91,9 @@ class MixedRecords:
         used = [float(size and weight) for size, weight in zip(self.sizes, weights or self.sizes, strict=True)]
         self.samples = _divided(len(self), used) if weights else self.sizes
         """Of each set in an epoch."""
+        self.epoch = 0
+        self.fixed = not any(changes_with_epoch(chosen.source) for chosen in sets)
+        """Whether the records are the same in every epoch."""
 
     def __len__(self) -> int:
         """Number of records, and of samples in an epoch."""
@@ -119,23 +117,9 @@ class MixedRecords:
             raise IndexError(f"record {index} of {len(self)}")
         number = int(np.searchsorted(self._ends, index, side="right"))
         chosen = self._sets[number]
+        if changes_with_epoch(chosen.source):
+            chosen.source.epoch = self.epoch  # type: ignore[attr-defined]
         return chosen.source, int(chosen.indices[index - self._ends[number]])  # counted from the set's end
-
-    @property
-    def fixed(self) -> bool:
-        """Whether the records are the same in every epoch."""
-        return not any(changes_with_epoch(chosen.source) for chosen in self._sets)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the sets that change with it."""
-        return next((c.source.epoch for c in self._sets if changes_with_epoch(c.source)), 0)  # type: ignore[attr-defined]
-
-    @epoch.setter
-    def epoch(self, epoch: int) -> None:
-        for chosen in self._sets:
-            if changes_with_epoch(chosen.source):
-                chosen.source.epoch = epoch  # type: ignore[attr-defined]
 
     def draw(self, epoch: int, seed: int) -> np.ndarray:
         """Indices (n,) int64 of the records that an epoch takes, set after set.
