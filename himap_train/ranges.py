@@ -51,6 +51,7 @@ RANGES: dict[str, tuple[str, Test]] = {
     "data.max_skipped": _from(0),
     "data.train_limit": _whole(1),
     "data.validation_limit": _whole(1),
+    "data.validation": ("the name of data, or a share of data.train above 0 and below 1", lambda value: 0 < value < 1),
     "data.test_limit": _whole(1),
     "data.seed": _SEED,
     "data.pad_to_multiple_of": _whole(1),

@@ -39,6 +39,7 @@ WRONG = {
     "data.max_skipped": ["-1", ".nan"],
     "data.train_limit": ["0"],
     "data.validation_limit": ["-1"],
+    "data.validation": ["0.0", "1.0", "1.5", "-0.1", ".nan"],
     "data.test_limit": ["0"],
     "data.seed": ["-1"],
     "data.pad_to_multiple_of": ["0"],

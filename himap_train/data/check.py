@@ -7,6 +7,7 @@ and the headers of its images read. No image is decoded, so 665k records take a 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 from himap_train.data.check_report import DataReport
 from himap_train.data.encode import Encoder
 from himap_train.data.images import image_header
+from himap_train.data.mixing import MixedRecords
 from himap_train.data.records import Conversation, RecordError, Source
 from himap_train.data.sampling import BatchOrder, padding_waste
 from himap_train.data.tokens import ConversationTokenizer, TokenizedExchange
@@ -49,16 +51,18 @@ def check_source(
     """
     size = len(source) if records is None else min(records, len(source))
     report = DataReport(name or type(source).__name__, max_length, size)
+    report.sets = str(source) if isinstance(source, MixedRecords) else ""
     spread = np.linspace(0, size - 1, size if limit is None else min(limit, size)).astype(int)
-    examined = set(spread.tolist())
+    examined = Counter((source.draw(0, 0)[spread] if isinstance(source, MixedRecords) else spread).tolist())
+    stored = getattr(source, "stored", lambda _: hasattr(source, "length_hint"))
     encoder = Encoder(processor, max_length, image_aspect_ratio)
     tokenize = ConversationTokenizer(processor, max_length)
-    for index in range(size) if hasattr(source, "length_hint") else sorted(examined):
+    for index in (i for i in range(size) if i in examined or stored(i)):
         report.scanned += 1
         try:
             conversation = source[index]
             _count(conversation, report)
-            if index in examined:
+            for _ in range(examined[index]):  # as often as training would have it among so many
                 report.examined += 1
                 _examine(conversation, tokenize(conversation), encoder, report)
         except RecordError as error:

@@ -35,6 +35,7 @@ class DataReport:
         padding: batch size, expected share of padding in batches of it, the same with group_by_length; None where no
             batch size was given.
         skipped: id or index of a record that cannot be used -> why.
+        sets: of a mix, how many samples of each set an epoch takes.
     """
 
     name: str
@@ -54,6 +55,7 @@ class DataReport:
     truncated: list[str] = field(default_factory=list)
     padding: tuple[int, float, float] | None = None
     skipped: dict[int, str] = field(default_factory=dict)
+    sets: str = ""
 
     def percentile(self, percent: float) -> int:
         """Tokens that this percentage of the examined records does not exceed; 0 if none was examined."""
@@ -73,7 +75,7 @@ class DataReport:
 
     def longest(self, count: int = 5) -> list[tuple[str, int]]:
         """(id, tokens) of the longest examined records, the longest first."""
-        return sorted(self.lengths, key=lambda item: -item[1])[:count]
+        return sorted(dict(self.lengths).items(), key=lambda item: -item[1])[:count]
 
     def require_usable(self, max_skipped: int | float) -> None:
         """Raises TooManySkippedError when training would end for its broken records; see SkipLog for `max_skipped`."""
@@ -89,6 +91,7 @@ class DataReport:
         over = len(self.truncated)
         lines = [
             f"data {self.name}: {self.records} records, {self.scanned} looked through, {self.examined} tokenized",
+            *([self.sets] if self.sets else []),
             f"  images       {self.images}; records with several {self.multi_image}, text-only {self.text_only}",
             f"  image tokens {tokens} an image",
             *([f"  pixels       {self._unusual_modes()}"] if self.modes else []),

@@ -11,9 +11,10 @@ import io
 import os
 import re
 import stat
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from PIL import Image, UnidentifiedImageError
 
@@ -67,6 +68,22 @@ def resolve_image_path(name: str, folder: Path, where: str, follow_links: bool =
             + "set image_folder to a folder that holds all images"
         )
     return Path(real)
+
+
+def image_source(value: Any, folder: Path | None, where: str, follow_links: bool) -> ImageSource:
+    """An image as a row holds it: decoded, bytes, a path below `folder`, or {"bytes", "path"}."""
+    if isinstance(value, Mapping) and value.get("bytes") is not None:
+        value = value["bytes"]
+    if isinstance(value, Image.Image | bytes):
+        return value
+    path = value.get("path") if isinstance(value, Mapping) else value
+    if not isinstance(path, str):
+        raise RecordError(f"{where}: an image is {type(value).__name__}; expected an image, bytes or a path")
+    if folder is None:
+        raise RecordError(
+            f"{where}: the image is a path ({path!r:.80}); set image_folder to the folder that holds the images"
+        )
+    return resolve_image_path(path, folder, where, follow_links)
 
 
 @lru_cache(maxsize=16)

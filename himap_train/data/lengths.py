@@ -26,7 +26,7 @@ def estimate_lengths(source: Source, encoder: Encoder, limit: int | None = None)
         Image tokens (n,) int64.
     """
     size = len(source) if limit is None else min(limit, len(source))
-    hints = np.array([_hint(source, index) for index in range(size)], dtype=np.int64).reshape(size, 2)
+    hints = np.array([hint(source, index) for index in range(size)], dtype=np.int64).reshape(size, 2)
     per_token, image_tokens = _probe(source, encoder, size)
     characters = hints[:, 0] - hints[:, 1] * len(IMAGE_PLACEHOLDER)
     in_images = hints[:, 1] * image_tokens
@@ -34,9 +34,11 @@ def estimate_lengths(source: Source, encoder: Encoder, limit: int | None = None)
     return lengths if encoder.max_length is None else lengths.clip(max=encoder.max_length), in_images
 
 
-def _hint(source: Any, index: int) -> tuple[int, int]:
+def hint(source: Any, index: int) -> tuple[int, int]:
+    """(characters, images) of a record, made where the source cannot tell without; (0, 0) where it cannot be used."""
     if hasattr(source, "length_hint"):
-        return source.length_hint(index)
+        found: tuple[int, int] = source.length_hint(index)
+        return found
     try:
         conversation = source[index]
     except RecordError:

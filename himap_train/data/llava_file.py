@@ -1,4 +1,4 @@
-"""Files of LLaVA records: one JSON list (LLaVA-Instruct), or JSONL, one record a line, which may be larger than memory.
+"""Files of LLaVA records or of `messages`: one JSON list, or JSONL, one record a line, which may be larger than memory.
 Both may be packed by gzip; JSONL is then held in memory.
 
 Records are kept as bytes, those of a list in memory and those of JSONL on the disk, and decoded when asked for: as
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from himap_train.data.json_places import check_encoding, offsets, split_list, unpacked
-from himap_train.data.llava_format import length_hint, parse_llava_record
+from himap_train.data.llava_format import parse_llava_record
+from himap_train.data.messages_format import has_turns, read_record, refuse_preferences, turns_of
 from himap_train.data.records import Conversation, RecordError
 from himap_train.structured import each_key_once
 
@@ -39,7 +40,7 @@ def _ending(path: Path) -> str:
 
 
 class LlavaFile:
-    """Map-style source over a file of LLaVA records; in JSONL blank lines and CRLF are fine.
+    """Map-style source over a file of records of LLaVA or of `messages_format`; in JSONL blank lines and CRLF are fine.
 
     Args:
         path: the file; JSONL where it is named *.jsonl or *.ndjson, otherwise a JSON list.
@@ -74,14 +75,30 @@ class LlavaFile:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> Conversation:
-        return parse_llava_record(self._record(index), index, self.path.name, self.image_folder, self.follow_links)
+        record, links, where = self._record(index), self.follow_links, f"{self.path.name}, record {index}"
+        if isinstance(record, dict):
+            refuse_preferences(record, where)
+        if _is_other_form(record):
+            return read_record(record, index, where, self.image_folder, links)
+        return parse_llava_record(record, index, self.path.name, self.image_folder, links)
 
     def length_hint(self, index: int) -> tuple[int, int]:
         """(characters, images) of a record without checking it; (0, 0) for a broken line."""
         try:
-            return length_hint(self._record(index))
+            turns, shown = turns_of(self._record(index), self.path.name)
         except RecordError:
             return 0, 0
+        return sum(len(turn.text) for turn in turns), len(shown)
+
+    def first_image(self, index: int) -> str | None:
+        """The first image that a record names; None for a record without, or a broken one."""
+        try:
+            record = self._record(index)
+        except RecordError:
+            return None
+        names = record.get("image", record.get("images")) if isinstance(record, dict) else None
+        name = names[0] if isinstance(names, list) and names else names
+        return name if isinstance(name, str) else None
 
     def _record(self, index: int) -> Any:
         if not 0 <= index < len(self):
@@ -112,7 +129,7 @@ class LlavaFile:
     def _check_format(self) -> None:
         """Raises ValueError when none of the first records can be used: then the file is wrong, not a record."""
         if not len(self):
-            raise ValueError(f"{self.path} holds no records; expected records with `conversations`")
+            raise ValueError(f"{self.path} holds no records; expected records with `conversations` or `messages`")
         first: RecordError | None = None
         for index in range(min(len(self), _TRIED_AT_OPENING)):
             try:
@@ -121,7 +138,14 @@ class LlavaFile:
                 first = first or error
             else:
                 return
-        raise ValueError(f"{self.path} is not in LLaVA's format, or goes with another image folder: {first}") from first
+        raise ValueError(
+            f"{self.path} is not in LLaVA's format, nor of `messages`, or goes with another image folder: {first}"
+        ) from first
+
+
+def _is_other_form(record: Any) -> bool:
+    """Whether a record has `messages`, or `prompt` and `completion`, in the place of LLaVA's `conversations`."""
+    return isinstance(record, dict) and "conversations" not in record and has_turns(record)
 
 
 def _existing_folder(image_folder: str | Path | None, path: Path) -> Path:

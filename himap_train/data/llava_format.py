@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from himap_train.data.images import resolve_image_path
-from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Role, Turn
+from himap_train.data.records import Conversation, RecordError, Role, Turn
 
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -98,15 +98,6 @@ def meta_of(record: Mapping[str, Any], known: Iterable[str], where: str) -> dict
             meta[key] = json.dumps(items, ensure_ascii=False, default=str) if listed else str(value)
             checked_text(key + meta[key], f"{where}: `{key!r:.60}`")
     return meta
-
-
-def length_hint(record: Any) -> tuple[int, int]:
-    """(characters of text, images) of a record, for grouping by length; (0, 0) for one that cannot be used."""
-    if not isinstance(record, Mapping) or not isinstance(turns := record.get("conversations"), list):
-        return 0, 0
-    values = [turn.get("value") for turn in turns if isinstance(turn, Mapping)]
-    texts = [value for value in values if isinstance(value, str)]
-    return sum(map(len, texts)), sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
 
 
 def parse_turns(conversations: Any, where: str) -> tuple[Turn, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
@@ -16,6 +17,7 @@ from himap_train.data.encode import Encoder
 from himap_train.data.feature_store import FeatureStore
 from himap_train.data.lengths import estimate_lengths
 from himap_train.data.loader import BatchLoader, Collate, stream_loader
+from himap_train.data.mixing import MixedRecords, mix, read_parts
 from himap_train.data.pixel_modes import Background
 from himap_train.data.records import Source, StreamingSource
 from himap_train.data.sampling import BatchOrder, check_same_order
@@ -30,10 +32,11 @@ class LlavaDataModule(LightningDataModule):
     """Conversations about images, encoded for one checkpoint and batched.
 
     Args:
-        train: data to train on: a LLaVA file (*.json, *.jsonl, *.ndjson, *.gz), a Hugging Face data set (folder, or
-            name on the hub, with `:split` behind it), or `embedded:train`.
-        validation: data to validate on, in the same forms; null for none.
-        test: data to test on, in the same forms; null for none.
+        train: data to train on: a file of LLaVA records or `messages` (*.json, *.jsonl, *.ndjson, *.gz), a Hugging Face
+            data set (folder, or name on the hub, with `:split` behind it), or `embedded:train`; or a list of such or of
+            `{path, weight, image_folder}`, see docs/data.md.
+        validation: data to validate on, or a share of `train` to split off, such as 0.02; null for none.
+        test: data to test on; null for none.
         image_folder: folder that the image paths in the data start from; by default the folder of the data file.
         follow_links: symbolic links in the image folder may lead out of it; else such images count as broken records.
         batch_size: conversations in a training batch of one device.
@@ -64,8 +67,8 @@ class LlavaDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str = "embedded:train",
-        validation: str | None = "embedded:validation",
+        train: str | list[str | dict[str, Any]] = "embedded:train",
+        validation: float | str | None = "embedded:validation",
         test: str | None = None,
         image_folder: str | None = None,
         follow_links: bool = False,
@@ -95,8 +98,10 @@ class LlavaDataModule(LightningDataModule):
         self.seed, self.pad_to_multiple_of, self.streaming = seed, pad_to_multiple_of, streaming
         self.cache_image_features, self.image_background = cache_image_features, image_background
         check_cacheable(cache_image_features, streaming)
+        self._share = validation if isinstance(validation, float) else None
+        self._parts = read_parts(train, self._share, streaming)
         self.image_folder, self.follow_links = image_folder, follow_links
-        self._specs = {"train": train, "validation": validation, "test": test}
+        self._specs: dict[str, Any] = {"train": train, "validation": validation, "test": test}
         self.limits = {"train": train_limit, "validation": validation_limit, "test": test_limit}
         """How many records of each split are used; None for all."""
         self._sources: dict[str, Source | StreamingSource] = {}
@@ -113,13 +118,16 @@ class LlavaDataModule(LightningDataModule):
         """The conversations of "train", "validation" or "test", opened when first asked for; None if there are none."""
         spec = self._specs[split]
         if spec is not None and split not in self._sources:
-            streaming = self.streaming and split == "train"
-            self._sources[split] = open_source(spec, self.image_folder, split, streaming, self.follow_links)
+            if self._parts and (split == "train" or spec is self._share):
+                self._sources |= mix(self._parts, self.image_folder, self.follow_links, self._share, self.limits)
+            else:
+                streaming = self.streaming and split == "train"
+                self._sources[split] = open_source(spec, self.image_folder, split, streaming, self.follow_links)
         return self._sources.get(split)
 
     def spec(self, split: str) -> str:
         """How the config calls the data of a split."""
-        return str(self._specs[split])
+        return " + ".join(part.path for part in self._parts if split == "train") or str(self._specs[split])
 
     def setup(self, stage: str) -> None:
         """Opens what the stage ("fit", "validate", "test") needs, so that bad data ends the run before it starts.
@@ -169,6 +177,7 @@ class LlavaDataModule(LightningDataModule):
         dataset = self._dataset("train", source, self._cached_encoder or encoder)
         windows = self._windows()
         groups: dict[str, Any] = {"accumulate": windows.accumulate, "image_tokens": images}
+        groups["draw"] = partial(source.draw, seed=self.seed) if isinstance(source, MixedRecords) else None
         order = BatchOrder(len(dataset), self.batch_size, lengths, True, self.seed, replicas, rank, **groups)
         trained = self._trained_batches if self.trainer else None
         return BatchLoader(dataset, order, self._collate(), self.num_workers, windows, trained)
@@ -219,8 +228,7 @@ class LlavaDataModule(LightningDataModule):
         return EncodedRecords(source, encoder.encode, self.skips[split], self.limits[split])
 
     def _collate(self, keep_substitutes: bool = True) -> Collate:
-        pad = pad_token_id_of(self.processor.tokenizer)
-        return Collate(pad, self.pad_to_multiple_of, keep_substitutes)
+        return Collate(pad_token_id_of(self.processor.tokenizer), self.pad_to_multiple_of, keep_substitutes)
 
     def _ready_encoder(self) -> Encoder:
         if self._encoder is None:
@@ -232,9 +240,8 @@ class LlavaDataModule(LightningDataModule):
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer is not None else (1, 0)
 
     def _windows(self) -> Windows:
-        if self.trainer is None:
+        if (trainer := self.trainer) is None:
             return Windows(1, lambda: math.inf)
-        trainer = self.trainer
         return Windows(trainer.accumulate_grad_batches, lambda: trainer.num_training_batches)
 
     def _trained_batches(self) -> int:

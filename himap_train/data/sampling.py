@@ -13,7 +13,7 @@ question about an image is padding as soon as the image tokens are gone.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ class BatchOrder:
         megabatch: global batches that are sorted together (at most a quarter of all): more, less padding, less chance.
         accumulate: micro-batches of an optimizer step.
         image_tokens: image tokens of each record, where grouping must not mix records with more and fewer.
+        draw: epoch -> indices (size,) of the records that it takes, where these are not all of them once.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class BatchOrder:
         megabatch: int = 50,
         accumulate: int = 1,
         image_tokens: IndexArray | None = None,
+        draw: Callable[[int], IndexArray] | None = None,
     ) -> None:
         if min(size, batch_size, num_replicas, megabatch, accumulate) < 1 or not 0 <= rank < num_replicas:
             raise ValueError(
@@ -62,7 +64,7 @@ class BatchOrder:
             )
         if lengths is not None and len(lengths) != size:
             raise ValueError(f"{len(lengths)} lengths for {size} records")
-        self._size, self._shuffle, self._seed = size, shuffle, seed
+        self._size, self._shuffle, self._seed, self._draw = size, shuffle, seed, draw
         self._micro = num_replicas * batch_size  # records that all processes take together, each for one batch
         self._global = self._micro * accumulate
         self._lengths = None if lengths is None else np.asarray(lengths)
@@ -101,7 +103,8 @@ class BatchOrder:
         return [batch[self._rank :: self._num_replicas] for batch in shared]
 
     def _order(self, epoch: int) -> IndexArray:
-        order = self._generator(epoch, 0).permutation(self._size) if self._shuffle else np.arange(self._size)
+        order = np.arange(self._size) if self._draw is None else self._draw(epoch)
+        order = self._generator(epoch, 0).permutation(order) if self._shuffle else order
         if self._lengths is None:
             return order
         span = self._global * max(1, min(self._megabatch, self._size // (4 * self._global)))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from himap_train.data.huggingface import TEXT_COLUMNS
+from himap_train.data.messages_format import TURN_KEYS
 from himap_train.data.records import Source, StreamingSource
 from himap_train.data.sources import open_source
 from himap_train.evaluation.benchmarks.files import open_table
@@ -65,7 +65,7 @@ def open_task(
     free = Benchmark("{question}", ("choice" if own.get("options") else "exact",), needs_image=False)
     entry = replace(BENCHMARKS[benchmark] if benchmark else free, **own)
     table = open_table(data, entry)
-    if set(TEXT_COLUMNS) & set(table.columns):
+    if set(TURN_KEYS) & set(table.columns):
         source = open_source(data, image_folder, split=entry.split, follow_links=follow_links)
         if entry.type == "with_image" and isinstance(source, Source):
             source = AskedForLetters(source)

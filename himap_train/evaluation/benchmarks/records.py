@@ -8,7 +8,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from himap_train.data.huggingface import image_source
+from himap_train.data.images import image_source
 from himap_train.data.llava_format import checked_text
 from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Turn
 from himap_train.evaluation.benchmarks.files import Table

@@ -118,7 +118,12 @@ class FinetuneCLI(LightningCLI):
             "start anew where there is none; `--resume FILE`: from that one",
         )
         parser.add_argument(
-            "--rehearse", action="store_true", help="run everything once, small, on the embedded model and data"
+            "--rehearse",
+            type=Literal["embedded", "mine"],
+            nargs="?",
+            const="embedded",
+            help="run everything once, small, on the embedded model and data; `--rehearse --data mine`: on that model "
+            "and the first of your own records",
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:

@@ -18,7 +18,8 @@ class SuggestingParser(LightningArgumentParser):
 
     def parse_args(self, args: Any = None, *more: Any, **options: Any) -> Any:
         """As jsonargparse does, the files first."""
-        return super().parse_args(config_first(sys.argv[1:] if args is None else args), *more, **options)
+        given = _own_data(config_first(sys.argv[1:] if args is None else args))
+        return super().parse_args(given, *more, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with status 2 and the message."""
@@ -36,3 +37,12 @@ class SuggestingParser(LightningArgumentParser):
     def _keys(self) -> list[str]:
         keys = [key for action in self._actions for key in [action.dest] if key not in ("help", "print_config")]
         return [*keys, *setting_names()]
+
+
+def _own_data(options: list[str]) -> list[str]:
+    """`--rehearse --data mine` is `--rehearse=mine`; other values of `--data` are files of its settings."""
+    for at, option in enumerate(options if "--rehearse" in options else ()):
+        if option == "--data=mine" or options[at : at + 2] == ["--data", "mine"]:
+            others = options[:at] + options[at + 2 - ("=" in option) :]
+            return ["--rehearse=mine" if other == "--rehearse" else other for other in others]
+    return options

@@ -1,7 +1,8 @@
 """`--rehearse`: any config, end to end, in about a minute on the embedded model and its data.
 
 Only what decides size is replaced; targets, projector mode, rates, criteria, checkpointing, metrics stay as the config
-has them, so that a mistake in one of them shows before a GPU is rented.
+has them, so that a mistake in one of them shows before a GPU is rented. With `--data mine` the first of the user's own
+records go through it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from himap_train.training.run.strategy_names import strategy_name
 _MARK = "REHEARSAL"
 STEPS = 4
 RECORDS = 24
-_MOST_TEXT = 24
-"""Text tokens that no question of the embedded data reaches."""
+_MOST_TEXT = {"embedded": 24, "mine": 4096}
+"""Text tokens that no question of the embedded data reaches, and few of the user's records on average."""
 
 
 def rehearse(config: Namespace) -> None:
@@ -45,7 +46,8 @@ def rehearse(config: Namespace) -> None:
     if config.model.quantize is not None and not torch.cuda.is_available():
         say(f"no CUDA device: rehearsing without model.quantize={config.model.quantize}")
         config.model.quantize = None
-    _learnable(config, small, scaled=real)
+    text = _MOST_TEXT[config.rehearse]
+    _learnable(config, small, text, scaled=real)
     if real and config.pruning.learn_ranking is not None:
         config.pruning.learn_ranking.layers = None
     config.loggers = [name for name in config.loggers if name in ("csv", "tensorboard")]
@@ -53,7 +55,11 @@ def rehearse(config: Namespace) -> None:
         say(f"rehearsing without model.init_adapter={config.model.init_adapter}: it is of another model")
         config.model.init_adapter = None
     config.output = f"{config.output.rstrip('/')}-rehearsal"
-    _possible_budgets(config, small)
+    _possible_budgets(config, small, text)
+    if config.rehearse == "embedded":
+        _embedded_data(config.data)
+    else:  # the small model's tokens are shorter: what fits the real one need not fit here
+        config.data.max_length = None
     _small_data(config.data)
     _short_training(config.trainer)
     config.save_every = None if config.save_every is None else 2
@@ -66,10 +72,10 @@ def _scaled(schedule: Any, layers: int) -> dict[str, Any]:
     return read_schedule(schedule).scaled_to(layers).to_dict()
 
 
-def _possible_budgets(config: Namespace, small: Any) -> None:
+def _possible_budgets(config: Namespace, small: Any, text: int) -> None:
     """Raise budgets that the embedded model's layers cannot meet; the sample that they are for is one of its own."""
     config.pruning.image_tokens = config.pruning.text_tokens = None
-    layers, tokens = small.text_config.num_hidden_layers, (tokens_of_image(small), _MOST_TEXT)
+    layers, tokens = small.text_config.num_hidden_layers, (tokens_of_image(small), text)
 
     def possible(budgets: Any, value: Any) -> list[float]:
         schedule = fit_preset(read_schedule(value), layers)
@@ -89,7 +95,7 @@ def _possible_budgets(config: Namespace, small: Any) -> None:
         config.evaluation.budgets = possible(config.evaluation.budgets, evaluated)
 
 
-def _learnable(config: Namespace, small: Any, scaled: bool) -> None:
+def _learnable(config: Namespace, small: Any, text: int, scaled: bool) -> None:
     """Layers at the same relative depth, and a budget that the embedded model can meet."""
     learnable, layers = config.pruning.learnable, small.text_config.num_hidden_layers
     if learnable is None:
@@ -101,23 +107,26 @@ def _learnable(config: Namespace, small: Any, scaled: bool) -> None:
         learnable.start = _scaled(learnable.start, layers)
     if 1 <= learnable.first_layer < layers and 0.0 < learnable.budget < 1.0:  # else refused later, with a message
         nothing = PruningSchedule((PruningStage(learnable.first_layer, "uniform", 0.0),))
-        least = nothing.cost(small, tokens_of_image(small), _MOST_TEXT).flops_ratio
+        least = nothing.cost(small, tokens_of_image(small), text).flops_ratio
         if learnable.budget < least:
             learnable.budget = math.ceil(100 * least) / 100
             say(f"the small model cannot go below a budget of {learnable.budget}: rehearsing that")
 
 
-def _small_data(data: Any) -> None:
+def _embedded_data(data: Any) -> None:
     data.train = "embedded:train?fixed=1" if data.cache_image_features else "embedded:train"
-    data.cache_image_features = True if data.cache_image_features else None  # in the rehearsal's own folder
     data.validation = None if data.validation is None else "embedded:validation"
     data.test = None if data.test is None else "embedded:test"
     data.image_folder = None
+    data.streaming = False
+
+
+def _small_data(data: Any) -> None:
+    data.cache_image_features = True if data.cache_image_features else None  # in the rehearsal's own folder
     data.batch_size = min(data.batch_size, 2)
     data.eval_batch_size = 4
     data.num_workers = min(data.num_workers, 1)
     data.train_limit, data.validation_limit, data.test_limit = 64, 8, RECORDS
-    data.streaming = False
 
 
 def _short_training(trainer: Any) -> None:
