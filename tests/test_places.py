@@ -13,6 +13,7 @@ from data_examples import picture
 from tiny import tiny_llava
 from tiny_qwen import KINDS, save_qwen
 from tiny_tiles import EVERY
+from torch.nn import functional as F
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, load_llava, record_pruning
 from himap_train.models.families import family_of
@@ -118,6 +119,32 @@ def test_uniform_is_even_in_a_family_of_tiles(tmp_path: Path) -> None:
     grid, row = places.grid[0, kept[0]], places.row[0, kept[0]]
     shares = [int((grid == at).sum()) / (block.rows * block.columns) for at, block in enumerate(blocks)]
     assert bool((row >= 0).all()) and abs(shares[0] - shares[1]) < 0.1
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
+def test_generate_keeps_what_a_forward_pass_keeps(name: str, beams: int, tmp_path: Path) -> None:
+    """Wide pictures, two in one row: transformers encodes them before the first forward, without their sizes."""
+    folder = save_qwen(tmp_path, name) if name in KINDS else EVERY[name].folder(tmp_path, 3)
+    model, processor = load_llava(folder)
+    family, image_id = family_of(model), model.config.image_token_id
+    images = [family.encode_image(processor, picture(*size), "as_processor") for size in ((64, 16), (64, 24), (40, 25))]
+    first, second, third = ([image_id] * family.image_tokens(processor, image) for image in images)
+    rows = [[7, *first, 8, *second, 9, 7], [7, *third, 9, 8]]
+    ids = torch.tensor([[0] * (max(map(len, rows)) - len(row)) + row for row in rows])
+    if name == "llava_next":  # as a batch has them: as many tiles each
+        most = max(image["pixel_values"].shape[1] for image in images)
+        for image in images:
+            image["pixel_values"] = F.pad(image["pixel_values"], (0,) * 7 + (most - image["pixel_values"].shape[1],))
+    call: dict[str, Any] = {key: torch.cat([image[key] for image in images]) for key in images[0]}
+    call |= {"input_ids": ids, "attention_mask": (ids != 0).long()} | family.forward_inputs(model.config, ids, call)
+    install_pruning(model, PruningSchedule((PruningStage(1, "uniform", 0.3),)))
+    with torch.no_grad(), record_pruning(model) as forward:
+        model(**call)
+    with record_pruning(model) as generated:
+        model.generate(**call, max_new_tokens=2, num_beams=beams, do_sample=False)
+    expected = [row.tolist() for row in forward.kept[0] for _ in range(beams)]
+    assert [row.tolist() for row in generated.kept[0]] == expected
 
 
 def test_tokens_without_a_place_leave_first() -> None:

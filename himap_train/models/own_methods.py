@@ -14,7 +14,7 @@ from himap_train.models.families.tower_reading import with_readings
 from himap_train.models.guard import check_ran
 from himap_train.models.inputs import check_media
 from himap_train.models.installed import InstalledPruning
-from himap_train.models.prompt import forward_of_whole, generation, running_whole, supervised_by
+from himap_train.models.prompt import forward_of_whole, generation, grids_of_prompt, running_whole, supervised_by
 from himap_train.models.stock import text_decoder
 from himap_train.models.versions import given_cache
 
@@ -92,7 +92,7 @@ def inner_forward(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
     if given.get("image_token_mask") is None:
         kwargs["image_token_mask"] = _image_tokens(inner, given)
     if pruning.schedule.uses_places:
-        kwargs["image_grids"] = pruning.family.image_grids(inner.config, given)
+        kwargs["image_grids"] = grids_of_prompt() or pruning.family.image_grids(inner.config, given)
     if given.get("supervised_mask") is None and running_whole() is None:
         _check_whole_forward(method.whole)
     before, kv = pruning.last, given_cache(given)
@@ -137,11 +137,17 @@ def _check_whole_forward(whole: Any) -> None:
 
 
 def generate(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
-    """`generate`, which tells the decoder how long the prompt is."""
-    given = method.given(args, kwargs)
+    """`generate`, which tells the decoder how long the prompt is and of what shape its images are.
+
+    transformers encodes the images before the first forward, which then is not given their sizes.
+    """
+    given, pruning = method.given(args, kwargs), method.pruning
+    grids = None
+    if pruning is not None and pruning.schedule.uses_places:
+        grids = pruning.family.image_grids(method.module.config, given)
     prompts = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
     prompt = next((values for values in prompts if values is not None), None)
-    with generation(None if prompt is None else prompt.shape[1]):
+    with generation(None if prompt is None else prompt.shape[1], grids):
         return method.before(*args, **kwargs)
 
 

@@ -9,7 +9,7 @@ only the keywords that it knows. A context belongs to one thread, as one call of
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from himap_train.pruning.layout import TokenCounts
+from himap_train.pruning.places import TokenGrid
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Whole:
 
 _whole: ContextVar[Whole | None] = ContextVar("himap_whole", default=None)
 _prompt_length: ContextVar[int | None] = ContextVar("himap_prompt_length", default=None)
+_grids: ContextVar[Sequence[TokenGrid] | None] = ContextVar("himap_grids", default=None)
 
 
 @contextmanager
@@ -47,13 +49,21 @@ def forward_of_whole(supervised: Tensor | None) -> Iterator[None]:
 
 
 @contextmanager
-def generation(prompt_length: int | None) -> Iterator[None]:
-    """Inside, `generate` runs on prompts of this many columns, padding included; None where it was not told."""
-    token = _prompt_length.set(prompt_length)
+def generation(prompt_length: int | None, grids: Sequence[TokenGrid] | None = None) -> Iterator[None]:
+    """Inside, `generate` runs on prompts of this many columns, padding included, and images of these grids; None where
+    it was not told.
+    """
+    token, images = _prompt_length.set(prompt_length), _grids.set(grids)
     try:
         yield
     finally:
         _prompt_length.reset(token)
+        _grids.reset(images)
+
+
+def grids_of_prompt() -> Sequence[TokenGrid] | None:
+    """Those of the images that `generate` was given; None where it does not run or is not told."""
+    return _grids.get()
 
 
 def running_whole() -> Whole | None:

@@ -88,14 +88,18 @@ class Places:
 
         Args:
             image: (B, L) bool, on any device.
-            grids: Those of all images in the order of the batch, or one that all images have. Where they do not add up
-                to the image tokens, or are None, each run of image tokens is a square grid, or else one row.
+            grids: Those of all images in the order of the batch, or one that all images have; each row of the batch may
+                stand there several times, as beams do. Where they do not add up to the image tokens, or are None, each
+                run of image tokens is a square grid, or else one row.
         """
         mask = image.cpu()
         total = int(mask.sum())
         known = list(grids or ())
         if len(known) == 1 and known[0].tokens:
             known *= max(total // known[0].tokens, 1)
+        own = sum(grid.tokens for grid in known)
+        if own and total % own == 0 and len(mask) % (total // own) == 0:
+            known = _repeated(known, mask.sum(1).tolist(), total // own)
         if sum(grid.tokens for grid in known) != total:
             runs = (len(list(run)) for row in mask.tolist() for is_image, run in groupby(row) if is_image)
             known = [_squarest(run) for run in runs]
@@ -108,6 +112,17 @@ class Places:
     def gather(self, index: Tensor) -> Places:
         """Those of the columns (B, L')."""
         return Places(self.facts.gather(2, index.expand(len(self.facts), -1, -1)))
+
+
+def _repeated(grids: Sequence[TokenGrid], counts: Sequence[int], times: int) -> list[TokenGrid]:
+    """Those of all rows, where each stands `times` times; `counts` are the image tokens of all rows."""
+    rest, found = list(grids), list[TokenGrid]()
+    for count in counts[::times]:
+        row: list[TokenGrid] = []
+        while rest and sum(grid.tokens for grid in row) < count:
+            row.append(rest.pop(0))
+        found += row * times
+    return found + rest
 
 
 def _squarest(tokens: int) -> TokenGrid:
