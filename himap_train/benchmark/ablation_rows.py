@@ -91,7 +91,7 @@ def measured(
         theirs, ours = (inference_task(measure, model, which, batch) for which in (dense, method))
         pairs = time_pairs(theirs, ours, rounds, batch.input_ids.device, clock=clock)
         found[measure] = {"seconds": asdict(Spread.of(pairs.second)), "of_dense": asdict(pairs.ratio)}
-    found["peak_bytes"] = peak_bytes(ours, model, batch)
+    found["peak_bytes"] = peak_bytes(ours, batch.input_ids.device, batch.with_weights(model))
     found["kv_bytes"] = cache_bytes(prefilled_cache(model, method, batch))
     return found
 

@@ -124,7 +124,7 @@ class Bench:
     def _peak(self, measure: str, method: Method, task: Task) -> int:
         key = (measure, method.name)
         if key not in self._peaks:
-            self._peaks[key] = peak_bytes(task, self.model, self.batch)
+            self._peaks[key] = peak_bytes(task, self.batch.input_ids.device, self.batch.with_weights(self.model))
         return self._peaks[key]
 
     def _flops(self, measure: str, schedule: PruningSchedule, causal: bool) -> tuple[float, float] | None:

@@ -6,25 +6,24 @@ freed, which gives the same number each time; what a kernel allocates inside its
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from himap_train.allocations import AllocationCounter
 from himap_train.benchmark.timing import Task
-from himap_train.benchmark.workload import Batch
 
 
-def peak_bytes(task: Task, model: nn.Module, batch: Batch) -> int:
+def peak_bytes(task: Task, device: torch.device, held: Iterable[Tensor]) -> int:
     """Bytes of one run of a task that has run before.
 
     Args:
         task: What to run.
-        model: Its weights are not counted.
-        batch: Not counted either.
+        device: Where it runs.
+        held: Weights, inputs and what else is there before and not counted.
     """
-    device = batch.input_ids.device
     with task.within():
         task.prepare()
         if device.type == "cuda":
@@ -34,7 +33,7 @@ def peak_bytes(task: Task, model: nn.Module, batch: Batch) -> int:
             task.run()
             torch.cuda.synchronize(device)
             return torch.cuda.max_memory_allocated(device) - before
-        with AllocationCounter([*model.parameters(), *model.buffers(), *batch.tensors()]) as counter:
+        with AllocationCounter(held) as counter:
             task.run()
         return counter.peak
 

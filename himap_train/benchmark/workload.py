@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -97,9 +97,10 @@ class Batch:
         """The same for `hidden_states`."""
         return self.images() if self.features else {"images": self.images()}
 
-    def tensors(self) -> list[Tensor]:
-        """All that a call is given."""
-        return [self.input_ids, self.labels, *self.features, *self.given.values()]
+    def with_weights(self, model: nn.Module) -> list[Tensor]:
+        """All that is there before a call: the model's tensors, and what the call is given."""
+        given = [self.input_ids, self.labels, *self.features, *self.given.values()]
+        return [*model.parameters(), *model.buffers(), *given]
 
 
 def make_batch(model: LlavaForConditionalGeneration, workload: Workload, whole: bool = False, seed: int = 0) -> Batch:

@@ -1,4 +1,4 @@
-"""The two models whose steps are run to check the plan: the embedded LLaVA, and one of 100 million parameters."""
+"""Models whose steps are run to check a plan: the embedded LLaVA, one of 100 million parameters, published shapes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
+from himap_train.models.families import family_of_config
 from himap_train.models.foresight import make_scorers
 from himap_train.models.install import install_pruning
 from himap_train.models.loading import EMBEDDED, load_config, load_llava, resolve_model
@@ -17,6 +18,7 @@ from himap_train.models.stock import text_decoder
 from himap_train.models.training_cost import tokens_of_image
 from himap_train.models.versions import checkpoint_activations
 from himap_train.planning.quantities import Batch
+from himap_train.planning.typical_sample import SUPERVISED, TEXT_TOKENS, find_config
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.module import LlavaFineTuner, weights_dtype
 
@@ -27,7 +29,7 @@ class Case:
 
     Attributes:
         name: For the table.
-        config: Configuration of the LLaVA.
+        config: Configuration of the model.
         path: Where its weights are; None for random ones.
         tuner: How it is trained.
         rows: Number of rows in the batch.
@@ -36,7 +38,7 @@ class Case:
     """
 
     name: str
-    config: LlavaConfig
+    config: Any
     path: str | None
     tuner: LlavaFineTuner
     rows: int
@@ -69,14 +71,37 @@ def llava_100m_case() -> Case:
     return Case("100M", config, None, tuner, 2, 115, 60)
 
 
-def build_model(case: Case, schedule: PruningSchedule, checkpointing: bool, precision: str) -> nn.Module:
-    """As `LlavaFineTuner` sets it up, on weights or random ones."""
+def published_case(name: str, rows: int, layers: int | None = None, dropout: float = 0.05) -> Case:
+    """Random weights in the shape of a model: what `model.path` takes, or a name of `assets/configs` where no hub is.
+
+    Args:
+        name: Of the model.
+        rows: Of the batch.
+        layers: Of its decoder instead of all.
+        dropout: Of LoRA's inputs.
+    """
+    config, _ = find_config(name)
+    if layers is not None:
+        text = config.text_config
+        text.num_hidden_layers = layers
+        text.layer_types = getattr(text, "layer_types", None) and text.layer_types[:layers]
+    return Case(name, config, None, LlavaFineTuner(name, lora_dropout=dropout), rows, TEXT_TOKENS, SUPERVISED)
+
+
+def build_model(
+    case: Case, schedule: PruningSchedule, checkpointing: bool, precision: str, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """As `LlavaFineTuner` sets it up, on weights or random ones, which are made on the device."""
     torch.manual_seed(0)
     if case.path is None:
-        base: Any = LlavaForConditionalGeneration(deepcopy(case.config))
-        base.to(dtype=weights_dtype(precision))
+        with torch.device(device):
+            base: Any = AutoModelForImageTextToText.from_config(
+                deepcopy(case.config),
+                dtype=weights_dtype(precision),
+                attn_implementation=case.tuner.attn_implementation,
+            )
     else:
-        base = load_llava(case.path, dtype=weights_dtype(precision))[0]
+        base = load_llava(case.path, dtype=weights_dtype(precision))[0].to(device)
     model = case.tuner.attach(base)
     if checkpointing:
         decoder: Any = text_decoder(model)
@@ -86,20 +111,20 @@ def build_model(case: Case, schedule: PruningSchedule, checkpointing: bool, prec
     return install_pruning(model, schedule, cpu_blocks=False).train()
 
 
-def inputs_of(case: Case) -> dict[str, Any]:
+def inputs_of(case: Case, device: torch.device | str = "cpu") -> dict[str, Any]:
     """Rows of one image, a prompt and an answer, all of one length."""
     config: Any = case.config
-    batch, image_id = case.batch, config.image_token_id
+    batch, image_id, vocabulary = case.batch, config.image_token_id, config.text_config.vocab_size
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(image_id + 1, config.text_config.vocab_size, (batch.rows, batch.length), generator=generator)
+    first, end = (image_id + 2, vocabulary) if image_id < vocabulary // 2 else (5, image_id - 3)  # no special tokens
+    ids = torch.randint(first, end, (batch.rows, batch.length), generator=generator)
     ids[:, 1 : 1 + batch.image_tokens] = image_id
     labels = ids.clone()
     labels[:, : -batch.supervised] = -100
-    size = config.vision_config.image_size
-    pixels = torch.randn(batch.rows, 3, size, size, generator=generator)
+    images = family_of_config(config).typical_images(config, batch.rows)
     return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "labels": labels,
-        "images": {"pixel_values": pixels},
+        "input_ids": ids.to(device),
+        "attention_mask": torch.ones_like(ids, device=device),
+        "labels": labels.to(device),
+        "images": {name: values.to(device) for name, values in images.items()},
     }

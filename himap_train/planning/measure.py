@@ -36,7 +36,7 @@ class StepMemory:
 def measured_flops(model: nn.Module, batch: dict[str, Any], loss_chunk: int, backward: bool = True) -> int:
     """FLOPs of a step; attention runs product by product, because CPU flash attention has no entry in the counter."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        loss = _loss(model, batch, loss_chunk)
+        loss = step_loss(model, batch, loss_chunk)
         if backward:
             loss.backward()
     model.zero_grad()
@@ -54,19 +54,19 @@ def measured_memory(
         loss_chunk: As in training.
         autocast: The dtype of mixed precision; None for none.
     """
-    _loss(model, batch, loss_chunk, autocast).backward()
+    step_loss(model, batch, loss_chunk, autocast).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     with AllocationCounter([*model.parameters(), *model.buffers(), *gradients]) as counter:
         mine = {name: tensor.clone() for name, tensor in batch.items() if name != "images"}
         mine["images"] = {name: tensor.clone() for name, tensor in batch["images"].items()}
-        loss = _loss(model, mine, loss_chunk, autocast)
+        loss = step_loss(model, mine, loss_chunk, autocast)
         saved = counter.alive
         loss.backward()
     model.zero_grad()
     return StepMemory(saved, counter.peak)
 
 
-def _loss(model: nn.Module, batch: dict[str, Any], chunk: int, autocast: torch.dtype | None = None) -> Tensor:
-    """As `LlavaFineTuner.training_step` computes it."""
+def step_loss(model: nn.Module, batch: dict[str, Any], chunk: int, autocast: torch.dtype | None = None) -> Tensor:
+    """The sum that `LlavaFineTuner.training_step` computes, over a batch of `input_ids`, `labels`, `images`..."""
     with nullcontext() if autocast is None else torch.autocast(batch["input_ids"].device.type, autocast):
         return supervised_loss(hidden_states(model, **batch), batch["labels"], base_model(model).lm_head, chunk)[0]

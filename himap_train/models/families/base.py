@@ -212,6 +212,10 @@ class Family(ABC):
     def tokens_of_config(self, config: Any) -> int:
         """Image tokens of a typical image, from the model's config alone: what plans and budgets are made for."""
 
+    def typical_images(self, config: Any, count: int) -> dict[str, Tensor]:
+        """Noise in the shape of so many typical images, as the model takes them: for measurements."""
+        raise ValueError(f"family {self.name} makes no images of noise; take a model of llava, qwen2_vl or qwen3_vl")
+
     @abstractmethod
     def vision_flops(self, config: Any, image_tokens: int) -> float:
         """FLOPs (two per multiply-add) of the vision tower over an image that gives so many image tokens, forward."""

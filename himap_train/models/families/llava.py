@@ -108,6 +108,11 @@ class Llava(Family):
         """Patches and the class token, without the first of them where the config leaves it out."""
         return overview_tokens(config)
 
+    def typical_images(self, config: Any, count: int) -> dict[str, Tensor]:
+        """Square pictures."""
+        size = config.vision_config.image_size
+        return {"pixel_values": torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))}
+
     def vision_flops(self, config: Any, image_tokens: int) -> float:
         """All layers over all patches."""
         return tower_flops(config.vision_config, patches_of(config.vision_config), has_class_token(config))

@@ -97,6 +97,14 @@ class Qwen2VL(Family):
         side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
         return round(TYPICAL[0] / side) * round(TYPICAL[1] / side)
 
+    def typical_images(self, config: Any, count: int) -> dict[str, Tensor]:
+        """Photographs of 640x480."""
+        merged = config.vision_config.spatial_merge_size
+        across, down = (merged * round(length / config.vision_config.patch_size / merged) for length in TYPICAL)
+        shape, noise = (count * across * down, patch_values(config.vision_config)), torch.Generator().manual_seed(0)
+        grid = torch.tensor([[1, down, across]])
+        return {"pixel_values": torch.randn(shape, generator=noise), "image_grid_thw": grid.expand(count, -1)}
+
     def vision_flops(self, config: Any, image_tokens: int) -> float:
         """All patches through all layers; in Qwen2.5-VL most layers attend within windows."""
         vision = config.vision_config

@@ -1,0 +1,55 @@
+"""Short runs of `finetune.py` on a model with random weights: what needs several GPUs, or quantises while it loads."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from himap_train.benchmark.gpu_checks import HALF, PRECISION, Check, NotHereError, close
+from himap_train.benchmark.sizes import Size, build_model
+from himap_train.embedded.build import build_processor
+from himap_train.experiments import fine_tune_all
+
+_OPTIONS = """--data.train embedded:train --data.validation null --evaluation.before false --evaluation.after false
+--trainer.log_every_n_steps 1 --loggers [csv] --trainer.precision"""
+
+
+def runs(size: Size, folder: Path, device: str, steps: int, settings: Mapping[str, Sequence[str]]) -> Iterator[Check]:
+    """Speed and memory under several settings; losses are those of the first, and fall where weights have 4 bits.
+
+    Args:
+        size: Shape of the model.
+        folder: For the model and its runs.
+        device: Where it is made.
+        steps: Of each run.
+        settings: Further options of each.
+
+    Raises:
+        NotHereError: A run ended with an error that says what is missing, or for want of memory.
+    """
+    build_model(size, whole=True, dtype=HALF, device=device).save_pretrained(folder / "model")
+    build_processor((), image_size=336, patch_size=14).save_pretrained(folder / "model")
+    common = [*_OPTIONS.split(), PRECISION, "--model.path", str(folder / "model"), "--trainer.max_steps", str(steps)]
+    first: torch.Tensor | None = None
+    for number, (name, options) in enumerate(settings.items()):
+        run = folder / str(number)
+        try:
+            fine_tune_all({run: [*common, *options]}, 1)
+        except RuntimeError as error:
+            said = run.with_name(f"{run.name}.log").read_text(encoding="utf-8").splitlines()
+            reasons = [line for line in said if line.startswith("error: ") or "OutOfMemoryError" in line]
+            raise (NotHereError(f"{name}: {reasons[-1]}") if reasons else error) from error
+        (file,) = run.glob("logs/version_*/metrics.csv")
+        with file.open(encoding="utf-8") as lines:
+            rows = [row for row in csv.DictReader(lines) if row["train/loss"]]
+        shown = [f"{float(rows[-1][key]):.4g} {key}" for key in ("tokens/s", "s/step", "memory GiB")]
+        yield Check(name, ", ".join(shown))
+        losses = torch.tensor([float(row["train/loss"]) for row in rows])
+        if "4bit" in options:
+            yield Check(f"{name}: loss", f"{losses[0]:.3f} to {losses[-1]:.3f}", "falls", bool(losses[-1] < losses[0]))
+        elif first is not None:
+            yield close(f"{name}: losses", losses, first, next(iter(settings)))
+        first = losses if first is None else first
