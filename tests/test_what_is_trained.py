@@ -221,7 +221,7 @@ def test_gradients_of_the_tower_are_right_under_pruning(base: str, layer: int, c
         (["--model.vision_tower", "lora", "--data.cache_image_features", "true"], "set data.cache_image_features to"),
         (["--model.decoder", "train", "--model.quantize", "4bit"], "quantised weights cannot be trained"),
         (["--model.decoder", "train", "--trainer.strategy", "deepspeed_stage_3"], "do not go with ZeRO-3"),
-        (["--model.vision_tower", "train", "--config", str(ZERO_3)], "model.vision_tower=train and model.decoder=lora do"),
+        (["--model.vision_tower", "train", "--config", str(ZERO_3)], "model.vision_tower=train and model.decoder=lora"),
         (["--model.vision_lr", "0"], "model.vision_lr is 0"),
         (["--model.decoder_lr", "-1"], "model.decoder_lr is -1"),
     ],
