@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from himap_train.analysis.report import REPORT
 from himap_train.evaluation.accuracy_against_cost import point
 
 METRICS = "metrics.json"
@@ -53,7 +54,7 @@ def points(output: Path, run: str, seeds: Sequence[int], row: str = "adapted pru
 
 
 def _fine_tune(folder: Path, options: Sequence[str]) -> None:
-    if (folder / METRICS).exists():
+    if (folder / REPORT).exists():  # the last thing that a run writes
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     again = ["--resume", "auto"] if (folder / "config.yaml").exists() else []

@@ -30,6 +30,9 @@ def test_what_is_there_is_not_run_again(tmp_path: Path, calls: list[list[str]]) 
     (tmp_path / "done" / "metrics.json").write_text(json.dumps({"rows": [{"name": "dense"}]}))
     (tmp_path / "begun-0.25-1").mkdir()
     (tmp_path / "begun-0.25-1" / "config.yaml").touch()
+    (tmp_path / "done" / "report.html").touch()
+    # Rows are written as they are measured, so they do not tell that a run is at its end.
+    (tmp_path / "begun-0.25-1" / "metrics.json").write_text(json.dumps({"rows": [{"name": "dense"}]}))
     jobs = {tmp_path / name: ["--config", "x.yaml"] for name in ("done", "begun-0.25-1", "new")}
     experiments.fine_tune_all(jobs, workers=1)
     assert [command[command.index("--output") + 1] for command in calls] == [
