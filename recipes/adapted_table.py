@@ -55,7 +55,7 @@ def main(
     data = {"train": f"embedded:fine-train?scenes=4800&fixed=1&decoys={decoys}"}
     data["test"] = f"embedded:fine-{split}?scenes=400&seed=11&decoys={decoys}"
     fine_tune_all(dict(jobs(output, methods, budgets, seeds, steps, data)), workers)
-    drawn = [f"{name}, adapted" for name in methods]
+    drawn = [*(f"{name}, adapted" for name in methods), "divprune", "himap"]
     print(save_trade_off(output, *results(output, methods, budgets, seeds), drawn))
 
 

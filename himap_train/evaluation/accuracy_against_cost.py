@@ -62,7 +62,7 @@ def draw_trade_off(scores: Scores, dense: Sequence[float]) -> Figure:
         scores: As in `save_trade_off`.
         dense: Accuracies of the dense model in %, one a seed; a band.
     """
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.6, 4.2), layout="constrained")
     axes = figure.subplots()
     middle, spread = float(np.mean(dense)), float(np.std(dense, ddof=1)) if len(dense) > 1 else 0.0
     axes.axhspan(middle - spread, middle + spread, color="#dddddd", zorder=0)
@@ -80,5 +80,5 @@ def draw_trade_off(scores: Scores, dense: Sequence[float]) -> Figure:
     axes.set_ylabel("accuracy, %")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
