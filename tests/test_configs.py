@@ -65,7 +65,7 @@ def test_config_rehearses(config: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert {"checkpoints", "adapter", "merged", "logs", "versions.json"} <= {entry.name for entry in folder.iterdir()}
     if (folder / "metrics.json").exists():
         names = [row["name"] for row in json.loads((folder / "metrics.json").read_text())["rows"]]
-        assert len(names) >= 2
+        assert len(names) >= 1 + bool(schedule.stages)
 
 
 @NEEDS_DEEPSPEED

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pruning_runs import config, error_of, logged
-from test_self_distillation import DENSE, STUDENT, Taught, batch, tiny_path  # noqa: F401 - a fixture
+from test_self_distillation import DENSE, STUDENT, Taught, batch
 from training_toys import ToyData, collate, finetune, quiet_trainer
 
 from himap_train.checkpoints.load import load_checkpoint
@@ -37,7 +37,7 @@ def test_the_share_of_the_steps_is_dense_and_the_same_in_every_process() -> None
     assert steps != [DenseStepPlan(DenseSteps(0.1, 2.0), STUDENT, seed=4).at(number) for number in range(2000)]
 
 
-def test_the_dense_pass_is_drawn_to_the_pruned_one(tiny_path: str) -> None:  # noqa: F811
+def test_the_dense_pass_is_drawn_to_the_pruned_one(tiny_path: str) -> None:
     """By the divergence of the two from full logits; none where nothing is pruned."""
     model = tuned(tiny_path, STUDENT.to_dict())
     inputs = batch()
@@ -59,7 +59,7 @@ def test_the_dense_pass_is_drawn_to_the_pruned_one(tiny_path: str) -> None:  # n
     assert abs(float(nothing.detach())) < 1e-5
 
 
-def test_both_losses_fall(tiny_path: str, tmp_path: Path) -> None:  # noqa: F811
+def test_both_losses_fall(tiny_path: str, tmp_path: Path) -> None:
     """Ten steps of plain gradient descent, all of them dense."""
     settings = PruningSettings(dense_steps=DenseSteps(share=1.0, weight=1.0))
     model = tuned(tiny_path, STUDENT.to_dict())
@@ -83,7 +83,7 @@ def test_both_losses_fall(tiny_path: str, tmp_path: Path) -> None:  # noqa: F811
 
 
 def test_a_run_is_saved_with_its_schedule_and_served_dense(
-    tiny_path: str,  # noqa: F811
+    tiny_path: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -109,7 +109,7 @@ def test_a_run_is_saved_with_its_schedule_and_served_dense(
     ],
 )
 def test_what_cannot_be_is_refused(
-    tiny_path: str,  # noqa: F811
+    tiny_path: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     pruning: Any,

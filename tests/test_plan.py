@@ -225,7 +225,9 @@ def test_eager_attention_and_quantised_weights_change_the_memory(tmp_path: Path)
 
 
 def test_every_shipped_config_can_be_planned(tmp_path: Path) -> None:
-    files = sorted(CONFIGS.rglob("*.yaml"))
+    files = sorted(
+        file for file in CONFIGS.rglob("*.yaml") if file.name != "pretrained.yaml"
+    )  # its recipe makes its model
     assert len(files) >= 7
     for file in files:
         first = LLAVA_7B if "llava" in file.name or file.parent != CONFIGS else EMBEDDED

@@ -10,7 +10,7 @@ import torch
 from cases import make_case
 from data_examples import talk
 from naive_methods import dominant_and_contextual
-from test_feature_cache import data, fit, tiny_path  # noqa: F401 - fixtures
+from test_feature_cache import data, fit  # noqa: F401 - a fixture
 from test_tiles_model import batch, noise
 from tiny import IMAGE_TOKENS, tiny_llava
 from tiny_tiles import EVERY, TILED
@@ -152,7 +152,7 @@ def test_cached_features_carry_the_readings_to_the_bit(tiny_path: str, data: str
     assert cached.losses == plain.losses and (plain.calls, cached.calls) == (10, 0)
 
 
-def test_batches_of_text_alone_run_the_same_modules(tiny_path: str) -> None:  # noqa: F811
+def test_batches_of_text_alone_run_the_same_modules(tiny_path: str) -> None:
     model = tuner(tiny_path, schedule=ZIP.to_dict())
     model.configure_model()
     for read in ({"images": {}}, {"images": {}, "image_features": torch.randn(0, IMAGE_TOKENS, 32 + 17)}):

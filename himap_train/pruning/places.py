@@ -98,7 +98,7 @@ class Places:
         if len(known) == 1 and known[0].tokens:
             known *= max(total // known[0].tokens, 1)
         own = sum(grid.tokens for grid in known)
-        if own and total % own == 0 and len(mask) % (total // own) == 0:
+        if own and total and total % own == 0 and len(mask) % (total // own) == 0:
             known = _repeated(known, mask.sum(1).tolist(), total // own)
         if sum(grid.tokens for grid in known) != total:
             runs = (len(list(run)) for row in mask.tolist() for is_image, run in groupby(row) if is_image)
