@@ -98,6 +98,7 @@ def draw_flow(rows: Sequence[Row], knocked_out: Sequence[KnockedOut]) -> Figure:
             panels[1, 1].plot(values / values.sum(), style, marker="o", color=COLOURS[number], label=label)
     panels[1, 1].set(title="share of the sum over layers", ylabel="share", ylim=(0, None))
     _cuts(panels[1, 2], knocked_out)
+    panels[1, 2].set_visible(bool(knocked_out))
     for axes in panels.flat:
         axes.set_xlabel("layer" if axes is not panels[1, 2] else "middle of the window")
         axes.grid(alpha=0.3)
