@@ -27,6 +27,7 @@ from himap_train.embedded.scene_dense import dense_texts, describe
 from himap_train.embedded.scene_source import Scenes
 from himap_train.experiments import fine_tune_all
 from himap_train.models.loading import load_llava
+from himap_train.storage import atomic_file
 
 QUESTIONS, BEFORE_TEXT = 10, 3  # about what fits into 448 tokens, 256 of which are the image's
 # Coarse scenes first, half of them told in words: so few tokens that each counts, and text shows what is asked for.
@@ -76,7 +77,7 @@ def make_base(folder: Path, fitted: int) -> None:
 def write_records(file: Path, count: int, told: bool) -> None:
     """Write records and images: coarse and fine scenes in turn, or coarse ones, every other of them told in words."""
     file.with_suffix("").mkdir(parents=True, exist_ok=True)
-    with file.with_suffix(".new").open("w", encoding="utf-8") as written:
+    with atomic_file(file) as new, new.open("w", encoding="utf-8") as written:
         for number in range(count):
             source = Scenes("train" if told or number % 2 else "fine-train", seed=100 + told)
             scene, image = source.scene(number)
@@ -92,7 +93,6 @@ def write_records(file: Path, count: int, told: bool) -> None:
                 {"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(turns)
             ]
             written.write(json.dumps(record) + "\n")
-    file.with_suffix(".new").replace(file)
 
 
 def asked(source: Scenes, scene: Any, number: int, told: bool) -> list[tuple[str, str]]:
