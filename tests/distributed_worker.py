@@ -203,7 +203,7 @@ def train(
         callbacks=[
             AroundTraining(before, after),
             *([LearnKeepRatios(LEARNABLE, lambda measured: (16, 30))] if schedule == "learned" else []),
-            *([LearnRanking(RankingSettings(share=0.5), seed=1)] if schedule == "ranked" else []),
+            *([LearnRanking(RankingSettings())] if schedule == "ranked" else []),
             GradientNorm(),
             recorder,
             StepSeeds(1),

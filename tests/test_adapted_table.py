@@ -13,7 +13,7 @@ from himap_train.evaluation.accuracy_against_cost import Scores, draw_trade_off,
 from himap_train.experiments import CONFIGS
 
 ROOT = Path(__file__).parents[1]
-BUDGETS, DATA = [0.2, 0.6], {"train": "embedded:fine-train", "test": "embedded:fine-test"}
+BUDGETS, DATA = [0.1, 0.2, 0.6], {"train": "embedded:fine-train", "test": "embedded:fine-test"}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,8 @@ def test_runs_of_one_seed_differ_in_the_method_alone(recipe: Any, tmp_path: Path
         configs = [given[place + 1] for place, part in enumerate(given) if part == "--config"]
         assert configs == [*CONFIGS, *(["configs/elastic.yaml"] if stages else [])]
         assert all((ROOT / config).is_file() for config in configs)
-        assert (value.get("--pruning.elastic.budgets") == "[0.2, 0.6]") == bool(stages)
+        lowest = 0.2 if name in ("instruction", "himap") else 0.1  # these pay one of eight layers in full
+        assert value.get("--pruning.elastic.budgets") == (f"[{lowest}, 0.6]" if stages else None)
         assert ("--pruning.learn_ranking" in value) == (name == "learned")
         if value["--evaluation.before"] == "true":
             before.append(folder.name)
@@ -55,11 +56,12 @@ def test_runs_of_one_seed_differ_in_the_method_alone(recipe: Any, tmp_path: Path
 def test_what_is_read_from_the_runs(recipe: Any, tmp_path: Path) -> None:
     for seed in (0, 1):
         both = {f"{row} pruned at {b}": 0.5 + seed / 10 for row in ("training-free", "adapted") for b in BUDGETS}
-        for name in ("uniform", "learned"):
+        for name in ("uniform", "learned", "himap"):
             fake_run(tmp_path / f"{name}-{seed}", both | {"adapted, evaluated dense": 0.8})
         fake_run(tmp_path / f"dense-{seed}", {"fine-tuned dense": 0.9, "dense, not fine-tuned": 0.6 + seed})
-    scores, dense = recipe.results(tmp_path, ["uniform", "learned"], BUDGETS, [0, 1])
-    assert list(scores) == ["uniform", "uniform, adapted", "learned, adapted"]
+    scores, dense = recipe.results(tmp_path, ["uniform", "learned", "himap"], BUDGETS, [0, 1])
+    assert list(scores) == ["uniform", "uniform, adapted", "learned, adapted", "himap", "himap, adapted"]
+    assert list(scores["himap, adapted"]) == [0.2, 0.6] and list(scores["uniform"]) == BUDGETS
     assert scores["uniform"][0.2] == [(0.4, 50.0)] and scores["learned, adapted"][0.6] == [(0.4, 50.0), (0.4, 60.0)]
     assert dense["dense, fine-tuned"] == [90.0, 90.0] and dense["dense, not fine-tuned"] == [60.0]
     assert dense["learned, adapted, run dense"] == [80.0, 80.0]

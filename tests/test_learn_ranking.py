@@ -21,11 +21,10 @@ from himap_train.checkpoints.export import export_adapter, export_merged
 from himap_train.checkpoints.ranking import RANKING_FILE
 from himap_train.models.installed import scorers_of
 from himap_train.models.stock import text_decoder
-from himap_train.training.schedules.learn_ranking import RankingSettings
 
 BY = {"name": "learned", "width": 16, "spread": 0.25}
 STAGES = [{"layer": 0, "criterion": BY, "keep_ratio": 0.5}, {"layer": 3, "criterion": BY, "keep_ratio": 0.25}]
-LEARN = {"share": 0.5, "learning_rate": 0.02}
+LEARN = {"learning_rate": 0.02}
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +106,8 @@ def test_resumed_runs_go_on_with_what_was_learned(run: Path, tmp_path: Path) -> 
     [
         ({"stages": STAGES}, {}, "nothing trains it: give pruning.learn_ranking"),
         ("himap", {"learn_ranking": {}}, "whose criterion is learned, and there is none"),
-        ({"stages": STAGES}, {"learn_ranking": {"share": 0}}, "learn_ranking.share is 0"),
-        ({"stages": STAGES}, {"learn_ranking": {"layers": [1, 2]}}, r"the last of them at or behind .*layer 3"),
-        ({"stages": STAGES}, {"learn_ranking": {"layers": [1, 5]}}, "expected first and last of layers up to 4"),
+        ({"stages": STAGES}, {"learn_ranking": {"updates": 0}}, "learn_ranking.updates is 0"),
+        ({"stages": STAGES}, {"learn_ranking": {"share": 0.5}}, "share"),
     ],
 )
 def test_what_cannot_be_is_refused_before_weights_are_read(
@@ -119,13 +117,6 @@ def test_what_cannot_be_is_refused_before_weights_are_read(
     error = error_of(capsys, "--config", file)
     assert re.search(message, error), error
     assert not (tmp_path / "run" / "adapter").exists()
-
-
-def test_steps_with_a_dense_pass_follow_from_the_seed() -> None:
-    settings = RankingSettings(share=0.1)
-    due = [settings.due(3, step) for step in range(2000)]
-    assert 140 < sum(due) < 260 and due == [settings.due(3, step) for step in range(2000)]
-    assert due != [settings.due(4, step) for step in range(2000)]
 
 
 @NEEDS_DEEPSPEED

@@ -13,12 +13,12 @@ from transformers import LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning, remove_pruning
 from himap_train.models.features import hidden_states
-from himap_train.models.foresight import lessons, make_scorers
-from himap_train.models.install import running
+from himap_train.models.foresight import make_scorers
+from himap_train.models.install import pruning_of
 from himap_train.models.installed import give_scorers
 from himap_train.models.stock import text_decoder
 from himap_train.pruning.layout import build_layout
-from himap_train.pruning.learned.scorer import HEAD, Asked, Scorer, ranking_loss
+from himap_train.pruning.learned.scorer import HEAD, Asked, Lesson, Scorer, ranking_loss
 from himap_train.pruning.methods import read_method
 from himap_train.pruning.methods.base import Seen
 from himap_train.pruning.places import Places, TokenGrid
@@ -105,17 +105,26 @@ def test_scores_as_written_out(labels: bool, side: str) -> None:
             assert found == sorted({image[-1], *[c for c in best_of(image, scores) if c != image[-1]][: len(best) - 1]})
 
 
-def test_what_stays_beside_the_best_lies_far_from_all_that_stays() -> None:
+@pytest.mark.parametrize("apart", ["places", "states"])
+def test_what_stays_beside_the_best_is_far_from_all_that_stays(apart: str) -> None:
     layout, counts = build_layout(torch.tensor([[False] * 2 + [True] * 36 + [False] * 3]))
     layout = replace(layout, places=Places.of(layout.image, [TokenGrid(6, 6)]))
-    scores = torch.rand(1, 41, generator=torch.Generator().manual_seed(1))
-    method = read_method({"name": "learned", "spread": 0.75})
-    ranks = method.choose(Seen(layout, counts, scores=scores), torch.tensor([[12]]))[0, 2:38]
-    best = scores[0, 2:38].argsort(descending=True)[:3].tolist()
-    points = [divmod(at, 6) for at in range(36)]
-    chosen = sorted(best)
+    noise = torch.Generator().manual_seed(1)
+    scores, states = torch.rand(1, 41, generator=noise), torch.randn(1, 41, 8, generator=noise)
+    method = read_method({"name": "learned", "spread": 0.75, "apart": apart})
+    seen = Seen(layout, counts, scores=scores, states=states)
+    ranks = method.choose(seen, torch.tensor([[12]]))[0, 2:38]
+    points = torch.tensor([divmod(at, 6) for at in range(36)]).float()
+    towards = states[0, 2:38]
+
+    def distance(one: int, other: int) -> float:
+        if apart == "states":
+            return 1 - float(torch.cosine_similarity(towards[one], towards[other], dim=0))
+        return float((points[one] - points[other]).square().sum())
+
+    chosen = scores[0, 2:38].argsort(descending=True)[:3].tolist()
     while len(chosen) < 12:
-        nearest = [min((y - points[c][0]) ** 2 + (x - points[c][1]) ** 2 for c in chosen) for y, x in points]
+        nearest = [min(distance(at, c) if at != c else 0.0 for c in chosen) for at in range(36)]
         chosen.append(nearest.index(max(nearest)))
     assert sorted((ranks < 12).nonzero()[:, 0].tolist()) == sorted(chosen)
 
@@ -135,30 +144,57 @@ def test_answers_never_rank() -> None:
     assert len(scores[0]) == 2 and all(torch.equal(one, other) for one, other in zip(*scores, strict=True))
 
 
-def test_foresees_what_later_layers_look_at() -> None:
-    """Attention of the prompt's last row, head means summed over layers, as the stock model reports it."""
-    schedule = learned(0, 2)
-    model = ranked(schedule)
-    case = make_case(model, ["t3 i16 t4 a3", "t2 i9 t6 a2"], "right", seed=7)
+@pytest.mark.parametrize("trained", ["all", "head"])
+def test_foresees_what_the_loss_owes_to_each_token_that_stays(trained: str) -> None:
+    """To first order how the loss moves when a token's state behind the stage is scaled, by finite differences."""
+    stages = (PruningStage(layer, {"name": "learned", "spread": 0.0}, keep) for layer, keep in ((0, 0.6), (2, 0.3)))
+    model = ranked(PruningSchedule(tuple(stages))).double()
+    if trained == "head":
+        model.model.requires_grad_(False)
+    case = make_case(model, ["t3 i16 t4 a3", "t2 i9 t6 a2", "t5 a4"], "right", seed=7)
+    case.features = [feature.double() for feature in case.features]
+    found: dict[int, Lesson] = {}
+    pruning = pruning_of(model)
+    assert pruning is not None
+    pruning.learn = found.__setitem__
 
-    def run(under: PruningSchedule) -> None:
-        with running(model, under), torch.no_grad():
-            hidden_states(model, **case.inputs(labels=True))
+    def cross_entropy() -> Tensor:
+        logits = model(**case.inputs(labels=True)).logits[:, :-1]  # the model's own loss is of fp32
+        return nn.functional.cross_entropy(logits.flatten(0, 1), case.labels[:, 1:].flatten())
 
-    found = lessons(model, run, schedule, range(1, 5))
-    stock = tiny_llava(attn="eager")
-    with torch.no_grad():
-        maps = stock(**case.inputs(), output_attentions=True).attentions
+    with record_pruning(model) as trace:
+        cross_entropy().backward()
+    pruning.learn = None
+
+    def loss(layer: int, row: int, place: int, step: float) -> float:
+        def scaled(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+            hidden = args[0].clone()
+            hidden[row, place] *= 1 + step
+            return (hidden,)
+
+        hook = text_decoder(model).layers[layer].register_forward_pre_hook(scaled)
+        with torch.no_grad():
+            value = float(cross_entropy())
+        hook.remove()
+        return value
+
     assert found.keys() == {0, 2}
-    for layer, lesson in found.items():
-        total = sum(maps[at].mean(1) for at in range(max(layer, 1), 5))
-        for row, last in enumerate((22, 16)):
-            image, question = prompt(case, row)
-            assert question[-1] == last
-            expected = total[row, last, image]
-            torch.testing.assert_close(lesson.target[row, : len(image)], expected, atol=1e-5, rtol=1e-4)
-            assert int(lesson.asked.image_real[row].sum()) == len(image)
+    for row in (0, 1):
+        image, question = prompt(case, row)
+        for stage, layer in enumerate((0, 2)):
+            lesson, kept = found[layer], trace.kept[stage][row].tolist()
             assert int(lesson.asked.text_real[row].sum()) == len(question)
+            for number, column in enumerate(image):
+                assert bool(lesson.asked.image_real[row, number]) == (column in kept)
+                slope = 0.0
+                if column in kept:
+                    sides = [loss(layer, row, kept.index(column), step) for step in (0.01, -0.01)]
+                    slope = abs(sides[0] - sides[1]) / 0.02
+                assert float(lesson.target[row, number]) == pytest.approx(
+                    slope, rel=0.01, abs=2e-5
+                )  # norms are of fp32
+            image = [column for column in image if column in kept]
+    assert not found[0].asked.image_real[2].any()
 
 
 def test_gradient_of_the_loss_by_finite_differences() -> None:
@@ -169,7 +205,7 @@ def test_gradient_of_the_loss_by_finite_differences() -> None:
     target = torch.rand(2, 9).double() ** 3
 
     def loss() -> Tensor:
-        return ranking_loss(scorer(asked), target, real)[0]
+        return ranking_loss(scorer(asked), Lesson(asked, target))[0]
 
     loss().backward()
     for name, weight in scorer.named_parameters():
@@ -187,12 +223,14 @@ def test_gradient_of_the_loss_by_finite_differences() -> None:
 def test_loss_is_the_divergence_and_least_at_the_target() -> None:
     target = torch.tensor([[1.0, 3.0, 0.0, 7.0], [0.0, 0.0, 5.0, 5.0], [0.0, 0.0, 0.0, 0.0]])
     real = torch.tensor([[True, True, True, False], [True] * 4, [False] * 4])
+    nothing = torch.zeros(3, 0, 0)
+    lesson = Lesson(Asked(nothing, real, nothing, real), target)
     even = -(0.25 * torch.tensor(0.25).log() + 0.75 * torch.tensor(0.75).log())  # entropy
-    total, rows = ranking_loss(torch.zeros(3, 4), target, real)
+    total, rows = ranking_loss(torch.zeros(3, 4), lesson)
     torch.testing.assert_close(total, torch.tensor(3.0).log() - even + torch.tensor(2.0).log())
     assert int(rows) == 2
     same = torch.tensor([[0.25, 0.75, 1e-12, 9.0], [1e-12, 1e-12, 0.5, 0.5], [1.0] * 4]).log()
-    assert abs(float(ranking_loss(same, target, real)[0])) < 1e-6
+    assert abs(float(ranking_loss(same, lesson)[0])) < 1e-6
 
 
 def test_no_part_of_the_model_and_never_guessed() -> None:
@@ -215,6 +253,7 @@ def test_no_part_of_the_model_and_never_guessed() -> None:
     ("parameters", "message"),
     [
         ({"spread": 1.5}, "spread is 1.5; expected 0 to 1"),
+        ({"spread": 0.5, "apart": "keys"}, "apart is 'keys'; expected places or states"),
         ({"width": 40}, "width is 40; expected a multiple of 16"),
         ({"width": 0}, "width is 0"),
         ({"width": True}, "width is True"),

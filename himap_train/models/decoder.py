@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from himap_train.models.attention import ScoreCollector, register_attention
 from himap_train.models.cache import stage_of, stored, unread_images
 from himap_train.models.choosing import collector_for, ranked, show, token_map
 from himap_train.models.cpu_attention import CausalBlocks
+from himap_train.models.foresight import taught
 from himap_train.models.inputs import check_image_mask, check_inputs, check_options
 from himap_train.models.installed import InstalledPruning, PruneCounts, scorers_of
 from himap_train.models.prompt import check_continued, drafted, known_prompt, warn_of_labels
@@ -140,7 +142,7 @@ def _prefill(
     reads = any(stage.method.reads not in (Reads.NOTHING, Reads.TOWER) for stage in schedule.stages)
     prefill = Prefill(decoder, cache, layout.valid.sum(1), start, unread=reads and counts.unread > 0)
     collector: ScoreCollector | None = None
-    ratios = pruning.ratios if torch.is_grad_enabled() else None
+    ratios, learn = (pruning.ratios, pruning.learn) if torch.is_grad_enabled() else (None, None)
     watching, scorers = [trace for trace in pruning.traces if trace.watches], scorers_of(decoder)
     always = ratios is not None or bool(watching)
     call["causal_blocks"] = CausalBlocks() if pruning.cpu_blocks else None
@@ -169,6 +171,8 @@ def _prefill(
                 if removal.removes or tokens.marginal:
                     moved = token_map(removal, shown, ranks, tokens)
                     tokens, layout = removed(prefill, number, tokens, layout, moved)
+                    if learn is not None and removal.stage.method.learns:
+                        tokens = replace(tokens, hidden=taught(tokens.hidden, partial(learn, number), shown, moved))
             seen.kept_rows.append(removal.after.current.sum(1))
             layouts.append(layout)
         if states is not None:

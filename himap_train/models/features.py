@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from functools import partial
@@ -31,7 +31,14 @@ def own_weights_whole(base: Any) -> Iterator[None]:
     DeepSpeed gathers a weight for the forward of its module, and images are encoded outside that of the model:
     `generate` does so once for all beams. All processes must come here together.
     """
-    spread = [weight for weight in base.model.parameters(recurse=False) if hasattr(weight, "ds_id")]
+    with whole_weights(base.model.parameters(recurse=False)):
+        yield
+
+
+@contextmanager
+def whole_weights(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, those of the weights that ZeRO-3 spreads are whole. All processes must come here together."""
+    spread = [weight for weight in weights if hasattr(weight, "ds_id")]
     if not spread:
         yield
         return

@@ -1,40 +1,26 @@
-"""What a learned ranking is to foresee: where the later layers of a dense pass look.
+"""What a learned ranking is to foresee: on which of the tokens that stay the loss depends.
 
-At the layer where tokens leave nothing has read them yet; the layers behind have, each in turn. So a pass without
-gradients in which no token leaves shows which of them will matter: the attention that the prompt's last row, from which
-the answer starts, pays to each image token, summed over those layers.
+The gradient that a training step has anyway tells it. If a token's state x is scaled by 1 + e, the loss changes by
+e x . dL/dx, summed over all layers that read it: how much the answer owes to the token, to first order. What has left
+has no such gradient; the scorer, which sees what a token shows and what is asked, carries over to it, and the share of
+the tokens that `Learned.spread` keeps whatever their scores shows it what it does not look for yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from himap_train.models.install import record_pruning
 from himap_train.models.installed import give_scorers, scorers_of
 from himap_train.models.stock import text_decoder
-from himap_train.pruning.learned.scorer import Asked, Scorer
-from himap_train.pruning.methods.base import Members
+from himap_train.pruning.learned.scorer import Lesson, Scorer
+from himap_train.pruning.methods.base import Members, Seen
 from himap_train.pruning.methods.learned import Learned, asked
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.pruning.stage import PruningStage
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What the scorer of one stage is shown, and what it should answer.
-
-    Attributes:
-        asked: As in the stage.
-        target: (R, N) fp32, how much later layers look at each image token.
-    """
-
-    asked: Asked
-    target: Tensor
+from himap_train.pruning.token_map import TokenMap
 
 
 def learned_layers(schedule: PruningSchedule) -> dict[int, Learned]:
@@ -55,27 +41,30 @@ def make_scorers(model: nn.Module, schedule: PruningSchedule) -> dict[int, Score
     return scorers
 
 
-def lessons(
-    model: nn.Module, run: Callable[[PruningSchedule], Any], schedule: PruningSchedule, layers: Sequence[int]
-) -> dict[int, Lesson]:
-    """What one dense pass teaches the scorers of a schedule, by their layers.
+def taught(hidden: Tensor, learn: Callable[[Lesson], None], shown: Seen, moved: TokenMap) -> Tensor:
+    """The states behind a stage, whose backward pass will give its scorer a lesson.
 
     Args:
-        model: Pruned.
-        run: Runs a pass of it without gradients, under a schedule, where it is known what is no prompt.
-        schedule: What the scorers are for.
-        layers: Whose attention is foreseen: layers of the decoder, but not its last; those before a stage are left out
-            there.
+        hidden: (B, L', D), of the tokens that stay.
+        learn: Takes the lesson, within the backward pass.
+        shown: What the stage's method was shown, of L tokens.
+        moved: From those L tokens to the L' that stay.
+
+    Returns:
+        `hidden`, which has a gradient even where nothing before it is trained.
     """
-    stages = learned_layers(schedule)
-    watched = {layer + 1 for layer in layers if layer >= min(stages)}  # a stage reads the layer before it
-    look = (PruningStage(at, "last_token" if at in watched else "first-k", 1.0) for at in sorted({*stages, *watched}))
-    with record_pruning(model, watch=True) as trace:
-        run(replace(schedule, stages=tuple(look)))
-    found = {}
-    for layer in stages:
-        shown = trace.shown[layer]
-        attention = [seen.scores for at, seen in trace.shown.items() if at in watched and at > layer]
-        total = torch.stack([scores for scores in attention if scores is not None]).sum(0)
-        found[layer] = Lesson(asked(shown), Members.of(shown.layout, shown.counts).gather(total))
-    return found
+    hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+    states, members, question = hidden.detach(), Members.of(shown.layout, shown.counts), asked(shown)
+
+    def at_image_tokens(numbers: Tensor) -> Tensor:
+        """(B, L') -> (R, N), zero for what has left."""
+        before = numbers.new_zeros(shown.layout.columns.shape)
+        return members.gather(before.scatter_add(1, moved.index, numbers * moved.valid))
+
+    def lesson(gradient: Tensor) -> None:
+        owed = (states.float() * gradient.float()).sum(2).abs().nan_to_num(0.0, 0.0, 0.0)
+        stayed = at_image_tokens(torch.ones_like(owed)) > 0
+        learn(Lesson(replace(question, image_real=question.image_real & stayed), at_image_tokens(owed)))
+
+    hidden.register_hook(lesson)
+    return hidden

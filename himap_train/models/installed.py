@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from himap_train.models.families.base import Family
-from himap_train.pruning.learned.scorer import Scorer
+from himap_train.pruning.learned.scorer import Lesson, Scorer
 from himap_train.pruning.methods.base import Seen
 from himap_train.pruning.schedule import PruningSchedule
 
@@ -71,6 +72,7 @@ class InstalledPruning:
         cpu_blocks: Whether SDPA runs in blocks on a CPU, see `cpu_attention`.
         last: Counts of the last prefill or training forward.
         traces: Those of `record_pruning`.
+        learn: Takes what a backward pass teaches the scorer of each layer, see `foresight`; None where none learns.
     """
 
     schedule: PruningSchedule
@@ -81,6 +83,7 @@ class InstalledPruning:
     cpu_blocks: bool = True
     last: PruneCounts | None = None
     traces: list[PruningTrace] = field(default_factory=list)
+    learn: Callable[[int, Lesson], None] | None = None
 
 
 def scorers_of(decoder: Any) -> dict[int, Scorer]:

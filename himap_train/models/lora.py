@@ -90,8 +90,10 @@ def attach_lora(
     )
     peft_model = get_peft_model(model, config)
     assert isinstance(peft_model, PeftModel)
-    for weight in tower.values() if vision == "train" else ():
-        weight.requires_grad_(True)
+    if vision == "train":
+        for weight in tower.values():
+            weight.requires_grad_(True)
+        family_of(model).vision(base_model(peft_model)).float()  # also its layers behind the one that is read
     if decoder == "train":
         train_decoder(base_model(peft_model))
     # PEFT casts LoRA weights of a half-precision model to fp32 by itself, but not the projector's copy: with weights in

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from himap_train.models.families import family_of
+from himap_train.models.features import whole_weights
 
 
 def used_in_tower(model: Any) -> dict[str, nn.Parameter]:
@@ -33,7 +34,8 @@ def used_in_tower(model: Any) -> dict[str, nn.Parameter]:
     before = {name: weight.requires_grad for name, weight in tower.items()}
     for weight in tower.values():
         weight.requires_grad_(True)
-    with torch.enable_grad():
+    text = set(family.decoder(model).parameters())
+    with torch.enable_grad(), whole_weights(weight for weight in model.model.parameters() if weight not in text):
         encoded = family.encode_images(model, family.empty_images(model))
         features = _tensors([encoded.pooler_output, getattr(encoded, "deepstack_features", None)])
         total = torch.stack([feature.float().sum() for feature in features]).sum()

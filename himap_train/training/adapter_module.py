@@ -6,7 +6,7 @@ run another one (a curriculum, elastic training); the decoder has its own back a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -71,7 +71,6 @@ class AdapterModule(LightningModule):
         super().__init__()
         self.schedule = schedule
         self._step: Step | None = None
-        self._look: Callable[[dict[str, Any]], None] | None = None
         self.strict_loading = False  # checkpoints hold trained weights only; on_load_checkpoint checks those
         self.llava: PeftModel | None = None
 
@@ -111,10 +110,6 @@ class AdapterModule(LightningModule):
     def use_step(self, step: Step) -> None:
         """Let the next training steps run this, until they are told otherwise."""
         self._step = step
-
-    def look_first(self, look: Callable[[dict[str, Any]], None]) -> None:
-        """Show each training batch to this before its training step."""
-        self._look = look
 
     @contextmanager
     def running_step(self, step: Step | None) -> Iterator[None]:

@@ -58,8 +58,8 @@ class LlavaFineTuner(AdapterModule):
         use_rslora: Scale LoRA's update by `lora_alpha / sqrt(lora_r)`, for large ranks.
         init_adapter: Go on from this adapter, run folder or training checkpoint, of the same base and LoRA settings;
             only its weights are taken, the schedule is that of this config.
-        vision_tower: "freeze", "lora" or "train" (all its weights; not with ZeRO-3 or data.cache_image_features).
-        decoder: "lora", "train" (decoder, embeddings and head; not with ZeRO-3 or quantize) or "freeze".
+        vision_tower: "freeze", "lora" or "train" (all its weights; not with data.cache_image_features).
+        decoder: "lora", "train" (decoder, embeddings and head; not with quantize) or "freeze".
         lora_lr: Peak learning rate of LoRA.
         projector_lr: Peak learning rate of the projector.
         vision_lr: Peak learning rate of the vision tower; null for `lora_lr` under LoRA and 2e-6 for all its weights.
@@ -120,6 +120,7 @@ class LlavaFineTuner(AdapterModule):
             vision=vision_tower,
             decoder=decoder,
         )
+        self.trains_in_place = "train" in (vision_tower, decoder)
         self.init_adapter = init_adapter
         self.lora_dropout = lora_dropout
         if vision_lr is None:
@@ -143,10 +144,11 @@ class LlavaFineTuner(AdapterModule):
         if self.llava is not None:
             return
         start = read_start(self.init_adapter, self.path) if self.init_adapter else None
+        # Frozen weights in the trainer's precision; what is trained stays in fp32 (see `attach_lora`), spread as such.
+        whole = self.trains_in_place and self._trainer and getattr(self.trainer.strategy, "zero_stage_3", False)
         model, self.processor = load_llava(
             self.path,
-            # Frozen weights in the trainer's precision; what is trained stays in fp32 (see `attach_lora`).
-            dtype=weights_dtype(str(self.trainer.precision) if self._trainer else ""),
+            dtype=weights_dtype(str(self.trainer.precision) if self._trainer and not whole else ""),
             attn_implementation=self.attn_implementation,
             quantize=self.quantize,
         )
@@ -202,8 +204,6 @@ class LlavaFineTuner(AdapterModule):
         """One micro-batch; see the module's docstring for what is averaged over what."""
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._window.begin(batch, self.trainer, self.device)
-        if self._look is not None:
-            self._look(batch)
         teacher = self._step.teacher if self._step else None
         with self.running_step(self._step):
             if teacher is None:

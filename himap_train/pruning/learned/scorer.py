@@ -1,7 +1,7 @@
 """A ranking that is learned: what scores image tokens by a question, and the loss that trains it.
 
 It runs beside the decoder and is no part of it: the model's own weights, files and gradients never see it. What it is
-to foresee, a dense pass shows: see `himap_train.models.foresight`.
+to foresee, the backward pass of training shows: see `himap_train.models.foresight`.
 
 Shapes: R rows of image tokens (one for each row and group of a batch), N image tokens, T tokens of the question, D the
 decoder's width.
@@ -34,6 +34,19 @@ class Asked:
     image_real: Tensor
     text: Tensor
     text_real: Tensor
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a scorer was shown in one pass, and what it should have answered.
+
+    Attributes:
+        asked: As in the stage; `image_real` are the tokens that stayed, of which alone something is known.
+        target: (R, N) fp32, not negative; of each row only the proportions count.
+    """
+
+    asked: Asked
+    target: Tensor
 
 
 class Scorer(nn.Module):
@@ -97,15 +110,15 @@ def _places(real: Tensor, width: int) -> Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=2)
 
 
-def ranking_loss(scores: Tensor, target: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+def ranking_loss(scores: Tensor, lesson: Lesson) -> tuple[Tensor, Tensor]:
     """Sum of the divergences KL(target || softmax of the scores) over the rows that have a target, and their number.
 
     Args:
         scores: (R, N).
-        target: (R, N), not negative; of each row only the proportions count. A row of zeros is none.
-        real: (R, N) bool, false where it only fills up.
+        lesson: What the scores are held to. A row whose target is zero is none.
     """
-    target = target.masked_fill(~real, 0.0)
+    real = lesson.asked.image_real
+    target = lesson.target.masked_fill(~real, 0.0)
     share = target / target.sum(1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
     logs = scores.masked_fill(~real, torch.finfo(scores.dtype).min).log_softmax(1)
     return (torch.xlogy(share, share) - share * logs).sum(), (share > 0).any(1).sum()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from himap_train.pruning.learned.scorer import HEAD, Asked, Scorer
 from himap_train.pruning.methods.base import Members, Method, Reads, Seen, Widths
-from himap_train.pruning.methods.divprune import farthest_first
+from himap_train.pruning.methods.divprune import all_cosines, computed_pairs, farthest_first
 from himap_train.pruning.names import require_number
 from himap_train.pruning.ranks import image_ranks
 
@@ -18,16 +19,19 @@ _APART = 1e4
 """Distance between tokens of two grids: more than any within one."""
 
 
+Apart = Literal["places", "states"]
+
+
 @dataclass(frozen=True)
 class Learned(Method):
     """What a small network scores highest, which sees the states of image and question at the stage's input.
 
-    A share of the places that stay goes to the picture instead of the scores: after the tokens of the highest scores
-    comes the one that lies farthest from all chosen, and so on, so that what nobody foresaw is near something that
-    stays.
+    A share of what stays goes to the picture instead of the scores: after the tokens of the highest scores comes the
+    one that is farthest from all chosen, and so on, so that what nobody foresaw is near something that stays.
 
     Args:
         spread: The share of the tokens that stay which is spread over the picture; 0 leaves all to the scores.
+        apart: What is far: "places" in the picture, or "states" that point elsewhere (1 - cosine, as `divprune`).
         width: Width of the network, a multiple of 16.
 
     Raises:
@@ -38,7 +42,8 @@ class Learned(Method):
     reads: ClassVar[Reads] = Reads.STATES
     learns: ClassVar[bool] = True
 
-    spread: float = 0.75
+    spread: float = 0.5
+    apart: Apart = "states"
     width: int = 128
 
     def __post_init__(self) -> None:
@@ -46,6 +51,8 @@ class Learned(Method):
         require_number("criterion learned", "spread", self.spread)
         if not 0.0 <= self.spread <= 1.0:
             raise ValueError(f"criterion learned: spread is {self.spread}; expected 0 to 1 (share of what stays)")
+        if self.apart not in get_args(Apart):
+            raise ValueError(f"criterion learned: apart is {self.apart!r}; expected places or states")
         if type(self.width) is not int or not 0 < self.width <= 1024 or self.width % HEAD:
             raise ValueError(f"criterion learned: width is {self.width!r}; expected a multiple of {HEAD}, 1024 at most")
 
@@ -56,8 +63,8 @@ class Learned(Method):
 
     @property
     def uses_places(self) -> bool:
-        """Where something is spread."""
-        return self.spread > 0
+        """Where something is spread by them."""
+        return self.spread > 0 and self.apart == "places"
 
     def scorer(self, hidden: int) -> Scorer:
         """A new one, with random weights, for a decoder of this width."""
@@ -83,26 +90,35 @@ class Learned(Method):
         ranks = image_ranks(seen.scores, seen.layout, seen.groups)
         if not self.spread:
             return ranks
-        assert seen.layout.places is not None
-        members, places = Members.of(seen.layout, seen.counts), seen.layout.places
+        members = Members.of(seen.layout, seen.counts)
         first = (kept - (self.spread * kept).add(0.5).floor().long()).flatten().to(ranks.device).unsqueeze(1)
         best = (members.gather(ranks) < first.clamp(min=1)) | members.gather(seen.layout.protected)
+        apart = self._distances(seen, members)
+        return members.spread(farthest_first(apart, members.real, best, int(kept.max())), seen.layout)
+
+    def _distances(self, seen: Seen, members: Members) -> Tensor:
+        """Between all image tokens, (R, N, N)."""
+        if self.apart == "states":
+            assert seen.states is not None
+            return all_cosines(normalize(members.gather(seen.states).float(), dim=-1)).neg_().add_(1)
+        assert seen.layout.places is not None
+        places = seen.layout.places
         at = members.gather(torch.stack([places.grid * _APART, places.row, places.column], dim=2))
         apart = torch.cdist(at, at, compute_mode="donot_use_mm_for_euclid_dist")
         # What shows no part of the picture is near all that does, and nothing is near it.
         placeless = (members.gather(places.row) < 0) & members.real
-        apart = apart.masked_fill(placeless.unsqueeze(2), torch.inf).masked_fill(placeless.unsqueeze(1), 0.0)
-        return members.spread(farthest_first(apart, members.real, best, int(kept.max())), seen.layout)
+        return apart.masked_fill(placeless.unsqueeze(2), torch.inf).masked_fill(placeless.unsqueeze(1), 0.0)
 
     def flops(self, widths: Widths, image_tokens: int, text_tokens: int, kept: int) -> float:
-        """Of the scorer; distances are next to nothing."""
+        """Of the scorer, and all pairs' cosines; distances of places are next to nothing."""
         width, heads = self.width, self.width // HEAD
         image = image_tokens * (widths.hidden + 2) * width
-        return 2.0 * (image + text_tokens * (widths.hidden + 9 * width + heads + 2 * text_tokens) * width)
+        pairs = computed_pairs(image_tokens) * widths.hidden * (self.spread > 0 and self.apart == "states")
+        return 2.0 * (pairs + image + text_tokens * (widths.hidden + 9 * width + heads + 2 * text_tokens) * width)
 
     def peak_bytes(self, widths: Widths, image_tokens: int, text_tokens: int, element: int) -> int:
         """Normalised states of image and question, and distances, in fp32."""
-        return 8 * (image_tokens + text_tokens) * widths.hidden + 8 * image_tokens**2 * self.uses_places
+        return 8 * (image_tokens + text_tokens) * widths.hidden + 8 * image_tokens**2 * (self.spread > 0)
 
 
 def asked(seen: Seen) -> Asked:

@@ -48,8 +48,6 @@ def rehearse(config: Namespace) -> None:
         config.model.quantize = None
     text = _MOST_TEXT[config.rehearse]
     _learnable(config, small, text, scaled=real)
-    if real and config.pruning.learn_ranking is not None:
-        config.pruning.learn_ranking.layers = None
     config.loggers = [name for name in config.loggers if name in ("csv", "tensorboard")]
     if config.model.init_adapter is not None and real:
         say(f"rehearsing without model.init_adapter={config.model.init_adapter}: it is of another model")

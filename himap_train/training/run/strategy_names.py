@@ -59,11 +59,6 @@ def refuse_together(strategy: Any, model: Any, cache_image_features: Any) -> Non
             f"model.quantize={quantize} does not go with model.decoder=train: quantised weights cannot be trained. "
             "--model.decoder lora, or --model.quantize null"
         )
-    if (model.vision_tower != "freeze" or model.decoder == "train") and name.startswith("deepspeed_stage_3"):
-        raise ValueError(
-            f"model.vision_tower={model.vision_tower} and model.decoder={model.decoder} do not go with ZeRO-3 "
-            f"(trainer.strategy {name}): --trainer.strategy deepspeed_stage_2, or LoRA on the decoder alone"
-        )
     if quantize is not None and name.startswith("deepspeed_stage_3"):
         raise ValueError(
             f"model.quantize={quantize} does not go with ZeRO-3 (trainer.strategy {name}): bitsandbytes weights cannot "

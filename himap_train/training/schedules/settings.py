@@ -88,8 +88,6 @@ class PruningSettings:
 
     def check_possible(self, schedule: PruningSchedule, config: Any, measured: tuple[int, int] | None) -> None:
         """Raise ValueError for budgets that a model of this config cannot meet with its schedule."""
-        if self.learn_ranking is not None:
-            self.learn_ranking.watched(schedule, config)
         settings = self.learnable or self.elastic
         if settings is not None:
             settings.check_possible(schedule, config, self.tokens(measured))

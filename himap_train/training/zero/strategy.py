@@ -151,7 +151,9 @@ class ZeroStrategy(WholeCheckpoints):
         if self.zero_stage_3:
             from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-            half = {"bf16": {"enabled": True}} if self.precision_plugin.precision == "bf16-mixed" else {}
+            mixed = self.precision_plugin.precision == "bf16-mixed"
+            whole = getattr(self.lightning_module, "trains_in_place", False)  # what is trained is kept in fp32
+            half = {"bf16": {"enabled": True}} if mixed and not whole else {}
             self._sharded_loading = HfDeepSpeedConfig({**self.config, **half})  # type: ignore[dict-item]
         yield
 
