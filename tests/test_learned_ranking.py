@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from cases import RAGGED, RAGGED_ANSWERS, Case, make_case
@@ -21,7 +19,6 @@ from himap_train.pruning.layout import build_layout
 from himap_train.pruning.learned.scorer import HEAD, Asked, Lesson, Scorer, ranking_loss
 from himap_train.pruning.methods import read_method
 from himap_train.pruning.methods.base import Seen
-from himap_train.pruning.places import Places, TokenGrid
 
 
 def learned(*layers: int, spread: float = 0.0, keep: float = 0.4) -> PruningSchedule:
@@ -105,27 +102,16 @@ def test_scores_as_written_out(labels: bool, side: str) -> None:
             assert found == sorted({image[-1], *[c for c in best_of(image, scores) if c != image[-1]][: len(best) - 1]})
 
 
-@pytest.mark.parametrize("apart", ["places", "states"])
-def test_what_stays_beside_the_best_is_far_from_all_that_stays(apart: str) -> None:
+def test_what_stays_beside_the_best_differs_from_all_that_stays() -> None:
     layout, counts = build_layout(torch.tensor([[False] * 2 + [True] * 36 + [False] * 3]))
-    layout = replace(layout, places=Places.of(layout.image, [TokenGrid(6, 6)]))
     noise = torch.Generator().manual_seed(1)
     scores, states = torch.rand(1, 41, generator=noise), torch.randn(1, 41, 8, generator=noise)
-    method = read_method({"name": "learned", "spread": 0.75, "apart": apart})
-    seen = Seen(layout, counts, scores=scores, states=states)
-    ranks = method.choose(seen, torch.tensor([[12]]))[0, 2:38]
-    points = torch.tensor([divmod(at, 6) for at in range(36)]).float()
-    towards = states[0, 2:38]
-
-    def distance(one: int, other: int) -> float:
-        if apart == "states":
-            return 1 - float(torch.cosine_similarity(towards[one], towards[other], dim=0))
-        return float((points[one] - points[other]).square().sum())
-
+    method = read_method({"name": "learned", "spread": 0.75})
+    ranks = method.choose(Seen(layout, counts, scores=scores, states=states), torch.tensor([[12]]))[0, 2:38]
     chosen = scores[0, 2:38].argsort(descending=True)[:3].tolist()
     while len(chosen) < 12:
-        nearest = [min(distance(at, c) if at != c else 0.0 for c in chosen) for at in range(36)]
-        chosen.append(nearest.index(max(nearest)))
+        likest = torch.cosine_similarity(states[0, 2:38, None], states[0, 2:38][chosen], dim=2).amax(1)
+        chosen.append(int(likest.argmin()))
     assert sorted((ranks < 12).nonzero()[:, 0].tolist()) == sorted(chosen)
 
 
@@ -253,7 +239,6 @@ def test_no_part_of_the_model_and_never_guessed() -> None:
     ("parameters", "message"),
     [
         ({"spread": 1.5}, "spread is 1.5; expected 0 to 1"),
-        ({"spread": 0.5, "apart": "keys"}, "apart is 'keys'; expected places or states"),
         ({"width": 40}, "width is 40; expected a multiple of 16"),
         ({"width": 0}, "width is 0"),
         ({"width": True}, "width is True"),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -15,23 +14,17 @@ from himap_train.pruning.methods.divprune import all_cosines, computed_pairs, fa
 from himap_train.pruning.names import require_number
 from himap_train.pruning.ranks import image_ranks
 
-_APART = 1e4
-"""Distance between tokens of two grids: more than any within one."""
-
-
-Apart = Literal["places", "states"]
-
 
 @dataclass(frozen=True)
 class Learned(Method):
     """What a small network scores highest, which sees the states of image and question at the stage's input.
 
-    A share of what stays goes to the picture instead of the scores: after the tokens of the highest scores comes the
-    one that is farthest from all chosen, and so on, so that what nobody foresaw is near something that stays.
+    A share of what stays is chosen by difference instead, as `divprune` does: after the tokens of the highest scores
+    comes the one whose state is farthest from all chosen (1 - cosine), and so on. So what nobody foresaw is like
+    something that stays, and training sees what it does not look for yet.
 
     Args:
-        spread: The share of the tokens that stay which is spread over the picture; 0 leaves all to the scores.
-        apart: What is far: "places" in the picture, or "states" that point elsewhere (1 - cosine, as `divprune`).
+        spread: The share of the tokens that stay which is chosen by difference; 0 leaves all to the scores.
         width: Width of the network, a multiple of 16.
 
     Raises:
@@ -43,7 +36,6 @@ class Learned(Method):
     learns: ClassVar[bool] = True
 
     spread: float = 0.5
-    apart: Apart = "states"
     width: int = 128
 
     def __post_init__(self) -> None:
@@ -51,8 +43,6 @@ class Learned(Method):
         require_number("criterion learned", "spread", self.spread)
         if not 0.0 <= self.spread <= 1.0:
             raise ValueError(f"criterion learned: spread is {self.spread}; expected 0 to 1 (share of what stays)")
-        if self.apart not in get_args(Apart):
-            raise ValueError(f"criterion learned: apart is {self.apart!r}; expected places or states")
         if type(self.width) is not int or not 0 < self.width <= 1024 or self.width % HEAD:
             raise ValueError(f"criterion learned: width is {self.width!r}; expected a multiple of {HEAD}, 1024 at most")
 
@@ -60,11 +50,6 @@ class Learned(Method):
     def ranks(self) -> bool:
         """Where nothing is spread."""
         return self.spread == 0
-
-    @property
-    def uses_places(self) -> bool:
-        """Where something is spread by them."""
-        return self.spread > 0 and self.apart == "places"
 
     def scorer(self, hidden: int) -> Scorer:
         """A new one, with random weights, for a decoder of this width."""
@@ -85,7 +70,7 @@ class Learned(Method):
         return Members.of(seen.layout, seen.counts).spread(scores, seen.layout)
 
     def choose(self, seen: Seen, kept: Tensor) -> Tensor:
-        """By the scores, and from a number on by the distance to all that are chosen."""
+        """By the scores, and from a number on by the difference from all that are chosen."""
         assert seen.scores is not None
         ranks = image_ranks(seen.scores, seen.layout, seen.groups)
         if not self.spread:
@@ -93,27 +78,15 @@ class Learned(Method):
         members = Members.of(seen.layout, seen.counts)
         first = (kept - (self.spread * kept).add(0.5).floor().long()).flatten().to(ranks.device).unsqueeze(1)
         best = (members.gather(ranks) < first.clamp(min=1)) | members.gather(seen.layout.protected)
-        apart = self._distances(seen, members)
+        assert seen.states is not None
+        apart = all_cosines(normalize(members.gather(seen.states).float(), dim=-1)).neg_().add_(1)
         return members.spread(farthest_first(apart, members.real, best, int(kept.max())), seen.layout)
 
-    def _distances(self, seen: Seen, members: Members) -> Tensor:
-        """Between all image tokens, (R, N, N)."""
-        if self.apart == "states":
-            assert seen.states is not None
-            return all_cosines(normalize(members.gather(seen.states).float(), dim=-1)).neg_().add_(1)
-        assert seen.layout.places is not None
-        places = seen.layout.places
-        at = members.gather(torch.stack([places.grid * _APART, places.row, places.column], dim=2))
-        apart = torch.cdist(at, at, compute_mode="donot_use_mm_for_euclid_dist")
-        # What shows no part of the picture is near all that does, and nothing is near it.
-        placeless = (members.gather(places.row) < 0) & members.real
-        return apart.masked_fill(placeless.unsqueeze(2), torch.inf).masked_fill(placeless.unsqueeze(1), 0.0)
-
     def flops(self, widths: Widths, image_tokens: int, text_tokens: int, kept: int) -> float:
-        """Of the scorer, and all pairs' cosines; distances of places are next to nothing."""
+        """Of the scorer, and all pairs' cosines."""
         width, heads = self.width, self.width // HEAD
         image = image_tokens * (widths.hidden + 2) * width
-        pairs = computed_pairs(image_tokens) * widths.hidden * (self.spread > 0 and self.apart == "states")
+        pairs = computed_pairs(image_tokens) * widths.hidden * (self.spread > 0)
         return 2.0 * (pairs + image + text_tokens * (widths.hidden + 9 * width + heads + 2 * text_tokens) * width)
 
     def peak_bytes(self, widths: Widths, image_tokens: int, text_tokens: int, element: int) -> int:
