@@ -111,6 +111,11 @@ class AdapterModule(LightningModule):
         """Let the next training steps run this, until they are told otherwise."""
         self._step = step
 
+    @property
+    def running_schedule(self) -> PruningSchedule:
+        """What the training step runs."""
+        return self._step.schedule if self._step else self.schedule
+
     @contextmanager
     def running_step(self, step: Step | None) -> Iterator[None]:
         """The schedule of a step inside the block; the module's own where it is None.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import deque
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from himap_train.models.foresight import learned_layers
 from himap_train.models.install import pruning_of
 from himap_train.models.installed import scorers_of
 from himap_train.models.stock import text_decoder
@@ -30,7 +31,9 @@ class LearnRanking(Callback):
 
     def __init__(self, settings: RankingSettings) -> None:
         self.settings = settings
-        self._lessons: defaultdict[int, deque[Lesson]] = defaultdict(lambda: deque(maxlen=settings.remembered))
+        # A micro-batch's, by layer: of no image on this rank none, while all ranks go on to the next one together.
+        self._lessons: deque[dict[int, Lesson]] = deque(maxlen=settings.remembered)
+        self._now: dict[int, Lesson] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._begun = False
         self._saved: dict[str, Any] | None = None
@@ -48,7 +51,7 @@ class LearnRanking(Callback):
             self._rate.load_state_dict(self._saved["rate"])
         pruning = pruning_of(model)
         assert pruning is not None
-        pruning.learn = lambda layer, lesson: self._lessons[layer].append(lesson)
+        pruning.learn = self._now.__setitem__
         number = sum(weight.numel() for weight in self._weights)
         say(f"learned ranking: {number:,} weights at layers {sorted(self._scorers)}")
 
@@ -59,7 +62,10 @@ class LearnRanking(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Some steps of its own for each optimizer step of the model."""
-        for _ in range(self.settings.updates if step_ended(trainer, batch_idx) else 0):
+        if learned_layers(pl_module.running_schedule):
+            self._lessons.append(dict(self._now))
+            self._now.clear()
+        for _ in range(self.settings.updates if step_ended(trainer, batch_idx) and self._lessons else 0):
             loss = self._update(trainer)
             pl_module.log("train/ranking_loss", loss)
 
@@ -68,6 +74,7 @@ class LearnRanking(Callback):
         assert self._optimizer is not None
         self._optimizer.zero_grad(set_to_none=False)
         total, rows = self._loss()
+        self._lessons.rotate(-1)
         if total.requires_grad:
             total.backward()
         # One message for all of it: a sum over the rows of all ranks, whatever each of them holds.
@@ -87,9 +94,7 @@ class LearnRanking(Callback):
     def _loss(self) -> tuple[Tensor, Tensor]:
         """Summed over rows and layers, and the number of rows."""
         total, rows = self._weights[0].new_zeros(()), self._weights[0].new_zeros(())
-        for layer, lessons in self._lessons.items():
-            lesson = lessons[0]
-            lessons.rotate(-1)
+        for layer, lesson in self._lessons[0].items():
             loss, number = ranking_loss(self._scorers[layer](lesson.asked), lesson)
             total, rows = total + loss, torch.maximum(rows, number)
         return total, rows
