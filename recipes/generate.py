@@ -19,7 +19,7 @@ from himap_train.analysis.answered import answer_question, prompt_encoder
 from himap_train.checkpoints.scheduled import AS_SAVED, installed_schedule, load_with_schedule
 from himap_train.command_line import run_command
 from himap_train.data.pixel_modes import Background
-from himap_train.data.records import Conversation, Source, Turn
+from himap_train.data.records import Conversation, Turn
 from himap_train.data.sources import open_source
 from himap_train.evaluation.budgeted import check_budget_argument, run_at_budget
 from himap_train.models.families.base import AspectRatio
@@ -88,7 +88,7 @@ def ask(image: Path | None, question: str | None, data: str, record: int) -> Con
     """
     if image is None:
         source = open_source(data, split="test")
-        if not isinstance(source, Source) or not 0 <= record < len(source):
+        if not 0 <= record < len(source):
             raise ValueError(f"{data} has no record {record}")
         found = source[record]
         if not found.images:

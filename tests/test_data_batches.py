@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import tiny_processor
 
 from himap_train.data.batches import collate, pad_token_id_of
-from himap_train.data.datasets import SUBSTITUTE, EncodedRecords, EncodedStream
+from himap_train.data.datasets import SUBSTITUTE, EncodedRecords
 from himap_train.data.encode import Encoder
 from himap_train.data.lengths import estimate_lengths
 from himap_train.data.loader import Collate
@@ -223,7 +223,7 @@ def test_more_broken_records_than_allowed_end_the_run():
 def test_limit_on_skipped_records():
     assert [SkipLog(n, 0.01).limit for n in (5, 100, 101, 1000)] == [1, 1, 2, 10]
     assert [SkipLog(1000, m).limit for m in (0, 1, 7)] == [0, 1, 7]
-    assert SkipLog(1000, 0.01, used=100).limit == 1 and SkipLog(None, 0.01).limit == 100
+    assert SkipLog(1000, 0.01, used=100).limit == 1
     with pytest.raises(ValueError, match="max_skipped is -1"):
         SkipLog(10, -1)
 
@@ -239,19 +239,6 @@ def test_an_evaluation_leaves_substitutes_out():
     samples = [records[0, i] for i in range(4)]
     assert evaluation(samples)["ids"] == ["0", "1", "3"] and training(samples)["ids"] == ["0", "1", "3", "3"]
     assert evaluation([records[0, 4], records[0, 5]])["ids"] == ["0"]
-
-
-@pytest.mark.parametrize("replicas", [1, 2])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stream_is_shared_between_processes_and_workers(replicas, workers):
-    seen = []
-    for rank in range(replicas):
-        skips = SkipLog(None, 5)
-        stream = EncodedStream(Broken(11, [3, 7]), Encoder(tiny_processor()).encode, skips, 10, replicas, rank)
-        loader = torch.utils.data.DataLoader(stream, 2, collate_fn=Collate(0), num_workers=workers)
-        seen.append([name for batch in loader for name in batch["ids"]])
-        assert skips.count == (2 if replicas == 1 else 2 * rank)
-    assert sorted(name for names in seen for name in names) == ["0", "1", "2", "4", "5", "6", "8", "9"]
 
 
 def test_estimated_lengths_are_close_to_the_real_ones():

@@ -1,4 +1,4 @@
-"""Hugging Face data sets with image columns: from disk, from files, streamed, and a hub that cannot be reached."""
+"""Hugging Face data sets with image columns: from disk, from files, and a hub that cannot be reached."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from data_examples import encode, image_folder, picture, pixels
 from tiny import tiny_processor
 
 from himap_train.data.hub_datasets import load_from_hub
-from himap_train.data.huggingface import HuggingFaceStream
-from himap_train.data.records import RecordError, StreamingSource, Turn
+from himap_train.data.huggingface import HuggingFaceRecords, parse_row
+from himap_train.data.records import RecordError, Turn
 from himap_train.data.sources import open_source
 
 RED, BLUE = picture(colour=(250, 0, 0)), picture(colour=(0, 0, 250))
@@ -104,12 +104,6 @@ def test_map_style(spec):
         source[3]
 
 
-def test_streamed(spec):
-    source = open_source(spec, streaming=True)
-    assert isinstance(source, StreamingSource) and isinstance(source, HuggingFaceStream)
-    check_conversations([record() for record in source.records()])
-
-
 def test_conversations_column_with_one_image():
     rows = [
         {
@@ -125,18 +119,9 @@ def test_conversations_column_with_one_image():
             "image": datasets.Image(),
         }
     )
-    stream = HuggingFaceStream(dataset(rows, features).to_iterable_dataset(), "made")
-    conversation = next(stream.records())()
+    conversation = HuggingFaceRecords(dataset(rows, features), "made")[0]
     assert conversation.id == "x" and len(conversation.images) == 1
     assert conversation.turns == (Turn("user", "<image>\nQ"), Turn("assistant", "A"))
-
-
-def plain_stream(*rows):
-    return HuggingFaceStream(datasets.IterableDataset.from_generator(lambda: iter(rows)), "made")
-
-
-def records(*rows):
-    return [record for record in plain_stream(*rows).records()]
 
 
 QA = [{"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": "A"}]
@@ -145,7 +130,7 @@ QA = [{"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": 
 def test_plain_text_content_and_encoded_bytes():
     buffer = io.BytesIO()
     RED.save(buffer, "PNG")
-    conversation = records({"messages": QA, "image": {"bytes": buffer.getvalue(), "path": "x.png"}})[0]()
+    conversation = parse_row({"messages": QA, "image": {"bytes": buffer.getvalue(), "path": "x.png"}}, 0, "made", None)
     assert conversation.images == (buffer.getvalue(),) and conversation.turns[0].text == "<image>Q"
 
 
@@ -166,7 +151,7 @@ def test_plain_text_content_and_encoded_bytes():
 )
 def test_bad_rows_name_data_set_row_and_column(row, message):
     with pytest.raises(RecordError, match=message):
-        records(row)[0]()
+        parse_row(row, 0, "made", None)
 
 
 def test_images_stored_as_paths_stay_in_the_folder(tmp_path):
@@ -233,4 +218,4 @@ def test_name_that_the_hub_does_not_know(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unknown)
     with pytest.raises(ValueError, match="'owner/nmae' is neither a file or folder here nor a public data set"):
-        load_from_hub("owner/nmae", "train", False)
+        load_from_hub("owner/nmae", "train")

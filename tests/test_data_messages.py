@@ -12,7 +12,7 @@ import datasets
 import pytest
 from data_examples import image_folder, picture
 
-from himap_train.data.huggingface import HuggingFaceRecords, HuggingFaceStream
+from himap_train.data.huggingface import HuggingFaceRecords, parse_row
 from himap_train.data.records import RecordError, Turn
 from himap_train.data.sources import open_source
 
@@ -80,11 +80,10 @@ def in_file(folder: Path, *records: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("name", GOOD)
 def test_forms(name: str, tmp_path: Path) -> None:
-    """In a file, and as a row of a stream of rows."""
+    """In a file, and as a row."""
     record, question, images = GOOD[name]
     source = in_file(tmp_path, {"id": "x", **record})
-    stream = HuggingFaceStream(datasets.IterableDataset.from_generator(lambda: iter([record])), "made", tmp_path)
-    for conversation in (source[0], next(stream.records())()):
+    for conversation in (source[0], parse_row(record, 0, "made", tmp_path)):
         assert conversation.turns[-2:] == (Turn("user", question), Turn("assistant", "A cat."))
         assert conversation.images == tuple(tmp_path / i if isinstance(i, str) else i for i in images)
         assert conversation.meta == {}

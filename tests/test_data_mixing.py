@@ -207,7 +207,6 @@ def test_what_cannot_be_mixed_or_split(tmp_path: Path) -> None:
         ([one, str(tmp_path / "none.json")], {}, "none.json holds no records"),
         (one, {"validation": 0.5}, r"a.json has 1 record\(s\), which leaves none to train on"),
         ("embedded:train", {"validation": 0.5}, "0.5 of embedded:train, which is made anew in every epoch"),
-        ([one], {"streaming": True}, "data.streaming reads one data set, whole"),
         (one, {"validation": 1.5}, "data.validation is 1.5; expected .*share of data.train above 0 and below 1"),
         (one, {"validation": 0.0}, "data.validation is 0.0; expected"),
         ([one, str(tmp_path / "nowhere.json")], {}, "nowhere.json does not exist"),

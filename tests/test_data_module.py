@@ -191,18 +191,6 @@ def test_lightning_leaves_the_loader_as_it_is(tmp_path, data):
     assert not isinstance(loader, torch.utils.data.DataLoader)
 
 
-def test_streamed_training(tmp_path):
-    import datasets
-
-    rows = [
-        {"messages": [{"role": "user", "content": f"Q{i}"}, {"role": "assistant", "content": "A"}]} for i in range(7)
-    ]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
-    datamodule = module(str(tmp_path / "train.parquet"), streaming=True, train_limit=5)
-    model = fit(tmp_path, datamodule, epochs=1)
-    assert model.seen == [("0", "1"), ("2", "3"), ("4",)]
-
-
 def test_data_that_is_not_there_ends_the_run_before_it_starts(tmp_path, data):
     for options in ({"train": "missing.json"}, {"train": data, "validation": "missing.json"}):
         with pytest.raises(FileNotFoundError, match="data file missing.json does not exist"):

@@ -235,6 +235,6 @@ def test_tokens_are_given_both_or_measured() -> None:
         PruningSettings(elastic=ELASTIC, image_tokens=576).check(HIMAP)
     with pytest.raises(ValueError, match="pruning.text_tokens is 0"):
         PruningSettings(elastic=ELASTIC, image_tokens=576, text_tokens=0).check(HIMAP)
-    with pytest.raises(ValueError, match="streamed data .* set pruning.image_tokens"):
+    with pytest.raises(ValueError, match="nobody has measured; set pruning.image_tokens"):
         PruningSettings(elastic=ELASTIC).tokens(None)
     assert PruningSettings(elastic=ELASTIC, image_tokens=576, text_tokens=90).tokens((1, 2)) == (576, 90)

@@ -217,7 +217,7 @@ def test_answer_right_after_an_image_keeps_the_token_that_predicts_it(tiny_path:
     assert count == fewer + 1 and total > alone
 
 
-def test_streamed_data_needs_max_steps(tiny_path: str, tmp_path: Path) -> None:
+def test_endless_data_needs_max_steps(tiny_path: str, tmp_path: Path) -> None:
     class Endless(IterableDataset):
         def __iter__(self) -> Any:
             while True:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from tiny import IMAGE_SIZE, IMAGE_TOKENS, tiny_llava, tiny_processor
 from torch.utils.data import DataLoader
 
 from himap_train.data.module import LlavaDataModule
-from himap_train.data.windows import WindowedLoader, Windows
+from himap_train.data.windows import Windows
 from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO
 from himap_train.training.callbacks.interrupt import SaveOnInterrupt
 from himap_train.training.module import LlavaFineTuner
@@ -79,6 +81,20 @@ def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "images": {"pixel_values": torch.cat(pixels)} if pixels else {},
         "ids": [f"toy-{index}" for index in range(len(samples))],
     }
+
+
+@dataclass(frozen=True)
+class WindowedLoader:
+    """A loader with its windows counted, as training wants it."""
+
+    loader: DataLoader
+    windows: Windows
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.windows.count(self.loader)
+
+    def __len__(self) -> int:
+        return len(self.loader)
 
 
 class ToyData(LightningDataModule):

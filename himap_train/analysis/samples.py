@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from himap_train.analysis.answered import answer_question, prompt_encoder
-from himap_train.data.records import RecordError, Source, StreamingSource
+from himap_train.data.records import RecordError, Source
 from himap_train.evaluation.compare import Row
 from himap_train.evaluation.questions import Question, numbered_records
 from himap_train.evaluation.result import Prediction
@@ -36,7 +36,7 @@ _SHAPE = [
 def take_samples(
     model: nn.Module,
     processor: Any,
-    source: Source | StreamingSource,
+    source: Source,
     schedule: PruningSchedule,
     rows: Sequence[Row],
     max_new_tokens: int,
@@ -113,7 +113,7 @@ def _candidates(predictions: Sequence[Prediction]) -> dict[bool | None, list[int
     return {right: [index for _, index in sorted(found)[:_CANDIDATES]] for right, found in turns.items()}
 
 
-def _read(source: Source | StreamingSource, wanted: set[int]) -> dict[int, Question]:
+def _read(source: Source, wanted: set[int]) -> dict[int, Question]:
     """The records at these places that can be read."""
     found = {}
     for index, read in numbered_records(source):

@@ -18,7 +18,7 @@ from himap_train.benchmark.timing import Clock, Spread, time_pairs
 from himap_train.benchmark.workload import Batch
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder, Sample
-from himap_train.data.records import RecordError, Source, StreamingSource
+from himap_train.data.records import RecordError, Source
 from himap_train.evaluation.compare import evaluate_row
 from himap_train.evaluation.questions import numbered_records
 from himap_train.evaluation.tables import json_ready
@@ -71,7 +71,7 @@ def measured(
     run: Run,
     model: nn.Module,
     processor: Any,
-    source: Source | StreamingSource,
+    source: Source,
     batch: Batch,
     rounds: int,
     clock: Clock,
@@ -96,7 +96,7 @@ def measured(
     return found
 
 
-def timed_batch(model: nn.Module, processor: Any, source: Source | StreamingSource, count: int, **how: Any) -> Batch:
+def timed_batch(model: nn.Module, processor: Any, source: Source, count: int, **how: Any) -> Batch:
     """At most `count` prompts with images from the start of a source, padded to the left; images are read as `Encoder`
     is told.
 

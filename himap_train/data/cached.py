@@ -25,15 +25,6 @@ Place = tuple[str, int, int]
 """An image: its digest, the index of a record that shows it, its number among the images of that record."""
 
 
-def check_cacheable(cache: bool | str | None, streaming: bool) -> None:
-    """Raises ValueError where features cannot be cached because the data is a stream."""
-    if cache and streaming:
-        raise ValueError(
-            "data.cache_image_features does not go with data.streaming: the images must be looked through before "
-            "training. Store the data set (data.streaming false), or set data.cache_image_features to null"
-        )
-
-
 def check_same_images(source: Source, name: str) -> None:
     """Raises ValueError where the images of a source are others in each epoch, varied at random."""
     if changes_with_epoch(source):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset
 
 from himap_train.data.encode import Sample
-from himap_train.data.records import Conversation, RecordError, Source, StreamingSource, changes_with_epoch
+from himap_train.data.records import Conversation, RecordError, Source, changes_with_epoch
 from himap_train.data.skips import SkipLog
 
 Encode = Callable[[Conversation], Sample]
@@ -18,7 +18,7 @@ REPEATED = "repeated"
 
 
 class EncodedRecords(Dataset[Sample]):
-    """Map-style. A record that cannot be used is replaced by the next one that can, marked in its `meta`.
+    """Samples by number. A record that cannot be used is replaced by the next one that can, marked in its `meta`.
 
     Args:
         source: the records. If it changes with the epoch, its `epoch` is set from the key.
@@ -52,43 +52,3 @@ class EncodedRecords(Dataset[Sample]):
                 continue
             return {**sample, "meta": {**sample["meta"], SUBSTITUTE: str(wanted)}} if step else sample
         raise RuntimeError(f"none of the {self._length} records can be used")
-
-
-class EncodedStream(IterableDataset[Sample]):
-    """Stream. Records that cannot be used are left out. Processes and their workers take turns.
-
-    Args:
-        source: the records, in order.
-        encode: `Encoder.encode` or `Encoder.encode_prompt`.
-        skips: counts what is left out.
-        limit: use only the first records.
-        num_replicas: number of processes.
-        rank: rank of this process.
-    """
-
-    def __init__(
-        self,
-        source: StreamingSource,
-        encode: Encode,
-        skips: SkipLog,
-        limit: int | None = None,
-        num_replicas: int = 1,
-        rank: int = 0,
-    ) -> None:
-        self._source, self._encode, self._skips, self._limit = source, encode, skips, limit
-        self._num_replicas, self._rank = num_replicas, rank
-
-    def __iter__(self) -> Iterator[Sample]:
-        """This worker's share of the stream."""
-        worker = get_worker_info()
-        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        turn = self._rank * workers + number
-        for index, record in enumerate(self._source.records()):
-            if index == self._limit:
-                return
-            if index % (self._num_replicas * workers) != turn:
-                continue
-            try:
-                yield self._encode(record())
-            except RecordError as error:
-                self._skips.add(index, error)

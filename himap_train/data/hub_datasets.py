@@ -7,13 +7,12 @@ from typing import Any
 _TIMEOUT_S = 5.0
 
 
-def load_from_hub(name: str, split: str, streaming: bool, config: str | None = None) -> Any:
+def load_from_hub(name: str, split: str, config: str | None = None) -> Any:
     """`datasets.load_dataset` behind one quick question whether the hub answers.
 
     Args:
         name: owner/name.
         split: one of its splits.
-        streaming: do not download it first.
         config: one of its configs, where it has several.
 
     Raises:
@@ -26,7 +25,7 @@ def load_from_hub(name: str, split: str, streaming: bool, config: str | None = N
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
         _ask(name)
     try:
-        return datasets.load_dataset(name, config, split=split, streaming=streaming)
+        return datasets.load_dataset(name, config, split=split)
     except ConnectionError as error:
         raise ConnectionError(_unreachable(name, "it is not in the local cache and HF_HUB_OFFLINE is set")) from error
     except (ValueError, FileNotFoundError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -6,8 +6,7 @@ has them), with `images` or `image`, or neither.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from himap_train.data.records import Conversation, RecordError
 
 
 class HuggingFaceRecords:
-    """Map-style source over a `datasets.Dataset`; images stay undecoded until `encode`.
+    """Source over a `datasets.Dataset`; images stay undecoded until `encode`.
 
     Args:
         dataset: the data set.
@@ -68,21 +67,6 @@ class HuggingFaceRecords:
         row = self._dataset[index]
         values = [row.column(name)[0] for name in IMAGE_KEYS if name in row.column_names]
         return next((len(value) if hasattr(value.type, "value_type") else 1 for value in values if value.is_valid), 0)
-
-
-class HuggingFaceStream:
-    """Streaming source over a `datasets.IterableDataset`. Arguments as `HuggingFaceRecords`."""
-
-    def __init__(self, dataset: Any, name: str, image_folder: Path | None = None, follow_links: bool = False) -> None:
-        if dataset.column_names is not None:
-            check_columns(dataset.column_names, name)
-        self._dataset = dataset.decode(False) if dataset.features else dataset
-        self.name, self.image_folder, self.follow_links = name, image_folder, follow_links
-
-    def records(self) -> Iterator[Callable[[], Conversation]]:
-        """All records in order, parsed when called."""
-        for index, row in enumerate(self._dataset):
-            yield partial(parse_row, row, index, self.name, self.image_folder, self.follow_links)
 
 
 def check_columns(columns: list[str], name: str) -> None:

@@ -6,7 +6,7 @@ devices, while the order here (`BatchOrder`) already is shared between processes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from himap_train.data.batches import Batch, collate
-from himap_train.data.datasets import REPEATED, SUBSTITUTE, EncodedRecords, EncodedStream
+from himap_train.data.datasets import REPEATED, SUBSTITUTE, EncodedRecords
 from himap_train.data.encode import IGNORED, Sample
 from himap_train.data.sampling import BatchOrder
 from himap_train.data.skips import TooManySkippedError
@@ -53,11 +53,6 @@ def worker_options(num_workers: int) -> dict[str, Any]:
         "persistent_workers": num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
     }
-
-
-def stream_loader(stream: EncodedStream, batch_size: int, collate_fn: Collate, num_workers: int) -> Iterable[Batch]:
-    """Batches of a stream, in its order."""
-    return _Plainly(DataLoader(stream, batch_size, collate_fn=collate_fn, **worker_options(num_workers)))
 
 
 @dataclass(frozen=True)

@@ -46,19 +46,14 @@ class Chosen:
     indices: np.ndarray
 
 
-def read_parts(
-    train: str | Sequence[str | Mapping[str, Any]], share: float | None = None, streaming: bool = False
-) -> tuple[Part, ...]:
+def read_parts(train: str | Sequence[str | Mapping[str, Any]], share: float | None = None) -> tuple[Part, ...]:
     """What `data.train` names, without what has weight 0; nothing where it is one data set and all of it is trained on.
 
     Raises:
-        ValueError: an unknown key (the nearest is named), a value that cannot be, weights that decide nothing, or what
-            a stream cannot give.
+        ValueError: an unknown key (the nearest is named), a value that cannot be, or weights that decide nothing.
     """
     if isinstance(train, str) and share is None:
         return ()
-    if streaming:
-        raise ValueError("data.streaming reads one data set, whole: train cannot be a list, nor validation a share")
     parts: list[Part] = []
     for number, entry in enumerate([train] if isinstance(train, str) else train):
         given = {"path": entry} if isinstance(entry, str) else entry
@@ -170,7 +165,6 @@ def mix(
     made: dict[str, list[Chosen]] = {"train": [], "validation": []}
     for part in parts:
         name, source = part.path, open_source(part.path, part.image_folder or image_folder, follow_links=follow_links)
-        assert isinstance(source, Source)  # no stream was asked for
         if share is not None and changes_with_epoch(source):
             raise ValueError(f"data.validation: {share} of {name}, which is made anew in every epoch; name other data")
         kept = np.zeros(len(source), dtype=bool) if share is None else _share(source, share)

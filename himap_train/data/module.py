@@ -9,21 +9,21 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from himap_train.data.batches import pad_token_id_of
-from himap_train.data.cached import CachedEncoder, check_cacheable
+from himap_train.data.cached import CachedEncoder
 from himap_train.data.check import check_source
 from himap_train.data.check_report import DataReport
-from himap_train.data.datasets import EncodedRecords, EncodedStream
+from himap_train.data.datasets import EncodedRecords
 from himap_train.data.encode import Encoder
 from himap_train.data.feature_store import FeatureStore
 from himap_train.data.lengths import estimate_lengths
-from himap_train.data.loader import BatchLoader, Collate, stream_loader
+from himap_train.data.loader import BatchLoader, Collate
 from himap_train.data.mixing import MixedRecords, mix, read_parts
 from himap_train.data.pixel_modes import Background
-from himap_train.data.records import Source, StreamingSource
+from himap_train.data.records import Source
 from himap_train.data.sampling import BatchOrder, check_same_order
 from himap_train.data.skips import SkipLog
 from himap_train.data.sources import open_source
-from himap_train.data.windows import WindowedLoader, Windows
+from himap_train.data.windows import Windows
 from himap_train.models.families.base import AspectRatio
 from himap_train.ranges import require_possible
 
@@ -54,8 +54,6 @@ class LlavaDataModule(LightningDataModule):
         image_background: colour under transparent images: "white", or "black" for drawings in white.
         seed: seed of the order of the training data.
         pad_to_multiple_of: round the length of batches up to a multiple; 8 suits GPUs.
-        streaming: read a Hugging Face data set for training without storing it. In the order of the data; a run that is
-            interrupted within an epoch starts the epoch again. On several devices also limit the batches of an epoch.
         cache_image_features: keep what the frozen vision tower makes of the training images on disk, and train without
             running the tower: a folder, which several runs and machines may share, or true for one in the folder of the
             run. It is filled before training. Large: 1.2 MB an image for LLaVA-1.5 in bf16.
@@ -84,7 +82,6 @@ class LlavaDataModule(LightningDataModule):
         image_aspect_ratio: AspectRatio = "as_processor",
         seed: int = 0,
         pad_to_multiple_of: int | None = None,
-        streaming: bool = False,
         cache_image_features: bool | str | None = None,
         image_background: Background = "white",
         processor: Any = None,
@@ -95,16 +92,15 @@ class LlavaDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.max_length, self.image_aspect_ratio = max_length, image_aspect_ratio
         self.num_workers, self.group_by_length, self.max_skipped = num_workers, group_by_length, max_skipped
-        self.seed, self.pad_to_multiple_of, self.streaming = seed, pad_to_multiple_of, streaming
+        self.seed, self.pad_to_multiple_of = seed, pad_to_multiple_of
         self.cache_image_features, self.image_background = cache_image_features, image_background
-        check_cacheable(cache_image_features, streaming)
         self._share = validation if isinstance(validation, float) else None
-        self._parts = read_parts(train, self._share, streaming)
+        self._parts = read_parts(train, self._share)
         self.image_folder, self.follow_links = image_folder, follow_links
         self._specs: dict[str, Any] = {"train": train, "validation": validation, "test": test}
         self.limits = {"train": train_limit, "validation": validation_limit, "test": test_limit}
         """How many records of each split are used; None for all."""
-        self._sources: dict[str, Source | StreamingSource] = {}
+        self._sources: dict[str, Source] = {}
         self._encoder: Encoder | None = None
         self._cached_encoder: CachedEncoder | None = None
         self.mean_tokens: tuple[int, int] | None = None
@@ -114,15 +110,14 @@ class LlavaDataModule(LightningDataModule):
         self.skips: dict[str, SkipLog] = {}
         """For "train", "validation" and "test" which records were skipped so far."""
 
-    def source(self, split: str) -> Source | StreamingSource | None:
+    def source(self, split: str) -> Source | None:
         """The conversations of "train", "validation" or "test", opened when first asked for; None if there are none."""
         spec = self._specs[split]
         if spec is not None and split not in self._sources:
             if self._parts and (split == "train" or spec is self._share):
                 self._sources |= mix(self._parts, self.image_folder, self.follow_links, self._share, self.limits)
             else:
-                streaming = self.streaming and split == "train"
-                self._sources[split] = open_source(spec, self.image_folder, split, streaming, self.follow_links)
+                self._sources[split] = open_source(spec, self.image_folder, split, self.follow_links)
         return self._sources.get(split)
 
     def spec(self, split: str) -> str:
@@ -145,9 +140,9 @@ class LlavaDataModule(LightningDataModule):
             self.source(split)
 
     def check(self, split: str = "train", limit: int | None = 2000) -> DataReport | None:
-        """The data check of a split, see `check_source`; None when there is nothing to check or it is a stream."""
+        """The data check of a split, see `check_source`; None when there is nothing to check."""
         source, encoder = self.source(split), self._ready_encoder()
-        if not isinstance(source, Source):
+        if source is None:
             return None
         options = (encoder.max_length, limit, self.limits[split], encoder.image_aspect_ratio)
         report = check_source(source, self.processor, *options, name=self.spec(split), batch_size=self.batch_size)
@@ -161,16 +156,11 @@ class LlavaDataModule(LightningDataModule):
         assert self._cached_encoder is not None
         self._cached_encoder.read_from(store)
 
-    def train_dataloader(self) -> BatchLoader | WindowedLoader:
+    def train_dataloader(self) -> BatchLoader:
         """Right-padded batches with labels, in an order that only (seed, epoch) decides."""
         source, encoder = self.source("train"), self._ready_encoder()
         replicas, rank = self._replicas()
-        if not isinstance(source, Source):
-            assert source is not None
-            skips = self.skips["train"] = SkipLog(None, self.max_skipped)
-            stream = EncodedStream(source, encoder.encode, skips, self.limits["train"], replicas, rank)
-            loader = stream_loader(stream, self.batch_size, self._collate(), self.num_workers)
-            return WindowedLoader(loader, self._windows())
+        assert source is not None
         lengths = images = None
         if self.group_by_length:
             lengths, images = estimate_lengths(source, encoder, self.limits["train"])
@@ -199,7 +189,7 @@ class LlavaDataModule(LightningDataModule):
         processes, accumulate = self._replicas()[0], self._windows().accumulate
         return {
             "train": self._specs["train"],
-            "records": len(source) if isinstance(source, Source) else None,
+            "records": len(source) if source is not None else None,
             "train_limit": self.limits["train"],
             "batch_size": self.batch_size,
             "accumulate": accumulate,
@@ -216,7 +206,7 @@ class LlavaDataModule(LightningDataModule):
 
     def _evaluation(self, split: str) -> BatchLoader | list[Any]:
         source, encoder = self.source(split), self._ready_encoder()
-        if not isinstance(source, Source):
+        if source is None:
             return []
         replicas, rank = self._replicas()
         dataset = self._dataset(split, source, encoder)

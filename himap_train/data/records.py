@@ -6,7 +6,6 @@ knows only this form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -78,15 +77,6 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Conversation:
         """The record at `index`, 0 <= index < len."""
-        ...
-
-
-@runtime_checkable
-class StreamingSource(Protocol):
-    """A source that can only be read from start to end."""
-
-    def records(self) -> Iterator[Callable[[], Conversation]]:
-        """All records in order, each to be called for the conversation; that raises RecordError for a broken one."""
         ...
 
 

@@ -10,7 +10,6 @@ import torch
 from himap_train.data.records import RecordError
 
 logger = logging.getLogger(__name__)
-_DEFAULT_STREAM_LIMIT = 100
 
 
 class TooManySkippedError(RuntimeError):
@@ -21,22 +20,19 @@ class SkipLog:
     """Remembers which records were skipped, in memory that all workers of one data loader share.
 
     Args:
-        size: number of records; None for a stream.
-        max_skipped: most records that may be skipped: a number, or below 1 a fraction of all records (rounded up). Of a
-            stream, whose length is not known, a fraction allows 100.
+        size: number of records.
+        max_skipped: most records that may be skipped: a number, or below 1 a fraction of all records (rounded up).
         used: how many of the records are used, if not all.
 
     Raises:
         ValueError: max_skipped is negative.
     """
 
-    def __init__(self, size: int | None, max_skipped: int | float = 0.01, used: int | None = None) -> None:
-        self._size = size
-        used = size if used is None or size is None else min(used, size)
-        self.limit = skip_limit(used, max_skipped)
+    def __init__(self, size: int, max_skipped: int | float = 0.01, used: int | None = None) -> None:
+        self.limit = skip_limit(size if used is None else min(used, size), max_skipped)
         self.reasons: list[str] = []
         """What this process was told, one line a record."""
-        self._skipped = torch.zeros(1 if size is None else size, dtype=torch.int32).share_memory_()
+        self._skipped = torch.zeros(size, dtype=torch.int32).share_memory_()
 
     @property
     def count(self) -> int:
@@ -50,12 +46,9 @@ class SkipLog:
             TooManySkippedError: one too many.
         """
         self.reasons.append(str(error))
-        if self._size is None:
-            self._skipped[0] += 1
-        elif self._skipped[index]:
+        if self._skipped[index]:
             return
-        else:
-            self._skipped[index] = 1
+        self._skipped[index] = 1
         count = self.count
         if count > self.limit:
             raise TooManySkippedError(
@@ -65,7 +58,7 @@ class SkipLog:
         logger.warning("skipped record %d (%d of at most %d): %s", index, count, self.limit, error)
 
 
-def skip_limit(size: int | None, max_skipped: int | float) -> int:
+def skip_limit(size: int, max_skipped: int | float) -> int:
     """Most records that may be skipped; see SkipLog.
 
     Raises:
@@ -75,4 +68,4 @@ def skip_limit(size: int | None, max_skipped: int | float) -> int:
         raise ValueError(f"max_skipped is {max_skipped}; expected a number of records, or a fraction below 1")
     if max_skipped >= 1 or max_skipped == 0:
         return int(max_skipped)
-    return _DEFAULT_STREAM_LIMIT if size is None else math.ceil(size * max_skipped)
+    return math.ceil(size * max_skipped)

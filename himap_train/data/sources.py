@@ -8,9 +8,9 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from himap_train.data.hub_datasets import load_from_hub
-from himap_train.data.huggingface import HuggingFaceRecords, HuggingFaceStream
+from himap_train.data.huggingface import HuggingFaceRecords
 from himap_train.data.llava_file import LlavaFile, is_llava_file
-from himap_train.data.records import Source, StreamingSource
+from himap_train.data.records import Source
 from himap_train.data.scene_questions import SceneQuestions
 
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
@@ -26,9 +26,8 @@ def open_source(
     spec: str | Path,
     image_folder: str | Path | None = None,
     split: str = "train",
-    streaming: bool = False,
     follow_links: bool = False,
-) -> Source | StreamingSource:
+) -> Source:
     """Opens a source of conversations.
 
     Args:
@@ -39,7 +38,6 @@ def open_source(
             every epoch). A Hugging Face split stands after a colon: `owner/name:test`.
         image_folder: where image paths start; by default the folder of the data file.
         split: split of a Hugging Face data set when spec names none.
-        streaming: read a Hugging Face data set from start to end without storing it.
         follow_links: images may lie elsewhere, where symbolic links in the image folder lead.
 
     Raises:
@@ -55,7 +53,7 @@ def open_source(
         return LlavaFile(path, image_folder, follow_links)
     root = Path(image_folder) if image_folder else None
     if path.is_dir() or path.suffix.lower() == ".parquet":
-        dataset = local_dataset(path, split, streaming)
+        dataset = local_dataset(path, split)
         root = root or (path if path.is_dir() else path.parent)
     elif path.exists():
         kind = f"*{path.suffix}" if path.suffix else "without an ending"
@@ -64,10 +62,10 @@ def open_source(
             f"*.jsonl; expected {_FORMS}"
         )
     elif HUB_NAME.fullmatch(str(path)):
-        dataset = load_from_hub(str(path), split, streaming)
+        dataset = load_from_hub(str(path), split)
     else:
         raise FileNotFoundError(f"data {text!r} is not there (current folder: {Path.cwd()}); expected {_FORMS}")
-    return (HuggingFaceStream if streaming else HuggingFaceRecords)(dataset, text, root, follow_links)
+    return HuggingFaceRecords(dataset, text, root, follow_links)
 
 
 def _scenes(spec: str) -> Source:
@@ -89,7 +87,7 @@ def _path_and_split(text: str, split: str) -> tuple[Path, str]:
     return Path(text), split
 
 
-def local_dataset(path: Path, split: str, streaming: bool) -> Any:
+def local_dataset(path: Path, split: str) -> Any:
     """A split of a Hugging Face data set in a folder, or a parquet file.
 
     Raises:
@@ -109,9 +107,9 @@ def local_dataset(path: Path, split: str, streaming: bool) -> Any:
     try:
         if path.suffix.lower() == ".parquet":
             pyarrow.parquet.read_schema(path)  # names what is wrong; `datasets` would log a traceback first
-            return datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=streaming)
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
         if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
-            return datasets.load_dataset(str(path), split=split, streaming=streaming)
+            return datasets.load_dataset(str(path), split=split)
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever the libraries meet in files that they do not check
         what = f"{type(error).__name__}: {error}"
@@ -121,5 +119,5 @@ def local_dataset(path: Path, split: str, streaming: bool) -> Any:
             raise ValueError(
                 f"{path} has no split {split!r}; it has {', '.join(loaded)}. Name one: {path}:{next(iter(loaded))}"
             )
-        loaded = loaded[split]
-    return loaded.to_iterable_dataset() if streaming else loaded
+        return loaded[split]
+    return loaded

@@ -47,22 +47,6 @@ class Windows:
         yield from _with_tokens(window)
 
 
-@dataclass(frozen=True)
-class WindowedLoader:
-    """A loader without places to resume at, such as that of a stream, with its windows counted."""
-
-    loader: Iterable[Any]
-    windows: Windows
-
-    def __iter__(self) -> Iterator[Any]:
-        """Batches with `window_tokens` and `waited_seconds`."""
-        return self.windows.count(self.loader)
-
-    def __len__(self) -> int:
-        """Length of the loader; TypeError where it has none."""
-        return len(self.loader)  # type: ignore[arg-type]
-
-
 def _timed(batches: Iterable[Any]) -> Iterator[Any]:
     """Batches with the time that each was waited for."""
     start = time.perf_counter()

@@ -9,7 +9,7 @@ from torch import nn
 
 from himap_train.checkpoints.scheduled import AS_SAVED, installed_schedule
 from himap_train.data.encode import Encoder
-from himap_train.data.records import RecordError, Source, StreamingSource
+from himap_train.data.records import RecordError, Source
 from himap_train.evaluation.questions import numbered_records
 from himap_train.models.families.base import AspectRatio
 from himap_train.models.install import change_schedule
@@ -69,7 +69,7 @@ def require_stages(model: nn.Module, budget: float) -> None:
 
 
 def prompt_tokens(
-    source: Source | StreamingSource,
+    source: Source,
     processor: Any,
     image_aspect_ratio: AspectRatio = "as_processor",
     limit: int | None = None,
@@ -77,7 +77,7 @@ def prompt_tokens(
     """Image tokens and other tokens of a prompt on average, over the first `SAMPLES` that can be used.
 
     Args:
-        source: Conversations that can be iterated anew.
+        source: Conversations.
         processor: Processor of the model.
         image_aspect_ratio: As in `evaluate`.
         limit: Only the first so many records.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from himap_train.checkpoints.scheduled import installed_schedule
-from himap_train.data.records import Source, StreamingSource
+from himap_train.data.records import Source
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.result import EvaluationResult
 from himap_train.models.install import install_pruning, pruning_of, remove_pruning
@@ -41,7 +41,7 @@ class Row:
         }
 
 
-def evaluate_row(name: str, model: nn.Module, processor: Any, source: Source | StreamingSource, **settings: Any) -> Row:
+def evaluate_row(name: str, model: nn.Module, processor: Any, source: Source, **settings: Any) -> Row:
     """`evaluate` under the schedule that is installed, with the cost of a sample of mean length.
 
     Args:
@@ -63,7 +63,7 @@ def evaluate_row(name: str, model: nn.Module, processor: Any, source: Source | S
 def compare(
     model: nn.Module,
     processor: Any,
-    source: Source | StreamingSource,
+    source: Source,
     schedules: Mapping[str, PruningSchedule | None],
     **settings: Any,
 ) -> list[Row]:
@@ -72,7 +72,7 @@ def compare(
     Args:
         model: As in `evaluate`.
         processor: As in `evaluate`.
-        source: A map-style source, or one that can be iterated anew each time.
+        source: Conversations with answers.
         schedules: Name to schedule, in the order of the table.
         **settings: Those of `evaluate`.
     """

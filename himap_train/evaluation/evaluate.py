@@ -17,7 +17,7 @@ from himap_train.data.batches import Batch, collate, pad_token_id_of
 from himap_train.data.encode import Encoder
 from himap_train.data.loader import worker_options
 from himap_train.data.pixel_modes import Background
-from himap_train.data.records import Conversation, RecordError, Source, StreamingSource
+from himap_train.data.records import Conversation, RecordError, Source
 from himap_train.data.skips import SkipLog
 from himap_train.evaluation.answering import answer_batch, evaluation_mode
 from himap_train.evaluation.metrics import make_metrics
@@ -32,7 +32,7 @@ from himap_train.processes import from_all
 def evaluate(
     model: nn.Module,
     processor: Any,
-    source: Source | StreamingSource,
+    source: Source,
     *,
     batch_size: int = 64,
     max_new_tokens: int = 16,

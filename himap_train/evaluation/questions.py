@@ -1,23 +1,23 @@
 """From a source of conversations to batches of questions, with little padding and each process its share.
 
 The source is read in windows of some batches; inside a window conversations are sorted by length, so a batch holds
-questions of like length and a source that can only be streamed is never held as a whole.
+questions of like length and no more than a window is held.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Source, StreamingSource, blank
+from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Source, blank
 from himap_train.evaluation.choice import json_list, options_of
 
 WINDOW_BATCHES = 16
@@ -77,7 +77,7 @@ class Question:
 
 
 def question_batches(
-    source: Source | StreamingSource, batch_size: int, limit: int | None, skip: Callable[[int, RecordError], None]
+    source: Source, batch_size: int, limit: int | None, skip: Callable[[int, RecordError], None]
 ) -> Iterator[list[Question]]:
     """Batches of at most `batch_size` questions, each window's longest first.
 
@@ -85,7 +85,7 @@ def question_batches(
     that models whose weights are spread over processes stay in step: the last are filled by repeating the first ones.
 
     Args:
-        source: Map-style or streaming.
+        source: Conversations.
         batch_size: Questions a batch.
         limit: Read so many records at most.
         skip: Called with index and error for a record that cannot be used.
@@ -107,20 +107,14 @@ def question_batches(
             yield batch
 
 
-def source_length(source: Source | StreamingSource, limit: int | None) -> int | None:
-    """Number of records that will be read, None if a stream does not know."""
-    if not isinstance(source, Source):
-        return limit
+def source_length(source: Source, limit: int | None) -> int:
+    """Number of records that will be read."""
     return len(source) if limit is None else min(len(source), limit)
 
 
-def numbered_records(source: Source | StreamingSource) -> Iterator[tuple[int, Callable[[], Conversation]]]:
-    """Index and a function that reads the record; other processes' records of a map-style source are never read."""
-    if isinstance(source, Source):
-        yield from ((index, partial(source.__getitem__, index)) for index in range(len(source)))
-    else:
-        stream: Iterable[Conversation] = cast(Any, source)
-        yield from ((index, partial(replace, conversation)) for index, conversation in enumerate(stream))
+def numbered_records(source: Source) -> Iterator[tuple[int, Callable[[], Conversation]]]:
+    """Index and a function that reads the record; other processes' records are never read."""
+    yield from ((index, partial(source.__getitem__, index)) for index in range(len(source)))
 
 
 def _listed(value: str) -> list[Any]:

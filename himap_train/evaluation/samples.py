@@ -18,7 +18,7 @@ from torch.utils.data import Subset
 from himap_train.checkpoints.scheduled import Dtype, load_with_schedule
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import IGNORED, Encoder, Sample
-from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Source, StreamingSource
+from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Source
 from himap_train.data.skips import SkipLog
 from himap_train.data.sources import open_source
 from himap_train.evaluation.answering import evaluation_mode
@@ -118,7 +118,7 @@ def open_samples(
 def read_samples(
     model: nn.Module,
     processor: Any,
-    source: Source | StreamingSource,
+    source: Source,
     *,
     samples: int = 300,
     batch_size: int = 32,
@@ -132,10 +132,10 @@ def read_samples(
     Args:
         model: LLaVA or PeftModel around one; encodes the images, whose features stay on its device.
         processor: Its processor.
-        source: Conversations with answers; of a stream the first are taken.
+        source: Conversations with answers.
         samples: Records with images and answers, drawn from the data; fewer if there are not so many.
         batch_size: Samples in a batch.
-        seed: Which records of a map-style source are drawn.
+        seed: Which records are drawn.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
         max_skipped: Unusable records that are tolerated: a number, or a fraction below 1.
         each_turn: Make a sample of every turn, which ends with that turn and supervises its answer alone; its
@@ -147,10 +147,8 @@ def read_samples(
     """
     if min(samples, batch_size) < 1:
         raise ValueError(f"{samples} samples in batches of {batch_size}: both must be at least 1")
-    drawn: Any = source
-    if isinstance(source, Source):
-        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
-        drawn = Subset(cast(Any, source), sorted(order[:samples].tolist()))
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
+    drawn: Any = Subset(cast(Any, source), sorted(order[:samples].tolist()))
     base: Any = base_model(model)
     encoder = Encoder(processor, base.config.text_config.max_position_embeddings, image_aspect_ratio)
     skipped = SkipLog(source_length(drawn, samples), max_skipped)

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from himap_train.data.module import LlavaDataModule
-from himap_train.data.records import Source
 from himap_train.training.module import LlavaFineTuner
 
 STEPS = 6
@@ -73,7 +72,7 @@ def trained_samples(data: LlavaDataModule, trainer: Any, effective_batch: int, r
             source = data.source("train")
         except (OSError, ValueError):
             source = None
-        if isinstance(source, Source):
+        if source is not None:
             records = min(len(source), data.limits["train"] or len(source))
     by_steps = [trainer.max_steps * effective_batch] if trainer.max_steps > 0 else []
     by_epochs = [records * trainer.max_epochs] if records is not None and (trainer.max_epochs or -1) > 0 else []

@@ -14,7 +14,7 @@ import numpy as np
 from transformers import AutoConfig
 
 from himap_train.data.module import LlavaDataModule
-from himap_train.data.records import RecordError, Source
+from himap_train.data.records import RecordError
 from himap_train.data.tokens import ConversationTokenizer
 from himap_train.models.families.processing import FILES
 from himap_train.models.loading import load_config, load_processor, resolve_model
@@ -89,8 +89,7 @@ def read_sample(
 def _from_data(data: LlavaDataModule, processor: Any, image_tokens: int) -> tuple[Sample, str]:
     """Up to `_READ` conversations, spread over the source; those with images decide, where there are any."""
     source = data.source("train")
-    if not isinstance(source, Source):
-        raise ValueError("it is a stream")
+    assert source is not None
     size = min(data.limits["train"] or len(source), len(source))
     tokenize, counts = ConversationTokenizer(processor), []
     for index in np.unique(np.linspace(0, size - 1, min(size, _READ)).astype(int)):

@@ -47,12 +47,11 @@ def cosine_with_warmup(optimizer: torch.optim.Optimizer, total_steps: float, war
     """Linear warm-up over `warmup_ratio` of the optimizer steps (rounded up, as LLaVA does), then a cosine to zero.
 
     Raises:
-        ValueError: The number of steps is not known, as with streamed data and no `max_steps`.
+        ValueError: The number of steps is not known, as with an endless loader and no `max_steps`.
     """
     if math.isinf(total_steps) or total_steps < 1:
         raise ValueError(
-            f"the cosine schedule needs the number of optimizer steps and found {total_steps}; streamed data has no "
-            "length, so set trainer.max_steps"
+            f"the cosine schedule needs the number of optimizer steps and found {total_steps}; set trainer.max_steps"
         )
     warmup = math.ceil(warmup_ratio * total_steps)
     return get_cosine_schedule_with_warmup(optimizer, warmup, int(total_steps))

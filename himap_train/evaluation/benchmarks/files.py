@@ -128,7 +128,7 @@ def _dataset(path: Path, config: str, split: str, named: bool) -> Any:
     """A Hugging Face data set, on disk or from the hub; `named`: the user names the config, which must be there."""
     if not path.exists():
         if HUB_NAME.fullmatch(str(path)):
-            return load_from_hub(str(path), split, False, config or None)
+            return load_from_hub(str(path), split, config or None)
         raise FileNotFoundError(
             f"data {str(path)!r} is not there (current folder: {Path.cwd()}); expected a file *.json, *.jsonl, *.tsv, "
             "*.csv or *.parquet, a folder with a Hugging Face data set, or the name of one on the hub, the last two "
@@ -139,7 +139,7 @@ def _dataset(path: Path, config: str, split: str, named: bool) -> Any:
         folders = [part for part in file.relative_to(path).parts[:-1] if part != "data"]
         shards["/".join(folders)][_SHARD.sub("", file.stem)].append(str(file))
     if not shards:
-        return local_dataset(path, split, False)
+        return local_dataset(path, split)
     if config not in shards:
         if len(shards) > 1 or named:
             raise ValueError(

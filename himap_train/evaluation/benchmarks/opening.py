@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from himap_train.data.messages_format import TURN_KEYS
-from himap_train.data.records import Source, StreamingSource
+from himap_train.data.records import Source
 from himap_train.data.sources import open_source
 from himap_train.evaluation.benchmarks.files import open_table
 from himap_train.evaluation.benchmarks.llava_files import AskedForLetters, is_question_file, with_answers
@@ -22,7 +22,7 @@ class Task:
     submission is written ("" for none).
     """
 
-    source: Source | StreamingSource
+    source: Source
     metrics: tuple[str, ...] = ("exact",)
     max_new_tokens: int = 16
     export: str = ""
@@ -67,7 +67,7 @@ def open_task(
     table = open_table(data, entry)
     if set(TURN_KEYS) & set(table.columns):
         source = open_source(data, image_folder, split=entry.split, follow_links=follow_links)
-        if entry.type == "with_image" and isinstance(source, Source):
+        if entry.type == "with_image":
             source = AskedForLetters(source)
         return Task(source, entry.metrics or ("none",), entry.max_new_tokens, entry.export)
     if is_question_file(table):

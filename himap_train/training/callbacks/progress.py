@@ -96,7 +96,7 @@ class Throughput(Callback):
             left = (trainer.estimated_stepping_batches - trainer.global_step) * per_step / 60
             figures = {"tokens/s": tokens * trainer.world_size / seconds, "data/wait": waited / seconds}
             figures |= {"s/step": per_step, "memory GiB": peak_memory()}
-            figures |= {"min left": left} if math.isfinite(left) else {}  # not where a stream has no length
+            figures |= {"min left": left} if math.isfinite(left) else {}  # a loader may be endless
             pl_module.log_dict(figures, prog_bar=True)
             self._start(trainer)  # waiting for the next batch counts
 

@@ -58,7 +58,7 @@ def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule
         OSError: They could not be written, or this machine does not see what another has written.
     """
     source = data.source("train")
-    if not data.cache_image_features or not isinstance(source, Source):
+    if not data.cache_image_features or source is None:
         return
     base = base_model(model)
     check_frozen(base)

@@ -116,7 +116,6 @@ def _embedded_data(data: Any) -> None:
     data.validation = None if data.validation is None else "embedded:validation"
     data.test = None if data.test is None else "embedded:test"
     data.image_folder = None
-    data.streaming = False
 
 
 def _small_data(data: Any) -> None:

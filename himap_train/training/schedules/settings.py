@@ -81,7 +81,7 @@ class PruningSettings:
             return self.image_tokens, self.text_tokens
         if measured is None:
             raise ValueError(
-                "a budget needs to know how long a typical sample is, which streamed data does not tell; set "
+                "a budget needs to know how long a typical sample is, which nobody has measured; set "
                 "pruning.image_tokens and pruning.text_tokens"
             )
         return measured
