@@ -1,4 +1,4 @@
-"""Several accepted answers of one question reach the metrics, from every format."""
+"""Several accepted answers of one question reach the metrics, from a record's facts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from himap_train.data.huggingface import parse_row
-from himap_train.data.llava_format import parse_llava_record
-from himap_train.data.records import Conversation, RecordError
+from himap_train.data.forms import read_record
+from himap_train.data.records import RecordError
 from himap_train.evaluation.questions import Question
 
 ANSWERS = ["a cat", "cat", "kitten"]
@@ -23,11 +22,8 @@ RECORD = {
 }
 
 
-@pytest.mark.parametrize("form", ["llava", "huggingface"])
-def test_lists_of_answers_are_kept(form: str, tmp_path: Path) -> None:
-    found: Conversation = (
-        parse_llava_record(RECORD, 0, "x.json", tmp_path) if form == "llava" else parse_row(RECORD, 0, "x", tmp_path)
-    )
+def test_lists_of_answers_are_kept(tmp_path: Path) -> None:
+    found = read_record(RECORD, 0, "x.json", tmp_path)
     assert json.loads(found.meta["answers"]) == ANSWERS
     assert found.meta["type"] == "what"
     assert "boxes" not in found.meta
@@ -37,7 +33,6 @@ def test_lists_of_answers_are_kept(form: str, tmp_path: Path) -> None:
 VQA_V2 = [{"answer": "cat", "answer_confidence": "yes", "answer_id": 1}, {"answer": "2", "answer_id": 2}]
 
 
-@pytest.mark.parametrize("form", ["llava", "huggingface"])
 @pytest.mark.parametrize(
     ("facts", "answers"),
     [
@@ -59,19 +54,19 @@ VQA_V2 = [{"answer": "cat", "answer_confidence": "yes", "answer_id": 1}, {"answe
         ({"answers": [1, 2], "options": ["5", None, 6]}, ["1", "C"]),  # there is no B
     ],
 )
-def test_answers_in_every_form(form: str, facts: dict[str, Any], answers: list[str], tmp_path: Path) -> None:
-    assert question(form, facts, tmp_path).answers == answers
+def test_answers_in_every_form(facts: dict[str, Any], answers: list[str], tmp_path: Path) -> None:
+    assert question(facts, tmp_path).answers == answers
 
 
 def test_answer_of_a_record_without_an_assistants_turn(tmp_path: Path) -> None:
     turns = {"conversations": [{"from": "human", "value": "Who?"}]}
-    assert question("llava", {**turns, "answer": "cat"}, tmp_path).answers == ["cat"]
-    assert question("llava", {**turns, "answer": 1, "choices": ["1", "2"]}, tmp_path).answers == ["B"]
+    assert question({**turns, "answer": "cat"}, tmp_path).answers == ["cat"]
+    assert question({**turns, "answer": 1, "choices": ["1", "2"]}, tmp_path).answers == ["B"]
     with pytest.raises(RecordError, match=r"'7'\) has no answer .* neither an assistant turn nor `answers`"):
-        assert question("llava", turns, tmp_path).answers
+        assert question(turns, tmp_path).answers
     turns["conversations"].append({"from": "gpt", "value": " \n"})
     with pytest.raises(RecordError, match="neither an assistant turn nor"):
-        assert question("llava", turns, tmp_path).answers
+        assert question(turns, tmp_path).answers
 
 
 @pytest.mark.parametrize(
@@ -96,12 +91,11 @@ def test_answers_that_are_none_name_the_record_and_the_key(answers: Any, tmp_pat
     with pytest.raises(
         RecordError, match=r"'7'\) has no answer to compare with: `answers` is .*expected an answer, or"
     ):
-        assert question("llava", {"answers": answers}, tmp_path).answers
+        assert question({"answers": answers}, tmp_path).answers
 
 
-def question(form: str, facts: dict[str, Any], folder: Path) -> Question:
+def question(facts: dict[str, Any], folder: Path) -> Question:
     """A record with these facts, whose assistant says "kitten"."""
     turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "kitten"}]
     record = {"id": "7", "conversations": turns, **facts}
-    read = parse_llava_record(record, 0, "x", folder) if form == "llava" else parse_row(record, 0, "x", folder)
-    return Question(0, read)
+    return Question(0, read_record(record, 0, "x", folder))

@@ -10,8 +10,9 @@ import pytest
 from data_examples import encode, image_folder, picture, pixels
 from tiny import tiny_processor
 
+from himap_train.data.forms import read_record
 from himap_train.data.hub_datasets import load_from_hub
-from himap_train.data.huggingface import HuggingFaceRecords, parse_row
+from himap_train.data.huggingface import HuggingFaceRecords
 from himap_train.data.records import RecordError, Turn
 from himap_train.data.sources import open_source
 
@@ -130,28 +131,29 @@ QA = [{"role": "user", "content": "<image>Q"}, {"role": "assistant", "content": 
 def test_plain_text_content_and_encoded_bytes():
     buffer = io.BytesIO()
     RED.save(buffer, "PNG")
-    conversation = parse_row({"messages": QA, "image": {"bytes": buffer.getvalue(), "path": "x.png"}}, 0, "made", None)
+    row = {"messages": QA, "image": {"bytes": buffer.getvalue(), "path": "x.png"}}
+    conversation = read_record(row, 0, "made", None)
     assert conversation.images == (buffer.getvalue(),) and conversation.turns[0].text == "<image>Q"
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": None}, "data set made, row 0 .*: `messages` is NoneType"),
+        ({"messages": None}, "data set made, row 0 .*: `messages` is NoneType None; expected a list of turns"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\]: expected the keys `role` and `content`"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\]: role 'tool'; expected one of human"),
-        ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\]: `content` is int; expected text or a list"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\]: `role` is 'tool'; expected one of human"),
+        ({"messages": [{"role": "user", "content": 5}]}, r"messages\[0\]: `content` is int 5; expected text"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "expected parts of type text or image"),
         ({"messages": QA, "images": []}, "a turn shows image 0, but there are 0 in `images`"),
         ({"messages": QA, "images": [RED, BLUE]}, r"2 image\(s\), but no turn shows number 1"),
-        ({"messages": QA, "images": [7]}, "an image is int; expected an image, bytes or a path"),
+        ({"messages": QA, "images": [7]}, "an image is int 7; expected a path, an image or bytes"),
         ({"messages": QA, "images": ["a.png"]}, "the image is a path .'a.png'.; set image_folder"),
         ({"conversations": "Hi"}, "`conversations` is str 'Hi'; expected a list of turns"),
     ],
 )
 def test_bad_rows_name_data_set_row_and_column(row, message):
     with pytest.raises(RecordError, match=message):
-        parse_row(row, 0, "made", None)
+        read_record(row, 0, "data set made, row 0", None)
 
 
 def test_images_stored_as_paths_stay_in_the_folder(tmp_path):

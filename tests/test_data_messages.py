@@ -12,7 +12,8 @@ import datasets
 import pytest
 from data_examples import image_folder, picture
 
-from himap_train.data.huggingface import HuggingFaceRecords, parse_row
+from himap_train.data.forms import read_record
+from himap_train.data.huggingface import HuggingFaceRecords
 from himap_train.data.records import RecordError, Turn
 from himap_train.data.sources import open_source
 
@@ -83,7 +84,7 @@ def test_forms(name: str, tmp_path: Path) -> None:
     """In a file, and as a row."""
     record, question, images = GOOD[name]
     source = in_file(tmp_path, {"id": "x", **record})
-    for conversation in (source[0], parse_row(record, 0, "made", tmp_path)):
+    for conversation in (source[0], read_record(record, 0, "made", tmp_path)):
         assert conversation.turns[-2:] == (Turn("user", question), Turn("assistant", "A cat."))
         assert conversation.images == tuple(tmp_path / i if isinstance(i, str) else i for i in images)
         assert conversation.meta == {}
@@ -121,7 +122,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": asked("What?"), "kto_tag": True}, "is judged good or bad .`kto_tag`."),
     ({"messages": [asked("What?")[0], {**A, "weight": 0}]}, r"messages\[1\]: `weight` says not to learn this answer"),
     ({"messages": [asked("What?")[0], {**A, "loss": False}]}, r"messages\[1\]: `loss` says not to learn this answer"),
-    ({"prompt": 5, "completion": "A"}, r"messages\[0\]: expected the keys `role` and `content`, found 5"),
+    ({"prompt": 5, "completion": "A"}, r"messages\[0\]: expected the keys `role` and `content`, found int 5"),
     (
         {"messages": asked({"type": "image_url", "image_url": {"url": "https://x.org/a.png"}})},
         "the image is 'https://x.org/a.png'; images are read from files alone",

@@ -81,10 +81,10 @@ def test_image_folder_is_that_of_the_file_by_default(folder):
 
 
 BAD_RECORDS = [
-    (["no", "object"], "data.json, record 1: expected an object with `conversations`, found list"),
+    (["no", "object"], "data.json, record 1: expected an object with `conversations` or `messages`, found list"),
     (
         {"id": "x", "image": "a.png"},
-        r"data.json, record 1 \(id 'x'\): no key `conversations`, found the keys \['id', 'image'\]",
+        r"data.json, record 1 \(id 'x'\): no key `conversations` and no `messages`, found the keys \['id', 'image'\]",
     ),
     ({"id": "x", "conversations": "Hi"}, "record 1 .*: `conversations` is str 'Hi'; expected a list of turns"),
     (
@@ -99,8 +99,8 @@ BAD_RECORDS = [
         {"id": "x", "conversations": [{"from": "gpt", "value": 3}]},
         r"conversations\[0\]: `value` is int 3; expected text",
     ),
-    (llava_record("x", 7, "<image>Q", "A"), "`image` is int 7; expected a path or a list of paths"),
-    (llava_record("x", [None], "<image>Q", "A"), "`image` is list .*; expected a path or a list of paths"),
+    (llava_record("x", 7, "<image>Q", "A"), "an image is int 7; expected a path"),
+    (llava_record("x", [None], "<image>Q", "A"), "an image is NoneType None; expected a path"),
     (llava_record("x", " ", "<image>Q", "A"), "the image path is ' '; give a file below"),
     (
         llava_record("x", "../secret.png", "<image>Q", "A"),

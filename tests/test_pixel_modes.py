@@ -24,7 +24,7 @@ from himap_train.data.cached import CachedEncoder, ImagesToEncode
 from himap_train.data.check import check_source
 from himap_train.data.encode import Encoder
 from himap_train.data.feature_store import FeatureStore
-from himap_train.data.huggingface import parse_row
+from himap_train.data.forms import read_record
 from himap_train.data.images import content_digest, image_header, image_size, open_image
 from himap_train.data.records import RecordError
 from himap_train.data.sources import open_source
@@ -304,5 +304,5 @@ def test_zero_additional_image_tokens_are_a_fact_of_the_processor(name: str, tmp
 
 def test_a_record_called_zero_keeps_its_name() -> None:
     row: dict[str, Any] = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
-    names = [parse_row({**row, **named}, 3, "mine", None).id for named in ({"id": 0}, {"id": ""}, {})]
+    names = [read_record({**row, **named}, 3, "mine", None).id for named in ({"id": 0}, {"id": ""}, {})]
     assert names == ["0", "3", "3"]

@@ -1,25 +1,15 @@
 """Hugging Face data sets: a folder on disk or a name on the hub, with image columns.
 
-Understood columns: `messages`, or `prompt` and `completion` (see `messages_format`), or `conversations` (as LLaVA JSON
-has them), with `images` or `image`, or neither.
+Understood columns: `messages`, or `prompt` and `completion`, or `conversations` (see `forms`), with `images` or
+`image`, or neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from himap_train.data.messages_format import (
-    IMAGE_KEYS,
-    ONLY_CHOSEN,
-    PAIR_KEYS,
-    TEXT_KEYS,
-    has_turns,
-    read_record,
-    refuse_preferences,
-    turns_of,
-)
+from himap_train.data.forms import IMAGE_KEYS, ONLY_CHOSEN, PAIR_KEYS, TEXT_KEYS, has_turns, read_record, turns_of
 from himap_train.data.records import Conversation, RecordError
 
 
@@ -50,8 +40,8 @@ class HuggingFaceRecords:
         """Record `index`; RecordError if it cannot be used."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: record {index} of {len(self)}")
-        row = plain_row(self._dataset[index], f"data set {self.name}, row {index}")
-        return parse_row(row, index, self.name, self.image_folder, self.follow_links)
+        where = f"data set {self.name}, row {index}"
+        return read_record(plain_row(self._dataset[index], where), index, where, self.image_folder, self.follow_links)
 
     def length_hint(self, index: int) -> tuple[int, int]:
         """(characters, images) of a record without reading its images; (0, 0) for one that cannot be used."""
@@ -87,16 +77,3 @@ def plain_row(table: Any, where: str) -> dict[str, Any]:
         return row
     except (ValueError, OverflowError) as error:  # bytes that are not UTF-8, a date that Python does not have
         raise RecordError(f"{where}: {error}") from error
-
-
-def parse_row(
-    row: Mapping[str, Any], index: int, name: str, image_folder: Path | None, follow_links: bool = False
-) -> Conversation:
-    """One row -> Conversation.
-
-    Raises:
-        RecordError: the row cannot be used; names data set, row and column.
-    """
-    where = f"data set {name}, row {index}"
-    refuse_preferences(row, where)
-    return read_record(row, index, where, image_folder, follow_links)

@@ -78,7 +78,8 @@ def image_source(value: Any, folder: Path | None, where: str, follow_links: bool
         return value
     path = value.get("path") if isinstance(value, Mapping) else value
     if not isinstance(path, str):
-        raise RecordError(f"{where}: an image is {type(value).__name__}; expected an image, bytes or a path")
+        found = f"{type(value).__name__} {value!r:.60}"
+        raise RecordError(f"{where}: an image is {found}; expected a path, an image or bytes")
     if folder is None:
         raise RecordError(
             f"{where}: the image is a path ({path!r:.80}); set image_folder to the folder that holds the images"

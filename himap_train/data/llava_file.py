@@ -17,9 +17,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from himap_train.data.forms import read_record, stored_images, turns_of
 from himap_train.data.json_places import check_encoding, offsets, split_list, unpacked
-from himap_train.data.llava_format import parse_llava_record
-from himap_train.data.messages_format import has_turns, read_record, refuse_preferences, turns_of
 from himap_train.data.records import Conversation, RecordError
 from himap_train.structured import each_key_once
 
@@ -40,7 +39,7 @@ def _ending(path: Path) -> str:
 
 
 class LlavaFile:
-    """Map-style source over a file of records of LLaVA or of `messages_format`; in JSONL blank lines and CRLF are fine.
+    """Source over a file of records in any of `forms`; in JSONL blank lines and CRLF are fine.
 
     Args:
         path: the file; JSONL where it is named *.jsonl or *.ndjson, otherwise a JSON list.
@@ -75,12 +74,8 @@ class LlavaFile:
         return len(self._offsets) - 1
 
     def __getitem__(self, index: int) -> Conversation:
-        record, links, where = self._record(index), self.follow_links, f"{self.path.name}, record {index}"
-        if isinstance(record, dict):
-            refuse_preferences(record, where)
-        if _is_other_form(record):
-            return read_record(record, index, where, self.image_folder, links)
-        return parse_llava_record(record, index, self.path.name, self.image_folder, links)
+        where = f"{self.path.name}, record {index}"
+        return read_record(self._record(index), index, where, self.image_folder, self.follow_links)
 
     def length_hint(self, index: int) -> tuple[int, int]:
         """(characters, images) of a record without checking it; (0, 0) for a broken line."""
@@ -93,14 +88,12 @@ class LlavaFile:
     def first_image(self, index: int) -> str | None:
         """The first image that a record names; None for a record without, or a broken one."""
         try:
-            record = self._record(index)
+            images = stored_images(self._record(index))
         except RecordError:
             return None
-        names = record.get("image", record.get("images")) if isinstance(record, dict) else None
-        name = names[0] if isinstance(names, list) and names else names
-        return name if isinstance(name, str) else None
+        return images[0] if images and isinstance(images[0], str) else None
 
-    def _record(self, index: int) -> Any:
+    def _record(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: record {index} of {len(self)}")
         start, end = self._offsets[index : index + 2]
@@ -112,11 +105,15 @@ class LlavaFile:
             )
         line = packed[start:end] if packed is not None else os.pread(self._file.fileno(), end - start, start)
         try:
-            return json.loads(line, object_pairs_hook=each_key_once)
+            record = json.loads(line, object_pairs_hook=each_key_once)
         except RecursionError:
             raise RecordError(f"{where}: lists or objects within one another too deep to be read") from None
         except ValueError as error:  # of JSON, of UTF-8, or a number of more digits than Python takes
             raise RecordError(f"{where}: not JSON ({error})") from error
+        if not isinstance(record, dict):
+            found = f"{type(record).__name__} {record!r:.60}"
+            raise RecordError(f"{where}: expected an object with `conversations` or `messages`, found {found}")
+        return record
 
     @cached_property
     def _file(self) -> BinaryIO:
@@ -141,11 +138,6 @@ class LlavaFile:
         raise ValueError(
             f"{self.path} is not in LLaVA's format, nor of `messages`, or goes with another image folder: {first}"
         ) from first
-
-
-def _is_other_form(record: Any) -> bool:
-    """Whether a record has `messages`, or `prompt` and `completion`, in the place of LLaVA's `conversations`."""
-    return isinstance(record, dict) and "conversations" not in record and has_turns(record)
 
 
 def _existing_folder(image_folder: str | Path | None, path: Path) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
-from himap_train.data.llava_format import checked_text
+from himap_train.data.forms import checked_text
 from himap_train.data.records import RecordError
 
 _MARK = "\ufdd0"  # no character, and in nobody's text: Unicode keeps it for uses like this one

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from himap_train.data.messages_format import TURN_KEYS
+from himap_train.data.forms import TURN_KEYS
 from himap_train.data.records import Source
 from himap_train.data.sources import open_source
 from himap_train.evaluation.benchmarks.files import open_table

@@ -8,8 +8,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from himap_train.data.forms import checked_text
 from himap_train.data.images import image_source
-from himap_train.data.llava_format import checked_text
 from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Turn
 from himap_train.evaluation.benchmarks.files import Table
 from himap_train.evaluation.benchmarks.prompt import Prompt, column_in, value_in
