@@ -15,7 +15,6 @@ import torch
 from data_examples import eleven_records
 from distributed import HAS_DEEPSPEED, run_scenarios
 from distributed_worker import train
-from safetensors import safe_open
 from training_toys import save_tiny
 from transformers import LlavaForConditionalGeneration
 
@@ -158,12 +157,7 @@ def test_two_processes_give_the_numbers_of_one(ranks: Ranks, alone: Any, strateg
 def test_cached_image_features(work: Path, ranks: Ranks, alone: Any, name: str) -> None:
     """Ranks share the images; in batches of one row one of them may have text where the other has an image."""
     compare(ranks(name)[0], alone["pruned"])
-    shards = list((work / f"{name}-features").rglob("*.safetensors"))
-    found = []
-    for path in shards:
-        with safe_open(path, "pt") as shard:
-            found += list(shard.keys())
-    assert len(shards) == 2 and len(found) == len(set(found)) == 3
+    assert len(list((work / f"{name}-features").rglob("*.safetensors"))) == 3
 
 
 @pytest.mark.parametrize("name", some("ddp-dense", "zero2-dense", "zero3-dense"))

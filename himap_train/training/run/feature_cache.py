@@ -12,7 +12,6 @@ selection.
 from __future__ import annotations
 
 import json
-import logging
 import platform
 import shutil
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from himap_train.bar import progress_bar
 from himap_train.data.cached import ImageDigests, ImagesToEncode, Place, check_same_images
-from himap_train.data.feature_store import FeatureStore, clear_away
+from himap_train.data.feature_store import FeatureStore
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import Source
 from himap_train.models.families import family_of
@@ -35,8 +34,6 @@ from himap_train.models.tower import check_frozen, facts_key, tower_facts
 from himap_train.processes import from_all
 from himap_train.storage import atomic_file, remove_leftovers
 from himap_train.training.run.launch import say, together
-
-logger = logging.getLogger(__name__)
 
 FOLDER, FACTS = "image_features", "tower.json"
 _BATCH = 32
@@ -71,16 +68,14 @@ def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule
         store = _store(trainer, base, data)
         missing = _announced(trainer, store, places)
         with together():
-            written = _compute(trainer, base, source, data, store, missing)
+            last = _compute(trainer, base, source, data, store, missing)
     with together():
-        store.refresh()
-    with together():
-        _require_seen(store, written)
+        _require_seen(store, last)
     data.read_features(store)
 
 
 def _store(trainer: Trainer, base: Any, data: LlavaDataModule) -> FeatureStore:
-    """The store of this tower, with what it holds; the first process clears damaged shards away."""
+    """The store of this tower."""
     family = family_of(base)
     read = reads_tower(base)
     blank = family.tower_features(base, family.empty_images(base), read)[0]
@@ -93,20 +88,16 @@ def _store(trainer: Trainer, base: Any, data: LlavaDataModule) -> FeatureStore:
     with together():
         if trainer.is_global_zero:
             _prepare(store, facts)
-    with together():
-        store.refresh()
     return store
 
 
 def _prepare(store: FeatureStore, facts: dict[str, Any]) -> None:
-    """Say of which tower the features are, and clear away damaged shards and what killed processes have left."""
+    """Say of which tower the features are, and clear away what killed processes have left."""
     try:
         remove_leftovers(store.folder)
         if not (store.folder / FACTS).exists():  # else it is somebody's already, and says the same
             with atomic_file(store.folder / FACTS) as file:
                 file.write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
-        for path in store.refresh():
-            logger.warning("%s is damaged or incomplete%s; its images are computed again", path, clear_away(path))
     except OSError as error:
         raise OSError(f"cannot use {store.folder} (data.cache_image_features): {error}") from error
 
@@ -152,47 +143,44 @@ def _announced(trainer: Trainer, store: FeatureStore, places: list[Place]) -> li
 
 def _compute(
     trainer: Trainer, base: Any, source: Source, data: LlavaDataModule, store: FeatureStore, missing: list[Place]
-) -> list[str]:
-    """Write this process's share of the missing images, shard by shard: names of the shards.
+) -> Path | None:
+    """Write this process's share of the missing images: the file of the last one.
 
     After a failure it goes on running the tower, as often as the others: under ZeRO-3 they would wait for it.
     """
     own = missing[trainer.global_rank :: trainer.world_size]
     calls = -(-len(missing[:: trainer.world_size]) // _BATCH)
     images = ImagesToEncode(source, own, data.processor, data.image_aspect_ratio, data.image_background)
-    batches, ready = iter(_loader(images, data)), dict[str, torch.Tensor]()
-    written: list[str] = []
+    batches = iter(_loader(images, data))
+    last: Path | None = None
     failure: OSError | None = None
     family = family_of(base)
     blank = family.empty_images(base)
     with progress_bar("caching image features", len(own), trainer.is_global_zero) as advance:
-        for call in range(calls):
+        for _ in range(calls):
             read: list[tuple[str, dict[str, torch.Tensor] | None]] = next(batches, [])
             good = [(digest, image["pixel_values"]) for digest, image in read if image is not None]
             given = {"pixel_values": torch.cat([pixels for _, pixels in good]).to(base.device)} if good else blank
             features = family.tower_features(base, given, reads_tower(base)).cpu()
-            ready |= {digest: values for (digest, _), values in zip(good, features, strict=False)}
-            if failure is None and (len(ready) >= store.shard_images or call == calls - 1):
+            for (digest, _), values in zip(good, features, strict=False):
                 try:
-                    store.refresh()
-                    new = {digest: values for digest, values in ready.items() if digest not in store}
-                    written += [store.write(new)] if new else []  # what no other run has written meanwhile
+                    if failure is None and digest not in store:  # another run may have written it meanwhile
+                        store.write(digest, values)
+                    last = store.file(digest)
                 except OSError as error:
                     failure = error
-                ready = {}
             advance(len(read))
     if failure is not None:
         raise OSError(f"{failure}, or set data.cache_image_features to null. What is written already is kept")
-    return written
+    return last
 
 
-def _require_seen(store: FeatureStore, written: list[str]) -> None:
+def _require_seen(store: FeatureStore, last: Path | None) -> None:
     """Raise OSError where this process does not see what others have written: the machines do not share the folder."""
-    lacking = [name for part in from_all(written) for name in part if not (store.folder / name).is_file()]
-    if lacking:
+    if not all(file is None or file.is_file() for file in from_all(last)):
         raise OSError(
-            f"a process on {platform.node()} does not see {len(lacking)} files of image features that others have "
-            f"written to {store.folder}: data.cache_image_features must be a folder that all machines share"
+            f"a process on {platform.node()} does not see the image features that others have written to "
+            f"{store.folder}: data.cache_image_features must be a folder that all machines share"
         )
 
 
