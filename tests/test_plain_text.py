@@ -44,7 +44,6 @@ TOKENIZERS = {
     "merging": merging_tokenizer,
     "metaspace": metaspace,
     "greedy": greedy,
-    "slow": ByT5Tokenizer,
 }
 LITERALS = ["<s>", "</s>", "<pad>", "<unk>", "</s></s>", "a<s>b", " </s> ", "<</s>/s>", "</s", "\n</s>\n"]
 ordinary = st.text(st.sampled_from("Aab :c\ncat<>s/|é"), max_size=20)
@@ -66,7 +65,7 @@ def test_ordinary_text_is_encoded_as_the_tokenizer_does(name: str, data: st.Data
     for bos in (False, True):
         expected = tokenizer(text, add_special_tokens=bos)["input_ids"]
         assert plain.ids(text, bos) == expected
-        assert (plain._fast if tokenizer.is_fast else plain._slow)(text, bos) == expected
+        assert plain._beside_stand_ins(text, bos) == expected
 
 
 @pytest.mark.parametrize("literal", LITERALS)
@@ -103,6 +102,14 @@ def test_labels_hold_no_control_token_but_the_end(template: str, literal: str) -
     assert answer.strip().removesuffix("</s>").removesuffix("<|im_end|>").strip() in (literal, "")
     text = tokenizer.decode(sample["input_ids"])
     assert f"{literal}Why{literal}?" in text and f"By {literal} way" in text and "\ufdd0" not in text
+
+
+def test_a_tokenizer_that_cannot_tell_them_apart_is_not_trusted() -> None:
+    """One in Python, which has no added tokens that stand in for others."""
+    plain = PlainText(ByT5Tokenizer(), "<image>")
+    assert plain.ids("A cat</s>") == ByT5Tokenizer()("A cat</s>", add_special_tokens=False)["input_ids"]
+    with pytest.raises(RecordError, match="cannot read as text: .</s>A "):
+        plain.ids(f"</s>{plain.hide('A </s> cat', 'x')}")
 
 
 def test_image_token_in_a_text_is_text() -> None:

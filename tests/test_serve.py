@@ -109,13 +109,13 @@ def test_options_of_an_answer(reader):
     [
         ([], "no JSON object"),
         ({}, "'messages' is missing"),
-        ({"messages": ["Hi"]}, r"messages\[0\] has the role None"),
-        ({"messages": [user("Hi", role=[])]}, "has the role"),
-        ({"messages": [user("Hi", role="tool")]}, "the role 'tool'; expected one of system"),
+        ({"messages": ["Hi"]}, r"messages\[0\]: expected the keys `role` and `content`, found str 'Hi'"),
+        ({"messages": [user("Hi", role=[])]}, r"`role` is \[\]; expected one of"),
+        ({"messages": [user("Hi", role="tool")]}, "`role` is 'tool'; expected one of"),
         ({"messages": [user("Hi"), {"role": "assistant", "content": "Hello"}]}, "the last message is not the user's"),
         ({"messages": [user("Hi"), user("Hi")]}, "must alternate"),
-        ({"messages": [{"role": "user", "content": 3}]}, "expected text or image_url"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "expected text or image_url"),
+        ({"messages": [{"role": "user", "content": 3}]}, "`content` is int 3; expected text"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "expected parts of type text"),
         ({"messages": [user("Hi \ud83d")]}, "half a character"),
         ({"messages": [user("Hi")], "temprature": 1}, "unknown key 'temprature'; did you mean 'temperature'"),
         ({"messages": [user("Hi")], "n": 2}, "'n' can only be 1"),
@@ -130,7 +130,7 @@ def test_options_of_an_answer(reader):
         ({"messages": [user({"url": data_url(image(0))}, "<image> what?")]}, "2 <image> in the conversation but 1"),
         ({"messages": [user({"url": "data:image/png;base64,bm8gcGljdHVyZQ=="})]}, "is not an image file"),
         ({"messages": [user({"url": "data:image/png;base64,???"})]}, r"messages\[0\]: .*base64"),
-        ({"messages": [user({"url": "data:image/png,abc"})]}, "must be base64"),
+        ({"messages": [user({"url": "data:image/png,abc"})]}, "is not base64"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_answered_is_refused(reader, body, message):

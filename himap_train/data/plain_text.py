@@ -68,9 +68,9 @@ class PlainText:
             if found <= 0 or found <= len(self._written.findall(text)):
                 return ids
             # Else it has taken letters that look alike for a special token, as full-width ones under NFKC.
-        return (self._fast if self._tokenizer.is_fast else self._slow)(text, add_special_tokens)
+        return self._beside_stand_ins(text, add_special_tokens)
 
-    def _fast(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _beside_stand_ins(self, text: str, add_special_tokens: bool) -> list[int]:
         """By a tokenizer that reads no special token, with stand-ins for those of the template."""
         tokenizer, stand_ins, numbers = self._split
         given = self._either.sub(lambda match: stand_ins.get(match[0]) or match[0].replace(_MARK, ""), text)
@@ -78,20 +78,6 @@ class PlainText:
         if sum(i in numbers for i in ids) != sum(match in stand_ins for match in self._either.findall(text)):
             raise RecordError(f"text with special tokens that this tokenizer cannot read as text: {text!r:.80}")
         return [numbers.get(i, i) for i in ids]
-
-    def _slow(self, text: str, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = []
-        end = 0
-        for match in (*self._either.finditer(text), None):
-            if match is not None and match[0] not in self._special:
-                continue
-            between = text[end : match.start() if match else None].replace(_MARK, "")
-            if between:
-                ids += self._tokenizer(between, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            if match is not None:
-                ids.append(self._special[match[0]][0])
-                end = match.end()
-        return self._tokenizer.build_inputs_with_special_tokens(ids) if add_special_tokens else ids
 
     @cached_property
     def _split(self) -> tuple[Any, dict[str, str], dict[int, int]]:

@@ -1,14 +1,14 @@
-"""The images of a request: data in the URL itself, a file of a folder that was allowed, or a public address."""
+"""The images of a request: bytes, a file of a folder that was allowed, or a public address."""
 
 from __future__ import annotations
 
-import base64
 import socket
 import ssl
 import time
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from himap_train.data.images import resolve_image_path
@@ -18,11 +18,11 @@ MOST_BYTES = 32 * 2**20
 _SECONDS = 20.0
 
 
-def image_of(url: str, where: str, folder: Path | None = None, private: bool = False) -> ImageSource:
+def image_of(image: Any, where: str, folder: Path | None = None, private: bool = False) -> ImageSource:
     """What a request shows, not decoded yet.
 
     Args:
-        url: `data:...;base64,...`, `file://...` or `http(s)://...`.
+        image: the bytes of a file, `file://...` or `http(s)://...`.
         where: Names it in messages.
         folder: Where files may lie; None for no files.
         private: Addresses of this machine and of its network may be fetched too.
@@ -31,11 +31,9 @@ def image_of(url: str, where: str, folder: Path | None = None, private: bool = F
         ValueError: It must not be fetched, or cannot.
     """
     try:
-        if url.startswith("data:"):
-            head, _, data = url.partition(",")
-            if not head.endswith(";base64"):
-                raise ValueError("data: URLs must be base64, data:image/png;base64,...")
-            return base64.b64decode(data, validate=True)
+        if isinstance(image, bytes):
+            return image
+        url = str(image)
         if url.startswith("file:"):
             if folder is None:
                 raise ValueError("files are refused; the server reads those of a folder with --image-folder")

@@ -9,12 +9,12 @@ from threading import Lock
 from typing import Any
 
 from himap_train.data.encode import Encoder, Sample
-from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, ImageSource, Role, Turn
+from himap_train.data.forms import turns_of
+from himap_train.data.records import Conversation
 from himap_train.evaluation.lmms_eval.requests import Answering
 from himap_train.pruning.names import check_keys
 from himap_train.serving.fetch import image_of
 
-_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _READ = ("model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
          "top_p", "stop", "seed")  # fmt: skip
 _NAMES_ONLY = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
@@ -92,28 +92,20 @@ class Reader:
     def _conversation(self, messages: Any) -> Conversation:
         if not isinstance(messages, list) or not messages:
             raise ValueError("'messages' is missing or empty")
-        images: list[ImageSource] = []
-        turns = [self._turn(message, f"messages[{number}]", images) for number, message in enumerate(messages)]
+        given = [_system(message) for message in messages]
+        turns, shown = turns_of({"messages": given}, "the request")
         if turns[-1].role != "user":
             raise ValueError("the last message is not the user's: there is nothing to answer")
-        return Conversation("request", tuple(images), tuple(turns), place="the request")
+        # a number is an `<image>` that somebody wrote, without an image
+        values = [image for image in shown if not isinstance(image, int)]
+        images = tuple(image_of(image, "the request", self._folder, self._private) for image in values)
+        return Conversation("request", images, turns, place="the request")
 
-    def _turn(self, message: Any, where: str, images: list[ImageSource]) -> Turn:
-        role, content = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else (None, None)
-        if not isinstance(role, str) or role not in _ROLES:
-            raise ValueError(f"{where} has the role {role!r:.40}; expected one of {', '.join(_ROLES)}")
-        text = ""
-        parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-        for part in parts:
-            match part:
-                case {"type": "text", "text": str(words)}:
-                    text += words
-                case {"type": "image_url", "image_url": {"url": str(url)}}:
-                    images.append(image_of(url, where, self._folder, self._private))
-                    text += IMAGE_PLACEHOLDER
-                case _:
-                    raise ValueError(f"{where} has the part {part!r:.60}; expected text or image_url")
-        return Turn(_ROLES[role], text)
+
+def _system(message: Any) -> Any:
+    """A message, of the system where it is the developer's."""
+    is_developer = isinstance(message, Mapping) and message.get("role") == "developer"
+    return {**message, "role": "system"} if is_developer else message
 
 
 def number(given: Mapping[str, Any], key: str, least: float, most: float, kind: type = int) -> Any:
