@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from tiny import tiny_processor
 from tiny_tiles import EVERY
 
-from himap_train.data.cached import CachedEncoder, ImagesToEncode
+from himap_train.data.cached import CachedEncoder, read_image
 from himap_train.data.check import check_source
 from himap_train.data.encode import Encoder
 from himap_train.data.feature_store import FeatureStore
@@ -252,9 +252,8 @@ def test_strips_are_refused_before_they_are_made_large(size: tuple[int, int], as
 
 def test_strips_are_passed_over_where_features_are_cached() -> None:
     source = Listed([talk("<image>\nWhat?", "A.", images=(Image.new("RGB", size),)) for size in (STRIPS[0], (9, 9))])
-    images = ImagesToEncode(source, [("strip", 0, 0), ("good", 1, 0)], tiny_processor(), "pad")
-    assert images[0] == ("strip", None)
-    assert images[1][1] is not None
+    assert read_image(source, ("strip", 0, 0), tiny_processor(), "pad") is None
+    assert read_image(source, ("good", 1, 0), tiny_processor(), "pad") is not None
     encoder = CachedEncoder(tiny_processor(), None, "pad")
     encoder.read_from(FeatureStore(Path("/nowhere"), 16, 8, torch.float32))
     with pytest.raises(RecordError, match="134217728 pixels are the limit"):  # not that the cache lacks it

@@ -7,10 +7,10 @@ So the same picture in several records or data sets is computed once, and one th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
 
 from himap_train.data.encode import Encoder, Sample
 from himap_train.data.feature_store import FeatureStore
@@ -74,67 +74,35 @@ class CachedEncoder(Encoder):
         return self._store
 
 
-class ImageDigests(Dataset[list[Place]]):
-    """For each of some records the images in it; none for a record that cannot be used.
-
-    Args:
-        source: the records.
-        indices: which of them.
-    """
-
-    def __init__(self, source: Source, indices: Sequence[int]) -> None:
-        self._source, self._indices = source, indices
-
-    def __len__(self) -> int:
-        """Number of records."""
-        return len(self._indices)
-
-    def __getitem__(self, number: int) -> list[Place]:
-        """The images of the record, without those that cannot be read: training reports them."""
-        index, found = self._indices[number], list[Place]()
+def images_in(source: Source, indices: Sequence[int]) -> list[Place]:
+    """The images of some records, without those that cannot be read: training reports them."""
+    found: list[Place] = []
+    for index in indices:
         try:
-            conversation = self._source[index]
+            conversation = source[index]
         except RecordError:
-            return []
+            continue
         for position, image in enumerate(conversation.images):
-            try:
+            with suppress(RecordError):
                 found.append((content_digest(image, conversation.where), index, position))
-            except RecordError:
-                continue
-        return found
+    return found
 
 
-class ImagesToEncode(Dataset[tuple[str, dict[str, torch.Tensor] | None]]):
-    """Digests and images as the model takes them; None for one that cannot be decoded.
+def read_image(
+    source: Source, place: Place, processor: Any, aspect_ratio: AspectRatio, background: Background = "white"
+) -> dict[str, torch.Tensor] | None:
+    """An image as the model takes it; None for one that cannot be decoded.
 
     Args:
         source: the records.
-        places: which images.
+        place: which image.
         processor: the checkpoint's.
         aspect_ratio: as in training.
         background: as in training.
     """
-
-    def __init__(
-        self,
-        source: Source,
-        places: Sequence[Place],
-        processor: Any,
-        aspect_ratio: AspectRatio,
-        background: Background = "white",
-    ) -> None:
-        self._source, self._places = source, places
-        self._processor, self._aspect_ratio, self._background = processor, aspect_ratio, background
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self._places)
-
-    def __getitem__(self, number: int) -> tuple[str, dict[str, torch.Tensor] | None]:
-        """One image."""
-        digest, index, position = self._places[number]
-        try:
-            image = open_image(self._source[index].images[position], f"record {index}", self._background)
-            return digest, family_of_processor(self._processor).encode_image(self._processor, image, self._aspect_ratio)
-        except (ValueError, ArithmeticError, MemoryError):  # broken, or too long for the transform: training reports it
-            return digest, None
+    _, index, position = place
+    try:
+        image = open_image(source[index].images[position], f"record {index}", background)
+        return family_of_processor(processor).encode_image(processor, image, aspect_ratio)
+    except (ValueError, ArithmeticError, MemoryError):  # broken, or too long for the transform: training reports it
+        return None

@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from himap_train.bar import progress_bar
-from himap_train.data.cached import ImageDigests, ImagesToEncode, Place, check_same_images
+from himap_train.data.cached import Place, check_same_images, images_in, read_image
 from himap_train.data.feature_store import FeatureStore
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import Source
@@ -107,11 +109,10 @@ def _images(trainer: Trainer, source: Source, data: LlavaDataModule) -> list[Pla
     size = min(len(source), data.limits["train"] or len(source))
     share = range(trainer.global_rank, size, trainer.world_size)
     found: list[Place] = []
-    loader = _loader(ImageDigests(source, share), data)
     with progress_bar("looking through images", len(share), trainer.is_global_zero) as advance:
-        for records in loader:
-            found += [place for images in records for place in images]
-            advance(len(records))
+        for places in _loader(share, partial(images_in, source), data):
+            found += places
+            advance(_BATCH)
     distinct: dict[str, Place] = {}
     for part in from_all(found):
         for place in part:
@@ -150,8 +151,8 @@ def _compute(
     """
     own = missing[trainer.global_rank :: trainer.world_size]
     calls = -(-len(missing[:: trainer.world_size]) // _BATCH)
-    images = ImagesToEncode(source, own, data.processor, data.image_aspect_ratio, data.image_background)
-    batches = iter(_loader(images, data))
+    how = (data.processor, data.image_aspect_ratio, data.image_background)
+    batches = iter(_loader(own, partial(_read, source, how), data))
     last: Path | None = None
     failure: OSError | None = None
     family = family_of(base)
@@ -184,8 +185,14 @@ def _require_seen(store: FeatureStore, last: Path | None) -> None:
         )
 
 
-def _loader(dataset: Any, data: LlavaDataModule) -> DataLoader[Any]:
-    return DataLoader(dataset, _BATCH, collate_fn=list, num_workers=data.num_workers)
+def _read(source: Source, how: Any, places: list[Place]) -> list[tuple[str, dict[str, torch.Tensor] | None]]:
+    """Digests and images, as `read_image` gives them."""
+    return [(place[0], read_image(source, place, *how)) for place in places]
+
+
+def _loader(items: Any, work: Callable[[list[Any]], Any], data: LlavaDataModule) -> DataLoader[Any]:
+    """What the workers make of `_BATCH` items at a time."""
+    return DataLoader(items, _BATCH, collate_fn=work, num_workers=data.num_workers)
 
 
 def _gb(count: int) -> str:
