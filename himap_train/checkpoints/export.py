@@ -22,7 +22,7 @@ from himap_train.checkpoints.merge import Merger, parameter_name
 from himap_train.checkpoints.ranking import read_ranking, write_ranking
 from himap_train.checkpoints.run_facts import run_facts
 from himap_train.checkpoints.same_base import require_same_base
-from himap_train.checkpoints.weight_files import TensorInfo, parse_size, plan_shards, read_infos, write_shards
+from himap_train.checkpoints.weight_files import TensorInfo, plan_shards, read_infos, write_shards
 from himap_train.models.families import family_of_config
 from himap_train.models.loading import load_config, load_processor, local_folder
 from himap_train.pruning.reading import schedule_in
@@ -100,7 +100,7 @@ def export_merged(
         raise ValueError(f"{path} is a whole model, which has no base; leave out --base {base}")
     name = str(path) if adapter is None else adapter.base
     source = local_folder(path) if adapter is None else _base_folder(path, adapter, base)
-    run, max_bytes = run_facts(found or Path(path)), parse_size(max_shard_size)
+    run = run_facts(found or Path(path))
     processor = None if found is None else adapter_processor(found, source, load_config(source))
     config = _config(source)
     infos = read_infos(source)
@@ -110,8 +110,8 @@ def export_merged(
         merger = Merger(adapter, family_of_config(config), _tied(config, infos), str(source))
         merger.check_shapes(infos)
         config.himap = adapter.schedule.to_dict()
-    shards = plan_shards([replace(info, dtype=_target(info, dtype)) for info in infos], max_bytes)
-    _require_room(target, sum(info.bytes for shard in shards for info in shard))
+    shards = plan_shards([replace(info, dtype=_target(info, dtype)) for info in infos], max_shard_size)
+    _require_room(target, sum(info.bytes for shard in shards.values() for info in shard))
     originals = {info.name: info for info in infos}
 
     def value(planned: TensorInfo) -> Tensor:

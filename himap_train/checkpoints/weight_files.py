@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from himap_train.models.weight_headers import INDEX, SINGLE, opened, promised_tensors, weight_files
+from himap_train.models.weight_headers import INDEX, opened, promised_tensors, weight_files
 
 _DTYPES = {
     "F64": torch.float64,
@@ -31,7 +31,6 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
@@ -80,48 +79,39 @@ def _dtype(name: str, tensor: str, file: Path) -> torch.dtype:
     return _DTYPES[name]
 
 
-def parse_size(text: str) -> int:
-    """Bytes of a size such as "5GB" or "200MB" (powers of ten, as on the hub).
+def plan_shards(infos: list[TensorInfo], max_size: str) -> dict[str, list[TensorInfo]]:
+    """File names and what goes into each, in order; a tensor that is larger than a shard gets one of its own.
 
     Raises:
-        ValueError: It is no size.
+        ValueError: `max_size` is no size such as "5GB" or "200MB" (powers of ten, as on the hub).
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]B|)", text.strip(), re.IGNORECASE)
-    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found else 0
-    if size < 1:
-        raise ValueError(f"max_shard_size={text!r} is no size; write a number with KB, MB or GB, such as 5GB")
-    return size
+    named = {info.name: info for info in infos}
+    values = {info.name: torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos}
+    try:
+        if max_size.strip().startswith("-"):
+            raise ValueError("it is negative")
+        split = split_torch_state_dict_into_shards(values, max_shard_size=max_size)
+    except ValueError as error:
+        raise ValueError(
+            f"max_shard_size={max_size!r} is no size ({error}); write a number with KB, MB or GB, such as 5GB"
+        ) from error
+    return {file: [named[name] for name in names] for file, names in split.filename_to_tensors.items()}
 
 
-def plan_shards(infos: list[TensorInfo], max_bytes: int) -> list[list[TensorInfo]]:
-    """Fill shards in order; a tensor that is larger than a shard gets one of its own."""
-    shards: list[list[TensorInfo]] = []
-    size = 0
-    for info in infos:
-        if not shards or size + info.bytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(info)
-        size += info.bytes
-    return shards
-
-
-def write_shards(folder: Path, shards: list[list[TensorInfo]], value: Callable[[TensorInfo], Tensor]) -> None:
+def write_shards(folder: Path, shards: dict[str, list[TensorInfo]], value: Callable[[TensorInfo], Tensor]) -> None:
     """Write `model.safetensors`, or numbered shards with their index.
 
     Args:
         folder: Is there.
-        shards: Names, shapes and dtypes of what is written.
+        shards: From `plan_shards`.
         value: Called once a tensor, in order; must return what its info says.
     """
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / name, shard, value)
-        weight_map |= {info.name: name for info in shard}
+    for name, infos in shards.items():
+        _write_file(folder / name, infos, value)
     if len(shards) > 1:
-        total = sum(info.bytes for shard in shards for info in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        files = {info.name: name for name, infos in shards.items() for info in infos}
+        total = sum(info.bytes for infos in shards.values() for info in infos)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
