@@ -122,6 +122,10 @@ def encode(conversation, processor, max_length=None, image_aspect_ratio="as_proc
     return Encoder(processor, max_length, image_aspect_ratio).encode(conversation)
 
 
+def encode_prompt(conversation, processor, max_length=None, image_aspect_ratio="as_processor"):
+    return Encoder(processor, max_length, image_aspect_ratio).encode_prompt(conversation)
+
+
 def pixels(sample):
     """Pixel values (N, 3, H, W) of a sample's images."""
     return torch.cat([image["pixel_values"] for image in sample["images"]])

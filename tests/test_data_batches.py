@@ -80,15 +80,12 @@ def test_pad_token():
     size=st.integers(1, 60),
     batch_size=st.integers(1, 7),
     replicas=st.integers(1, 4),
-    megabatch=st.integers(1, 5),
     grouped=st.booleans(),
     epoch=st.integers(0, 3),
 )
-def test_every_process_gets_as_many_batches_and_together_every_record(
-    size, batch_size, replicas, megabatch, grouped, epoch
-):
+def test_every_process_gets_as_many_batches_and_together_every_record(size, batch_size, replicas, grouped, epoch):
     lengths = np.random.default_rng(size).integers(1, 99, size) if grouped else None
-    ranks = [BatchOrder(size, batch_size, lengths, True, 5, replicas, rank, megabatch) for rank in range(replicas)]
+    ranks = [BatchOrder(size, batch_size, lengths, True, 5, replicas, rank) for rank in range(replicas)]
     batches = [order.batches(epoch) for order in ranks]
     assert {len(b) for b in batches} == {len(ranks[0])}
     for step in zip(*batches, strict=True):
@@ -98,14 +95,13 @@ def test_every_process_gets_as_many_batches_and_together_every_record(
     assert sorted(own.tolist()) == list(range(size)) and len(repeated) < replicas and set(repeated) <= set(own)
 
 
-@given(size=st.integers(1, 150), grouped=st.booleans(), megabatch=st.integers(1, 5), epoch=st.integers(0, 3))
-def test_optimizer_steps_have_the_same_records_however_a_global_batch_is_split(size, grouped, megabatch, epoch):
+@given(size=st.integers(1, 150), grouped=st.booleans(), epoch=st.integers(0, 3))
+def test_optimizer_steps_have_the_same_records_however_a_global_batch_is_split(size, grouped, epoch):
     lengths = np.random.default_rng(size).integers(1, 9, size) if grouped else None
 
     def steps(processes, batch_size, accumulate):
         orders = [
-            BatchOrder(size, batch_size, lengths, True, 5, processes, rank, megabatch, accumulate)
-            for rank in range(processes)
+            BatchOrder(size, batch_size, lengths, True, 5, processes, rank, accumulate) for rank in range(processes)
         ]
         ranks = [order.batches(epoch) for order in orders]
         windows = range(0, len(ranks[0]), accumulate)
@@ -122,7 +118,7 @@ def test_order_depends_on_seed_and_epoch_alone():
     lengths = np.arange(100) % 17
 
     def order(epoch, seed=0):
-        return np.concatenate(BatchOrder(100, 8, lengths, seed=seed, megabatch=3).batches(epoch)).tolist()
+        return np.concatenate(BatchOrder(100, 8, lengths, seed=seed).batches(epoch)).tolist()
 
     assert order(3) == order(3) and order(3) != order(4) and order(3) != order(3, seed=1)
     unshuffled = BatchOrder(10, 4, shuffle=False)

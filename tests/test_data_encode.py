@@ -10,6 +10,7 @@ from data_examples import (
     ENDS,
     TEMPLATES,
     encode,
+    encode_prompt,
     llama_like_tokenizer,
     merging_tokenizer,
     picture,
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import IMAGE_TOKENS, tiny_processor
 
-from himap_train.data.encode import Encoder, SampleTooLongError, encode_prompt
+from himap_train.data.encode import Encoder, SampleTooLongError
 from himap_train.data.records import Conversation, RecordError, Turn, blank
 
 IMAGE = "<image>" * IMAGE_TOKENS

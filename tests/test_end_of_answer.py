@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_examples import processor_with
+from data_examples import encode_prompt, processor_with
 from evaluation_toys import Source, conversation
 from export_toys import PRUNED, trained
 from recipes_cli import run_recipe
@@ -17,7 +17,6 @@ from transformers import AutoModelForImageTextToText, GenerationConfig
 from himap_train.checkpoints.export import export_adapter, export_merged
 from himap_train.checkpoints.load import load_checkpoint, save_adapter
 from himap_train.data.batches import collate
-from himap_train.data.encode import encode_prompt
 from himap_train.data.end_of_answer import end_token_ids
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.models.stock import base_model

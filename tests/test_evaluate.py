@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from data_examples import encode_prompt
 from evaluation_toys import QUIET, Source, conversation, image
 from PIL import Image
 from processes import in_processes
@@ -21,7 +22,7 @@ from himap_train import PruningSchedule, PruningStage, bar, install_pruning, rem
 from himap_train.checkpoints.scheduled import load_with_schedule
 from himap_train.command_line import run_command
 from himap_train.data.batches import collate
-from himap_train.data.encode import Encoder, encode_prompt
+from himap_train.data.encode import Encoder
 from himap_train.data.records import Conversation, RecordError, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.data.skips import TooManySkippedError

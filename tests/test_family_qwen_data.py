@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from data_examples import picture, talk
+from data_examples import encode_prompt, picture, talk
 from tiny_qwen import IMAGE_ID, KINDS, PATCH, save_qwen
 from transformers import AutoProcessor
 
 from himap_train import load_llava
 from himap_train.data.batches import collate, pad_token_id_of
-from himap_train.data.encode import Encoder, SampleTooLongError, encode_prompt
+from himap_train.data.encode import Encoder, SampleTooLongError
 from himap_train.data.records import RecordError
 from himap_train.models.families import family_of, family_of_processor
 from himap_train.models.features import hidden_states

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_examples import encode
+from data_examples import encode, encode_prompt
 from PIL import Image
 from recipes_cli import run_recipe
 from tiny import tiny_llava, tiny_processor
@@ -26,7 +26,7 @@ from himap_train.analysis.knockout import Cut, cut_pairs, knock_out, windows
 from himap_train.analysis.pairs import kinds_of, softmax_attention, visible_pairs
 from himap_train.analysis.saliency import SampleFlow, answer_losses, measure
 from himap_train.data.batches import collate
-from himap_train.data.encode import IGNORED, encode_prompt
+from himap_train.data.encode import IGNORED
 from himap_train.data.records import Conversation, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.evaluation.answering import answer_batch

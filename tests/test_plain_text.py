@@ -6,14 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from data_examples import TEMPLATES, encode, llama_like_tokenizer, merging_tokenizer, picture, processor_with, talk
+from data_examples import (
+    TEMPLATES,
+    encode,
+    encode_prompt,
+    llama_like_tokenizer,
+    merging_tokenizer,
+    picture,
+    processor_with,
+    talk,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATE, IMAGE_TOKENS, tiny_processor, tiny_tokenizer
 from tokenizers import normalizers
 from transformers import AddedToken, ByT5Tokenizer
 
-from himap_train.data.encode import encode_prompt
 from himap_train.data.plain_text import PlainText
 from himap_train.data.records import RecordError
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from data_examples import encode_prompt
 from evaluation_toys import image
 from recipes_cli import run_recipe
 from tiny import tiny_llava, tiny_processor
@@ -23,7 +24,6 @@ from himap_train import PruningSchedule, PruningStage, install_pruning, record_p
 from himap_train.analysis.answered import prompt_encoder
 from himap_train.checkpoints.scheduled import load_with_schedule
 from himap_train.data.batches import collate
-from himap_train.data.encode import encode_prompt
 from himap_train.data.records import Conversation, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.evaluation.answering import answer_batch

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_examples import encode_prompt
 from PIL import Image
 from recipes_cli import run_recipe
 from tiny_tiles import EVERY, IMAGE_ID, PLAIN, TILED
@@ -17,7 +18,7 @@ from transformers import AutoModelForImageTextToText
 
 from himap_train.checkpoints.export import export_merged
 from himap_train.checkpoints.load import load_checkpoint, save_adapter
-from himap_train.data.encode import Encoder, encode_prompt
+from himap_train.data.encode import Encoder
 from himap_train.data.records import Conversation, Turn
 from himap_train.models.families import family_of, family_of_config
 from himap_train.models.install import install_pruning, pruning_of

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from himap_train.checkpoints.load import adapter_source, load_checkpoint
-from himap_train.data.encode import encode_prompt
+from himap_train.data.encode import Encoder
 from himap_train.data.records import Conversation, Turn
 from himap_train.models.features import prompt_inputs
 from himap_train.models.install import pruning_of, record_pruning, remove_pruning
@@ -143,7 +143,8 @@ def _example(model: Any, processor: Any) -> dict[str, Tensor]:
     """A noise image and a question, as a batch of one."""
     noise = torch.randint(0, 256, (336, 336, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     question = Turn("user", "<image>\nWhat is in the picture?")
-    sample = encode_prompt(Conversation("example", (Image.fromarray(noise.numpy()),), (question,)), processor)
+    asked = Conversation("example", (Image.fromarray(noise.numpy()),), (question,))
+    sample = Encoder(processor).encode_prompt(asked)
     ids = sample["input_ids"][None]
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "images": sample["images"][0]}
     return prompt_inputs(model, batch)

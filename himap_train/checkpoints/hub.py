@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+
+from himap_train.data.sources import HUB_NAME
 
 
 def require_hub(repository: str) -> None:
@@ -16,11 +16,7 @@ def require_hub(repository: str) -> None:
         ValueError: The name is not of the form owner/name.
         PermissionError: There is no token.
     """
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise ValueError(f"--push-to-hub={repository!r} is no name on the hub: {error}") from error
-    if repository.count("/") != 1:
+    if not HUB_NAME.fullmatch(repository):
         raise ValueError(f"--push-to-hub={repository!r} is no name on the hub; expected owner/name")
     if get_token() is None:
         raise PermissionError(

@@ -17,28 +17,15 @@ from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from himap_train.checkpoints.adapter import Adapter
+from himap_train.checkpoints.adapter import PEFT_SHAPE, Adapter
 from himap_train.checkpoints.adapter_check import check_patterns
 from himap_train.checkpoints.weight_files import TensorInfo
 from himap_train.models.families.base import Family
 from himap_train.structured import check_shape
 
 # Entries of a PEFT config that are understood here or change nothing about the merged weights.
-_UNDERSTOOD = {
-    "r",
-    "lora_alpha",
-    "alpha_pattern",
-    "rank_pattern",
-    "use_rslora",
-    "use_dora",
-    "target_modules",
-    "modules_to_save",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "lora_dropout",
+_UNDERSTOOD = {key.removesuffix("?") for key in PEFT_SHAPE} | {
     "auto_mapping",
-    "base_model_name_or_path",
     "inference_mode",
     "peft_version",
     "revision",

@@ -236,14 +236,3 @@ def _first(conversation: Conversation, exchanges: int, images: int) -> Conversat
     return replace(
         conversation, turns=conversation.turns[: system + 2 * exchanges], images=conversation.images[:images]
     )
-
-
-def encode_prompt(
-    conversation: Conversation,
-    processor: Any,
-    max_length: int | None = None,
-    image_aspect_ratio: AspectRatio = "as_processor",
-    image_background: Background = "white",
-) -> Sample:
-    """`Encoder.encode_prompt` for a single conversation."""
-    return Encoder(processor, max_length, image_aspect_ratio, image_background).encode_prompt(conversation)

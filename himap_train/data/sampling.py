@@ -20,6 +20,8 @@ import numpy as np
 
 IndexArray = np.ndarray
 logger = logging.getLogger(__name__)
+_MEGABATCH = 50
+"""Global batches that are sorted together (at most a quarter of all): more, less padding, less chance."""
 
 
 class BatchOrder:
@@ -37,7 +39,6 @@ class BatchOrder:
         seed: another seed, other orders.
         num_replicas: number of processes.
         rank: rank of this process.
-        megabatch: global batches that are sorted together (at most a quarter of all): more, less padding, less chance.
         accumulate: micro-batches of an optimizer step.
         image_tokens: image tokens of each record, where grouping must not mix records with more and fewer.
         draw: epoch -> indices (size,) of the records that it takes, where these are not all of them once.
@@ -52,15 +53,14 @@ class BatchOrder:
         seed: int = 0,
         num_replicas: int = 1,
         rank: int = 0,
-        megabatch: int = 50,
         accumulate: int = 1,
         image_tokens: IndexArray | None = None,
         draw: Callable[[int], IndexArray] | None = None,
     ) -> None:
-        if min(size, batch_size, num_replicas, megabatch, accumulate) < 1 or not 0 <= rank < num_replicas:
+        if min(size, batch_size, num_replicas, accumulate) < 1 or not 0 <= rank < num_replicas:
             raise ValueError(
-                f"size={size}, batch_size={batch_size}, num_replicas={num_replicas}, megabatch={megabatch}, "
-                f"accumulate={accumulate} must be at least 1 and rank={rank} below num_replicas"
+                f"size={size}, batch_size={batch_size}, num_replicas={num_replicas}, accumulate={accumulate} "
+                f"must be at least 1 and rank={rank} below num_replicas"
             )
         if lengths is not None and len(lengths) != size:
             raise ValueError(f"{len(lengths)} lengths for {size} records")
@@ -69,7 +69,7 @@ class BatchOrder:
         self._global = self._micro * accumulate
         self._lengths = None if lengths is None else np.asarray(lengths)
         self._image_tokens = np.zeros(size, dtype=np.int64) if image_tokens is None else image_tokens
-        self._num_replicas, self._rank, self._megabatch = num_replicas, rank, megabatch
+        self._num_replicas, self._rank = num_replicas, rank
         self.epoch = 0
         self.start_batch = 0
         """How many batches an iteration leaves out, to go on in the middle of an epoch."""
@@ -107,7 +107,7 @@ class BatchOrder:
         order = self._generator(epoch, 0).permutation(order) if self._shuffle else order
         if self._lengths is None:
             return order
-        span = self._global * max(1, min(self._megabatch, self._size // (4 * self._global)))
+        span = self._global * max(1, min(_MEGABATCH, self._size // (4 * self._global)))
         chunks = [order[start : start + span] for start in range(0, len(order), span)]
         order = np.concatenate(
             [chunk[np.lexsort((-self._lengths[chunk], -self._image_tokens[chunk]))] for chunk in chunks]
