@@ -9,12 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from data_examples import talk
 from lightning.pytorch import Callback
-from tiny import tiny_processor
 from training_toys import ToyData, quiet_trainer, tuner
 
-from himap_train.data.check import check_source
 from himap_train.data.windows import WAITED, Windows
 from himap_train.training.callbacks.progress import Throughput
 
@@ -135,17 +132,3 @@ def test_wait_is_noted_for_the_batch_that_was_waited_for(clock: Clock) -> None:
         waited.append(batch[WAITED])
         clock.now += STEP  # what training does in between is no wait
     assert waited == [0.0, PAUSE, 0.0]
-
-
-def test_data_check_tells_the_padding_to_expect() -> None:
-    """Two lengths in equal numbers: grouped, batches of two have no padding."""
-    short, long = talk("What?", "x"), talk("What?", "x" * 61)
-    source: Any = [short, long] * 40
-    report = check_source(source, tiny_processor(), batch_size=2)
-    (_, a), (_, b) = report.lengths[:2]
-    assert report.padding is not None
-    size, plain, grouped = report.padding
-    # half of the pairs are mixed; each of those wastes b - a of 2 b positions
-    mixed, same = (b - a) / 2, (a + 3 * b) / 2
-    assert size == 2 and plain == pytest.approx(mixed / same, rel=0.35) and grouped < plain / 3
-    assert f"{100 * plain:.0f} % of the positions in batches of 2; {100 * grouped:.0f} % with" in str(report)

@@ -11,10 +11,9 @@ from data_examples import encode, image_folder, picture, pixels
 from tiny import tiny_processor
 
 from himap_train.data.forms import read_record
-from himap_train.data.hub_datasets import load_from_hub
 from himap_train.data.huggingface import HuggingFaceRecords
 from himap_train.data.records import RecordError, Turn
-from himap_train.data.sources import open_source
+from himap_train.data.sources import load_from_hub, open_source
 
 RED, BLUE = picture(colour=(250, 0, 0)), picture(colour=(0, 0, 250))
 
@@ -218,6 +217,11 @@ def test_name_that_the_hub_does_not_know(monkeypatch):
         raise RepositoryNotFoundError("404", response=httpx2.Response(404, request=httpx2.Request("GET", "http://hub")))
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+
+    def nothing(*_, **__):
+        raise datasets.exceptions.DatasetNotFoundError("Dataset 'owner/nmae' doesn't exist on the Hub")
+
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unknown)
-    with pytest.raises(ValueError, match="'owner/nmae' is neither a file or folder here nor a public data set"):
+    monkeypatch.setattr(datasets, "load_dataset", nothing)
+    with pytest.raises(ValueError, match="data set owner/nmae, split 'train': .* doesn't exist on the Hub"):
         load_from_hub("owner/nmae", "train")

@@ -21,13 +21,11 @@ from tiny import tiny_processor
 from tiny_tiles import EVERY
 
 from himap_train.data.cached import CachedEncoder, read_image
-from himap_train.data.check import check_source
 from himap_train.data.encode import Encoder
 from himap_train.data.feature_store import FeatureStore
 from himap_train.data.forms import read_record
-from himap_train.data.images import content_digest, image_header, image_size, open_image
+from himap_train.data.images import content_digest, image_size, open_image
 from himap_train.data.records import RecordError
-from himap_train.data.sources import open_source
 from himap_train.models.loading import load_config, load_llava, load_processor
 
 RAMP = np.tile(np.linspace(0, 1, 256), (4, 1))  # (4, 256), dark to bright
@@ -120,7 +118,6 @@ def test_transparency_is_laid_on_white_or_black(mode: str) -> None:
     image = ink(mode)
     assert [open_image(image, "x").getpixel(at) for at in ((2, 2), (20, 20))] == [(255,) * 3, (0,) * 3]
     assert open_image(image, "x", "black").getextrema() == ((0, 0),) * 3
-    assert "with transparency" in image_header(image, "x")[1]
 
 
 def test_the_transparent_grey_of_a_16_bit_png() -> None:
@@ -132,7 +129,6 @@ def test_the_transparent_grey_of_a_16_bit_png() -> None:
     for background, shown in (("white", 255), ("black", 0)):
         found = open_image(bytes(png), "x", background)  # type: ignore[arg-type]
         assert [found.getpixel((x, 0))[0] for x in (0, 1)] == [shown, 156]
-    assert image_header(bytes(png), "x")[1] == "I;16 (16 bits) with transparency"
 
 
 def test_half_transparent_pixels_are_mixed() -> None:
@@ -145,7 +141,6 @@ def test_half_transparent_pixels_are_mixed() -> None:
 def test_other_modes_are_as_pillow_has_them(mode: str) -> None:
     image = picture(5, 3).convert(mode)
     assert open_image(image, "x").tobytes() == image.convert("RGB").tobytes()
-    assert (image_header(image, "x")[1] == "") is (mode in ("L", "P", "RGB"))
 
 
 def test_16_bits_and_transparency_are_turned_upright_too() -> None:
@@ -167,24 +162,6 @@ def test_background_reaches_the_encoder() -> None:
     assert light["images"][0]["pixel_values"].mean() > 1 > -1 > dark["images"][0]["pixel_values"].mean()
     with pytest.raises(ValueError, match="image_background is 'grey'; expected one of white, black"):
         Encoder(tiny_processor(), image_background="grey")  # type: ignore[arg-type]
-
-
-def test_the_data_check_counts_unusual_pixels(tmp_path: Path) -> None:
-    picture().save(tmp_path / "plain.png")
-    ink("RGBA").save(tmp_path / "ink.png")
-    Image.fromarray(GREYS["16 bits"]).save(tmp_path / "deep.png")
-    records = [
-        {
-            "id": name,
-            "image": f"{name}.png",
-            "conversations": [{"from": "human", "value": "<image>Q"}, {"from": "gpt", "value": "A"}],
-        }
-        for name in ("plain", "ink", "deep", "ink")
-    ]
-    (tmp_path / "data.json").write_text(json.dumps(records))
-    report = check_source(open_source(tmp_path / "data.json"), tiny_processor())
-    assert report.modes == {"RGBA with transparency": 2, "I;16 (16 bits)": 1}
-    assert "3 of 4 examined images are unusual: 1 I;16 (16 bits), 2 RGBA with transparency" in str(report)
 
 
 # ---- what is not opened ----

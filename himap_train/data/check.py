@@ -8,20 +8,114 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from himap_train.data.check_report import DataReport
 from himap_train.data.encode import Encoder
-from himap_train.data.images import image_header
+from himap_train.data.images import image_size
 from himap_train.data.mixing import MixedRecords
 from himap_train.data.records import Conversation, RecordError, Source
-from himap_train.data.sampling import BatchOrder, padding_waste
+from himap_train.data.skips import TooManySkippedError, skip_limit
 from himap_train.data.tokens import ConversationTokenizer, TokenizedExchange
 from himap_train.data.turns import check_turns
 from himap_train.models.families.base import AspectRatio
+
+_SHOWN = 10
+
+
+@dataclass
+class DataReport:
+    """Findings of `check_source`.
+
+    Attributes:
+        name: name of the source.
+        max_length: that lengths were compared with; None for no limit.
+        records: records in the source (or in its first part, if the check was limited to that).
+        scanned: how many of them were parsed and their image files looked for.
+        examined: how many of these were tokenized and the headers of their images read.
+        images: images of the scanned records.
+        text_only: scanned records without image.
+        multi_image: scanned records with several.
+        answers: answers in the scanned records.
+        image_tokens: tokens an image -> number of examined images that take so many.
+        lengths: (id, tokens) of the examined records, image tokens included.
+        token_ids: those of the examined records.
+        answer_ids: tokens of their answers -> how often.
+        truncated: ids of examined records that lose questions at the end.
+        skipped: id or index of a record that cannot be used -> why.
+        sets: of a mix, how many samples of each set an epoch takes.
+    """
+
+    name: str
+    max_length: int | None
+    records: int
+    scanned: int = 0
+    examined: int = 0
+    images: int = 0
+    text_only: int = 0
+    multi_image: int = 0
+    answers: int = 0
+    image_tokens: dict[int, int] = field(default_factory=dict)
+    lengths: list[tuple[str, int]] = field(default_factory=list)
+    token_ids: set[int] = field(default_factory=set)
+    answer_ids: Counter[int] = field(default_factory=Counter)
+    truncated: list[str] = field(default_factory=list)
+    skipped: dict[int, str] = field(default_factory=dict)
+    sets: str = ""
+
+    def percentile(self, percent: float) -> int:
+        """Tokens that this percentage of the examined records does not exceed; 0 if none was examined."""
+        return int(np.percentile([n for _, n in self.lengths], percent, method="higher")) if self.lengths else 0
+
+    def mean_tokens(self) -> tuple[int, int] | None:
+        """Image tokens and other tokens of an examined record on average, as far as `max_length` lets it through.
+
+        None where nothing was examined.
+        """
+        if not self.lengths:
+            return None
+        cut = [length if self.max_length is None else min(length, self.max_length) for _, length in self.lengths]
+        total = sum(cut) / len(cut)
+        image = sum(tokens * images for tokens, images in self.image_tokens.items()) / len(cut)
+        return round(image), round(max(total - image, 1.0))
+
+    def longest(self, count: int = 5) -> list[tuple[str, int]]:
+        """(id, tokens) of the longest examined records, the longest first."""
+        return sorted(dict(self.lengths).items(), key=lambda item: -item[1])[:count]
+
+    def require_usable(self, max_skipped: int | float) -> None:
+        """Raises TooManySkippedError when training would end for its broken records; see SkipLog for `max_skipped`."""
+        limit = skip_limit(self.records, max_skipped)
+        if len(self.skipped) > limit:
+            raise TooManySkippedError(
+                f"{self.name}: {len(self.skipped)} of {self.scanned} records cannot be used, max_skipped allows "
+                f"{limit}.\n{self._problems()}\nRepair the data or set a larger max_skipped"
+            )
+
+    def __str__(self) -> str:
+        tokens = ", ".join(str(n) for n in sorted(self.image_tokens)) or "none"
+        over = len(self.truncated)
+        lines = [
+            f"data {self.name}: {self.records} records, {self.scanned} looked through, {self.examined} tokenized",
+            *([self.sets] if self.sets else []),
+            f"  images       {self.images}; records with several {self.multi_image}, text-only {self.text_only}",
+            f"  image tokens {tokens} an image",
+            f"  answers      {self.answers}",
+            f"  length       median {self.percentile(50)}, 95 % up to {self.percentile(95)}, "
+            f"longest {self.percentile(100)} tokens (max_length {self.max_length})",
+            "  longest      " + ", ".join(f"{name!r} {tokens}" for name, tokens in self.longest()),
+            f"  truncated    {over} of {self.examined}: they lose their last questions with the answers",
+            f"  skipped      {len(self.skipped)} of {self.scanned}",
+        ]
+        return "\n".join(lines + ([self._problems()] if self.skipped else []))
+
+    def _problems(self) -> str:
+        shown = [f"    - {reason}" for reason in list(self.skipped.values())[:_SHOWN]]
+        more = len(self.skipped) - len(shown)
+        return "\n".join(shown + ([f"    and {more} more"] if more else []))
 
 
 def check_source(
@@ -32,7 +126,6 @@ def check_source(
     records: int | None = None,
     image_aspect_ratio: AspectRatio = "as_processor",
     name: str = "",
-    batch_size: int | None = None,
 ) -> DataReport:
     """Checks a source.
 
@@ -44,7 +137,6 @@ def check_source(
         records: only the first records of the source, as `train_limit` in training.
         image_aspect_ratio: as in training.
         name: name of the source, for the report.
-        batch_size: that of training, to tell how much of its batches will be padding.
 
     Returns:
         The report. It raises nothing for broken records: see `DataReport.require_usable`.
@@ -67,17 +159,7 @@ def check_source(
                 _examine(conversation, tokenize(conversation), encoder, report)
         except RecordError as error:
             report.skipped[index] = str(error)
-    if batch_size and report.lengths:
-        report.padding = batch_size, *_padding(report, batch_size)
     return report
-
-
-def _padding(report: DataReport, batch_size: int) -> tuple[float, float]:
-    """Share of padding in batches of the examined records, shuffled and grouped by length."""
-    lengths = np.array([min(tokens, report.max_length or tokens) for _, tokens in report.lengths])
-    orders = [BatchOrder(len(lengths), batch_size, by) for by in (None, lengths)]
-    plain, grouped = (padding_waste(lengths, order.batches(0)) for order in orders)
-    return plain, grouped
 
 
 def _count(conversation: Conversation, report: DataReport) -> None:
@@ -85,7 +167,7 @@ def _count(conversation: Conversation, report: DataReport) -> None:
     check_turns(conversation, training=True)
     for image in conversation.images:
         if isinstance(image, Path) and not os.path.isfile(image):  # Path's own raises for a locked folder
-            image_header(image, conversation.where)
+            image_size(image, conversation.where)
     report.images += len(conversation.images)
     report.text_only += not conversation.images
     report.multi_image += len(conversation.images) > 1
@@ -96,10 +178,7 @@ def _examine(
     conversation: Conversation, exchanges: list[TokenizedExchange], encoder: Encoder, report: DataReport
 ) -> None:
     """Length and image tokens of one record, and whether it fits; RecordError if it cannot be used."""
-    headers = [image_header(image, conversation.where) for image in conversation.images]
-    counts = encoder.image_tokens(*(size for size, _ in headers))
-    for mode in (mode for _, mode in headers if mode):
-        report.modes[mode] = report.modes.get(mode, 0) + 1
+    counts = encoder.image_tokens(*(image_size(image, conversation.where) for image in conversation.images))
     for count in counts:
         report.image_tokens[count] = report.image_tokens.get(count, 0) + 1
     for exchange in exchanges:

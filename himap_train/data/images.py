@@ -18,7 +18,7 @@ from typing import Any, get_args
 
 from PIL import Image, UnidentifiedImageError
 
-from himap_train.data.pixel_modes import Background, as_rgb, unusual_mode
+from himap_train.data.pixel_modes import Background, as_rgb
 from himap_train.data.records import ImageSource, RecordError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -115,20 +115,11 @@ def image_size(source: ImageSource, where: str) -> tuple[int, int]:
     Raises:
         RecordError: missing, or the header is not that of an image.
     """
-    return image_header(source, where)[0]
-
-
-def image_header(source: ImageSource, where: str) -> tuple[tuple[int, int], str]:
-    """(width, height), and what is unusual about the pixels ("" for plain colour or grey); see `unusual_mode`.
-
-    Raises:
-        RecordError: missing, or the header is not that of an image.
-    """
     try:
         if isinstance(source, Image.Image):
-            return source.size, unusual_mode(source)
+            return source.size
         with _opened(source) as image:
-            return image.size, unusual_mode(image)
+            return image.size
     except Exception as error:  # decoders raise many kinds for what is no image
         raise RecordError(f"{where}: {_what_is_wrong(source, error)}") from error
 

@@ -10,8 +10,7 @@ from lightning.pytorch import LightningDataModule
 
 from himap_train.data.batches import pad_token_id_of
 from himap_train.data.cached import CachedEncoder
-from himap_train.data.check import check_source
-from himap_train.data.check_report import DataReport
+from himap_train.data.check import DataReport, check_source
 from himap_train.data.datasets import EncodedRecords
 from himap_train.data.encode import Encoder
 from himap_train.data.feature_store import FeatureStore
@@ -145,7 +144,7 @@ class LlavaDataModule(LightningDataModule):
         if source is None:
             return None
         options = (encoder.max_length, limit, self.limits[split], encoder.image_aspect_ratio)
-        report = check_source(source, self.processor, *options, name=self.spec(split), batch_size=self.batch_size)
+        report = check_source(source, self.processor, *options, name=self.spec(split))
         if split == "train":
             self.mean_tokens, self.token_ids = report.mean_tokens(), report.token_ids
             self.answer_ids = report.answer_ids

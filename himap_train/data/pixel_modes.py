@@ -56,16 +56,6 @@ def as_rgb(image: Image.Image, background: Background = "white") -> Image.Image:
     return canvas.convert("RGB")
 
 
-def unusual_mode(image: Image.Image) -> str:
-    """What is not plain about the pixels of an opened image, from its header; "" for RGB, grey and palettes of 8 bits
-    without transparency.
-    """
-    mode = f"{image.mode} ({_bits(image)} bits)" if image.mode.startswith(("I", "F")) else image.mode
-    if image.has_transparency_data:
-        return f"{mode} with transparency"
-    return "" if mode in ("RGB", "L", "P") else mode
-
-
 def _bits(image: Image.Image) -> int:
     """Bits of a grey value: as a TIFF says, 16 in other files that have more than 8, 32 where there is no file."""
     found: Any = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE)

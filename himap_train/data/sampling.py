@@ -169,11 +169,3 @@ _SPLIT = ("batch_size", "accumulate", "processes")
 
 def _split(state: Mapping[str, Any]) -> str:
     return " x ".join(f"{state[name]} {name}" for name in _SPLIT)
-
-
-def padding_waste(lengths: Sequence[int] | IndexArray, batches: Sequence[Sequence[int] | IndexArray]) -> float:
-    """Fraction of the positions of these batches (lists of record indices) that would be padding."""
-    lengths = np.asarray(lengths)
-    used = sum(int(lengths[np.asarray(batch)].sum()) for batch in batches)
-    total = sum(len(batch) * int(lengths[np.asarray(batch)].max()) for batch in batches)
-    return 1 - used / total if total else 0.0

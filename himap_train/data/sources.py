@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from himap_train.data.hub_datasets import load_from_hub
 from himap_train.data.huggingface import HuggingFaceRecords
 from himap_train.data.llava_file import LlavaFile, is_llava_file
 from himap_train.data.records import Source
 from himap_train.data.scene_questions import SceneQuestions
 
+_TIMEOUT_S = 5.0
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
 _SCENE_OPTIONS = ("scenes", "seed", "questions_per_scene", "turns", "fixed", "decoys")
 _FORMS = (
@@ -121,3 +121,42 @@ def local_dataset(path: Path, split: str) -> Any:
             )
         return loaded[split]
     return loaded
+
+
+def load_from_hub(name: str, split: str, config: str | None = None) -> Any:
+    """`datasets.load_dataset` behind one quick question whether the hub answers.
+
+    Args:
+        name: owner/name.
+        split: one of its splits.
+        config: one of its configs, where it has several.
+
+    Raises:
+        ConnectionError: the hub cannot be reached; comes within seconds.
+        ValueError: the hub has no such data set, config or split, it needs a token, or it is a script: none is run.
+    """
+    import datasets
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    way_out = (
+        "Give the path of a local copy, set HF_HUB_OFFLINE=1 if it is in the cache of this machine, or use the data in "
+        "the package (embedded:train)"
+    )
+    try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:  # `load_dataset` itself would retry for half a minute and more
+            huggingface_hub.HfApi().dataset_info(name, timeout=_TIMEOUT_S)
+    except (GatedRepoError, RepositoryNotFoundError):
+        pass  # `load_dataset` says so
+    except Exception as error:  # the HTTP library's own errors differ between versions of huggingface_hub
+        reason = f"{type(error).__name__}: {error}"
+        raise ConnectionError(f"data set {name} cannot be fetched from the hub ({reason}). {way_out}") from error
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except ConnectionError as error:
+        reason = "it is not in the local cache and HF_HUB_OFFLINE is set"
+        raise ConnectionError(f"data set {name} cannot be fetched from the hub ({reason}). {way_out}") from error
+    except (ValueError, FileNotFoundError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"data set {name}{f', config {config!r}' if config else ''}, split {split!r}: {error}"
+        ) from error

@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from himap_train.data.hub_datasets import load_from_hub
 from himap_train.data.huggingface import plain_row
 from himap_train.data.records import RecordError
-from himap_train.data.sources import HUB_NAME, local_dataset
+from himap_train.data.sources import HUB_NAME, load_from_hub, local_dataset
 from himap_train.evaluation.benchmarks.table import Benchmark
 
 _JSON, _TABLES = (".json", ".jsonl", ".ndjson"), {".tsv": "\t", ".csv": ","}
