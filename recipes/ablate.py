@@ -19,7 +19,7 @@ from himap_train.benchmark.ablation import CONTROLS, read_grids, schedules_of
 from himap_train.benchmark.ablation_results import ablation_table, draw_heat_maps, lines_of, panels_of
 from himap_train.benchmark.ablation_rows import ROWS, Run, measured, run_all, runs_of, timed_batch
 from himap_train.benchmark.timing import Clock
-from himap_train.checkpoints.scheduled import load_with_schedule
+from himap_train.checkpoints.load import load_with_schedule
 from himap_train.command_line import new_output_folder, run_command
 from himap_train.data.sources import open_source
 from himap_train.evaluation.metrics import make_metrics

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from himap_train.checkpoints.scheduled import AS_SAVED, Dtype, load_with_schedule
+from himap_train.checkpoints.load import AS_SAVED, Dtype, load_with_schedule
 from himap_train.command_line import new_output_folder, run_command
 from himap_train.evaluation.benchmarks.export import SUBMISSIONS, export
 from himap_train.evaluation.benchmarks.opening import Task, open_task

@@ -16,7 +16,7 @@ import torch
 from transformers import TextStreamer
 
 from himap_train.analysis.answered import answer_question, prompt_encoder
-from himap_train.checkpoints.scheduled import AS_SAVED, installed_schedule, load_with_schedule
+from himap_train.checkpoints.load import AS_SAVED, installed_schedule, load_with_schedule
 from himap_train.command_line import run_command
 from himap_train.data.pixel_modes import Background
 from himap_train.data.records import Conversation, Turn

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from himap_train.analysis.answered import prompt_encoder
-from himap_train.checkpoints.scheduled import AS_SAVED, installed_schedule, load_with_schedule
+from himap_train.checkpoints.load import AS_SAVED, installed_schedule, load_with_schedule
 from himap_train.command_line import require_free_port, run_command
 from himap_train.data.pixel_modes import Background
 from himap_train.models.families.base import AspectRatio

@@ -90,7 +90,7 @@ def test_impossible_schedules_are_named_and_can_be_left_out() -> None:
 def test_what_it_refuses_before_the_model_is_read(
     options: list[str], message: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("himap_train.checkpoints.scheduled.load_with_schedule", pytest.fail)
+    monkeypatch.setattr("himap_train.checkpoints.load.load_with_schedule", pytest.fail)
     assert run_recipe("ablate", "--output", tmp_path / "new", *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -19,7 +19,7 @@ from tiny import IMAGE_TOKENS, tiny_llava, tiny_processor
 from training_toys import save_tiny
 
 from himap_train import PruningSchedule, PruningStage, bar, install_pruning, remove_pruning
-from himap_train.checkpoints.scheduled import load_with_schedule
+from himap_train.checkpoints.load import load_with_schedule
 from himap_train.command_line import run_command
 from himap_train.data.batches import collate
 from himap_train.data.encode import Encoder

@@ -20,7 +20,7 @@ from tiny import tiny_llava, tiny_processor
 from training_toys import save_tiny
 
 from himap_train import PruningSchedule, PruningStage, install_pruning
-from himap_train.checkpoints.scheduled import load_with_schedule
+from himap_train.checkpoints.load import load_with_schedule
 from himap_train.data.batches import collate
 from himap_train.data.encode import Encoder
 from himap_train.data.records import Turn

@@ -22,7 +22,7 @@ from tiny import tiny_llava, tiny_processor
 
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning
 from himap_train.analysis.answered import prompt_encoder
-from himap_train.checkpoints.scheduled import load_with_schedule
+from himap_train.checkpoints.load import load_with_schedule
 from himap_train.data.batches import collate
 from himap_train.data.records import Conversation, Turn
 from himap_train.data.scene_questions import SceneQuestions

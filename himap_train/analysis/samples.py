@@ -16,7 +16,7 @@ from torch import nn
 from himap_train.analysis.answered import answer_question, prompt_encoder
 from himap_train.data.records import RecordError, Source
 from himap_train.evaluation.compare import Row
-from himap_train.evaluation.questions import Question, numbered_records
+from himap_train.evaluation.questions import Question
 from himap_train.evaluation.result import Prediction
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.storage import atomic_folder
@@ -116,12 +116,9 @@ def _candidates(predictions: Sequence[Prediction]) -> dict[bool | None, list[int
 def _read(source: Source, wanted: set[int]) -> dict[int, Question]:
     """The records at these places that can be read."""
     found = {}
-    for index, read in numbered_records(source):
-        if index > max(wanted, default=-1):
-            break
-        if index in wanted:
-            with suppress(RecordError):
-                found[index] = Question(index, read())
+    for index in sorted(wanted.intersection(range(len(source)))):
+        with suppress(RecordError):
+            found[index] = Question(index, source[index])
     return found
 
 

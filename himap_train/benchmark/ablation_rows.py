@@ -20,7 +20,6 @@ from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder, Sample
 from himap_train.data.records import RecordError, Source
 from himap_train.evaluation.compare import evaluate_row
-from himap_train.evaluation.questions import numbered_records
 from himap_train.evaluation.tables import json_ready
 from himap_train.models.features import prompt_inputs
 from himap_train.models.stock import base_model
@@ -104,9 +103,9 @@ def timed_batch(model: nn.Module, processor: Any, source: Source, count: int, **
         ValueError: No usable record has an image.
     """
     encoder, samples = Encoder(processor, None, **how), list[Sample]()
-    for _, read in numbered_records(source):
+    for index in range(len(source)):
         try:
-            samples.append(encoder.encode_prompt(read()))
+            samples.append(encoder.encode_prompt(source[index]))
         except RecordError:
             continue  # the evaluation reports it
         samples = [sample for sample in samples if sample["images"]]

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from himap_train.checkpoints.finite import require_finite
-from himap_train.checkpoints.generation_file import write_end_tokens
 from himap_train.checkpoints.ranking import ranking_of, read_ranking, write_ranking
 from himap_train.checkpoints.same_base import base_facts, plain
+from himap_train.data.end_of_answer import write_end_tokens
 from himap_train.embedded.model import EMBEDDED_MODELS, embedded_folder
 from himap_train.models.stock import base_model
 from himap_train.models.whole import trained_in_place

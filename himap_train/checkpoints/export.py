@@ -16,13 +16,13 @@ from himap_train.checkpoints.adapter import CONFIG_FILE, Adapter, read_adapter
 from himap_train.checkpoints.adapter_parts import adapter_processor, resized_tokens
 from himap_train.checkpoints.card import adapter_card, merged_card
 from himap_train.checkpoints.finite import NonFiniteError, not_finite, require_finite
-from himap_train.checkpoints.generation_file import write_end_tokens
 from himap_train.checkpoints.load import adapter_source
 from himap_train.checkpoints.merge import Merger, parameter_name
 from himap_train.checkpoints.ranking import read_ranking, write_ranking
 from himap_train.checkpoints.run_facts import run_facts
 from himap_train.checkpoints.same_base import require_same_base
 from himap_train.checkpoints.weight_files import TensorInfo, plan_shards, read_infos, write_shards
+from himap_train.data.end_of_answer import write_end_tokens
 from himap_train.models.families import family_of_config
 from himap_train.models.loading import load_config, load_processor, local_folder
 from himap_train.pruning.reading import schedule_in

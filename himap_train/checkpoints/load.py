@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from himap_train.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of, read_adapter
@@ -25,10 +25,10 @@ from himap_train.checkpoints.ranking import give_ranking, read_ranking
 from himap_train.checkpoints.run_facts import run_facts
 from himap_train.checkpoints.same_base import require_same_base
 from himap_train.data.end_of_answer import end_token_ids
-from himap_train.models.install import install_pruning
+from himap_train.models.install import install_pruning, pruning_of
 from himap_train.models.loading import load_config, load_llava, resolve_model
 from himap_train.models.stock import base_model
-from himap_train.pruning.reading import schedule_in
+from himap_train.pruning.reading import ScheduleArgument, fit_preset, is_preset, read_schedule, schedule_in
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.storage import atomic_file
 from himap_train.structured import named, read_json
@@ -37,11 +37,8 @@ Weights = Literal["adapter", "last", "best"]
 """Weights of a run: the adapter that it kept, or one of its training checkpoints."""
 
 
-class _Saved(Enum):
-    AS_SAVED = "as saved"
-
-
-AS_SAVED: Final = _Saved.AS_SAVED
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+AS_SAVED: Final = "as-saved"
 """`schedule=AS_SAVED`: prune as the checkpoint was trained."""
 
 
@@ -86,7 +83,7 @@ def write_card(folder: Path, config: Any) -> None:
 
 def load_checkpoint(
     path: Path | str,
-    schedule: PruningSchedule | None | _Saved = AS_SAVED,
+    schedule: PruningSchedule | Literal["as-saved"] | None = AS_SAVED,
     *,
     base: str | None = None,
     dtype: torch.dtype | str = "auto",
@@ -146,8 +143,41 @@ def load_checkpoint(
     return _pruned(peft_model, adapter.schedule, schedule, source).eval(), processor
 
 
-def _pruned(model: Any, saved: PruningSchedule, wanted: PruningSchedule | None | _Saved, path: Path | str) -> Any:
-    if not isinstance(wanted, _Saved):
+def load_with_schedule(
+    checkpoint: str = "embedded", schedule: ScheduleArgument = AS_SAVED, dtype: Dtype = "auto", device: str = "auto"
+) -> tuple[Any, Any]:
+    """As `load_checkpoint`, under the schedule that a command line asks for, on a device.
+
+    Args:
+        checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
+        schedule: as-saved, none, a preset (himap, fastv, ...), a pruning.yaml, or the stages inline.
+        dtype: Dtype of the weights; "auto" as they are stored.
+        device: "auto" (a GPU where there is one), "cpu", "cuda", "cuda:1", ...
+
+    Raises:
+        FileNotFoundError: The checkpoint or the schedule's file is not there.
+        ValueError: The schedule is unknown or does not fit the decoder.
+    """
+    given = None if schedule == AS_SAVED else read_schedule(schedule)  # a misspelt name fails before weights are read
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    model: Any
+    model, processor = load_checkpoint(checkpoint, AS_SAVED if given is None else None, dtype=dtype)
+    if given is not None:
+        layers = base_model(model).config.text_config.num_hidden_layers
+        install_pruning(model, fit_preset(given, layers) if is_preset(schedule) else given)
+    return model.to(place).eval(), processor
+
+
+def installed_schedule(model: nn.Module) -> PruningSchedule:
+    """The schedule that is installed on a model, without stages where there is none."""
+    pruning = pruning_of(model)
+    return pruning.schedule if pruning else PruningSchedule()
+
+
+def _pruned(
+    model: Any, saved: PruningSchedule, wanted: PruningSchedule | Literal["as-saved"] | None, path: Path | str
+) -> Any:
+    if wanted != AS_SAVED:
         return install_pruning(model, wanted or PruningSchedule())
     with named(path, "was saved with a schedule that does not fit its model"):
         return install_pruning(model, saved)

@@ -4,6 +4,8 @@ chat template, which is what training teaches it to write (Llama-3's `<|eot_id|>
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 from himap_train.data.segments import Template
@@ -23,3 +25,13 @@ def end_token_ids(processor: Any, own: int | list[int] | None) -> list[int]:
         return ends
     added = processor.tokenizer.convert_tokens_to_ids(token)
     return ends if added in ends else [*ends, added]
+
+
+def write_end_tokens(folder: Path, processor: Any) -> None:
+    """Add the token that closes an answer to the folder's generation config; one without it gets eos and that."""
+    file = folder / "generation_config.json"
+    content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    own = content.get("eos_token_id") if content else processor.tokenizer.eos_token_id
+    ends = end_token_ids(processor, own)
+    if not content or ends not in (own, [own], []):
+        file.write_text(json.dumps({**content, "eos_token_id": ends}, indent=2, sort_keys=True) + "\n", "utf-8")

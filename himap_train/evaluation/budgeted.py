@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 from torch import nn
 
-from himap_train.checkpoints.scheduled import AS_SAVED, installed_schedule
+from himap_train.checkpoints.load import AS_SAVED, installed_schedule
 from himap_train.data.encode import Encoder
 from himap_train.data.records import RecordError, Source
-from himap_train.evaluation.questions import numbered_records
+from himap_train.evaluation.questions import source_length
 from himap_train.models.families.base import AspectRatio
 from himap_train.models.install import change_schedule
 from himap_train.models.stock import base_model
@@ -87,9 +86,9 @@ def prompt_tokens(
     """
     encoder = Encoder(processor, None, image_aspect_ratio)
     image = text = count = 0
-    for _, read in islice(numbered_records(source), SAMPLES if limit is None else min(limit, SAMPLES)):
+    for index in range(min(source_length(source, limit), SAMPLES)):
         try:
-            images, others = encoder.prompt_tokens(read())
+            images, others = encoder.prompt_tokens(source[index])
         except RecordError:
             continue  # the evaluation reports it
         image, text, count = image + images, text + others, count + 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from himap_train.checkpoints.scheduled import installed_schedule
+from himap_train.checkpoints.load import installed_schedule
 from himap_train.data.records import Source
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.result import EvaluationResult

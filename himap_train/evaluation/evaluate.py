@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from himap_train.bar import progress_bar
 from himap_train.checkpoints.finite import require_finite
-from himap_train.checkpoints.scheduled import installed_schedule
+from himap_train.checkpoints.load import installed_schedule
 from himap_train.data.batches import Batch, collate, pad_token_id_of
 from himap_train.data.encode import Encoder
 from himap_train.data.loader import worker_options

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from string import ascii_uppercase
@@ -92,13 +91,13 @@ def question_batches(
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-    records = islice(numbered_records(source), limit)
+    records = iter(range(source_length(source, limit)))
     while window := list(islice(records, WINDOW_BATCHES * batch_size * world)):
         window += [window[i % len(window)] for i in range(-len(window) % world)]
         questions = []
-        for index, read in window[rank::world]:
+        for index in window[rank::world]:
             try:
-                questions.append(Question(index, read()))
+                questions.append(Question(index, source[index]))
             except RecordError as error:
                 skip(index, error)
         questions.sort(key=_length, reverse=True)
@@ -110,11 +109,6 @@ def question_batches(
 def source_length(source: Source, limit: int | None) -> int:
     """Number of records that will be read."""
     return len(source) if limit is None else min(len(source), limit)
-
-
-def numbered_records(source: Source) -> Iterator[tuple[int, Callable[[], Conversation]]]:
-    """Index and a function that reads the record; other processes' records are never read."""
-    yield from ((index, partial(source.__getitem__, index)) for index in range(len(source)))
 
 
 def _listed(value: str) -> list[Any]:

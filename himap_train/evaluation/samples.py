@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from himap_train.checkpoints.scheduled import Dtype, load_with_schedule
+from himap_train.checkpoints.load import Dtype, load_with_schedule
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import IGNORED, Encoder, Sample
 from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Source

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar, cast, get_args
 from accelerate import PartialState
 
 from himap_train.bar import progress_bar
-from himap_train.checkpoints.scheduled import AS_SAVED, Dtype, installed_schedule, load_with_schedule
+from himap_train.checkpoints.load import AS_SAVED, Dtype, installed_schedule, load_with_schedule
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder, Sample
 from himap_train.data.records import Conversation, RecordError, Turn
