@@ -133,22 +133,19 @@ def told(error: BaseException) -> str:
     return f"{error}. What was saved before, checkpoints and results, is as it was. {way_out}, and start again"
 
 
-def disk_full_message(error: OSError, wanted: Path, last_good: Path | None = None) -> str:
+def _failed(error: OSError, wanted: Path, last_good: Path | None) -> str:
     """What to tell a user when saving `wanted` failed: the reason, what was kept and the way out."""
-    if str(error).startswith(_COULD_NOT):
-        return str(error)
     folder = next(parent for parent in wanted.absolute().parents if parent.exists())
     kept = f"; the last good one is still at {last_good}" if last_good and last_good.exists() else ""
     if error.errno in _NOT_ALLOWED:
         way_out = f"Make {folder} writable for this user, or choose another folder"
-        return f"{_COULD_NOT}{wanted}: {error} ({folder} cannot be written to){kept}. {way_out}, and start again"
+        return f"could not save {wanted}: {error} ({folder} cannot be written to){kept}. {way_out}, and start again"
     if error.errno in _IN_THE_WAY:
-        return f"{_COULD_NOT}{wanted}: {error}; something else has its place{kept}. Move that away and start again"
+        return f"could not save {wanted}: {error}; something else has its place{kept}. Move that away and start again"
     free = shutil.disk_usage(folder).free / 2**20
-    return f"{_COULD_NOT}{wanted}: {error} ({free:.0f} MB free in {folder}){kept}. Free some space and resume"
+    return f"could not save {wanted}: {error} ({free:.0f} MB free in {folder}){kept}. Free some space and resume"
 
 
-_COULD_NOT = "could not save "
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST)
 _WRITE_FAILURES = (*_NOT_ALLOWED, *_IN_THE_WAY, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -162,7 +159,7 @@ def _explained(target: Path, last_good: Callable[[], Path | None]) -> Iterator[N
         failure = write_failure(error)
         if failure is None:
             raise
-        raise OSError(disk_full_message(failure, target, last_good())) from error
+        raise OSError(_failed(failure, target, last_good())) from error
 
 
 def _temporary(target: Path, kind: str) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,14 +101,16 @@ def test_interrupted_within_a_step_that_batch_comes_again(tmp_path, data, step):
     assert torch.equal(resumed.weight, straight.weight)
 
 
-def test_resuming_with_other_data_settings_warns(tmp_path, data, caplog):
+def test_resuming_with_other_records_warns(tmp_path, data, caplog):
     every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     fit(tmp_path, module(data), epochs=1, callbacks=[every])
     with caplog.at_level(logging.WARNING):
         fit(tmp_path, module(data), epochs=1, resume=tmp_path / "step=2.ckpt")
-        assert "other data settings" not in caplog.text
-        fit(tmp_path, module(data, train_limit=10), epochs=1, resume=tmp_path / "step=2.ckpt")
-    assert "other data settings (train_limit: None then, 10 now)" in caplog.text
+        assert "the training data had" not in caplog.text
+        fewer = tmp_path / "fewer.json"
+        fewer.write_text(json.dumps(json.loads(Path(data).read_text())[:10]))
+        fit(tmp_path, module(str(fewer)), epochs=1, resume=tmp_path / "step=2.ckpt")
+    assert "the training data had 11 records then and has 10 now" in caplog.text
     with pytest.raises(ValueError, match=r"2 records an optimizer step .2 batch_size x 1 accumulate x 1 processes.*3"):
         fit(tmp_path, module(data, batch_size=3), epochs=1, resume=tmp_path / "step=2.ckpt")
 

@@ -23,13 +23,20 @@ class HuggingFaceRecords:
         follow_links: see `resolve_image_path`.
 
     Raises:
-        ValueError: no column with conversations.
+        ValueError: no column with conversations, or one with the answers that are not to be given.
     """
 
     def __init__(self, dataset: Any, name: str, image_folder: Path | None = None, follow_links: bool = False) -> None:
-        check_columns(dataset.column_names, name)
+        columns = dataset.column_names
+        if pair := next((column for column in columns if column in PAIR_KEYS), None):
+            raise ValueError(f"data set {name} has preference pairs (column `{pair}`), as DPO trains on; {ONLY_CHOSEN}")
+        if not has_turns(columns):
+            raise ValueError(
+                f"data set {name} has the columns {columns}; expected `messages` or `conversations`, with `images` or "
+                "`image` (as HuggingFaceH4/llava-instruct-mix-vsft has them), or `prompt` and `completion`"
+            )
         self._dataset = dataset.with_format("arrow")  # rows as they are stored: images as {"bytes", "path"}
-        self._texts = self._dataset.select_columns([c for c in TEXT_KEYS if c in dataset.column_names])
+        self._texts = self._dataset.select_columns([c for c in TEXT_KEYS if c in columns])
         self.name, self.image_folder, self.follow_links = name, image_folder, follow_links
 
     def __len__(self) -> int:
@@ -57,17 +64,6 @@ class HuggingFaceRecords:
         row = self._dataset[index]
         values = [row.column(name)[0] for name in IMAGE_KEYS if name in row.column_names]
         return next((len(value) if hasattr(value.type, "value_type") else 1 for value in values if value.is_valid), 0)
-
-
-def check_columns(columns: list[str], name: str) -> None:
-    """Raises ValueError when no column has conversations, or one the answers that are not to be given."""
-    if pair := next((column for column in columns if column in PAIR_KEYS), None):
-        raise ValueError(f"data set {name} has preference pairs (column `{pair}`), as DPO trains on; {ONLY_CHOSEN}")
-    if not has_turns(columns):
-        raise ValueError(
-            f"data set {name} has the columns {columns}; expected `messages` or `conversations`, with `images` or "
-            "`image` (as HuggingFaceH4/llava-instruct-mix-vsft has them), or `prompt` and `completion`"
-        )
 
 
 def plain_row(table: Any, where: str) -> dict[str, Any]:

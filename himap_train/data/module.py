@@ -187,15 +187,12 @@ class LlavaDataModule(LightningDataModule):
         source = self._sources.get("train")
         processes, accumulate = self._replicas()[0], self._windows().accumulate
         return {
-            "train": self._specs["train"],
             "records": len(source) if source is not None else None,
             "train_limit": self.limits["train"],
             "batch_size": self.batch_size,
             "accumulate": accumulate,
             "processes": processes,
             "global_batch": self.batch_size * accumulate * processes,
-            "seed": self.seed,
-            "group_by_length": self.group_by_length,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

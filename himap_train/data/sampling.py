@@ -136,7 +136,7 @@ def check_same_order(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Compares what the order of the training data depends on in a run and in the one that it resumes.
 
     Raises:
-        ValueError: the global batch is another one; says what to set. Other differences are a warning.
+        ValueError: the global batch is another one; says what to set. Another number of records is a warning.
     """
     if then["global_batch"] != now["global_batch"]:
         processes = max(now["processes"], 1)
@@ -151,21 +151,14 @@ def check_same_order(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             f"the checkpoint was trained with {then['global_batch']} records an optimizer step ({_split(then)}), this "
             f"run has {now['global_batch']} ({_split(now)}); {way}"
         )
-    changed = [
-        f"{key}: {old!r} then, {now.get(key)!r} now"
-        for key, old in then.items()
-        if key not in _SPLIT and old != now.get(key)
-    ]
-    if changed:
+    if then["records"] != now["records"]:
         logger.warning(
-            "resumed with other data settings (%s): the order of the training data is another one, so within the "
-            "running epoch some samples come twice and some not at all",
-            "; ".join(changed),
+            "the training data had %s records then and has %s now: within the running epoch some samples come twice "
+            "and some not at all",
+            then["records"],
+            now["records"],
         )
 
 
-_SPLIT = ("batch_size", "accumulate", "processes")
-
-
 def _split(state: Mapping[str, Any]) -> str:
-    return " x ".join(f"{state[name]} {name}" for name in _SPLIT)
+    return " x ".join(f"{state[name]} {name}" for name in ("batch_size", "accumulate", "processes"))
