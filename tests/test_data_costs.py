@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import Callback
 from training_toys import ToyData, quiet_trainer, tuner
 
-from himap_train.data.windows import WAITED, Windows
+from himap_train.data.loader import WAITED, Windows
 from himap_train.training.callbacks.progress import Throughput
 
 PAUSE, STEP = 2.0, 6.0  # seconds
@@ -32,7 +32,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    for module in ("data.windows", "training.callbacks.progress"):
+    for module in ("data.loader", "training.callbacks.progress"):
         monkeypatch.setattr(f"himap_train.{module}.time", found)
     return found
 

@@ -21,7 +21,7 @@ from tiny import IMAGE_TOKENS, tiny_processor
 from training_toys import SCHEDULE, collate, finetune, quiet_trainer, sample, tuner
 
 from himap_train import storage
-from himap_train.data.feature_store import DamagedFeaturesError, FeatureStore
+from himap_train.data.cached import DamagedFeaturesError, FeatureStore
 from himap_train.data.images import content_digest
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.families import family_of
@@ -231,7 +231,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_leaves_whole_files(
         Path(args[1]).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("himap_train.data.feature_store.save_file", full)
+    monkeypatch.setattr("himap_train.data.cached.save_file", full)
     with pytest.raises(OSError, match="No space left on device.*Free some space and resume, or set data.cache_image"):
         fit(tiny_path, data, tmp_path, str(tmp_path / "cache"))
     assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == ["tower.json"]
@@ -364,7 +364,7 @@ def test_what_cannot_be_read_now_is_not_taken_for_damaged(
         raise OSError(code, os.strerror(code))
 
     with monkeypatch.context() as patch:
-        patch.setattr("himap_train.data.feature_store.safe_open", refused)
+        patch.setattr("himap_train.data.cached.safe_open", refused)
         with pytest.raises(OSError, match=f"{path.name}: {os.strerror(code)}. Nothing was deleted") as caught:
             store.read(DIGESTS[0])
         assert not isinstance(caught.value, DamagedFeaturesError)

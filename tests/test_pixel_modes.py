@@ -20,9 +20,8 @@ from PIL import Image, ImageDraw
 from tiny import tiny_processor
 from tiny_tiles import EVERY
 
-from himap_train.data.cached import CachedEncoder, read_image
+from himap_train.data.cached import CachedEncoder, FeatureStore, read_image
 from himap_train.data.encode import Encoder
-from himap_train.data.feature_store import FeatureStore
 from himap_train.data.forms import read_record
 from himap_train.data.images import content_digest, image_size, open_image
 from himap_train.data.records import RecordError

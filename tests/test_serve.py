@@ -30,8 +30,7 @@ from himap_train.evaluation.answering import answer_batch
 from himap_train.evaluation.lmms_eval.requests import Answering
 from himap_train.serving import batches as batches_module
 from himap_train.serving.batches import Answer, Batches
-from himap_train.serving.fetch import image_of
-from himap_train.serving.requests import Asked, Reader, UnknownModelError
+from himap_train.serving.requests import Asked, Reader, UnknownModelError, image_of
 
 SCHEDULE = PruningSchedule((PruningStage(2, "instruction", 0.5), PruningStage(4, "image", 0.125)))
 GREEDY = {"do_sample": False}

@@ -14,8 +14,8 @@ from recipes_cli import recipe_module
 from tiny import IMAGE_SIZE, IMAGE_TOKENS, tiny_llava, tiny_processor
 from torch.utils.data import DataLoader
 
+from himap_train.data.loader import Windows
 from himap_train.data.module import LlavaDataModule
-from himap_train.data.windows import Windows
 from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO
 from himap_train.training.callbacks.interrupt import SaveOnInterrupt
 from himap_train.training.module import LlavaFineTuner

@@ -18,8 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from himap_train.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of, read_adapter
-from himap_train.checkpoints.adapter_check import check_adapter, check_patterns
-from himap_train.checkpoints.adapter_parts import adapter_processor, resized_tokens
+from himap_train.checkpoints.adapter_parts import adapter_processor, check_adapter, check_patterns, resized_tokens
 from himap_train.checkpoints.card import adapter_card
 from himap_train.checkpoints.ranking import give_ranking, read_ranking
 from himap_train.checkpoints.run_facts import run_facts

@@ -18,7 +18,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from himap_train.checkpoints.adapter import PEFT_SHAPE, Adapter
-from himap_train.checkpoints.adapter_check import check_patterns
+from himap_train.checkpoints.adapter_parts import check_patterns
 from himap_train.checkpoints.weight_files import TensorInfo
 from himap_train.models.families.base import Family
 from himap_train.structured import check_shape

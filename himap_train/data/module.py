@@ -9,20 +9,18 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from himap_train.data.batches import pad_token_id_of
-from himap_train.data.cached import CachedEncoder
+from himap_train.data.cached import CachedEncoder, FeatureStore
 from himap_train.data.check import DataReport, check_source
 from himap_train.data.datasets import EncodedRecords
 from himap_train.data.encode import Encoder
-from himap_train.data.feature_store import FeatureStore
 from himap_train.data.lengths import estimate_lengths
-from himap_train.data.loader import BatchLoader, Collate
+from himap_train.data.loader import BatchLoader, Collate, Windows
 from himap_train.data.mixing import MixedRecords, mix, read_parts
 from himap_train.data.pixel_modes import Background
 from himap_train.data.records import Source
 from himap_train.data.sampling import BatchOrder, check_same_order
 from himap_train.data.skips import SkipLog
 from himap_train.data.sources import open_source
-from himap_train.data.windows import Windows
 from himap_train.models.families.base import AspectRatio
 from himap_train.ranges import require_possible
 

@@ -11,8 +11,7 @@ from uuid import uuid4
 
 from himap_train.data.encode import SampleTooLongError
 from himap_train.serving.batches import Answer, Batches
-from himap_train.serving.fetch import MOST_BYTES
-from himap_train.serving.requests import Reader, UnknownModelError
+from himap_train.serving.requests import MOST_BYTES, Reader, UnknownModelError
 
 
 def build_app(reader: Reader, batches: Batches, about: Mapping[str, Any]) -> Any:

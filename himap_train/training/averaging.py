@@ -2,7 +2,7 @@
 
 The loss of an optimizer step is the mean over all supervised tokens of its micro-batches and ranks, as if they were one
 batch. So each micro-batch contributes its *sum*, divided by the number of tokens of the whole window on all ranks. That
-number is known in time because the loader reads a window ahead (`himap_train.data.windows`).
+number is known in time because the loader reads a window ahead (`himap_train.data.loader`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from himap_train.data.windows import WINDOW_TOKENS
+from himap_train.data.loader import WINDOW_TOKENS
 
 
 class WindowMean:
@@ -34,7 +34,7 @@ class WindowMean:
             ValueError: Nobody has counted the window.
         """
         if WINDOW_TOKENS not in batch:
-            raise ValueError(f"the batch has no {WINDOW_TOKENS!r}: let `himap_train.data.windows.Windows` count it")
+            raise ValueError(f"the batch has no {WINDOW_TOKENS!r}: let `himap_train.data.loader.Windows` count it")
         tokens = torch.tensor(float(batch[WINDOW_TOKENS]), device=device)
         self.tokens = max(float(trainer.strategy.reduce(tokens, reduce_op="sum")), 1.0)
         self._sums = {}

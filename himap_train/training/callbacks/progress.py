@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from himap_train.data.windows import WAITED
+from himap_train.data.loader import WAITED
 from himap_train.models.install import pruning_of
 from himap_train.training.run.launch import say
 

@@ -25,8 +25,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from himap_train.bar import progress_bar
-from himap_train.data.cached import Place, check_same_images, images_in, read_image
-from himap_train.data.feature_store import FeatureStore
+from himap_train.data.cached import FeatureStore, Place, check_same_images, images_in, read_image
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import Source
 from himap_train.models.families import family_of
