@@ -11,7 +11,7 @@ from PIL import Image
 
 from himap_train.data.images import image_size, open_image, resolve_image_path
 from himap_train.data.llava_file import LlavaFile
-from himap_train.data.records import RecordError, Source, Turn
+from himap_train.data.records import RecordError, Turn
 from himap_train.data.sources import open_source
 from himap_train.models.families.pixels import fixed_pixels, pad_to_square
 
@@ -49,7 +49,7 @@ def source(request, tmp_path, folder):
 
 
 def test_records(source, folder):
-    assert isinstance(source, Source) and len(source) == 4
+    assert len(source) == 4
     one, text, two, more = (source[i] for i in range(4))
     assert one.id == "one" and one.images == (folder / "a.png",)
     assert one.turns == (Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat."))

@@ -20,7 +20,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from himap_train.checkpoints import agreement
 from himap_train.checkpoints import export as export_module
 from himap_train.checkpoints.agreement import check_agreement, require_stock_keys
-from himap_train.checkpoints.card import adapter_card, merged_card
+from himap_train.checkpoints.card import model_card
 from himap_train.checkpoints.export import export_adapter, export_merged
 from himap_train.checkpoints.load import load_checkpoint, save_adapter
 from himap_train.checkpoints.run_facts import RunFacts
@@ -359,10 +359,10 @@ def test_card_tells_data_schedule_cost_training_scores_and_loading(
 
 def test_card_names_a_base_on_the_hub(base: str) -> None:
     config = LlavaConfig.from_pretrained(base)
-    for card, library in ((adapter_card, "peft"), (merged_card, "transformers")):
-        text = card("llava-hf/llava-1.5-7b-hf", PruningSchedule(), config, RunFacts())
+    for merged, library in ((False, "peft"), (True, "transformers")):
+        text = model_card("llava-hf/llava-1.5-7b-hf", PruningSchedule(), config, RunFacts(), merged)
         front = yaml.safe_load(text.split("---")[1])
         assert (front["base_model"], front["library_name"]) == ("llava-hf/llava-1.5-7b-hf", library)
         assert "llava-1.5-7b-hf, fine-tuned\n" in text
-    quantized = merged_card("a/b", PruningSchedule(), config, RunFacts({"model": {"quantize": "4bit"}}))
+    quantized = model_card("a/b", PruningSchedule(), config, RunFacts({"model": {"quantize": "4bit"}}))
     assert "QLoRA" in quantized and "QLoRA" not in text

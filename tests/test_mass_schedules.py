@@ -22,7 +22,7 @@ from training_toys import ToyData, quiet_trainer, save_tiny, tuner
 from himap_train import AttentionMass, PruningSchedule, PruningStage, install_pruning, load_checkpoint, record_pruning
 from himap_train.benchmark.contenders import find_method
 from himap_train.checkpoints.agreement import Outputs, _nearly_the_same, check_agreement
-from himap_train.checkpoints.card import merged_card
+from himap_train.checkpoints.card import model_card
 from himap_train.checkpoints.export import export_merged
 from himap_train.checkpoints.load import save_adapter
 from himap_train.checkpoints.run_facts import RunFacts
@@ -130,9 +130,9 @@ def test_a_plan_and_a_card_give_upper_bounds(tmp_path: Path, capsys: pytest.Capt
     options = ("--model.path", "embedded", "--model.schedule", json.dumps({"stages": FIELDS["stages"][:1]}))
     assert planned(tmp_path, *options)["sides"][1]["image_tokens"] == [144, 115]
     assert "upper bounds" in " ".join(capsys.readouterr().out.split())
-    card = merged_card("a/b", TINY, tiny_llava().config, RunFacts({}))
+    card = model_card("a/b", TINY, tiny_llava().config, RunFacts({}))
     assert "pruned, at most" in card and "hold the share m of the attention" in card and "mass: 0.7" in card
-    assert "at most" not in merged_card("a/b", PruningSchedule((TINY.stages[1],)), tiny_llava().config, RunFacts({}))
+    assert "at most" not in model_card("a/b", PruningSchedule((TINY.stages[1],)), tiny_llava().config, RunFacts({}))
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_an_evaluation_reports_mean_and_spread(photos: Source, tmp_path: Path) -
     saved = json.loads((tmp_path / "metrics.json").read_text())["rows"][1]
     assert saved["flops_ratio"] == {"mean": found.flops_ratio.mean, "sd": found.flops_ratio.sd}
     assert saved["kept_sd"] == list(found.kept_sd) and saved["cost"]["upper_bound"] is True
-    card = merged_card("a/b", TINY, model.config, RunFacts({}, rows=[saved]))
+    card = model_card("a/b", TINY, model.config, RunFacts({}, rows=[saved]))
     assert f"{found.flops_ratio.mean:.3f} ± {found.flops_ratio.sd:.3f}" in card
 
 

@@ -16,7 +16,7 @@ from himap_train import PruningSchedule, PruningStage
 from himap_train.analysis.curves import draw_curves, read_curves
 from himap_train.analysis.report import main, write_report
 from himap_train.analysis.samples import save_samples, take_samples
-from himap_train.checkpoints.card import adapter_card
+from himap_train.checkpoints.card import model_card
 from himap_train.checkpoints.run_facts import RunFacts
 from himap_train.command_line import run_command
 from himap_train.data.records import RecordError, Turn
@@ -63,7 +63,7 @@ def run(model, source, rows, tmp_path_factory):
     save_samples(take_samples(model, tiny_processor(), source, SCHEDULE, rows, 4), folder)
     (folder / "config.yaml").write_text("model:\n  path: <tiny>\n")
     (folder / "adapter").mkdir()
-    card = adapter_card("tiny", SCHEDULE, model.config, RunFacts({"model": {"lora_r": 4}}))
+    card = model_card("tiny", SCHEDULE, model.config, RunFacts({"model": {"lora_r": 4}}))
     (folder / "adapter/README.md").write_text(card)
     for piece, lines in enumerate((("step,train/loss,val/loss", "0,3.0,", "1,2.0,2.5"), ("step,train/loss", "1,1.5"))):
         (folder / f"logs/version_{piece}").mkdir(parents=True)

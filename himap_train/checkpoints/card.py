@@ -31,6 +31,7 @@ from himap_train import load_checkpoint
 model, processor = load_checkpoint("this-folder")                 # pruned as it was trained
 model, processor = load_checkpoint("this-folder", schedule=None)  # dense
 ```"""
+_LOAD_ADAPTER = "`PeftModel.from_pretrained` loads this folder too; the model then runs dense."
 _LOAD_MERGED = """Without himap-train, dense:
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -42,26 +43,30 @@ Stock transformers, vLLM and SGLang load this folder as an ordinary model of its
 place for pruning inside the decoder. The schedule is in `config.json` under `himap`."""
 
 
-def adapter_card(base: str, schedule: PruningSchedule, config: Any, run: RunFacts) -> str:
-    """The card of an adapter folder.
+def model_card(base: str, schedule: PruningSchedule, config: Any, run: RunFacts, merged: bool = False) -> str:
+    """The card of an adapter folder or a merged model; what is not known is left out.
 
     Args:
-        base: The model that it belongs to.
+        base: The model that it belongs to, or that it was.
         schedule: As it was trained.
         config: Configuration of the base model.
         run: What is known about the run.
+        merged: A whole model.
     """
-    title = f"Adapter for {_short(base)}, {_how(schedule)}"
-    note = "`PeftModel.from_pretrained` loads this folder too; the model then runs dense."
-    return _card(_front("peft", base, config), title, [_kind(config), _LOAD_PRUNED, note], schedule, config, run)
-
-
-def merged_card(base: str, schedule: PruningSchedule, config: Any, run: RunFacts) -> str:
-    """The card of a merged model; arguments as for `adapter_card`."""
-    title = f"{_short(base)}, {_how(schedule)}"
-    return _card(
-        _front("transformers", base, config), title, [_kind(config), _LOAD_PRUNED, _LOAD_MERGED], schedule, config, run
-    )
+    front = yaml.safe_dump(_front("transformers" if merged else "peft", base, config), sort_keys=False).strip()
+    how = "fine-tuned while image tokens are pruned" if schedule.stages else "fine-tuned"
+    title = f"{'' if merged else 'Adapter for '}{Path(base).name}, {how}"
+    loading = [_kind(config), _LOAD_PRUNED, _LOAD_MERGED if merged else _LOAD_ADAPTER]
+    sections = [
+        ("", f"---\n{front}\n---\n# {title}"),
+        ("Loading", "\n\n".join(loading)),
+        ("Pruning schedule", f"{_schedule(schedule)}\n\n{_cost(schedule, config, run.rows)}{_elastic(run.config)}"),
+        ("Scores", _scores(run.rows) + _run_dense(run.rows)),
+        ("Data", _data(run.config.get("data") or {})),
+        ("Training", _training(run.config)),
+        ("Versions", _versions(run.versions)),
+    ]
+    return "\n\n".join(f"## {head}\n\n{text}" if head else text for head, text in sections if text) + "\n"
 
 
 def _front(library: str, base: str, config: Any) -> dict[str, Any]:
@@ -77,30 +82,6 @@ def _kind(config: Any) -> str:
     family = family_of_config(config)
     needs = "; `AutoProcessor` needs torchvision for it" if family.processor_class is PartsProcessor else ""
     return f"A model of family `{family.name}` (`model_type` {config.model_type}){needs}."
-
-
-def _short(base: str) -> str:
-    return Path(base).name
-
-
-def _how(schedule: PruningSchedule) -> str:
-    return "fine-tuned while image tokens are pruned" if schedule.stages else "fine-tuned"
-
-
-def _card(
-    front: dict[str, Any], title: str, loading: list[str], schedule: PruningSchedule, config: Any, run: RunFacts
-) -> str:
-    """Front matter, title and sections; what is not known is left out."""
-    sections = [
-        ("", "\n".join(["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", f"# {title}"])),
-        ("Loading", "\n\n".join(loading)),
-        ("Pruning schedule", f"{_schedule(schedule)}\n\n{_cost(schedule, config, run.rows)}{_elastic(run.config)}"),
-        ("Scores", _scores(run.rows) + _run_dense(run.rows)),
-        ("Data", _data(run.config.get("data") or {})),
-        ("Training", _training(run.config)),
-        ("Versions", _versions(run.versions)),
-    ]
-    return "\n\n".join(f"## {head}\n\n{text}" if head else text for head, text in sections if text) + "\n"
 
 
 def _schedule(schedule: PruningSchedule) -> str:

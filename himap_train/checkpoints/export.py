@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from himap_train.checkpoints.adapter import CONFIG_FILE, Adapter, read_adapter
 from himap_train.checkpoints.adapter_parts import adapter_processor, resized_tokens
-from himap_train.checkpoints.card import adapter_card, merged_card
+from himap_train.checkpoints.card import model_card
 from himap_train.checkpoints.finite import NonFiniteError, not_finite, require_finite
 from himap_train.checkpoints.load import adapter_source
 from himap_train.checkpoints.merge import Merger, parameter_name
@@ -62,7 +62,7 @@ def export_adapter(path: Path | str, folder: Path | str, *, base: str | None = N
     place = _base_folder(source, adapter, base)
     config = load_config(place)
     require_same_base(adapter.base_facts, config, str(place), adapter.base)
-    card = adapter_card(adapter.base, adapter.schedule, config, run_facts(source))
+    card = model_card(adapter.base, adapter.schedule, config, run_facts(source))
     adapter.write(target, card, adapter_processor(source, place, config, resized_tokens(adapter, config)))
     return target
 
@@ -125,7 +125,7 @@ def export_merged(
         _write_rest(temporary, source, config, dtype, processor)
         schedule = schedule_in(getattr(config, "himap", None), source / "config.json")
         write_ranking(temporary, adapter.ranking if adapter else read_ranking(source, schedule))
-        (temporary / "README.md").write_text(merged_card(name, schedule, config, run), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(name, schedule, config, run, merged=True), encoding="utf-8")
     return target
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from himap_train.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of, read_adapter
 from himap_train.checkpoints.adapter_parts import adapter_processor, check_adapter, check_patterns, resized_tokens
-from himap_train.checkpoints.card import adapter_card
+from himap_train.checkpoints.card import model_card
 from himap_train.checkpoints.ranking import give_ranking, read_ranking
 from himap_train.checkpoints.run_facts import run_facts
 from himap_train.checkpoints.same_base import require_same_base
@@ -63,7 +63,7 @@ def save_adapter(
         OSError: Nothing could be written; an older folder is untouched.
     """
     adapter, target = adapter_of(model, schedule, weights), Path(folder)
-    card = adapter_card(adapter.base, schedule, base_model(model).config, run_facts(target.parent))
+    card = model_card(adapter.base, schedule, base_model(model).config, run_facts(target.parent))
     adapter.write(target, card, processor)
     return target
 
@@ -77,7 +77,7 @@ def write_card(folder: Path, config: Any) -> None:
     """
     adapter = read_adapter(folder)
     with atomic_file(folder / "README.md") as file:
-        file.write_text(adapter_card(adapter.base, adapter.schedule, config, run_facts(folder)), encoding="utf-8")
+        file.write_text(model_card(adapter.base, adapter.schedule, config, run_facts(folder)), encoding="utf-8")
 
 
 def load_checkpoint(

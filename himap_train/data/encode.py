@@ -143,10 +143,6 @@ class Encoder:
         images = ids.count(self._image_id)
         return images, len(ids) - images
 
-    def text_ids(self, text: str) -> list[int]:
-        """Token ids of bare text, without template."""
-        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-
     def image_tokens(self, *sizes: tuple[int, int]) -> list[int]:
         """Number of image tokens of each image of a conversation by its (width, height), without decoding one.
 

@@ -49,12 +49,13 @@ def hint(source: Any, index: int) -> tuple[int, int]:
 def _probe(source: Source, encoder: Encoder, size: int) -> tuple[float, int]:
     """(characters a token, tokens an image) over records spread over the source."""
     characters = tokens = image_tokens = 0
+    tokenizer = encoder.processor.tokenizer
     for index in np.unique(np.linspace(0, size - 1, min(size, _PROBES)).astype(int)):
         try:
             conversation = source[int(index)]
             texts = [turn.text.replace(IMAGE_PLACEHOLDER, "") for turn in conversation.turns]
             characters += sum(map(len, texts))
-            tokens += sum(len(encoder.text_ids(text)) for text in texts)
+            tokens += sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
             sizes = (image_size(image, conversation.id) for image in conversation.images)
             image_tokens = max(image_tokens, *encoder.image_tokens(*sizes), 0)
         except RecordError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
 from PIL import Image
 
@@ -67,7 +67,6 @@ class Conversation:
         return next((turn.text for turn in reversed(self.turns) if turn.role == "assistant"), "")
 
 
-@runtime_checkable
 class Source(Protocol):
     """A map-style source of conversations. `__getitem__` raises RecordError for a record that cannot be used."""
 
