@@ -105,7 +105,7 @@ class LlavaDataModule(LightningDataModule):
         self.token_ids, self.answer_ids = set[int](), dict[int, int]()
         """Tokens of the training records that were examined; of their answers also how often."""
         self.skips: dict[str, SkipLog] = {}
-        """For "train", "validation" and "test" which records were skipped so far."""
+        """For "train" and "validation" which records were skipped so far."""
 
     def source(self, split: str) -> Source | None:
         """The conversations of "train", "validation" or "test", opened when first asked for; None if there are none."""
@@ -122,7 +122,7 @@ class LlavaDataModule(LightningDataModule):
         return " + ".join(part.path for part in self._parts if split == "train") or str(self._specs[split])
 
     def setup(self, stage: str) -> None:
-        """Opens what the stage ("fit", "validate", "test") needs, so that bad data ends the run before it starts.
+        """Opens what the stage needs ("fit" trains and validates), so that bad data ends the run before it starts.
 
         Raises:
             RuntimeError: it was made without a processor.
@@ -133,7 +133,7 @@ class LlavaDataModule(LightningDataModule):
         options = (self.processor, self.max_length, self.image_aspect_ratio, self.image_background)
         self._encoder = Encoder(*options)
         self._cached_encoder = CachedEncoder(*options) if self.cache_image_features else None
-        for split in {"fit": ("train", "validation"), "validate": ("validation",), "test": ("test",)}.get(stage, ()):
+        for split in ("train", "validation") if stage == "fit" else ():
             self.source(split)
 
     def check(self, split: str = "train", limit: int | None = 2000) -> DataReport | None:
@@ -174,11 +174,13 @@ class LlavaDataModule(LightningDataModule):
 
         A broken record is left out, not replaced; only a batch of nothing else holds a substitute, marked in its meta.
         """
-        return self._evaluation("validation")
-
-    def test_dataloader(self) -> BatchLoader | list[Any]:
-        """As `val_dataloader`."""
-        return self._evaluation("test")
+        source, encoder = self.source("validation"), self._ready_encoder()
+        if source is None:
+            return []
+        replicas, rank = self._replicas()
+        dataset = self._dataset("validation", source, encoder)
+        order = BatchOrder(len(dataset), self.eval_batch_size, shuffle=False, num_replicas=replicas, rank=rank)
+        return BatchLoader(dataset, order, self._collate(keep_substitutes=False), self.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
         """What the order of the training data depends on; the place in it is the loader's own state."""
@@ -195,17 +197,8 @@ class LlavaDataModule(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses another global batch, and warns when a resumed run cannot go on in the order of the run before."""
-        if "train" in self._sources:  # not in a test run, which gets the state too
+        if "train" in self._sources:
             check_same_order(state_dict, self.state_dict())
-
-    def _evaluation(self, split: str) -> BatchLoader | list[Any]:
-        source, encoder = self.source(split), self._ready_encoder()
-        if source is None:
-            return []
-        replicas, rank = self._replicas()
-        dataset = self._dataset(split, source, encoder)
-        order = BatchOrder(len(dataset), self.eval_batch_size, shuffle=False, num_replicas=replicas, rank=rank)
-        return BatchLoader(dataset, order, self._collate(keep_substitutes=False), self.num_workers)
 
     def _dataset(self, split: str, source: Source, encoder: Encoder) -> EncodedRecords:
         self.skips[split] = SkipLog(len(source), self.max_skipped, self.limits[split])
