@@ -97,7 +97,6 @@ def jobs(
             met = within(name, budgets)
             elastic = ["--config", "configs/elastic.yaml", "--pruning.elastic.budgets", json.dumps([met[0], met[-1]])]
             elastic += ["--evaluation.budgets", json.dumps(met)]
-            ranking = ["--pruning.learn_ranking", json.dumps({"updates": 6})] if name == "learned" else []
             given = {
                 "--model.schedule": json.dumps({"stages": stages}),
                 "--trainer.max_steps": str(steps),
@@ -108,7 +107,7 @@ def jobs(
                 "--evaluation.before": "true" if seed == seeds[0] and name != "learned" else "false",
             }
             pairs = [part for pair in given.items() for part in pair]
-            yield output / f"{name}-{seed}", [*common_options(seed), *(elastic if stages else []), *ranking, *pairs]
+            yield output / f"{name}-{seed}", [*common_options(seed), *(elastic if stages else []), *pairs]
 
 
 if __name__ == "__main__":

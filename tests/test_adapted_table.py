@@ -47,7 +47,6 @@ def test_runs_of_one_seed_differ_in_the_method_alone(recipe: Any, tmp_path: Path
         assert all((ROOT / config).is_file() for config in configs)
         lowest = 0.2 if name in ("instruction", "himap") else 0.1  # these pay one of eight layers in full
         assert value.get("--pruning.elastic.budgets") == (f"[{lowest}, 0.6]" if stages else None)
-        assert ("--pruning.learn_ranking" in value) == (name == "learned")
         if value["--evaluation.before"] == "true":
             before.append(folder.name)
     assert before == [f"{name}-0" for name in ["dense", *names] if name != "learned"]

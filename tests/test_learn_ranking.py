@@ -71,6 +71,12 @@ def test_a_run_learns_and_what_it_saves_ranks_alike_in_every_form(run: Path, tin
     assert [file.name for file in merged.glob("*.safetensors")] == ["model.safetensors"]
 
 
+def test_a_learned_criterion_needs_no_settings(tiny_path: str, tmp_path: Path) -> None:
+    model = {"schedule": {"stages": STAGES[:1]}}
+    assert finetune("--config", config(tiny_path, tmp_path, {}, model=model), "--trainer.max_steps", "2") == 0
+    assert len(logged(tmp_path / "run", "train/ranking_loss")) == 2
+
+
 def test_another_schedule_ranks_by_what_was_learned(run: Path) -> None:
     model, _ = load_checkpoint(run)
     first = kept(model)[0]
@@ -104,7 +110,6 @@ def test_resumed_runs_go_on_with_what_was_learned(run: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("schedule", "pruning", "message"),
     [
-        ({"stages": STAGES}, {}, "nothing trains it: give pruning.learn_ranking"),
         ("himap", {"learn_ranking": {}}, "whose criterion is learned, and there is none"),
         ({"stages": STAGES}, {"learn_ranking": {"updates": 0}}, "learn_ranking.updates is 0"),
         ({"stages": STAGES}, {"learn_ranking": {"share": 0.5}}, "share"),

@@ -191,7 +191,7 @@ class FinetuneCLI(LightningCLI):
             *(given.pop("callbacks", None) or []),
             StepSeeds(seed),
             *_other_schedules(pruning, seed, lambda: self.datamodule.mean_tokens),
-            *([LearnRanking(pruning.learn_ranking)] if pruning.learn_ranking else []),
+            *([LearnRanking(ranking)] if (ranking := pruning.ranking(self.model.schedule)) else []),
             GradientNorm(self.checkpoints),
             Throughput(),
             LearningRateMonitor("step"),

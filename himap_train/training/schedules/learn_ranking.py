@@ -22,12 +22,12 @@ class RankingSettings:
     Args:
         learning_rate: Peak of the ranking's own learning rate; it rises and falls as that of LoRA.
         remembered: How many micro-batches are learned from in turn.
-        updates: How many of them in a step; more where a run is short.
+        updates: How many of them in a step.
     """
 
     learning_rate: float = 3e-3
     remembered: int = 8
-    updates: int = 2
+    updates: int = 6
 
     def check(self, schedule: PruningSchedule) -> None:
         """Refuse what cannot be, before anything is loaded.

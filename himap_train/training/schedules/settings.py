@@ -29,7 +29,7 @@ class PruningSettings:
         curriculum: From dense, or through other schedules, to the schedule over the first part of training; null for
             the schedule from the start.
         dense_steps: Some steps dense, taught by the pruned model, for one that is served dense; null for none.
-        learn_ranking: What trains the stages of `model.schedule` whose criterion is `learned`; null where none is.
+        learn_ranking: How the stages of `model.schedule` whose criterion is `learned` learn, where not by the defaults.
         image_tokens: Image tokens of the sample that budgets are for; null for the training data's mean.
         text_tokens: Its other tokens; null for the training data's mean.
     """
@@ -65,11 +65,10 @@ class PruningSettings:
             getattr(self, name).check(schedule)
         if self.learn_ranking is not None:
             self.learn_ranking.check(schedule)
-        elif learned_layers(schedule):
-            raise ValueError(
-                "model.schedule has the criterion learned, and nothing trains it: give pruning.learn_ranking, {} for "
-                "its defaults, or another criterion"
-            )
+
+    def ranking(self, schedule: PruningSchedule) -> RankingSettings | None:
+        """How the ranking learns, where the schedule has a stage that ranks by it."""
+        return (self.learn_ranking or RankingSettings()) if learned_layers(schedule) else None
 
     def tokens(self, measured: tuple[int, int] | None) -> tuple[int, int]:
         """Image and text tokens of the sample that budgets are for.
