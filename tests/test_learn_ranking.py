@@ -24,7 +24,7 @@ from himap_train.models.stock import text_decoder
 
 BY = {"name": "learned", "width": 16, "spread": 0.25}
 STAGES = [{"layer": 0, "criterion": BY, "keep_ratio": 0.5}, {"layer": 3, "criterion": BY, "keep_ratio": 0.25}]
-LEARN = {"learning_rate": 0.02}
+LEARN = {"learning_rate": 0.01, "remembered": 1, "updates": 30}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,8 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def test_a_run_learns_and_what_it_saves_ranks_alike_in_every_form(run: Path, tiny_path: str, tmp_path: Path) -> None:
     losses = logged(run, "train/ranking_loss")
-    assert len(losses) == 6 and losses[-1] < losses[0]
+    # Of each step's own lesson after all updates; above 1 before them, and the last step's rate is next to nothing.
+    assert len(losses) == 6 and max(losses[:-1]) < 0.5
     model, _ = load_checkpoint(run)
     expected, learned = kept(model), weights(model)
     assert {name.split(".")[0] for name in learned} == {"0", "3"}
@@ -104,7 +105,7 @@ def test_resumed_runs_go_on_with_what_was_learned(run: Path, tmp_path: Path) -> 
     assert finetune(*options, "--trainer.max_epochs", "2", "--resume") == 0
     after = weights(load_checkpoint(again)[0])
     moved = max(float((after[name] - before[name]).abs().max()) for name in before)
-    assert 0 < moved < 0.05
+    assert 0 < moved < 0.1
 
 
 @pytest.mark.parametrize(
