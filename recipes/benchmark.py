@@ -24,8 +24,7 @@ from himap_train.benchmark.contenders import DENSE, MEASURES, METHODS
 from himap_train.benchmark.environment import command_line, environment, load_average
 from himap_train.benchmark.job import PEERS, run_job
 from himap_train.benchmark.job_tables import JOB_FILES, save_job
-from himap_train.benchmark.measurements import planned, run_jobs
-from himap_train.benchmark.series import Point, points
+from himap_train.benchmark.measurements import planned, run_all
 from himap_train.benchmark.sizes import find_size
 from himap_train.benchmark.timing import Clock
 from himap_train.benchmark.workload import Workload
@@ -95,7 +94,7 @@ def main(
         job_workers: Processes that load data.
         job_cache: Whether our jobs keep what the frozen tower makes of each image.
         peer_python: Python of the environment that hf-trainer and trl run in.
-        output: Folder for benchmark.json, benchmark.md and series.png; or job.json and job.md.
+        output: Folder for benchmark.json and benchmark.md; or job.json and job.md.
         overwrite: Replace results that are there.
 
     Raises:
@@ -116,11 +115,9 @@ def main(
         clock=clock,
     )
     workload = Workload(batch, image_tokens, text_before, text_after)
-    here = Point(None, 0, settings.size, workload)
-    jobs = planned([here], settings, methods, measures) if methods and not job else []
+    points = planned(settings, workload, methods, measures) if methods and not job else []
     for axis in series:
-        along = points(axis, settings.size, workload, series_values)
-        jobs += planned(along, settings, series_methods, series_measures)
+        points += planned(settings, workload, series_methods, series_measures, axis, series_values)
     new_output_folder(output, JOB_FILES if job else FILES, overwrite)
 
     shown = {"size": size, **asdict(workload), "dtype": dtype, "attention": attention, "rounds": rounds, "clock": clock}
@@ -132,9 +129,9 @@ def main(
         facts |= {"load_after": load_average(), "settings": shown | how}
         print(save_job(facts, done, output))
         return
-    rows, found = run_jobs(jobs)
+    found = run_all(points)
     facts["load_after"] = load_average()
-    print(save(facts, rows, found, output))
+    print(save(facts, found, output))
     print(f"saved in {output}")
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning, remove_pruning
 from himap_train.benchmark import contenders as methods_module
 from himap_train.benchmark import timing
+from himap_train.benchmark.bench import Settings
 from himap_train.benchmark.bounds import decode_ratio, step_flops
 from himap_train.benchmark.contenders import METHODS, find_method, without_choice
+from himap_train.benchmark.measurements import AXES, planned
 from himap_train.benchmark.peak_memory import cache_bytes, weight_bytes
 from himap_train.benchmark.peers import (
     fastv_attention_maps,
@@ -22,7 +24,6 @@ from himap_train.benchmark.peers import (
     peer_decoder,
     pyramiddrop_ranking,
 )
-from himap_train.benchmark.series import AXES, points
 from himap_train.benchmark.sizes import SIZES, build_model, find_size, model_config
 from himap_train.benchmark.tasks import inference_task
 from himap_train.benchmark.timing import Pairs, Spread, Task, time_once, time_pairs
@@ -210,15 +211,15 @@ def test_shapes_have_llavas_proportions() -> None:
 
 
 def test_series_change_one_thing() -> None:
-    size, workload = find_size("laptop"), Workload()
-    found = {axis: list(points(axis, size, workload)) for axis in AXES}
+    settings, workload = Settings(find_size("laptop")), Workload()
+    found = {axis: planned(settings, workload, ["himap"], ["prefill"], axis) for axis in AXES}
     assert [point.workload.image_tokens for point in found["image_tokens"]] == [144, 288, 576, 1152, 2880]
-    assert [point.size.layers for point in found["depth"]] == [6, 12, 24]
+    assert [point.settings.size.layers for point in found["depth"]] == [6, 12, 24]
     assert all(point.workload.text_tokens == point.value for point in found["text_tokens"])
-    assert all(point.workload.batch == point.value and point.size == size for point in found["batch"])
+    assert all(point.workload.batch == point.value and point.settings == settings for point in found["batch"])
     assert all(point.workload.mixed and point.workload.batch == 4 for point in found["dynamic_resolution"])
     with pytest.raises(ValueError, match="did you mean 'depth'"):
-        list(points("dept", size, workload))
+        planned(settings, workload, ["himap"], ["prefill"], "dept")
 
 
 def test_mixed_samples_have_their_own_tokens_and_padding_before_them() -> None:

@@ -44,7 +44,6 @@ def test_every_method_in_training_and_prefill(tmp_path: Path, capsys: pytest.Cap
     text = (tmp_path / "out" / "benchmark.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
     assert "## training step" in text and "attention maps" in text
-    assert not (tmp_path / "out" / "series.png").exists()
 
 
 def test_decoding_a_token_and_generating(tmp_path: Path) -> None:
@@ -56,14 +55,14 @@ def test_decoding_a_token_and_generating(tmp_path: Path) -> None:
     assert generate["tokens_per_second"] == pytest.approx(64 / generate["seconds"]["median"])
 
 
-def test_series_are_drawn(tmp_path: Path) -> None:
+def test_series_have_every_value(tmp_path: Path) -> None:
     options = ("--methods", "[]", "--series", "[image_tokens]", "--series_values", "[16,48,96]")
     options += ("--series_measures", "[training_step,prefill]")
     found = run(tmp_path, *options, "--series_methods", "[himap,vtw]", "--gradient_checkpointing", "true")
     points = found["series"]["image_tokens"]
     assert [point["value"] for point in points] == [16] * 4 + [48] * 4 + [96] * 4 and not found["rows"]
     assert all(point["workload"]["image_tokens"] == point["value"] for point in points)
-    assert (tmp_path / "series.png").stat().st_size > 10_000
+    assert "## Along image tokens" in (tmp_path / "benchmark.md").read_text(encoding="utf-8")
 
 
 def test_a_whole_model_runs_its_tower(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 
 from himap_train.benchmark.bounds import decode_ratio, step_flops
 from himap_train.benchmark.contenders import DENSE, Method, find_method, without_choice
-from himap_train.benchmark.measured_method import Row
 from himap_train.benchmark.peak_memory import cache_bytes, peak_bytes, weight_bytes
 from himap_train.benchmark.sizes import Size, build_model
 from himap_train.benchmark.tasks import NEW_TOKENS, TrainingSteps, inference_task, prefilled_cache
@@ -69,35 +68,45 @@ class Bench:
         self.steps: TrainingSteps | None = None
         self._peaks: dict[tuple[str, str], int] = {}
 
-    def row(self, measure: str, name: str, each: Callable[[], Any] = nothing) -> Row:
-        """Time `measure` of a method against dense in pairs."""
+    def row(self, measure: str, name: str, each: Callable[[], Any] = nothing) -> dict[str, Any]:
+        """Time `measure` of a method against dense in pairs.
+
+        Args:
+            measure: One of `MEASURES`.
+            name: Of the method.
+            each: Called after each pair.
+
+        Returns:
+            `measure`, `method`, `why` it costs what it costs, `workload` and `layers`; `seconds` (of one token where
+            tokens are decoded), `dense_seconds` and their `ratio` pair by pair, each a `Spread`; `bound`, what the
+            ratio could be at least by FLOPs or bytes, None where there is no such bound, and `causal_bound`, where what
+            the causal mask hides is no work; `efficiency` and `causal_efficiency`, bound / ratio: 1 where all of the
+            promised saving arrives; `flops` of dense and of the method, mean of the samples; `peak`, most bytes alive
+            at once beside the weights, and `kv`, bytes of the cache after the prefill (None in training), both also of
+            dense as `dense_...`; `tokens_per_second` of the input, or generated ones, of the whole batch; `choosing`,
+            the share of a prefill that choosing the tokens takes.
+        """
         method, dense = (find_method(which, self.settings.size.layers) for which in (name, DENSE))
         ours, theirs = (self._task(measure, which) for which in (method, dense))
         how = self.settings
         pairs = time_pairs(theirs, ours, how.rounds, self.batch.input_ids.device, clock=how.clock, each=each)
-        seconds = Spread.of(pairs.second)
-        in_training = measure == "training_step"
+        seconds, ratio = Spread.of(pairs.second), pairs.ratio
         flops, causal = (self._flops(measure, method.schedule, causal) for causal in (False, True))
+        bound = flops[1] / flops[0] if flops else self._bytes_bound(measure, method.schedule)
+        causal_bound = causal[1] / causal[0] if causal else None
         made = {"decode": self.workload.batch, "generate": self.workload.batch * NEW_TOKENS}
-        return Row(
-            measure=measure,
-            method=name,
-            why=method.why,
-            workload=self.workload,
-            layers=self.settings.size.layers,
-            seconds=seconds,
-            dense_seconds=Spread.of(pairs.first),
-            ratio=pairs.ratio,
-            bound=flops[1] / flops[0] if flops else self._bytes_bound(measure, method.schedule),
-            causal_bound=causal[1] / causal[0] if causal else None,
-            flops=flops,
-            peak=self._peak(measure, method, ours),
-            dense_peak=self._peak(measure, dense, theirs),
-            kv=None if in_training else cache_bytes(prefilled_cache(self.model, method, self.batch)),
-            dense_kv=None if in_training else cache_bytes(prefilled_cache(self.model, dense, self.batch)),
-            tokens_per_second=made.get(measure, self.workload.tokens) / seconds.median,
-            choosing=self._choosing(method, ours) if measure == "prefill" else None,
-        )
+        return {
+            **{"measure": measure, "method": name, "why": method.why},
+            **{"workload": self.workload, "layers": how.size.layers},
+            **{"seconds": seconds, "dense_seconds": Spread.of(pairs.first), "ratio": ratio},
+            **{"bound": bound, "efficiency": bound and bound / ratio.median},
+            **{"causal_bound": causal_bound, "causal_efficiency": causal_bound and causal_bound / ratio.median},
+            "flops": flops,
+            **{"peak": self._peak(measure, method, ours), "dense_peak": self._peak(measure, dense, theirs)},
+            **{"kv": self._cache(measure, method), "dense_kv": self._cache(measure, dense)},
+            "tokens_per_second": made.get(measure, self.workload.tokens) / seconds.median,
+            "choosing": self._choosing(method, ours) if measure == "prefill" else None,
+        }
 
     def _choosing(self, method: Method, ours: Task) -> Spread | None:
         """What choosing takes of a prefill, in pairs with one that keeps as many tokens without choosing."""
@@ -127,25 +136,19 @@ class Bench:
             self._peaks[key] = peak_bytes(task, self.batch.input_ids.device, self.batch.with_weights(self.model))
         return self._peaks[key]
 
+    def _cache(self, measure: str, method: Method) -> int | None:
+        if measure == "training_step":
+            return None
+        return cache_bytes(prefilled_cache(self.model, method, self.batch))
+
     def _flops(self, measure: str, schedule: PruningSchedule, causal: bool) -> tuple[float, float] | None:
         if measure not in ("training_step", "prefill"):
             return None
         lora = lora_parameters(self.model) if measure == "training_step" else [0] * self.settings.size.layers
-        whole, checkpointing = self.settings.whole, self.settings.checkpointing
+        how: dict[str, Any] = {"whole": self.settings.whole, "checkpointing": self.settings.checkpointing}
+        how |= {"lora_parameters": lora, "causal": causal}
         dense, pruned = (
-            statistics.fmean(
-                step_flops(
-                    measure,
-                    kind,
-                    self.config,
-                    sample,
-                    lora_parameters=lora,
-                    whole=whole,
-                    checkpointing=checkpointing,
-                    causal=causal,
-                )
-                for sample in self.workload.samples
-            )
+            statistics.fmean(step_flops(measure, kind, self.config, sample, **how) for sample in self.workload.samples)
             for kind in (PruningSchedule(), schedule)
         )
         return dense, pruned

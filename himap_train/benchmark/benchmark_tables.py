@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from himap_train.benchmark.measured_method import Row
-from himap_train.benchmark.plots import draw_series
+from himap_train.benchmark.measurements import Point
 from himap_train.benchmark.timing import Spread
 from himap_train.evaluation.tables import json_ready, markdown_lines
 from himap_train.storage import atomic_file
 
-FILES = ("benchmark.json", "benchmark.md", "series.png")
+FILES = ("benchmark.json", "benchmark.md")
 MIB = 2**20
 _EXPLAINED = """Every method is timed in pairs with dense: medians, quartiles in brackets. Dense has the layer loop, the
 attention kernel and the loss of the pruned rows, so ratios are due to pruning alone; the row `stock` says what is not.
@@ -26,32 +25,27 @@ _HEADER = [
     *("method", "ms", "dense, ms", "ratio", "bound", "efficiency", "causal bound", "efficiency", "choosing, %"),
     *("peak, MiB", "dense", "KV, MiB", "dense", "tokens/s", "why"),
 ]
-Series = dict[str, list[tuple[int, Row]]]
 
 
-def save(facts: dict[str, Any], rows: Sequence[Row], series: Series, folder: Path) -> str:
+def save(facts: dict[str, Any], found: Sequence[tuple[Point, dict[str, Any]]], folder: Path) -> str:
     """Write `FILES` and return the Markdown.
 
     Args:
         facts: Command, environment and settings, as JSON types.
-        rows: Methods at one shape.
-        series: Rows along each axis, with the axis' value.
+        found: What was measured at each point.
         folder: Where to.
     """
-    parts, found = [heading(facts) + _EXPLAINED], dict[str, Any]()
-    found["rows"] = [row.to_dict() for row in rows]
-    for measure in dict.fromkeys(row.measure for row in rows):
-        lines = [_cells(row) for row in rows if row.measure == measure]
+    parts, rows = [heading(facts) + _EXPLAINED], [row for point, row in found if not point.axis]
+    for measure in dict.fromkeys(row["measure"] for row in rows):
+        lines = [_cells(row) for row in rows if row["measure"] == measure]
         parts.append(f"## {measure.replace('_', ' ')}\n\n{markdown_lines(_HEADER, lines)}")
-    found["series"] = {}
-    for axis, points in series.items():
-        found["series"][axis] = [{"value": value, **row.to_dict()} for value, row in points]
-        lines = [[str(value), row.measure, *_cells(row)[:-1]] for value, row in points]
+    series: dict[str, list[dict[str, Any]]] = {point.axis: [] for point, _ in found if point.axis}
+    for axis, along in series.items():
+        along += [{"value": point.value, **row} for point, row in found if point.axis == axis]
+        lines = [[str(row["value"]), row["measure"], *_cells(row)[:-1]] for row in along]
         header = [axis, "measure", *_HEADER[:-1]]
         parts.append(f"## Along {axis.replace('_', ' ')}\n\n{markdown_lines(header, lines)}")
-    if series:
-        draw_series(series).savefig(folder / FILES[2], dpi=120)
-    return write_results(folder, FILES, facts | found, "\n".join(parts))
+    return write_results(folder, FILES, facts | {"rows": rows, "series": series}, "\n".join(parts))
 
 
 def write_results(folder: Path, files: Sequence[str], facts: dict[str, Any], text: str) -> str:
@@ -74,16 +68,16 @@ def heading(facts: dict[str, Any]) -> str:
     )
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Mapping[str, Any]) -> list[str]:
     """As in `_HEADER`."""
-    times = [spread(row.seconds, 1000, 2), spread(row.dense_seconds, 1000, 2), spread(row.ratio, 1, 3)]
-    bounds = (row.bound, row.efficiency, row.causal_bound, row.causal_efficiency)
-    choosing = "" if row.choosing is None else spread(row.choosing, 100, 1)
-    sizes = (row.peak, row.dense_peak, row.kv, row.dense_kv)
+    times = [spread(row["seconds"], 1000, 2), spread(row["dense_seconds"], 1000, 2), spread(row["ratio"], 1, 3)]
+    bounds = [row[name] for name in ("bound", "efficiency", "causal_bound", "causal_efficiency")]
+    choosing = "" if row["choosing"] is None else spread(row["choosing"], 100, 1)
+    sizes = [row[name] for name in ("peak", "dense_peak", "kv", "dense_kv")]
     return [
-        *(row.method, *times, *(_number(value, 1, 3) for value in bounds), choosing),
+        *(row["method"], *times, *(_number(value, 1, 3) for value in bounds), choosing),
         *(_number(value, 1 / MIB, 1) for value in sizes),
-        *(f"{row.tokens_per_second:.0f}", row.why),
+        *(f"{row['tokens_per_second']:.0f}", row["why"]),
     ]
 
 

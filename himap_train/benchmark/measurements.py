@@ -1,51 +1,97 @@
-"""Everything that will be measured, checked by name and shape before the first of it starts, and then measured."""
+"""What will be measured, at one shape or along an axis, checked before the first of it starts; and measuring it."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from himap_train.bar import progress_bar
 from himap_train.benchmark.bench import Bench, Settings
 from himap_train.benchmark.contenders import DENSE, MEASURES, find_method
-from himap_train.benchmark.measured_method import Row
-from himap_train.benchmark.series import Point
+from himap_train.benchmark.sizes import TOKENS_PER_IMAGE
 from himap_train.benchmark.workload import Workload
 from himap_train.pruning.names import nearest
 
 
 @dataclass(frozen=True)
-class Job:
+class Point:
     """A model and a batch, and what to measure on them.
 
     Attributes:
-        axis: The series that it is a point of; None for the table.
-        value: Its value on that axis.
         settings: The model.
         workload: The batch.
         rows: Measure and method of each row.
+        axis: The series that it is a point of; "" for the table.
+        value: Its value on that axis.
     """
 
-    axis: str | None
-    value: int
     settings: Settings
     workload: Workload
     rows: list[tuple[str, str]]
+    axis: str = ""
+    value: int = 0
 
 
-def planned(points: Iterable[Point], settings: Settings, methods: Sequence[str], measures: Sequence[str]) -> list[Job]:
-    """Some methods at each point, for which the size of `settings` is replaced.
+def _batches(change: Callable[[Workload, int], Workload]) -> Callable[..., tuple[Settings, Workload]]:
+    """Of an axis along which the model stays as it is."""
+    return lambda settings, workload, value: (settings, change(workload, value))
+
+
+_AXES: dict[str, tuple[tuple[int, ...], Callable[[Settings, Workload, int], tuple[Settings, Workload]]]] = {
+    "image_tokens": (
+        (TOKENS_PER_IMAGE // 4, TOKENS_PER_IMAGE // 2, TOKENS_PER_IMAGE, 2 * TOKENS_PER_IMAGE, 5 * TOKENS_PER_IMAGE),
+        _batches(lambda workload, value: replace(workload, image_tokens=value)),
+    ),
+    "dynamic_resolution": (
+        (TOKENS_PER_IMAGE, 2 * TOKENS_PER_IMAGE, 5 * TOKENS_PER_IMAGE),
+        # Several samples, or there is nothing to mix.
+        _batches(lambda load, value: replace(load, image_tokens=value, mixed=True, batch=max(4, load.batch))),
+    ),
+    "batch": ((1, 2, 4, 8), _batches(lambda workload, value: replace(workload, batch=value))),
+    "depth": (
+        (6, 12, 24),
+        lambda settings, workload, value: (replace(settings, size=replace(settings.size, layers=value)), workload),
+    ),
+    # The share before the image stays small and fixed, as a system prompt does.
+    "text_tokens": (
+        (64, 115, 256, 512),
+        _batches(lambda workload, value: replace(workload, text_after=value - workload.text_before)),
+    ),
+}
+AXES = tuple(_AXES)
+
+
+def planned(
+    settings: Settings,
+    workload: Workload,
+    methods: Sequence[str],
+    measures: Sequence[str],
+    axis: str = "",
+    values: Sequence[int] | None = None,
+) -> list[Point]:
+    """Some methods at one shape, or at each value of an axis, along which the other shapes do not change.
+
+    Args:
+        settings: The model.
+        workload: The batch.
+        methods: As in `find_method`.
+        measures: Some of `MEASURES`.
+        axis: One of `AXES`, or "".
+        values: Instead of the axis' own.
 
     Raises:
         ValueError: A name is unknown, or a value impossible.
     """
-    return [
-        Job(point.axis, point.value, changed, point.workload, _rows(changed, point.workload, methods, measures))
-        for point in points
-        for changed in [replace(settings, size=point.size)]
-    ]
+    if not axis:
+        return [Point(settings, workload, _rows(settings, workload, methods, measures))]
+    if axis not in _AXES:
+        raise ValueError(f"series {axis!r} is unknown{nearest(axis, AXES)}")
+    own, change = _AXES[axis]
+    along = ((value, *change(settings, workload, value)) for value in values or own)
+    return [Point(how, load, _rows(how, load, methods, measures), axis, value) for value, how, load in along]
 
 
 def _rows(
@@ -62,25 +108,18 @@ def _rows(
     return [(measure, method.name) for measure in ordered for method in found if measure in method.measures]
 
 
-def run_jobs(jobs: Sequence[Job]) -> tuple[list[Row], dict[str, list[tuple[int, Row]]]]:
-    """Measure it all, with a bar on a terminal and a line for each row elsewhere.
-
-    Returns:
-        The rows of the table, and for each axis its rows with their values.
-    """
-    rows: list[Row] = []
-    series: dict[str, list[tuple[int, Row]]] = {}
+def run_all(points: Sequence[Point]) -> list[tuple[Point, dict[str, Any]]]:
+    """Measure it all, with a bar on a terminal and a line for each row elsewhere; rows are those of `Bench`."""
+    found: list[tuple[Point, dict[str, Any]]] = []
     shown = sys.stderr.isatty()
-    with progress_bar("pairs", sum(len(job.rows) * job.settings.rounds for job in jobs), shown) as advance:
-        for job in jobs:
-            bench = Bench(job.settings, job.workload)
-            for measure, method in job.rows:
+    with progress_bar("pairs", sum(len(point.rows) * point.settings.rounds for point in points), shown) as advance:
+        for point in points:
+            bench = Bench(point.settings, point.workload)
+            for measure, method in point.rows:
                 row = bench.row(measure, method, each=partial(advance, 1))
-                if job.axis is None:
-                    rows.append(row)
-                else:
-                    series.setdefault(job.axis, []).append((job.value, row))
+                found.append((point, row))
                 if not shown:
-                    place = f"{job.axis} {job.value}, " if job.axis else ""
-                    print(f"{place}{measure}, {method}: {row.ratio.median:.3f} of dense", file=sys.stderr, flush=True)
-    return rows, series
+                    place = f"{point.axis} {point.value}, " if point.axis else ""
+                    told = f"{place}{measure}, {method}: {row['ratio'].median:.3f} of dense"
+                    print(told, file=sys.stderr, flush=True)
+    return found

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +88,9 @@ def markdown_lines(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
 
 
 def json_ready(value: Any) -> Any:
-    """Tuples as lists, and null for NaN and infinities, which JSON does not have."""
+    """Dataclasses as objects, tuples as lists, and null for NaN and infinities, which JSON does not have."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     if isinstance(value, dict):
         return {str(key): json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
