@@ -148,9 +148,8 @@ def test_peers_and_methods_leave_the_model_as_it_was() -> None:
     assert torch.equal(states_of(model, batch, False), before)
 
 
-def test_every_method_says_why_it_costs_what_it_costs() -> None:
+def test_every_preset_and_peer_can_be_measured_by_name() -> None:
     assert {*PRESETS, *methods_module._PEERS} - set(METHODS) == {"none"}
-    assert all(len(find_method(name, 12).why) > 20 for name in METHODS)
     with pytest.raises(ValueError, match="did you mean 'himap'"):
         find_method("himpa", 12)
 

@@ -43,7 +43,7 @@ def test_every_method_in_training_and_prefill(tmp_path: Path, capsys: pytest.Cap
     assert found["environment"]["versions"]["torch"] and found["settings"]["image_tokens"] == 48
     text = (tmp_path / "out" / "benchmark.md").read_text(encoding="utf-8")
     assert text in capsys.readouterr().out
-    assert "## training step" in text and "attention maps" in text
+    assert "## training step" in text and "| fastv-attention-maps |" in text
 
 
 def test_decoding_a_token_and_generating(tmp_path: Path) -> None:

@@ -52,10 +52,12 @@ class Runs:
             raise RuntimeError(f"the run {folder} failed with status 2")
         (folder / "logs/version_0").mkdir(parents=True)
         with (folder / "logs/version_0/metrics.csv").open("w", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["train/loss", "tokens/s", "s/step", "memory GiB", "lr"], restval="")
+            names = ["step", "train/loss", "tokens/s", "s/step", "memory GiB", "lr"]
+            writer = csv.DictWriter(file, names, restval="")
             writer.writeheader()
-            writer.writerow({"lr": 1})
-            writer.writerows({"train/loss": x, "tokens/s": 10, "s/step": 0.5, "memory GiB": 1} for x in found)
+            writer.writerow({"step": 0, "lr": 1})
+            rates = {"tokens/s": 10, "s/step": 0.5, "memory GiB": 1}
+            writer.writerows({"step": step, "train/loss": x, **rates} for step, x in enumerate(found))
 
 
 def rows_of(check: Any) -> dict[str, Check]:

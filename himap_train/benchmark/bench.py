@@ -77,7 +77,7 @@ class Bench:
             each: Called after each pair.
 
         Returns:
-            `measure`, `method`, `why` it costs what it costs, `workload` and `layers`; `seconds` (of one token where
+            `measure`, `method`, `workload` and `layers`; `seconds` (of one token where
             tokens are decoded), `dense_seconds` and their `ratio` pair by pair, each a `Spread`; `bound`, what the
             ratio could be at least by FLOPs or bytes, None where there is no such bound, and `causal_bound`, where what
             the causal mask hides is no work; `efficiency` and `causal_efficiency`, bound / ratio: 1 where all of the
@@ -96,8 +96,7 @@ class Bench:
         causal_bound = causal[1] / causal[0] if causal else None
         made = {"decode": self.workload.batch, "generate": self.workload.batch * NEW_TOKENS}
         return {
-            **{"measure": measure, "method": name, "why": method.why},
-            **{"workload": self.workload, "layers": how.size.layers},
+            **{"measure": measure, "method": name, "workload": self.workload, "layers": how.size.layers},
             **{"seconds": seconds, "dense_seconds": Spread.of(pairs.first), "ratio": ratio},
             **{"bound": bound, "efficiency": bound and bound / ratio.median},
             **{"causal_bound": causal_bound, "causal_efficiency": causal_bound and causal_bound / ratio.median},

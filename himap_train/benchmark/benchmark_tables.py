@@ -23,7 +23,7 @@ leave weights and inputs out.
 """
 _HEADER = [
     *("method", "ms", "dense, ms", "ratio", "bound", "efficiency", "causal bound", "efficiency", "choosing, %"),
-    *("peak, MiB", "dense", "KV, MiB", "dense", "tokens/s", "why"),
+    *("peak, MiB", "dense", "KV, MiB", "dense", "tokens/s"),
 ]
 
 
@@ -42,8 +42,8 @@ def save(facts: dict[str, Any], found: Sequence[tuple[Point, dict[str, Any]]], f
     series: dict[str, list[dict[str, Any]]] = {point.axis: [] for point, _ in found if point.axis}
     for axis, along in series.items():
         along += [{"value": point.value, **row} for point, row in found if point.axis == axis]
-        lines = [[str(row["value"]), row["measure"], *_cells(row)[:-1]] for row in along]
-        header = [axis, "measure", *_HEADER[:-1]]
+        lines = [[str(row["value"]), row["measure"], *_cells(row)] for row in along]
+        header = [axis, "measure", *_HEADER]
         parts.append(f"## Along {axis.replace('_', ' ')}\n\n{markdown_lines(header, lines)}")
     return write_results(folder, FILES, facts | {"rows": rows, "series": series}, "\n".join(parts))
 
@@ -77,7 +77,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [
         *(row["method"], *times, *(_number(value, 1, 3) for value in bounds), choosing),
         *(_number(value, 1 / MIB, 1) for value in sizes),
-        *(f"{row['tokens_per_second']:.0f}", row["why"]),
+        f"{row['tokens_per_second']:.0f}",
     ]
 
 

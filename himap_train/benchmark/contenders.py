@@ -1,4 +1,10 @@
-"""What can be measured by name: no pruning, every schedule, and how others do it. Each says why it costs that."""
+"""What can be measured by name: no pruning, every schedule, and how others do it.
+
+`dense` has the layer loop, the attention kernel and the loss of pruned rows; `stock` the stock forward, so that what is
+not 1 there is the layer loop and, on a CPU, attention in blocks. `every-layer` drops tokens at every layer but the
+first, `learning` is the same while its keep ratios get a gradient: every key has a bias, heads are 8 wider. What the
+others pay for is in `peers`.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +51,6 @@ class Method:
     Attributes:
         name: How it is asked for.
         schedule: What it removes where; the bound follows from it.
-        why: Why it costs what it costs.
         active: Makes a model run it inside the block.
         measures: What can be measured of it.
         peer: Whether it takes the place of the decoder's forward, and must be told where image and answer are.
@@ -53,7 +58,6 @@ class Method:
 
     name: str
     schedule: PruningSchedule
-    why: str
     active: Callable[[nn.Module], AbstractContextManager[Any]]
     measures: tuple[str, ...] = MEASURES
     peer: bool = False
@@ -88,42 +92,12 @@ def _every_layer(layers: int) -> PruningSchedule:
     )
 
 
-@dataclass(frozen=True)
-class _Peer:
-    """A peer, the preset that it stands for, and its attention implementation."""
-
-    layers: PeerLayers
-    preset: str
-    attention: Callable[[], str]
-    why: str
-
-
-_PEERS = {
-    "fastv-attention-maps": _Peer(
-        fastv_attention_maps,
-        "fastv",
-        lambda: "eager",
-        "asks for attention maps, so every layer runs eager attention and writes its whole (heads, L, L) map",
-    ),
-    "pyramiddrop-ranking": _Peer(
-        pyramiddrop_ranking,
-        "pyramiddrop",
-        lambda: "sdpa",
-        "norm, query and key projections of the next layer run once more at each stage, in a loop over the samples",
-    ),
-    "masking": _Peer(
-        masking,
-        "himap",
-        lambda: register_attention("sdpa"),
-        "removes nothing: every layer runs on all tokens, and a (B, 1, S, S) mask takes the causal kernel's place",
-    ),
+_PEERS: dict[str, tuple[PeerLayers, str, Callable[[], str]]] = {
+    "fastv-attention-maps": (fastv_attention_maps, "fastv", lambda: "eager"),
+    "pyramiddrop-ranking": (pyramiddrop_ranking, "pyramiddrop", lambda: "sdpa"),
+    "masking": (masking, "himap", lambda: register_attention("sdpa")),
 }
-_WHY = {
-    DENSE: "every layer runs on all tokens, with the attention kernel and the loss that pruning has",
-    STOCK: "dense, with the stock forward: what is not 1 here is the layer loop and, on a CPU, attention in blocks",
-    EVERY_LAYER: "tokens leave at every layer but the first; ranked by the layer before each",
-    LEARNING: "the same schedule while its keep ratios get a gradient: every key has a bias, heads are 8 wider",
-}
+"""How a peer runs all layers, the preset that it stands for, and its attention implementation."""
 METHODS = (DENSE, STOCK, EVERY_LAYER, LEARNING, *(name for name in PRESETS if name != "none"), *_PEERS)
 
 
@@ -138,22 +112,21 @@ def find_method(name: str, layers: int) -> Method:
         ValueError: There is no such method, or it keeps by attention mass.
     """
     if name == DENSE:
-        return Method(name, KEEPS_ALL, _WHY[name], partial(_pruned, KEEPS_ALL))
+        return scheduled(name, KEEPS_ALL)
     if name == STOCK:
-        return Method(name, PruningSchedule(), _WHY[name], lambda model: nullcontext())
-    if name in (EVERY_LAYER, LEARNING):
-        schedule = _every_layer(layers)
-        if name == LEARNING:
-            return Method(name, schedule, _WHY[name], partial(_learning, schedule), MEASURES[:1])
-        return Method(name, schedule, _WHY[name], partial(_pruned, schedule))
+        return Method(name, PruningSchedule(), lambda model: nullcontext())
+    if name == EVERY_LAYER:
+        return scheduled(name, _every_layer(layers))
+    if name == LEARNING:
+        return Method(name, _every_layer(layers), partial(_learning, _every_layer(layers)), MEASURES[:1])
     if name in _PEERS:
-        peer = _PEERS[name]
-        schedule = fit_preset(PruningSchedule.from_preset(peer.preset), layers)
+        runs, preset, attention = _PEERS[name]
+        schedule = fit_preset(PruningSchedule.from_preset(preset), layers)
 
         def active(model: nn.Module) -> AbstractContextManager[None]:
-            return peer_decoder(model, peer.layers, schedule, peer.attention())
+            return peer_decoder(model, runs, schedule, attention())
 
-        return Method(name, schedule, peer.why, active, MEASURES[:2], peer=True)
+        return Method(name, schedule, active, MEASURES[:2], peer=True)
     if name not in METHODS and not name.endswith((".yaml", ".yml")):
         raise ValueError(f"method {name!r} is unknown{nearest(name, METHODS)}; or a YAML file with a schedule")
     schedule = fitted_schedule(name, layers)
@@ -167,7 +140,7 @@ def find_method(name: str, layers: int) -> Method:
 
 def scheduled(name: str, schedule: PruningSchedule) -> Method:
     """A schedule as a method."""
-    return Method(name, schedule, _why(schedule), partial(_pruned, schedule))
+    return Method(name, schedule, partial(_pruned, schedule))
 
 
 def without_choice(method: Method) -> Method | None:
@@ -177,10 +150,3 @@ def without_choice(method: Method) -> Method | None:
     stages = tuple(PruningStage(stage.layer, "first-k", keep=stage.keep) for stage in method.schedule.stages)
     schedule = replace(method.schedule, stages=stages)
     return replace(method, schedule=schedule, active=partial(_pruned, schedule))
-
-
-def _why(schedule: PruningSchedule) -> str:
-    ranked = [stage.criterion for stage in schedule.stages if stage.reads_before]
-    places = ", ".join(str(stage.layer) for stage in schedule.stages)
-    how = f"ranked by {' and '.join(dict.fromkeys(ranked))} rows of the layer before" if ranked else "nothing is ranked"
-    return f"tokens leave at layer {places}; {how}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from himap_train.analysis.curves import read_curves
 from himap_train.benchmark.gpu_checks import HALF, PRECISION, Check, NotHereError, close
 from himap_train.benchmark.sizes import Size, build_model
 from himap_train.embedded.build import build_processor
@@ -42,12 +42,10 @@ def runs(size: Size, folder: Path, device: str, steps: int, settings: Mapping[st
             said = run.with_name(f"{run.name}.log").read_text(encoding="utf-8").splitlines()
             reasons = [line for line in said if line.startswith("error: ") or "OutOfMemoryError" in line]
             raise (NotHereError(f"{name}: {reasons[-1]}") if reasons else error) from error
-        (file,) = run.glob("logs/version_*/metrics.csv")
-        with file.open(encoding="utf-8") as lines:
-            rows = [row for row in csv.DictReader(lines) if row["train/loss"]]
-        shown = [f"{float(rows[-1][key]):.4g} {key}" for key in ("tokens/s", "s/step", "memory GiB")]
+        logged = read_curves(run)
+        shown = [f"{[*logged[key].values()][-1]:.4g} {key}" for key in ("tokens/s", "s/step", "memory GiB")]
         yield Check(name, ", ".join(shown))
-        losses = torch.tensor([float(row["train/loss"]) for row in rows])
+        losses = torch.tensor([*logged["train/loss"].values()])
         if "4bit" in options:
             yield Check(f"{name}: loss", f"{losses[0]:.3f} to {losses[-1]:.3f}", "falls", bool(losses[-1] < losses[0]))
         elif first is not None:
