@@ -10,7 +10,6 @@ docs/information_flow.md says what the numbers mean, and what they said on the e
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from himap_train.analysis.saliency import Formula, measure
 from himap_train.bar import progress_bar
 from himap_train.command_line import new_output_folder, run_command
 from himap_train.evaluation.samples import open_samples
-from himap_train.evaluation.tables import json_ready
+from himap_train.evaluation.tables import write_json
 from himap_train.models.stock import base_model
 from himap_train.search.flow import mean_image_to_text, reason, suggest
 from himap_train.search.search_folder import print_flow, schedule_file
@@ -84,7 +83,7 @@ def main(
     save_flow(output, rows, cut, cuts)
     facts = {"checkpoint": checkpoint, "data": data, "samples": drawn.count, **drawn.tokens, "formula": formula}
     facts |= {"renormalise": renormalise, "seed": seed, "image_to_text": given, "image_over_instruction": ratios}
-    (output / FACTS).write_text(json.dumps(json_ready(facts), indent=2) + "\n", encoding="utf-8")
+    write_json(output / FACTS, facts)
     try:
         save_map(output / MAP, drawn, flows)
     except ValueError as error:

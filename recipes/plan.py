@@ -9,17 +9,15 @@ python recipes/plan.py --verify                      # runs two small models: pr
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from himap_train.command_line import USER_ERRORS
-from himap_train.evaluation.tables import json_ready
+from himap_train.evaluation.tables import write_json
 from himap_train.planning.plan_cli import PlanCLI
 from himap_train.planning.plan_tables import print_plan
 from himap_train.planning.verify import markdown_table, verify
-from himap_train.storage import atomic_file
 
 
 def run(cli: PlanCLI) -> None:
@@ -30,9 +28,7 @@ def run(cli: PlanCLI) -> None:
     plan = cli.plan()
     print_plan(plan)
     if cli.config.json:
-        text = json.dumps(json_ready(plan.to_dict()), indent=2) + "\n"
-        with atomic_file(Path(cli.config.json)) as part:
-            part.write_text(text, encoding="utf-8")
+        write_json(Path(cli.config.json), plan.to_dict())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

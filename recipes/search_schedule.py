@@ -23,19 +23,10 @@ from himap_train.evaluation.samples import open_samples
 from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.flow import mean_image_to_text
-from himap_train.search.objective import Objective
 from himap_train.search.proposals import Method, search_budget
-from himap_train.search.search_folder import (
-    FACTS,
-    PICTURE,
-    TRIALS,
-    print_flow,
-    print_search,
-    save_search,
-    schedule_file,
-)
+from himap_train.search.search_folder import FACTS, TRIALS, print_flow, print_search, save_search, schedule_file
 from himap_train.search.space import Space
-from himap_train.search.trials import Trials
+from himap_train.search.trials import Objective, Trials
 
 
 def main(
@@ -66,7 +57,7 @@ def main(
         stages: Most removals of a schedule.
         criteria: One a stage, by depth; by default instruction at the first and image at the others.
         free_criteria: Choose any of the criteria at each stage.
-        output: Folder for schedule-0.40.yaml and its like, trials.csv, search.json and search.png.
+        output: Folder for schedule-0.40.yaml and its like, trials.csv and search.json.
         overwrite: Replace results that are there.
         seed: Seed of the drawn samples, and for the criterion `random`.
         **opened: Options of `open_samples`.
@@ -74,7 +65,7 @@ def main(
     if (budget is None) == (not budgets):
         raise ValueError(f"budget is {budget} and budgets is {budgets}; give --budget 0.4 or --budgets [0.25,0.4]")
     wanted = list(dict.fromkeys(budgets or [budget or 0.0]))
-    new_output_folder(output, (*map(schedule_file, wanted), TRIALS, FACTS, PICTURE), overwrite)
+    new_output_folder(output, (*map(schedule_file, wanted), TRIALS, FACTS), overwrite)
     start = time.perf_counter()
     model, _, drawn = open_samples(checkpoint, data, seed=seed, each_turn=False, **opened)
     config = base_model(model).config

@@ -14,7 +14,7 @@ from himap_train.data.scene_questions import SceneQuestions
 from himap_train.data.skips import TooManySkippedError
 from himap_train.evaluation.samples import read_samples
 from himap_train.search.flow import mean_image_to_text
-from himap_train.search.objective import Objective
+from himap_train.search.trials import Objective
 
 HIMAP = PruningSchedule((PruningStage(2, "instruction", 0.5), PruningStage(4, "image", 0.125)))
 SCENES = SceneQuestions("validation", scenes=10, seed=3, turns=2)

@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
 from himap_train.analysis.flow_table import ALL, NORMALISATIONS, Row, column
 from himap_train.analysis.knockout import CUTS, KnockedOut
@@ -20,6 +19,7 @@ from himap_train.analysis.pictures import draw_kept
 from himap_train.analysis.saliency import SampleFlow
 from himap_train.data.images import open_image
 from himap_train.evaluation.samples import EncodedSamples
+from himap_train.evaluation.tables import screen_table
 from himap_train.storage import atomic_file
 
 FLOW, KNOCKOUTS, PICTURE, MAP = "flow.csv", "knockouts.csv", "flow.png", "map.png"
@@ -71,14 +71,14 @@ def save_map(file: Path, samples: EncodedSamples, flows: Sequence[SampleFlow]) -
 
 def print_cuts(rows: Sequence[Row]) -> None:
     """Accuracy and consistency of each cut of all samples, on standard output."""
-    table = Table(title="answers where a window of layers is cut")
-    for name in ("cut", "layers", "accuracy", "consistency", "overlap"):
-        table.add_column(name, justify="left" if name in ("cut", "layers") else "right")
-    for row in rows:
-        if row["group"] == ALL:
-            accuracy = f"{row['accuracy']:.3f} ± {row['error']:.3f}"
-            table.add_row(row["cut"], row["layers"], accuracy, f"{row['consistency']:.3f}", f"{row['overlap']:.2f}")
-    Console().print(table)
+    shown = [
+        [row["cut"], row["layers"], f"{row['accuracy']:.3f} ± {row['error']:.3f}", f"{row['consistency']:.3f}",
+         f"{row['overlap']:.2f}"]
+        for row in rows
+        if row["group"] == ALL
+    ]  # fmt: skip
+    header = ("cut", "layers", "accuracy", "consistency", "overlap")
+    Console().print(screen_table("answers where a window of layers is cut", header, shown, left=2))
 
 
 def draw_flow(rows: Sequence[Row], knocked_out: Sequence[KnockedOut]) -> Figure:

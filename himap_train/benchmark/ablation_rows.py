@@ -23,12 +23,11 @@ from himap_train.data.encode import Encoder, Sample
 from himap_train.data.records import RecordError, Source
 from himap_train.evaluation.accuracy_against_cost import mean_and_spread
 from himap_train.evaluation.compare import evaluate_row
-from himap_train.evaluation.tables import json_ready, markdown_lines
+from himap_train.evaluation.tables import json_ready, markdown_lines, write_json
 from himap_train.models.features import prompt_inputs
 from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.stage import PruningStage
-from himap_train.storage import atomic_file
 from himap_train.structured import read_json
 
 ROWS = "rows.json"
@@ -66,8 +65,7 @@ def run_all(
         key = json.dumps(facts, sort_keys=True)
         if key not in known:
             known[key] = json_ready({"run": facts, **measure(run)})
-            with atomic_file(file) as part:
-                part.write_text(json.dumps({"rows": list(known.values())}, indent=1), encoding="utf-8")
+            write_json(file, {"rows": list(known.values())})
         found.append(known[key])
     return found
 

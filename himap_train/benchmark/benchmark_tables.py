@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from himap_train.benchmark.measurements import Point
 from himap_train.benchmark.timing import Spread
-from himap_train.evaluation.tables import json_ready, markdown_lines
+from himap_train.evaluation.tables import markdown_lines, write_json
 from himap_train.storage import atomic_file
 
 FILES = ("benchmark.json", "benchmark.md")
@@ -50,9 +49,9 @@ def save(facts: dict[str, Any], found: Sequence[tuple[Point, dict[str, Any]]], f
 
 def write_results(folder: Path, files: Sequence[str], facts: dict[str, Any], text: str) -> str:
     """Write facts as JSON into the first of `files`, the text into the second; returns it."""
-    for name, content in zip(files, (json.dumps(json_ready(facts), indent=2) + "\n", text), strict=False):
-        with atomic_file(folder / name) as file:
-            file.write_text(content, encoding="utf-8")
+    write_json(folder / files[0], facts)
+    with atomic_file(folder / files[1]) as file:
+        file.write_text(text, encoding="utf-8")
     return text
 
 

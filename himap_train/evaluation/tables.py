@@ -37,9 +37,7 @@ def save_table(rows: Sequence[Row], folder: Path | str, facts: dict[str, Any] | 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = markdown_table(rows)
-    content = json_ready({**(facts or {}), "rows": [row.to_dict() for row in rows]})
-    with atomic_file(folder / "metrics.json") as file:
-        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "metrics.json", {**(facts or {}), "rows": [row.to_dict() for row in rows]})
     (folder / "table.md").write_text(text, encoding="utf-8")
     draw_chart(rows).savefig(folder / "accuracy.png", dpi=120)
     return text
@@ -85,6 +83,30 @@ def markdown_lines(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
     marks = [":--", *["--:"] * (len(header) - 1)]
     escaped = ([" ".join(cell.split()).replace("|", r"\|") for cell in line] for line in (header, marks, *lines))
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+
+
+def screen_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, **look: Any) -> Table:
+    """A table for a console: the first `left` columns to the left, the others to the right.
+
+    Args:
+        title: Above it.
+        header: A name a column.
+        rows: Lines of as many texts.
+        left: As above.
+        **look: As `rich.table.Table` takes them.
+    """
+    table = Table(title=title, **look)
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number < left else "right", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write what `json_ready` makes of it; the file is whole or not there."""
+    with atomic_file(file) as part:
+        part.write_text(json.dumps(json_ready(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def json_ready(value: Any) -> Any:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from himap_train.evaluation.tables import screen_table
 from himap_train.models.training_cost import TrainingFlops
 from himap_train.planning.device_memory import GIB, RESERVE
 from himap_train.planning.quantities import Activations
@@ -126,13 +126,8 @@ def _assumptions(plan: Plan) -> list[str]:
     ]
 
 
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    table = Table(title=title, title_justify="left", padding=(0, 1) if len(header) < 7 else 0)
-    for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left", no_wrap=number == 0)
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    return screen_table(title, header, rows, title_justify="left", padding=(0, 1) if len(header) < 7 else 0)
 
 
 def _setting(side: Side, checkpointing: bool) -> str:

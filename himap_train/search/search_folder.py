@@ -1,4 +1,4 @@
-"""A search on the screen and in its folder: schedules that `--schedule FILE` takes, trials, figures, a picture."""
+"""A search on the screen and in its folder: schedules that `--schedule FILE` takes, trials and figures."""
 
 from __future__ import annotations
 
@@ -9,22 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
 from himap_train.evaluation.samples import EncodedSamples
-from himap_train.evaluation.tables import json_ready
+from himap_train.evaluation.tables import screen_table, write_json
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.flow import HANDED_OVER, handed_over
 from himap_train.search.trials import Trials
 from himap_train.storage import atomic_file
 
-TRIALS, FACTS, PICTURE = "trials.csv", "search.json", "search.png"
+TRIALS, FACTS = "trials.csv", "search.json"
 
 
 def schedule_file(budget: float) -> str:
@@ -35,7 +30,7 @@ def schedule_file(budget: float) -> str:
 def save_search(
     found: Sequence[Trials], folder: Path, facts: dict[str, Any], samples: EncodedSamples, flow: Sequence[float]
 ) -> None:
-    """Write a schedule for each budget, trials.csv, search.json and search.png, each whole or not at all.
+    """Write a schedule for each budget, trials.csv and search.json, each whole or not at all.
 
     Args:
         found: The search at each budget, with at least one trial.
@@ -64,10 +59,7 @@ def save_search(
         "image_to_text": flow,
         "budgets": [_facts(one) for one in found],
     }
-    with atomic_file(folder / FACTS) as part:
-        part.write_text(json.dumps(json_ready(content), indent=2) + "\n", encoding="utf-8")
-    with atomic_file(folder / PICTURE) as part:
-        draw_search(found, facts["dense_loss"]).savefig(part, dpi=120, format="png")
+    write_json(folder / FACTS, content)
 
 
 def _facts(found: Trials) -> dict[str, Any]:
@@ -85,27 +77,22 @@ def _facts(found: Trials) -> dict[str, Any]:
 
 def print_search(found: Trials, dense_loss: float) -> None:
     """The best few schedules of a budget, with dense and the preset to compare, on standard output."""
-    table = Table(title=f"budget {found.space.budget:g}: {len(found.done)} schedules tried")
-    for name in ("", "loss", "flops_ratio", "schedule"):
-        table.add_column(name, justify="left" if name in ("", "schedule") else "right")
-    table.add_row("dense", f"{dense_loss:.4f}", "1.000", "")
-    ratio = found.space.flops_ratio
-    if found.baseline:
-        schedule, loss = found.baseline
-        table.add_row("preset himap at the budget", f"{loss:.4f}", f"{ratio(schedule):.3f}", describe(schedule))
+    ratio, baseline = found.space.flops_ratio, found.baseline
+    rows = [["dense", "", f"{dense_loss:.4f}", "1.000"]]
+    if baseline:
+        schedule, loss = baseline
+        rows.append(["preset himap at the budget", describe(schedule), f"{loss:.4f}", f"{ratio(schedule):.3f}"])
     for trial in sorted(found.done, key=lambda trial: trial.loss)[:5]:
         name = f"trial {trial.number} ({trial.origin})"
-        table.add_row(name, f"{trial.loss:.4f}", f"{trial.flops_ratio:.3f}", describe(trial.schedule))
-    Console().print(table)
+        rows.append([name, describe(trial.schedule), f"{trial.loss:.4f}", f"{trial.flops_ratio:.3f}"])
+    title = f"budget {found.space.budget:g}: {len(found.done)} schedules tried"
+    Console().print(screen_table(title, ["", "schedule", "loss", "flops_ratio"], rows, left=2))
 
 
 def print_flow(flow: Sequence[float]) -> None:
     """A line a layer: saliency of what image tokens give to text, and its share of the total."""
-    table = Table(title="saliency, image to text")
-    for name in ("layer", "saliency", "share"):
-        table.add_column(name, justify="right")
-    for layer, given in enumerate(flow):
-        table.add_row(str(layer), f"{given:.4f}", f"{given / sum(flow):.0%}")
+    rows = [[str(layer), f"{given:.4f}", f"{given / sum(flow):.0%}"] for layer, given in enumerate(flow)]
+    table = screen_table("saliency, image to text", ["layer", "saliency", "share"], rows)
     table.caption = f"{HANDED_OVER:.0%} of it has gone over before layer {handed_over(flow)}"
     Console().print(table)
 
@@ -113,30 +100,3 @@ def print_flow(flow: Sequence[float]) -> None:
 def describe(schedule: PruningSchedule) -> str:
     """One line: "1 instruction 0.49, 5 image 0"."""
     return ", ".join(f"{stage.layer} {stage.criterion} {stage.keep_ratio:.3g}" for stage in schedule.stages)
-
-
-def draw_search(found: Sequence[Trials], dense_loss: float) -> Figure:
-    """A line of panels a budget: loss against trial, and the image tokens of every layer coloured by loss."""
-    figure = Figure(figsize=(11, 3.6 * len(found)), layout="constrained")
-    for one, (history, shapes) in zip(found, figure.subplots(len(found), 2, squeeze=False), strict=True):
-        losses = [trial.loss for trial in one.done]
-        history.plot(losses, "o", color="#5e81ac", markersize=4, label="trial")
-        history.plot([min(losses[: n + 1]) for n in range(len(losses))], color="#2a9d8f", label="best so far")
-        if one.baseline:
-            history.axhline(one.baseline[1], color="#d08770", linestyle="--", label="preset himap at the budget")
-        history.axhline(dense_loss, color="#4c566a", linestyle=":", label="dense")
-        history.set(xlabel="trial", ylabel="loss", title=f"budget {one.space.budget:g}")
-        history.legend(frameon=False, fontsize=8)
-        norm = Normalize(min(losses), sorted(losses)[len(losses) * 3 // 4])  # bad ones would use up the colours
-        colours = ScalarMappable(norm, "viridis_r")
-        for trial in sorted(one.done, key=lambda trial: -trial.loss):
-            counts = one.space.layer_counts(trial.schedule)
-            shapes.step(
-                range(len(counts)), counts, where="mid", color=colours.to_rgba(np.array([trial.loss]))[0], alpha=0.7
-            )
-        best = one.space.layer_counts(one.best.schedule)
-        shapes.step(range(len(best)), best, where="mid", color="#bf616a", linewidth=2.5, label="best")
-        shapes.set(xlabel="layer", ylabel="image tokens", title="schedules tried")
-        shapes.legend(frameon=False, fontsize=8)
-        figure.colorbar(colours, ax=shapes, label="loss")
-    return figure
