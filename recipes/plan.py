@@ -2,7 +2,6 @@
 
 python recipes/plan.py --config configs/llava_himap.yaml --trainer.devices 8 --effective-batch 128 --gpu-memory 80
 python recipes/plan.py --config configs/llava_himap.yaml --tflops 250 --records 665000 --gpu-price 2.5   # hours, cost
-python recipes/plan.py --config configs/quickstart.yaml --measured   # hours, after a few real steps on this machine
 python recipes/plan.py --config configs/llava_himap.yaml --config configs/llava_13b_himap.yaml --text-tokens 300
 python recipes/plan.py --verify                      # runs two small models: predicted, measured, error
 """
@@ -23,7 +22,7 @@ from himap_train.planning.verify import markdown_table, verify
 def run(cli: PlanCLI) -> None:
     """Print a plan or, with --verify, how good plans are."""
     if cli.config.verify:
-        print(markdown_table(verify()))
+        print(markdown_table(verify()), end="")
         return
     plan = cli.plan()
     print_plan(plan)

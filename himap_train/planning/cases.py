@@ -32,29 +32,21 @@ class Case:
         config: Configuration of the model.
         path: Where its weights are; None for random ones.
         tuner: How it is trained.
-        rows: Number of rows in the batch.
-        text_tokens: Text tokens of a row.
-        supervised: Supervised tokens of a row.
+        batch: What it takes.
     """
 
     name: str
     config: Any
     path: str | None
     tuner: LlavaFineTuner
-    rows: int
-    text_tokens: int
-    supervised: int
-
-    @property
-    def batch(self) -> Batch:
-        """As the plan sees it."""
-        return Batch(self.rows, tokens_of_image(self.config), self.text_tokens, self.supervised)
+    batch: Batch
 
 
 def embedded_case() -> Case:
     """The LLaVA in this package."""
     tuner = LlavaFineTuner(EMBEDDED, lora_r=32, lora_alpha=64, lora_dropout=0.0)
-    return Case("embedded", load_config(resolve_model(EMBEDDED)), EMBEDDED, tuner, 8, 40, 8)
+    config = load_config(resolve_model(EMBEDDED))
+    return Case("embedded", config, EMBEDDED, tuner, Batch(8, tokens_of_image(config), 40, 8))
 
 
 def llava_100m_case() -> Case:
@@ -68,7 +60,7 @@ def llava_100m_case() -> Case:
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, vision_feature_layer=-2)
     tuner = LlavaFineTuner(lora_r=16, lora_alpha=32, lora_dropout=0.05)
-    return Case("100M", config, None, tuner, 2, 115, 60)
+    return Case("100M", config, None, tuner, Batch(2, tokens_of_image(config), TEXT_TOKENS, SUPERVISED))
 
 
 def published_case(name: str, rows: int, layers: int | None = None, dropout: float = 0.05) -> Case:
@@ -85,7 +77,8 @@ def published_case(name: str, rows: int, layers: int | None = None, dropout: flo
         text = config.text_config
         text.num_hidden_layers = layers
         text.layer_types = getattr(text, "layer_types", None) and text.layer_types[:layers]
-    return Case(name, config, None, LlavaFineTuner(name, lora_dropout=dropout), rows, TEXT_TOKENS, SUPERVISED)
+    batch = Batch(rows, tokens_of_image(config), TEXT_TOKENS, SUPERVISED)
+    return Case(name, config, None, LlavaFineTuner(name, lora_dropout=dropout), batch)
 
 
 def build_model(
@@ -104,8 +97,7 @@ def build_model(
         base = load_llava(case.path, dtype=weights_dtype(precision))[0].to(device)
     model = case.tuner.attach(base)
     if checkpointing:
-        decoder: Any = text_decoder(model)
-        checkpoint_activations(decoder)
+        checkpoint_activations(text_decoder(model))
     make_scorers(model, schedule)
     # Plans are for kernels that keep no attention weights.
     return install_pruning(model, schedule, cpu_blocks=False).train()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from himap_train.evaluation.tables import markdown_lines
 from himap_train.models.stock import base_model
 from himap_train.models.training_cost import training_flops
 from himap_train.planning.activations import ActivationModel
@@ -66,12 +67,12 @@ def verify(cases: Sequence[Case] | None = None) -> list[Comparison]:
 
 def markdown_table(rows: Sequence[Comparison]) -> str:
     """As GitHub Markdown; FLOPs in GFLOP, memory in MB."""
-    lines = ["| model | step | quantity | predicted | measured | error |", "|:--|:--|:--|--:|--:|--:|"]
+    lines = []
     for row in rows:
         unit, scale = ("GFLOP", 1e9) if row.quantity == "FLOPs" else ("MB", 1e6)
-        numbers = f"{row.predicted / scale:,.1f} {unit} | {row.measured / scale:,.1f} {unit} | {100 * row.error:+.1f} %"
-        lines.append(f"| {row.model} | {row.setting} | {row.quantity} | {numbers} |")
-    return "\n".join(lines)
+        numbers = [f"{value / scale:,.1f} {unit}" for value in (row.predicted, row.measured)]
+        lines.append([row.model, row.setting, row.quantity, *numbers, f"{100 * row.error:+.1f} %"])
+    return markdown_lines(["model", "step", "quantity", "predicted", "measured", "error"], lines)
 
 
 def _static(case: Case, facts: ModelFacts) -> list[Comparison]:
@@ -119,4 +120,4 @@ def _step(
 
 
 def _bytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
