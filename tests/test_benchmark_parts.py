@@ -13,8 +13,7 @@ from torch import Tensor
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning, remove_pruning
 from himap_train.benchmark import contenders as methods_module
 from himap_train.benchmark import timing
-from himap_train.benchmark.bench import Settings
-from himap_train.benchmark.bounds import decode_ratio, step_flops
+from himap_train.benchmark.bench import Settings, decode_ratio, step_flops
 from himap_train.benchmark.contenders import METHODS, find_method, without_choice
 from himap_train.benchmark.measurements import AXES, planned
 from himap_train.benchmark.peak_memory import cache_bytes, weight_bytes

@@ -15,7 +15,7 @@ from himap_train import PruningSchedule, PruningStage
 from himap_train.models.families.pixels import tower_flops
 from himap_train.models.training_cost import FLASH_BACKWARD, training_flops
 from himap_train.planning.facts import count
-from himap_train.planning.measure import measured_flops
+from himap_train.planning.verify import measured_flops
 
 WITHIN = 0.02
 HIMAP = PruningSchedule.from_preset("himap").scaled_to(8)

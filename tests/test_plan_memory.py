@@ -26,9 +26,8 @@ from himap_train.planning.device_memory import (
     static_memory,
 )
 from himap_train.planning.facts import count, model_facts
-from himap_train.planning.measure import measured_memory
 from himap_train.planning.quantities import Batch, Numerics
-from himap_train.planning.verify import markdown_table, verify
+from himap_train.planning.verify import markdown_table, measured_memory, verify
 from himap_train.training.module import LlavaFineTuner
 
 PEAK, SAVED = 0.045, 0.03

@@ -13,8 +13,7 @@ from PIL import Image
 from tiny import tiny_llava, tiny_processor
 
 from himap_train import PruningSchedule, PruningStage
-from himap_train.analysis.curves import draw_curves, read_curves
-from himap_train.analysis.report import main, write_report
+from himap_train.analysis.report import draw_curves, main, read_curves, write_report
 from himap_train.analysis.samples import save_samples, take_samples
 from himap_train.checkpoints.card import model_card
 from himap_train.checkpoints.run_facts import RunFacts

@@ -1,4 +1,12 @@
-"""Measures rows: a method and dense in pairs, on one size and one shape of batch."""
+"""Measures rows: a method and dense in pairs, on one size and one shape of batch; and what could be saved at most.
+
+That is the ratio of FLOPs, or of bytes where bytes are what a step waits for.
+Decoding one token does two FLOPs for each weight that it reads, so it waits for memory: its bound is the ratio of the
+bytes that it reads, weights and cache. `generate` is both at once and has no bound of its own.
+
+The cost model counts attention in full, as papers do; a causal kernel skips what is hidden, nearly half. Attention is
+what shrinks most, so by the FLOPs that are really run less can be saved: that is the causal bound.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +17,17 @@ from typing import Any
 
 import torch
 
-from himap_train.benchmark.bounds import decode_ratio, step_flops
 from himap_train.benchmark.contenders import DENSE, Method, find_method, without_choice
 from himap_train.benchmark.peak_memory import cache_bytes, peak_bytes, weight_bytes
-from himap_train.benchmark.sizes import Size, build_model
+from himap_train.benchmark.sizes import TOKENS_PER_IMAGE, Size, build_model
 from himap_train.benchmark.tasks import NEW_TOKENS, TrainingSteps, inference_task, prefilled_cache
 from himap_train.benchmark.timing import Clock, Spread, Task, nothing, time_pairs
 from himap_train.benchmark.workload import Batch, Workload, make_batch
+from himap_train.models.families import family_of_config
 from himap_train.models.lora import attach_lora
+from himap_train.models.training_cost import training_flops
 from himap_train.models.versions import checkpoint_activations
+from himap_train.pruning.cost import schedule_cost
 from himap_train.pruning.schedule import PruningSchedule
 
 
@@ -164,3 +174,62 @@ def lora_parameters(model: Any) -> Sequence[int]:
         sum(p.numel() for name, p in layer.named_parameters() if "lora_" in name)
         for layer in model.model.language_model.layers
     ]
+
+
+def step_flops(
+    measure: str,
+    schedule: PruningSchedule,
+    config: Any,
+    workload: Workload,
+    *,
+    lora_parameters: Sequence[int],
+    whole: bool = False,
+    checkpointing: bool = False,
+    causal: bool = False,
+) -> float:
+    """FLOPs of a training step or a prefill of one sample; the vision tower is in it if the model is `whole`.
+
+    Args:
+        measure: "training_step" or "prefill".
+        schedule: What is removed where.
+        config: Configuration of the model.
+        workload: Shape of the batch.
+        lora_parameters: Those of each decoder layer.
+        whole: Whether images go through the tower.
+        checkpointing: Whether layers run again in the backward pass.
+        causal: Leave out what the causal mask hides.
+    """
+    images = workload.image_tokens / TOKENS_PER_IMAGE if whole else 0
+    if measure == "prefill":
+        prefill = schedule_cost(schedule, config, workload.image_tokens, workload.text_tokens, causal=causal).flops
+        return prefill + images * family_of_config(config).vision_flops(config, TOKENS_PER_IMAGE)
+    step = training_flops(
+        schedule,
+        config,
+        workload.image_tokens,
+        workload.text_tokens,
+        lora_parameters=lora_parameters,
+        supervised=workload.answer,
+        images=images,
+        checkpointing=checkpointing,
+        lm_head_passes=2,
+        causal=causal,
+    )
+    return step.total
+
+
+def decode_ratio(
+    schedule: PruningSchedule, config: Any, workload: Workload, weights: int, bytes_per_value: int
+) -> float:
+    """Bytes that decoding a token reads, pruned / dense: all weights once, and the cache of each sample."""
+    pruned, dense = (
+        weights
+        + sum(
+            schedule_cost(
+                kind, config, sample.image_tokens, sample.text_tokens, bytes_per_value=bytes_per_value
+            ).kv_bytes
+            for sample in workload.samples
+        )
+        for kind in (schedule, PruningSchedule())
+    )
+    return pruned / dense

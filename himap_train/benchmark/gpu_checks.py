@@ -27,8 +27,8 @@ from himap_train.models.versions import checkpoint_activations
 from himap_train.planning.cases import Case, build_model, inputs_of, published_case
 from himap_train.planning.device_memory import GIB, RESERVE
 from himap_train.planning.facts import model_facts
-from himap_train.planning.measure import step_loss
 from himap_train.planning.run_plan import RunSettings, Sample, make_plan
+from himap_train.planning.verify import step_loss
 from himap_train.pruning.cost import schedule_cost
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.stage import PruningStage

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from himap_train.analysis.curves import read_curves
+from himap_train.analysis.report import read_curves
 from himap_train.benchmark.gpu_checks import HALF, PRECISION, Check, NotHereError, close
 from himap_train.benchmark.sizes import Size, build_model
 from himap_train.embedded.build import build_processor

@@ -14,7 +14,7 @@ The optimizer's step needs a temporary as large as the trained weights it update
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from himap_train.planning.activations import ActivationModel
@@ -30,6 +30,7 @@ BUCKET = 50_000_000
 """Elements in one of DeepSpeed's communication buckets, as `ZeroStrategy` has it."""
 LIVE = 1_000_000_000
 """DeepSpeed's default number of gathered elements under stage 3."""
+_MOST_ROWS = 1 << 16
 STRATEGIES = ("one device", "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 offload")
 _CONFIGURED = {
     "auto": "DDP",
@@ -153,15 +154,5 @@ def largest_batch(
 ) -> int:
     """Most rows on one GPU of `gpu_memory` bytes; 0 where not one fits."""
     room = gpu_memory - RESERVE
-    return _largest(lambda rows: static.peak(predict(schedule, replace(batch, rows=rows))) <= room)
-
-
-def _largest(fits: Callable[[int], bool], limit: int = 1 << 16) -> int:
-    """Largest number up to `limit` that fits, 0 for none; what fits for a number fits for a smaller one."""
-    low, high = 0, 1
-    while high <= limit and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    tried = range(1, _MOST_ROWS + 1)
+    return bisect_left(tried, True, key=lambda n: static.peak(predict(schedule, replace(batch, rows=n))) > room)

@@ -1,25 +1,32 @@
 """Predictions beside measurements: training steps of two small models are run, and counted, on this machine's CPU.
 
 One is the embedded LLaVA, the other has 100 million random parameters in LLaVA's proportions: 576 image tokens, a
-12-layer decoder 768 wide. Each takes the same batch dense and pruned, with and without gradient checkpointing.
+12-layer decoder 768 wide. Each takes the same batch dense and pruned, with and without gradient checkpointing. FLOPs
+are those that PyTorch counts, bytes the most that were alive at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from himap_train.allocations import AllocationCounter
 from himap_train.evaluation.tables import markdown_lines
+from himap_train.models.features import hidden_states
+from himap_train.models.loss import supervised_loss
 from himap_train.models.stock import base_model
 from himap_train.models.training_cost import training_flops
 from himap_train.planning.activations import ActivationModel
 from himap_train.planning.cases import Case, build_model, embedded_case, inputs_of, llava_100m_case
 from himap_train.planning.device_memory import static_memory
 from himap_train.planning.facts import ModelFacts, model_facts
-from himap_train.planning.measure import measured_flops, measured_memory
 from himap_train.planning.quantities import Numerics
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.module import weights_dtype
@@ -121,3 +128,55 @@ def _step(
 
 def _bytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a training step beside weights, gradients and optimizer.
+
+    Attributes:
+        saved: Alive when the forward pass has ended: what the backward pass needs.
+        peak: The most that was alive at any moment of forward and backward.
+    """
+
+    saved: int
+    peak: int
+
+
+def measured_flops(model: nn.Module, batch: dict[str, Any], loss_chunk: int, backward: bool = True) -> int:
+    """FLOPs of a step; attention runs product by product, because CPU flash attention has no entry in the counter."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        loss = step_loss(model, batch, loss_chunk)
+        if backward:
+            loss.backward()
+    model.zero_grad()
+    return int(counter.get_total_flops())
+
+
+def measured_memory(
+    model: nn.Module, batch: dict[str, Any], loss_chunk: int, autocast: torch.dtype | None = None
+) -> StepMemory:
+    """Memory of a second micro-batch: gradients are there already, as in all but the first of an optimizer step.
+
+    Args:
+        model: A LLaVA with LoRA, in training mode; without CPU blocks, where it is to be compared with a plan.
+        batch: `input_ids`, `attention_mask`, `labels` and `images`; they are counted too.
+        loss_chunk: As in training.
+        autocast: The dtype of mixed precision; None for none.
+    """
+    step_loss(model, batch, loss_chunk, autocast).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    with AllocationCounter([*model.parameters(), *model.buffers(), *gradients]) as counter:
+        mine = {name: tensor.clone() for name, tensor in batch.items() if name != "images"}
+        mine["images"] = {name: tensor.clone() for name, tensor in batch["images"].items()}
+        loss = step_loss(model, mine, loss_chunk, autocast)
+        saved = counter.alive
+        loss.backward()
+    model.zero_grad()
+    return StepMemory(saved, counter.peak)
+
+
+def step_loss(model: nn.Module, batch: dict[str, Any], chunk: int, autocast: torch.dtype | None = None) -> Tensor:
+    """The sum that `LlavaFineTuner.training_step` computes, over a batch of `input_ids`, `labels`, `images`..."""
+    with nullcontext() if autocast is None else torch.autocast(batch["input_ids"].device.type, autocast):
+        return supervised_loss(hidden_states(model, **batch), batch["labels"], base_model(model).lm_head, chunk)[0]
