@@ -19,11 +19,9 @@ from typing import Any, Literal
 import torch
 
 from himap_train.benchmark.bench import Settings
-from himap_train.benchmark.benchmark_tables import FILES, save
+from himap_train.benchmark.benchmark_tables import FILES, command_line, environment, load_average, save
 from himap_train.benchmark.contenders import DENSE, MEASURES, METHODS
-from himap_train.benchmark.environment import command_line, environment, load_average
-from himap_train.benchmark.job import PEERS, run_job
-from himap_train.benchmark.job_tables import JOB_FILES, save_job
+from himap_train.benchmark.job import JOB_FILES, PEERS, run_job, save_job
 from himap_train.benchmark.measurements import planned, run_all
 from himap_train.benchmark.sizes import find_size
 from himap_train.benchmark.timing import Clock

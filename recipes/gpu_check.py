@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from himap_train.benchmark.environment import environment
+from himap_train.benchmark.benchmark_tables import environment
 from himap_train.benchmark.gpu_checks import Check, equalities, full_size, run_checks
 from himap_train.benchmark.gpu_runs import runs
 from himap_train.benchmark.sizes import find_size

@@ -131,7 +131,7 @@ def foresee(llava: Any, processor: Any, source: Any, even: PruningSchedule, budg
     """The oracle with as many tokens as an even choice has at the budget."""
     ratio = even.stages[0].keep_ratio
     assert ratio is not None
-    return budget, 100 * oracle_accuracy(llava, processor, source, ratio)["all"]
+    return budget, 100 * oracle_accuracy(llava, processor, source, ratio)
 
 
 def measured(file: Path, key: str, measure: Callable[[], tuple[float, float]]) -> tuple[float, float]:

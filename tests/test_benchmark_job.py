@@ -10,8 +10,8 @@ import torch
 from tiny import tiny_llava
 from torch.utils.data import DataLoader
 
+from himap_train.benchmark.job import job_markdown
 from himap_train.benchmark.job_peers import Stopwatch
-from himap_train.benchmark.job_tables import job_markdown
 
 
 def counting() -> Stopwatch:

@@ -13,10 +13,9 @@ from torch import Tensor
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning, remove_pruning
 from himap_train.benchmark import contenders as methods_module
 from himap_train.benchmark import timing
-from himap_train.benchmark.bench import Settings, decode_ratio, step_flops
+from himap_train.benchmark.bench import Settings, decode_ratio, step_flops, weight_bytes
 from himap_train.benchmark.contenders import METHODS, find_method, without_choice
 from himap_train.benchmark.measurements import AXES, planned
-from himap_train.benchmark.peak_memory import cache_bytes, weight_bytes
 from himap_train.benchmark.peers import (
     fastv_attention_maps,
     masking,
@@ -24,7 +23,7 @@ from himap_train.benchmark.peers import (
     pyramiddrop_ranking,
 )
 from himap_train.benchmark.sizes import SIZES, build_model, find_size, model_config
-from himap_train.benchmark.tasks import inference_task
+from himap_train.benchmark.tasks import cache_bytes, inference_task
 from himap_train.benchmark.timing import Pairs, Spread, Task, time_once, time_pairs
 from himap_train.benchmark.workload import Workload, make_batch
 from himap_train.models.attention import register_attention

@@ -14,8 +14,7 @@ from torch import nn
 
 from himap_train.benchmark.benchmark_tables import MIB
 from himap_train.benchmark.contenders import DENSE, find_method, scheduled
-from himap_train.benchmark.peak_memory import cache_bytes, peak_bytes
-from himap_train.benchmark.tasks import inference_task, prefilled_cache
+from himap_train.benchmark.tasks import cache_bytes, inference_task, peak_bytes, prefilled_cache
 from himap_train.benchmark.timing import Clock, Spread, time_pairs
 from himap_train.benchmark.workload import Batch
 from himap_train.data.batches import collate, pad_token_id_of

@@ -18,9 +18,15 @@ from typing import Any
 import torch
 
 from himap_train.benchmark.contenders import DENSE, Method, find_method, without_choice
-from himap_train.benchmark.peak_memory import cache_bytes, peak_bytes, weight_bytes
 from himap_train.benchmark.sizes import TOKENS_PER_IMAGE, Size, build_model
-from himap_train.benchmark.tasks import NEW_TOKENS, TrainingSteps, inference_task, prefilled_cache
+from himap_train.benchmark.tasks import (
+    NEW_TOKENS,
+    TrainingSteps,
+    cache_bytes,
+    inference_task,
+    peak_bytes,
+    prefilled_cache,
+)
 from himap_train.benchmark.timing import Clock, Spread, Task, nothing, time_pairs
 from himap_train.benchmark.workload import Batch, Workload, make_batch
 from himap_train.models.families import family_of_config
@@ -233,3 +239,9 @@ def decode_ratio(
         for kind in (schedule, PruningSchedule())
     )
     return pruned / dense
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of the text decoder's layers and `lm_head`: what decoding a token reads beside the cache."""
+    parts = (*model.model.language_model.layers.parameters(), *model.lm_head.parameters())
+    return sum(part.nbytes for part in parts)

@@ -1,15 +1,22 @@
-"""Results as Markdown and JSON."""
+"""Results as Markdown and JSON, with what a time depends on beside the code: machine, versions, and its other users."""
 
 from __future__ import annotations
 
+import os
+import platform
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from himap_train.benchmark.measurements import Point
 from himap_train.benchmark.timing import Spread
 from himap_train.evaluation.tables import markdown_lines, write_json
 from himap_train.storage import atomic_file
+from himap_train.versions import package_versions
 
 FILES = ("benchmark.json", "benchmark.md")
 MIB = 2**20
@@ -88,3 +95,39 @@ def spread(values: Spread, factor: float, digits: int) -> str:
 
 def _number(value: float | None, factor: float, digits: int) -> str:
     return "" if value is None else f"{factor * value:.{digits}f}"
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Facts as JSON types; `load` is the machine's own one-minute average, None where it has none."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+        "system": platform.platform(),
+        "versions": package_versions(),
+        "load": load_average(),
+    }
+
+
+def command_line() -> str:
+    """What a user would type to run this process again."""
+    return shlex.join(["python", *sys.argv])
+
+
+def load_average() -> float | None:
+    """Runnable processes, averaged over the last minute; the benchmark itself is about one of them."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from himap_train.benchmark.peak_memory import cache_bytes, peak_bytes
+from himap_train.benchmark.tasks import cache_bytes, peak_bytes
 from himap_train.benchmark.timing import Task, time_once, time_pairs
 from himap_train.models.families import family_of
 from himap_train.models.features import hidden_states, prompt_inputs

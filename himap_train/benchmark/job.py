@@ -1,12 +1,14 @@
 """The whole job on the clock: from JSON and image files to a saved adapter, with this package and with others.
 
 Each job is a process of its own, from its start to its end; all train on the same weights, records, order and batches.
+The tables say what each took: throughput, and where a step goes.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -22,17 +24,24 @@ import torch
 from himap_train.bar import progress_bar
 from himap_train.benchmark import job_peers
 from himap_train.benchmark.bench import Settings
-from himap_train.benchmark.contenders import find_method
+from himap_train.benchmark.benchmark_tables import heading, spread, write_results
+from himap_train.benchmark.contenders import DENSE, find_method
 from himap_train.benchmark.sizes import TOKENS_PER_IMAGE, build_model
+from himap_train.benchmark.timing import Pairs, Spread
 from himap_train.benchmark.workload import Workload
 from himap_train.data.sampling import BatchOrder
 from himap_train.embedded.build import build_processor
 from himap_train.embedded.scene_source import Scenes
+from himap_train.evaluation.tables import markdown_lines
 
 HF_TRAINER, TRL = PEERS = ("hf-trainer", "trl")
 _IMAGE_SIZE, _PATCH, _PICTURE = 336, 14, (640, 480)
 _TEMPLATE_TOKENS, _WORDS = 9, "abcdefghijklmnopqrstuvwxyz"
 _PRECISION = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
+JOB_FILES = ("job.json", "job.md")
+DECODER = ("decoder forward", "decoder backward")
+ONCE = ("loading", "waiting", "caching", "saving")
+PARTS = ("loading", "waiting", "caching", "tower", *DECODER, "lm_head", "optimizer", "saving", "other")
 Results = dict[str, list[dict[str, Any]]]
 
 
@@ -156,3 +165,50 @@ def _run(job: dict[str, Any], file: Path, peer_python: str) -> dict[str, Any]:
         raise ValueError(f"the job of {job['contender']} has failed:\n{done.stderr[-3000:]}")
     results: dict[str, Any] = json.loads(Path(job["results"]).read_text(encoding="utf-8"))
     return {"whole": now() - began, **results}
+
+
+def save_job(facts: dict[str, Any], found: Results, folder: Path) -> str:
+    """Write `JOB_FILES` and return the Markdown; `facts` are as those of the other tables."""
+    text = heading(facts) + job_markdown(found, facts["settings"]["batch"])
+    return write_results(folder, JOB_FILES, facts | {"jobs": found}, text)
+
+
+def job_markdown(found: Results, batch: int) -> str:
+    """Two tables of all jobs, and whether they are the same job; `batch` samples are a step."""
+    times = {name: [sum(_parts(run).values()) for run in runs] for name, runs in found.items()}
+    rates, shares = list[list[str]](), list[list[str]]()
+    for name, runs in found.items():
+        cells = [spread(Spread.of([batch / seconds for seconds in times[name]]), 1, 3)]
+        cells += [spread(Pairs(times[name], times[other]).ratio, 1, 2) for other in found]
+        cells += [spread(Spread.of([run["whole"] for run in runs]), 1, 1), f"{runs[0]['losses'][0]:.4f}"]
+        rates.append([name, *cells, ", ".join(f"{key} {value}" for key, value in runs[0]["versions"].items())])
+        step = {part: statistics.fmean(_parts(run)[part] for run in runs) for part in PARTS}
+        percent = {part: 100 * seconds / sum(step.values()) for part, seconds in step.items()}
+        limits = [part for part, share in percent.items() if share > 10 and part not in DECODER]
+        cells = [f"{sum(step.values()):.3f}", *(f"{share:.1f}" for share in percent.values())]
+        shares.append([name, *cells, ", ".join(limits) or "none"])
+    rate_header = ["job", "samples/s", *(f"x {name}" for name in found), "whole job, s", "first loss", "versions"]
+    return f"""## Whole jobs
+
+{markdown_lines(rate_header, rates)}
+`x NAME`: throughput / that of NAME, round by round; against {DENSE} all is due to pruning, of {DENSE} itself nothing.
+Throughput leaves out the start and the first step; loading, caching and saving are spread over all steps.
+{_sameness(found)}
+
+## A step, % by part
+
+{markdown_lines(["job", "s/step", *PARTS, "limits: above 10 %"], shares)}"""
+
+
+def _parts(run: dict[str, Any]) -> dict[str, float]:
+    """Seconds of a step."""
+    once = {part: run["seconds"].get(part, 0.0) / len(run["losses"]) for part in ONCE}
+    return {part: once.get(part, run["step"].get(part, 0.0)) for part in PARTS}
+
+
+def _sameness(found: Results) -> str:
+    trained = {name: runs[0]["trained"] for name, runs in found.items()}
+    losses = {name: runs[0]["losses"][0] for name, runs in found.items() if name in (*PEERS, DENSE)}
+    if len({*trained.values()}) > 1 or (losses and max(losses.values()) > 1.001 * min(losses.values())):
+        return f"NOT the same job: trained numbers {trained}, first losses {losses}."
+    return f"All train {trained.popitem()[1]} numbers; those that prune nothing have the same first loss."

@@ -1,4 +1,4 @@
-"""The four things that are timed, as tasks on one model: a training step, the prefill, decoding, and `generate`.
+"""The four things that are timed, as tasks on one model: a training step, the prefill, decoding, `generate`; memory.
 
 Prefill and decoding run without LoRA, as a merged checkpoint does; the training step is that of `LlavaFineTuner`:
 `hidden_states`, the loss at supervised positions alone, AdamW over LoRA.
@@ -6,15 +6,16 @@ Prefill and decoding run without LoRA, as a merged checkpoint does; the training
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
+from himap_train.allocations import AllocationCounter
 from himap_train.benchmark.contenders import Method
 from himap_train.benchmark.timing import Task
 from himap_train.benchmark.workload import Batch
@@ -127,3 +128,33 @@ class TrainingSteps:
         self.optimizer.zero_grad()
         for feature in self.batch.features:
             feature.grad = None
+
+
+def peak_bytes(task: Task, device: torch.device, held: Iterable[Tensor]) -> int:
+    """The most bytes that are alive at once in one run of a task that has run before, beside what is `held`.
+
+    On a GPU by the allocator's own statistics. On the CPU every tensor that an operation returns is followed until it
+    is freed, which gives the same number each time; what a kernel allocates inside itself is not seen.
+
+    Args:
+        task: What to run.
+        device: Where it runs.
+        held: Weights, inputs and what else is there before and not counted.
+    """
+    with task.within():
+        task.prepare()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            before = torch.cuda.memory_allocated(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            task.run()
+            torch.cuda.synchronize(device)
+            return torch.cuda.max_memory_allocated(device) - before
+        with AllocationCounter(held) as counter:
+            task.run()
+        return counter.peak
+
+
+def cache_bytes(cache: Any) -> int:
+    """Keys and values of all layers."""
+    return sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values))
