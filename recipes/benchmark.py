@@ -54,13 +54,9 @@ def main(
     seed: int = 0,
     job: bool = False,
     job_methods: list[str] = ["himap", DENSE, *PEERS],  # noqa: B006
-    job_records: int = 32,
-    job_epochs: int = 3,
-    job_workers: int = 0,
-    job_cache: bool = True,
-    peer_python: str = sys.executable,
     output: Path = Path("runs/benchmark"),
     overwrite: bool = False,
+    **jobs: Any,
 ) -> None:
     """Time every method against dense in pairs and compare with what the cost model promises.
 
@@ -87,13 +83,9 @@ def main(
         seed: Seed of weights and inputs.
         job: Time whole fine-tunings instead, from a LLaVA file and images to a saved adapter.
         job_methods: What fine-tunes: methods, hf-trainer (Trainer and PEFT) and trl (SFTTrainer).
-        job_records: Records of the file.
-        job_epochs: How often each is trained on.
-        job_workers: Processes that load data.
-        job_cache: Whether our jobs keep what the frozen tower makes of each image.
-        peer_python: Python of the environment that hf-trainer and trl run in.
         output: Folder for benchmark.json and benchmark.md; or job.json and job.md.
         overwrite: Replace results that are there.
+        **jobs: Options of `run_job`.
 
     Raises:
         ValueError: A name is unknown or a shape impossible.
@@ -122,9 +114,8 @@ def main(
     shown |= {"whole_model": whole_model, "gradient_checkpointing": gradient_checkpointing}
     facts: dict[str, Any] = {"command": command_line(), "environment": environment(place), "settings": shown}
     if job:
-        how: dict[str, Any] = {"records": job_records, "epochs": job_epochs, "workers": job_workers, "cache": job_cache}
-        done = run_job(job_methods, settings, workload, **how, threads=threads, peer_python=peer_python, folder=output)
-        facts |= {"load_after": load_average(), "settings": shown | how}
+        done = run_job(job_methods, settings, workload, output, threads, **jobs)
+        facts |= {"load_after": load_average(), "settings": shown | jobs}
         print(save_job(facts, done, output))
         return
     found = run_all(points)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,7 +79,8 @@ def main(
     found: list[Trials] = []
     for space in spaces:
         try:
-            found.append(searched(space, objective, method, trials, flow))
+            with progress_bar(f"budget {space.budget:g}", 1 if method == "flow" else trials) as advance:
+                found.append(search_budget(space, objective, method, trials, flow, lambda trial: advance(1)))
         except KeyboardInterrupt:  # before the first trial of this budget
             if not found:
                 raise
@@ -106,12 +106,6 @@ def stop(output: Path) -> NoReturn:
     """End as Ctrl-C does, once everything is written."""
     print(f"interrupted; what was tried is saved in {output}", file=sys.stderr)
     sys.exit(130)
-
-
-def searched(space: Space, objective: Objective, method: Method, trials: int, flow: Sequence[float]) -> Trials:
-    """`search_budget` with a progress bar."""
-    with progress_bar(f"budget {space.budget:g}", 1 if method == "flow" else trials) as advance:
-        return search_budget(space, objective, method, trials, flow, lambda trial: advance(1))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from himap_train import PruningSchedule, install_pruning
 from himap_train.models.lora import attach_lora
 from himap_train.models.stock import base_model
 from himap_train.models.versions import checkpoint_activations
-from himap_train.planning.quantities import Batch
+from himap_train.planning.facts import Batch
 
 BATCH = Batch(rows=2, image_tokens=64, text_tokens=36, supervised=7)
 

@@ -25,8 +25,7 @@ from himap_train.planning.device_memory import (
     largest_batch,
     static_memory,
 )
-from himap_train.planning.facts import count, model_facts
-from himap_train.planning.quantities import Batch, Numerics
+from himap_train.planning.facts import Batch, Numerics, count, model_facts
 from himap_train.planning.verify import markdown_table, measured_memory, verify
 from himap_train.training.module import LlavaFineTuner
 

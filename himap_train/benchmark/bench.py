@@ -111,17 +111,17 @@ class Bench:
         bound = flops[1] / flops[0] if flops else self._bytes_bound(measure, method.schedule)
         causal_bound = causal[1] / causal[0] if causal else None
         made = {"decode": self.workload.batch, "generate": self.workload.batch * NEW_TOKENS}
-        return {
-            **{"measure": measure, "method": name, "workload": self.workload, "layers": how.size.layers},
-            **{"seconds": seconds, "dense_seconds": Spread.of(pairs.first), "ratio": ratio},
-            **{"bound": bound, "efficiency": bound and bound / ratio.median},
-            **{"causal_bound": causal_bound, "causal_efficiency": causal_bound and causal_bound / ratio.median},
-            "flops": flops,
-            **{"peak": self._peak(measure, method, ours), "dense_peak": self._peak(measure, dense, theirs)},
-            **{"kv": self._cache(measure, method), "dense_kv": self._cache(measure, dense)},
-            "tokens_per_second": made.get(measure, self.workload.tokens) / seconds.median,
-            "choosing": self._choosing(method, ours) if measure == "prefill" else None,
-        }
+        row = {"measure": measure, "method": name, "workload": self.workload, "layers": how.size.layers}
+        row |= {"seconds": seconds, "dense_seconds": Spread.of(pairs.first), "ratio": ratio, "flops": flops}
+        row |= {"bound": bound, "efficiency": bound and bound / ratio.median}
+        row |= {"causal_bound": causal_bound, "causal_efficiency": causal_bound and causal_bound / ratio.median}
+        for side, one, task in (("", method, ours), ("dense_", dense, theirs)):
+            cache = None if measure == "training_step" else prefilled_cache(self.model, one, self.batch)
+            row[f"{side}peak"] = self._peak(measure, one, task)
+            row[f"{side}kv"] = None if cache is None else cache_bytes(cache)
+        row["tokens_per_second"] = made.get(measure, self.workload.tokens) / seconds.median
+        row["choosing"] = self._choosing(method, ours) if measure == "prefill" else None
+        return row
 
     def _choosing(self, method: Method, ours: Task) -> Spread | None:
         """What choosing takes of a prefill, in pairs with one that keeps as many tokens without choosing."""
@@ -150,11 +150,6 @@ class Bench:
         if key not in self._peaks:
             self._peaks[key] = peak_bytes(task, self.batch.input_ids.device, self.batch.with_weights(self.model))
         return self._peaks[key]
-
-    def _cache(self, measure: str, method: Method) -> int | None:
-        if measure == "training_step":
-            return None
-        return cache_bytes(prefilled_cache(self.model, method, self.batch))
 
     def _flops(self, measure: str, schedule: PruningSchedule, causal: bool) -> tuple[float, float] | None:
         if measure not in ("training_step", "prefill"):

@@ -88,14 +88,14 @@ def run_job(
     contenders: Sequence[str],
     settings: Settings,
     workload: Workload,
-    *,
-    records: int,
-    epochs: int,
-    workers: int = 0,
-    cache: bool = True,
-    threads: int | None = None,
-    peer_python: str = sys.executable,
     folder: Path,
+    threads: int | None = None,
+    *,
+    job_records: int = 32,
+    job_epochs: int = 3,
+    job_workers: int = 0,
+    job_cache: bool = True,
+    peer_python: str = sys.executable,
 ) -> Results:
     """Run each job `settings.rounds` times, in turns.
 
@@ -103,13 +103,13 @@ def run_job(
         contenders: Methods of this package, "hf-trainer" and "trl".
         settings: Model, dtype, device, rounds and clock.
         workload: Of it, batch and text.
-        records: Records of the LLaVA file.
-        epochs: How often they are trained on.
-        workers: Processes that load data.
-        cache: Whether this package keeps what the frozen tower makes of each image.
-        threads: Of the CPU, in each job.
-        peer_python: The interpreter of the peers' environment.
         folder: Model and data lie there while it runs.
+        threads: Of the CPU, in each job.
+        job_records: Records of the LLaVA file of a job.
+        job_epochs: How often each is trained on.
+        job_workers: Processes that load data.
+        job_cache: Whether our jobs keep what the frozen tower makes of each image.
+        peer_python: Python of the environment that hf-trainer and trl run in.
 
     Returns:
         For each contender and round: `whole`, seconds of the process; `seconds` of its parts; `step`, those of a step;
@@ -120,19 +120,19 @@ def run_job(
     """
     if workload.image_tokens != TOKENS_PER_IMAGE:
         raise ValueError(f"images of a job have {TOKENS_PER_IMAGE} tokens, not image_tokens={workload.image_tokens}")
-    if records % workload.batch or epochs * records < 2 * workload.batch:
-        raise ValueError(f"{epochs} x {records} records are no two or more whole batches of {workload.batch}")
+    if job_records % workload.batch or job_epochs * job_records < 2 * workload.batch:
+        raise ValueError(f"{job_epochs} x {job_records} records are no two or more whole batches of {workload.batch}")
     schedules = {
         name: find_method(name, settings.size.layers).schedule.to_dict() for name in contenders if name not in PEERS
     }
     if TRL in contenders and subprocess.run([peer_python, "-c", "import trl"], capture_output=True).returncode:
         raise ValueError(f"{peer_python} has no TRL: give --peer_python of an environment that has, or leave out trl")
-    order = [index for batch in BatchOrder(records, workload.batch, seed=settings.seed) for _, index in batch]
+    order = [index for batch in BatchOrder(job_records, workload.batch, seed=settings.seed) for _, index in batch]
     shared = {"order": order, "threads": threads, "clock": settings.clock}
     found: Results = {name: [] for name in contenders}
     with TemporaryDirectory(dir=folder) as place:
-        make_job(Path(place), settings, workload, records)
-        config = finetune_config(Path(place), settings, workload.batch, epochs, workers, cache)
+        make_job(Path(place), settings, workload, job_records)
+        config = finetune_config(Path(place), settings, workload.batch, job_epochs, job_workers, job_cache)
         shown = sys.stderr.isatty()
         with progress_bar("jobs", settings.rounds * len(contenders), shown) as advance:
             for number in range(settings.rounds):

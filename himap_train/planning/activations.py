@@ -22,8 +22,7 @@ from typing import Any
 
 from himap_train.models.families import family_of_config
 from himap_train.models.families.sizes import VisionSizes
-from himap_train.planning.facts import LayerLora, ModelFacts
-from himap_train.planning.quantities import Activations, Batch, Numerics
+from himap_train.planning.facts import Activations, Batch, LayerLora, ModelFacts, Numerics
 from himap_train.pruning.cost import head_width, image_tokens_per_layer, kv_width, tokens_before, widths
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.stage import PruningStage

@@ -17,7 +17,7 @@ from himap_train.models.loading import EMBEDDED, load_config, load_llava, resolv
 from himap_train.models.stock import text_decoder
 from himap_train.models.training_cost import tokens_of_image
 from himap_train.models.versions import checkpoint_activations
-from himap_train.planning.quantities import Batch
+from himap_train.planning.facts import Batch
 from himap_train.planning.typical_sample import SUPERVISED, TEXT_TOKENS, find_config
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.module import LlavaFineTuner, weights_dtype

@@ -18,8 +18,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 from himap_train.planning.activations import ActivationModel
-from himap_train.planning.facts import ModelFacts
-from himap_train.planning.quantities import Activations, Batch, Numerics
+from himap_train.planning.facts import Activations, Batch, ModelFacts, Numerics
 from himap_train.pruning.names import nearest
 from himap_train.pruning.schedule import PruningSchedule
 

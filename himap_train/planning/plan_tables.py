@@ -10,7 +10,7 @@ from rich.table import Table
 from himap_train.evaluation.tables import screen_table
 from himap_train.models.training_cost import TrainingFlops
 from himap_train.planning.device_memory import GIB, RESERVE
-from himap_train.planning.quantities import Activations
+from himap_train.planning.facts import Activations
 from himap_train.planning.run_plan import Duration, Plan, Side
 
 _FLOPS: dict[str, Callable[[TrainingFlops], float]] = {

@@ -8,8 +8,7 @@ from typing import Any
 from himap_train.models.training_cost import FLASH_BACKWARD, TrainingFlops, training_flops
 from himap_train.planning.activations import ActivationModel
 from himap_train.planning.device_memory import GIB, STRATEGIES, StaticMemory, largest_batch, static_memory
-from himap_train.planning.facts import ModelFacts
-from himap_train.planning.quantities import Activations, Batch, Numerics
+from himap_train.planning.facts import Activations, Batch, ModelFacts, Numerics
 from himap_train.pruning.cost import Cost, image_tokens_per_layer
 from himap_train.pruning.schedule import PruningSchedule
 

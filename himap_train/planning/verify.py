@@ -26,8 +26,7 @@ from himap_train.models.training_cost import training_flops
 from himap_train.planning.activations import ActivationModel
 from himap_train.planning.cases import Case, build_model, embedded_case, inputs_of, llava_100m_case
 from himap_train.planning.device_memory import static_memory
-from himap_train.planning.facts import ModelFacts, model_facts
-from himap_train.planning.quantities import Numerics
+from himap_train.planning.facts import ModelFacts, Numerics, model_facts
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.module import weights_dtype
 

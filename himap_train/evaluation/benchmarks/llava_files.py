@@ -12,7 +12,7 @@ from typing import Any
 
 from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, Source, Turn
 from himap_train.evaluation.benchmarks.files import Table, read_json, rows_table
-from himap_train.evaluation.benchmarks.prompt import column_in, value_in
+from himap_train.evaluation.benchmarks.records import column_in, value_in
 from himap_train.evaluation.benchmarks.table import LETTER, Benchmark
 
 ANSWERS = "answers|label|answer|multiple_choice_answer"
