@@ -42,14 +42,8 @@ class Row:
 
 
 def evaluate_row(name: str, model: nn.Module, processor: Any, source: Source, **settings: Any) -> Row:
-    """`evaluate` under the schedule that is installed, with the cost of a sample of mean length.
-
-    Args:
-        name: Name of the row.
-        model: As in `evaluate`.
-        processor: As in `evaluate`.
-        source: As in `evaluate`.
-        **settings: Those of `evaluate`.
+    """`evaluate`, whose arguments these are, under the schedule that is installed, with the cost of a sample of mean
+    length.
     """
     result = evaluate(model, processor, source, **settings)
     schedule = installed_schedule(model)
@@ -69,12 +63,7 @@ def compare(
 ) -> list[Row]:
     """A row for each named schedule (None is the stock model); afterwards the model has the schedule that it had.
 
-    Args:
-        model: As in `evaluate`.
-        processor: As in `evaluate`.
-        source: Conversations with answers.
-        schedules: Name to schedule, in the order of the table.
-        **settings: Those of `evaluate`.
+    All other arguments are those of `evaluate`.
     """
     before = pruning_of(model)
     rows = []

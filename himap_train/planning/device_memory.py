@@ -51,8 +51,6 @@ class StaticMemory:
     """Bytes on one GPU that do not depend on the batch.
 
     Attributes:
-        strategy: One of `STRATEGIES`.
-        devices: That share the run.
         frozen: Frozen weights.
         trained: Trained weights.
         gradients: Their gradients.
@@ -62,8 +60,6 @@ class StaticMemory:
         host: In the host's memory, for this GPU.
     """
 
-    strategy: str
-    devices: int
     frozen: int
     trained: int
     gradients: int
@@ -123,11 +119,11 @@ def static_memory(
     """
     count, frozen = facts.trained, frozen_bytes(facts, numerics, four_bit)
     trained = count * numerics.trained
-    whole = StaticMemory(strategy, devices, frozen, trained, trained, 2 * trained, 0, trained)
+    whole = StaticMemory(frozen, trained, trained, 2 * trained, 0, trained)
     if four_bit:  # one layer's weights at a time in the precision of the run
         whole = replace(whole, buffers=facts.largest_linear * numerics.element)
     if strategy == "one device":
-        return replace(whole, devices=1)
+        return whole
     if strategy == "DDP":
         return replace(whole, buffers=whole.buffers + trained * (devices > 1))
     share = -(-count // devices)

@@ -108,9 +108,9 @@ def _step(
     predict = ActivationModel(facts, Numerics.of(precision, on_cpu=True), attention, checkpointing, chunk)
     expected = predict(schedule, batch)
     mixed = weights_dtype(precision) if precision.endswith("mixed") else None
-    found = measured_memory(model, inputs, chunk, mixed)
-    yield "saved by forward", expected.saved, found.saved
-    yield "peak activations", expected.peak, found.peak
+    saved, peak = measured_memory(model, inputs, chunk, mixed)
+    yield "saved by forward", expected.saved, saved
+    yield "peak activations", expected.peak, peak
     if mixed is None:
         cost = training_flops(
             schedule, facts.config, batch.image_tokens, batch.text_tokens,
@@ -129,19 +129,6 @@ def _bytes(tensors: Any) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-@dataclass(frozen=True)
-class StepMemory:
-    """Bytes of a training step beside weights, gradients and optimizer.
-
-    Attributes:
-        saved: Alive when the forward pass has ended: what the backward pass needs.
-        peak: The most that was alive at any moment of forward and backward.
-    """
-
-    saved: int
-    peak: int
-
-
 def measured_flops(model: nn.Module, batch: dict[str, Any], loss_chunk: int, backward: bool = True) -> int:
     """FLOPs of a step; attention runs product by product, because CPU flash attention has no entry in the counter."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -154,14 +141,18 @@ def measured_flops(model: nn.Module, batch: dict[str, Any], loss_chunk: int, bac
 
 def measured_memory(
     model: nn.Module, batch: dict[str, Any], loss_chunk: int, autocast: torch.dtype | None = None
-) -> StepMemory:
-    """Memory of a second micro-batch: gradients are there already, as in all but the first of an optimizer step.
+) -> tuple[int, int]:
+    """Bytes of a second micro-batch beside weights, gradients and optimizer: gradients are there already, as in all but
+    the first of an optimizer step.
 
     Args:
         model: A LLaVA with LoRA, in training mode; without CPU blocks, where it is to be compared with a plan.
         batch: `input_ids`, `attention_mask`, `labels` and `images`; they are counted too.
         loss_chunk: As in training.
         autocast: The dtype of mixed precision; None for none.
+
+    Returns:
+        What is alive when the forward pass has ended, which is what the backward pass needs; the most at any moment.
     """
     step_loss(model, batch, loss_chunk, autocast).backward()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -172,7 +163,7 @@ def measured_memory(
         saved = counter.alive
         loss.backward()
     model.zero_grad()
-    return StepMemory(saved, counter.peak)
+    return saved, counter.peak
 
 
 def step_loss(model: nn.Module, batch: dict[str, Any], chunk: int, autocast: torch.dtype | None = None) -> Tensor:
