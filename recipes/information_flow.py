@@ -33,8 +33,6 @@ FACTS = "flow.json"
 
 
 def main(
-    checkpoint: str = "embedded",
-    data: str = "embedded:validation?scenes=300&seed=5",
     samples: int = 64,
     formula: Formula = "paper",
     knockouts: bool = True,
@@ -50,8 +48,6 @@ def main(
     """Measure the information flow of a dense model, and what its answers lose without parts of it.
 
     Args:
-        checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
-        data: embedded:validation, a LLaVA file (.json, .jsonl), a Hugging Face data set (folder, .parquet, owner/name).
         samples: Records with images and answers, drawn from the data; each turn of one counts for itself.
         formula: paper (Eq. 1), or published-code (what its authors' code computes instead).
         knockouts: Cut windows of layers too.
@@ -66,9 +62,7 @@ def main(
     """
     files = (FLOW, KNOCKOUTS, FACTS, PICTURE, MAP, schedule_file(budget))
     new_output_folder(output, files, overwrite)
-    model, _, drawn = open_samples(
-        checkpoint, data, samples=samples, batch_size=batch_size, seed=seed, each_turn=True, **opened
-    )
+    model, _, drawn = open_samples(samples=samples, batch_size=batch_size, seed=seed, each_turn=True, **opened)
     config: Any = base_model(model).config
     layers = windows(config.text_config.num_hidden_layers, window) if knockouts else []
     space = Space(config, budget, drawn.tokens["image_tokens"], drawn.tokens["text_tokens"])
@@ -81,7 +75,7 @@ def main(
     rows, cut, given = flow_rows(flows, formula), cut_rows(cuts, flows), mean_image_to_text(flows)
     ratios = image_over_instruction(rows)
     save_flow(output, rows, cut, cuts)
-    facts = {"checkpoint": checkpoint, "data": data, "samples": drawn.count, **drawn.tokens, "formula": formula}
+    facts = {**opened, "samples": drawn.count, **drawn.tokens, "formula": formula}
     facts |= {"renormalise": renormalise, "seed": seed, "image_to_text": given, "image_over_instruction": ratios}
     write_json(output / FACTS, facts)
     try:

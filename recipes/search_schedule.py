@@ -29,8 +29,6 @@ from himap_train.search.trials import Objective, Trials
 
 
 def main(
-    checkpoint: str = "embedded",
-    data: str = "embedded:validation?scenes=300&seed=5",
     budget: float | None = None,
     budgets: list[float] | None = None,
     method: Method = "coordinate",
@@ -46,8 +44,6 @@ def main(
     """Search the schedule with the lowest loss at each budget.
 
     Args:
-        checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
-        data: embedded:validation, a LLaVA file (.json, .jsonl), a Hugging Face data set (folder, .parquet, owner/name).
         budget: Share of the dense prefill's FLOPs, text included, that a schedule may cost (`flops_ratio`).
         budgets: Several of them.
         method: coordinate (descents from many places), or flow (the information flow alone, one pass
@@ -66,7 +62,7 @@ def main(
     wanted = list(dict.fromkeys(budgets or [budget or 0.0]))
     new_output_folder(output, (*map(schedule_file, wanted), TRIALS, FACTS), overwrite)
     start = time.perf_counter()
-    model, _, drawn = open_samples(checkpoint, data, seed=seed, each_turn=False, **opened)
+    model, _, drawn = open_samples(seed=seed, each_turn=False, **opened)
     config = base_model(model).config
     spaces = [
         Space(config, one, **drawn.tokens, stages=stages, criteria=criteria, free_criteria=free_criteria)
@@ -87,8 +83,7 @@ def main(
             stop(output)
         print_search(found[-1], dense)
         facts: dict[str, Any] = {
-            "checkpoint": checkpoint,
-            "data": data,
+            **opened,
             "method": method,
             "seed": seed,
             "objective": "mean next-token loss of the answers, teacher-forced",

@@ -90,8 +90,8 @@ class EncodedSamples:
 
 
 def open_samples(
-    checkpoint: str,
-    data: str,
+    checkpoint: str = "embedded",
+    data: str = "embedded:validation?scenes=300&seed=5",
     *,
     image_folder: str | None = None,
     follow_links: bool = False,
@@ -102,8 +102,8 @@ def open_samples(
     """A dense model, its processor, and samples of some data.
 
     Args:
-        checkpoint: As in `load_with_schedule`.
-        data: As in `open_source`.
+        checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
+        data: embedded:validation, a LLaVA file (.json, .jsonl), a Hugging Face data set (folder, .parquet, owner/name).
         image_folder: Where the data's image paths start; by default the folder of its file.
         follow_links: Symbolic links in the image folder may lead out of it.
         dtype: Dtype of the weights; "auto" as they are stored.
