@@ -11,12 +11,12 @@ Rows that are there already are not run again: the same command goes on where it
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from himap_train.bar import progress_bar
 from himap_train.benchmark.ablation import CONTROLS, read_grids, schedules_of
-from himap_train.benchmark.ablation_rows import ROWS, Run, ablation_table, measured, run_all, runs_of, timed_batch
+from himap_train.benchmark.ablation_rows import ROWS, ablation_table, measured, run_all, runs_of, timed_batch
 from himap_train.benchmark.timing import Clock
 from himap_train.checkpoints.load import load_with_schedule
 from himap_train.command_line import new_output_folder, run_command
@@ -93,18 +93,12 @@ def main(
     facts = {**loading, "data": data, "image_folder": image_folder}
     settings: dict[str, Any] = {**facts, "timed_prompts": timed_prompts, "rounds": rounds, "clock": clock, **evaluation}
     runs = runs_of(schedules, seeds)
-    with progress_bar("rows", len(runs)) as advance:
-
-        def measure(run: Run) -> dict[str, Any]:
-            found = measured(run, model, processor, source, batch, rounds, clock, **evaluation)
-            advance(1)
-            return found
-
-        try:
-            rows = run_all(runs, measure, output, settings)
-        except KeyboardInterrupt:
-            print(f"interrupted; {output / ROWS} has what was measured: the same command goes on", file=sys.stderr)
-            sys.exit(130)
+    how: dict[str, Any] = {"model": model, "processor": processor, "source": source, "batch": batch, **evaluation}
+    try:
+        rows = run_all(runs, partial(measured, rounds=rounds, clock=clock, **how), output, settings)
+    except KeyboardInterrupt:
+        print(f"interrupted; {output / ROWS} has what was measured: the same command goes on", file=sys.stderr)
+        sys.exit(130)
     text = ablation_table(rows)
     (output / TABLE).write_text(text, encoding="utf-8")
     print(f"{text}\nsaved in {output}")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,7 @@ def report(row: Row, task: Task, output: Path | None, facts: dict[str, object]) 
     save_table([row], output, facts)
     with (output / PREDICTIONS).open("w", encoding="utf-8") as file:
         for answer in row.result.predictions:
-            file.write(json.dumps(json_ready(asdict(answer)), ensure_ascii=False) + "\n")
+            file.write(json.dumps(json_ready(answer), ensure_ascii=False) + "\n")
     if task.export:
         print(f"for the judge or server: {export(task.export, row.result.predictions, task.facts, output)}")
     print(f"saved in {output}")

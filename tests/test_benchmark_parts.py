@@ -46,7 +46,7 @@ def test_pairs_alternate_and_only_the_run_is_timed(monkeypatch: pytest.MonkeyPat
 
         return Task(run=lambda: work(seconds, name), prepare=lambda: work(100.0), parts=4)
 
-    pairs = time_pairs(task("dense", 4.0), task("pruned", 8.0), rounds=3, device=CPU, warmup=1)
+    pairs = time_pairs(task("dense", 4.0), task("pruned", 8.0), rounds=3, device=CPU)
     assert calls == ["dense", "pruned", "dense", "pruned", "pruned", "dense", "dense", "pruned"]
     assert (pairs.first, pairs.second) == ([3.0, 6.0, 7.0], [8.0, 10.0, 16.0])
     assert pairs.ratio.median == pytest.approx(16 / 7)

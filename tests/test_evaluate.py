@@ -27,13 +27,12 @@ from himap_train.data.records import Conversation, RecordError, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.data.skips import TooManySkippedError
 from himap_train.embedded.scene_text import TYPES
-from himap_train.evaluation.chart import draw_chart
 from himap_train.evaluation.compare import Row, compare, evaluate_row
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.questions import Question, question_batches
 from himap_train.evaluation.result import EvaluationResult, Measured, MeasuredTokens
 from himap_train.evaluation.sample_metric import GroupScore
-from himap_train.evaluation.tables import markdown_lines, markdown_table, print_table, save_table
+from himap_train.evaluation.tables import draw_chart, markdown_lines, markdown_table, print_table, save_table
 from himap_train.models.install import pruning_of
 from himap_train.models.stock import base_model
 from himap_train.pruning.reading import fit_preset, is_preset

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from himap_train.analysis.samples import FOLDER, saved_samples
 from himap_train.command_line import run_command
-from himap_train.evaluation.chart import COLOURS
+from himap_train.evaluation.tables import COLOURS
 from himap_train.storage import atomic_file
 from himap_train.structured import named, read_text
 

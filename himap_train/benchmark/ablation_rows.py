@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from himap_train.bar import progress_bar
 from himap_train.benchmark.benchmark_tables import MIB
 from himap_train.benchmark.contenders import DENSE, find_method, scheduled
 from himap_train.benchmark.tasks import cache_bytes, inference_task, peak_bytes, prefilled_cache
@@ -45,7 +46,7 @@ def runs_of(schedules: Sequence[PruningSchedule], seeds: Sequence[int]) -> list[
 def run_all(
     runs: Sequence[Run], measure: Callable[[Run], dict[str, Any]], folder: Path, settings: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The rows of all runs, in order; those that the folder has under the same settings are not run again.
+    """The rows of all runs, in order; those that the folder has under the same settings are not run again. Shows a bar.
 
     Args:
         runs: What to measure.
@@ -59,13 +60,15 @@ def run_all(
     file, found = folder / ROWS, []
     rows = read_json(file, {"rows": [{"run": dict}]})["rows"] if file.exists() else []
     known = {json.dumps(row["run"], sort_keys=True): row for row in rows}
-    for run in runs:
-        facts = {"schedule": run[0].to_dict(), "seed": run[1], **settings}
-        key = json.dumps(facts, sort_keys=True)
-        if key not in known:
-            known[key] = json_ready({"run": facts, **measure(run)})
-            write_json(file, {"rows": list(known.values())})
-        found.append(known[key])
+    with progress_bar("rows", len(runs)) as advance:
+        for run in runs:
+            facts = {"schedule": run[0].to_dict(), "seed": run[1], **settings}
+            key = json.dumps(facts, sort_keys=True)
+            if key not in known:
+                known[key] = json_ready({"run": facts, **measure(run)})
+                write_json(file, {"rows": list(known.values())})
+            found.append(known[key])
+            advance(1)
     return found
 
 

@@ -27,7 +27,7 @@ from himap_train.benchmark.tasks import (
     peak_bytes,
     prefilled_cache,
 )
-from himap_train.benchmark.timing import Clock, Spread, Task, nothing, time_pairs
+from himap_train.benchmark.timing import Clock, Spread, Task, time_pairs
 from himap_train.benchmark.workload import Batch, Workload, make_batch
 from himap_train.models.families import family_of_config
 from himap_train.models.lora import attach_lora
@@ -84,7 +84,7 @@ class Bench:
         self.steps: TrainingSteps | None = None
         self._peaks: dict[tuple[str, str], int] = {}
 
-    def row(self, measure: str, name: str, each: Callable[[], Any] = nothing) -> dict[str, Any]:
+    def row(self, measure: str, name: str, each: Callable[[], Any] = lambda: None) -> dict[str, Any]:
         """Time `measure` of a method against dense in pairs.
 
         Args:

@@ -21,10 +21,6 @@ other users of the machine and adds up threads: it is for one thread.
 """
 
 
-def nothing() -> None:
-    """Prepare nothing."""
-
-
 @dataclass(frozen=True)
 class Task:
     """Something to time.
@@ -38,7 +34,7 @@ class Task:
 
     run: Callable[[], Any]
     within: Callable[[], AbstractContextManager[Any]] = nullcontext
-    prepare: Callable[[], Any] = nothing
+    prepare: Callable[[], Any] = lambda: None
     parts: int = 1
 
 
@@ -100,22 +96,20 @@ def time_pairs(
     rounds: int,
     device: torch.device,
     *,
-    warmup: int = 1,
     clock: Clock = "wall",
-    each: Callable[[], Any] = nothing,
+    each: Callable[[], Any] = lambda: None,
 ) -> Pairs:
-    """Time two tasks in alternation.
+    """Time two tasks in alternation, after an untimed run of each.
 
     Args:
         first: What the other is compared with.
         second: The other.
         rounds: Pairs.
         device: Where they run.
-        warmup: Runs of each beforehand, untimed.
         clock: On a CPU.
         each: Called after each pair.
     """
-    for task in (first, second) * warmup:
+    for task in (first, second):
         time_once(task, device)
     times: tuple[list[float], list[float]] = ([], [])
     collects = gc.isenabled()

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from himap_train.evaluation.chart import COLOURS
-from himap_train.evaluation.tables import markdown_lines
+from himap_train.evaluation.tables import COLOURS, markdown_lines
 
 Scores = dict[str, dict[float, list[tuple[float, float]]]]
 """Method -> budget -> (flops_ratio, accuracy in %), one for each seed."""

@@ -32,11 +32,11 @@ class Row:
     schedule: PruningSchedule = PruningSchedule()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types."""
+        """JSON types, without the predictions."""
         return {
             "name": self.name,
             "schedule": self.schedule.to_dict(),
-            **self.result.to_dict(),
+            **{name: value for name, value in asdict(self.result).items() if name != "predictions"},
             "cost": asdict(self.cost) if self.cost else None,
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -153,7 +153,3 @@ class EvaluationResult(MeasuredTokens):
     def standard_error(self) -> float:
         """Standard error of `score`."""
         return self.overall.standard_error
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types, without the predictions."""
-        return {name: value for name, value in asdict(self).items() if name != "predictions"}
