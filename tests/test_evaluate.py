@@ -76,7 +76,7 @@ def test_scores_counts_and_order(model, processor, source):
     assert [prediction.index for prediction in result.predictions] == list(range(7))
     assert result.predictions[5].prompt == "and both?"
     assert [prediction.score for prediction in result.predictions] == [1, 0, 1, 0, 1, 0, 1]
-    assert result.score == pytest.approx(4 / 7)
+    assert result.overall.score == pytest.approx(4 / 7)
     assert {name: (group.score, group.count) for name, group in result.types.items()} == {
         "a": (1.0, 3),
         "b": (0.0, 2),
@@ -84,7 +84,7 @@ def test_scores_counts_and_order(model, processor, source):
     }
     # Scenes 0 (samples 0, 1), 1 (2, 3), 2 (4), and samples 5 and 6 alone: five clusters of residuals score - 4/7.
     residuals = [3 / 7 - 4 / 7, 3 / 7 - 4 / 7, 3 / 7, -4 / 7, 3 / 7]
-    assert result.standard_error == pytest.approx(math.sqrt(5 / 4 * sum(r * r for r in residuals)) / 7)
+    assert result.overall.standard_error == pytest.approx(math.sqrt(5 / 4 * sum(r * r for r in residuals)) / 7)
     assert result.image_tokens == pytest.approx(7 * IMAGE_TOKENS / 7)
     assert result.kept == pytest.approx((8.0, 2.0))
     lengths = [len(processor.tokenizer(record.turns[0].text)["input_ids"]) for record in source]
@@ -316,7 +316,7 @@ def test_table_files_and_numbers(model, processor, source, tmp_path):
     assert header.split(" | ")[1:5] == ["overall", "a", "b", "c"]
     cells = dense.strip("| ").split(" | ")
     assert cells[0] == "dense"
-    assert cells[1].startswith(f"{100 * rows[0].result.score:.1f} ± ")
+    assert cells[1].startswith(f"{100 * rows[0].result.overall.score:.1f} ± ")
     assert cells[2:6] == ["100.0", "0.0", "50.0", "16"]
     assert cells[6:] == ["1.000", "1.000"]
     assert pruned.split(" | ")[5] == "16 -> 8 -> 2"
@@ -350,7 +350,7 @@ def test_the_table_of_a_run_fits_80_columns_with_no_heading_cut(model, processor
     assert max(map(len, shown.splitlines())) <= 80 and shown.count("overall") == 1
     assert set(" ".join(names).split()) <= set(shown.split())
     print_table([replace(rows[0], name="/a/folder/with/a/name/longer/than/the/terminal/is/wide/" * 2)])
-    assert rows[0].result.score == 0.0 and "0.0 ± 0.0" in capsys.readouterr().out  # the figures stay beside it
+    assert rows[0].result.overall.score == 0.0 and "0.0 ± 0.0" in capsys.readouterr().out  # the figures stay beside it
 
 
 def test_table_of_text_alone_has_no_cost_and_json_has_no_nan(model, processor, source, tmp_path):

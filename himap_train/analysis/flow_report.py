@@ -22,8 +22,8 @@ from himap_train.evaluation.samples import EncodedSamples
 from himap_train.evaluation.tables import screen_table
 from himap_train.storage import atomic_file
 
-FLOW, KNOCKOUTS, PICTURE, MAP = "flow.csv", "knockouts.csv", "flow.png", "map.png"
 COLOURS = ("#5e81ac", "#d08770", "#2a9d8f", "#b48ead", "#bf616a")
+FLOW, KNOCKOUTS, PICTURE, MAP = "flow.csv", "knockouts.csv", "flow.png", "map.png"
 
 
 def save_flow(folder: Path, rows: Sequence[Row], cuts: Sequence[Row], knocked_out: Sequence[KnockedOut]) -> None:
@@ -44,12 +44,8 @@ def _cell(value: Any) -> Any:
 
 
 def save_map(file: Path, samples: EncodedSamples, flows: Sequence[SampleFlow]) -> None:
-    """Draw over the first image of the first sample what each of its tokens gives to text, the more the brighter.
-
-    Args:
-        file: A PNG.
-        samples: That were measured.
-        flows: From `measure`.
+    """Draw over the first image of the first sample, as a PNG, what each of its tokens gives to text, the more the
+    brighter.
 
     Raises:
         ValueError: The family does not tell where its tokens lie.

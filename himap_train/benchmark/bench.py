@@ -108,7 +108,9 @@ class Bench:
         pairs = time_pairs(theirs, ours, how.rounds, self.batch.input_ids.device, clock=how.clock, each=each)
         seconds, ratio = Spread.of(pairs.second), pairs.ratio
         flops, causal = (self._flops(measure, method.schedule, causal) for causal in (False, True))
-        bound = flops[1] / flops[0] if flops else self._bytes_bound(measure, method.schedule)
+        bound = flops[1] / flops[0] if flops else None
+        if measure == "decode":
+            bound = decode_ratio(method.schedule, self.config, self.workload, self.weights, how.dtype.itemsize)
         causal_bound = causal[1] / causal[0] if causal else None
         made = {"decode": self.workload.batch, "generate": self.workload.batch * NEW_TOKENS}
         row = {"measure": measure, "method": name, "workload": self.workload, "layers": how.size.layers}
@@ -162,11 +164,6 @@ class Bench:
             for kind in (PruningSchedule(), schedule)
         )
         return dense, pruned
-
-    def _bytes_bound(self, measure: str, schedule: PruningSchedule) -> float | None:
-        if measure == "generate":
-            return None
-        return decode_ratio(schedule, self.config, self.workload, self.weights, self.settings.dtype.itemsize)
 
 
 def lora_parameters(model: Any) -> Sequence[int]:

@@ -79,13 +79,8 @@ def close(what: str, found: Tensor, expected: Tensor, other: str) -> Check:
 
 
 def equalities(name: str, device: torch.device, kernel: str, layers: int = 4) -> Iterator[Check]:
-    """A shallow model: no stages against stock, checkpointing, and another attention kernel, over a padded batch.
-
-    Args:
-        name: As `published_case` takes it.
-        device: Where it runs.
-        kernel: The attention implementation that is held against SDPA.
-        layers: Of the decoder.
+    """A shallow model, named as in `published_case`: no stages against stock, checkpointing, and another attention
+    kernel against SDPA, over a padded batch.
     """
     case = published_case(name, 2, layers, dropout=0.0)
     model, inputs = build_model(case, PruningSchedule(), False, PRECISION, device), inputs_of(case, device)
@@ -129,15 +124,8 @@ def equalities(name: str, device: torch.device, kernel: str, layers: int = 4) ->
 def full_size(
     name: str, device: torch.device, rows: int, rounds: int, attention: str = "sdpa", new_tokens: int = 32
 ) -> Iterator[Check]:
-    """A whole model with checkpointing in bf16: steps and `generate` dense and pruned, memory against the plan.
-
-    Args:
-        name: As `published_case` takes it.
-        device: Where it runs.
-        rows: Of the batch.
-        rounds: Pairs of steps that are timed.
-        attention: The attention implementation.
-        new_tokens: That `generate` adds.
+    """A whole model, named as in `published_case`, with checkpointing in bf16: steps (in pairs, `rounds` times) and
+    `generate` dense and pruned, memory against the plan.
 
     Raises:
         NotHereError: By the plan it does not fit.

@@ -18,14 +18,8 @@ _OPTIONS = """--data.train embedded:train --data.validation null --evaluation.be
 
 
 def runs(size: Size, folder: Path, device: str, steps: int, settings: Mapping[str, Sequence[str]]) -> Iterator[Check]:
-    """Speed and memory under several settings; losses are those of the first, and fall where weights have 4 bits.
-
-    Args:
-        size: Shape of the model.
-        folder: For the model and its runs.
-        device: Where it is made.
-        steps: Of each run.
-        settings: Further options of each.
+    """Speed and memory under several settings, options by name; losses are those of the first, and fall where weights
+    have 4 bits. The folder is for the model and its runs.
 
     Raises:
         NotHereError: A run ended with an error that says what is missing, or for want of memory.

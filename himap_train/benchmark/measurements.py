@@ -72,15 +72,8 @@ def planned(
     axis: str = "",
     values: Sequence[int] | None = None,
 ) -> list[Point]:
-    """Some methods at one shape, or at each value of an axis, along which the other shapes do not change.
-
-    Args:
-        settings: The model.
-        workload: The batch.
-        methods: As in `find_method`.
-        measures: Some of `MEASURES`.
-        axis: One of `AXES`, or "".
-        values: Instead of the axis' own.
+    """Some methods at one shape, or at each value of one of `AXES` (its own, unless others are given), along which the
+    other shapes do not change.
 
     Raises:
         ValueError: A name is unknown, or a value impossible.

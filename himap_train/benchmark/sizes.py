@@ -110,15 +110,7 @@ def build_model(
     device: str = "cpu",
     attention: str = "sdpa",
 ) -> LlavaForConditionalGeneration:
-    """A model with random weights, in evaluation mode, made on its device.
-
-    Args:
-        size: Its shape.
-        whole: With a vision tower that is worth timing.
-        dtype: Dtype of the weights.
-        device: As torch names it.
-        attention: The attention implementation.
-    """
+    """A model with random weights, in evaluation mode, made on its device; a `whole` one has a tower worth timing."""
     config: Any = model_config(size, whole)
     with torch.device(device):
         model: Any = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)

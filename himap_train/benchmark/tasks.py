@@ -31,14 +31,7 @@ DECODED = 16
 
 
 def inference_task(measure: str, model: nn.Module, method: Method, batch: Batch) -> Task:
-    """Prefill, decode or generate.
-
-    Args:
-        measure: One of the three.
-        model: In evaluation mode.
-        method: What it runs.
-        batch: What it is given.
-    """
+    """Prefill, decode or generate, of a model in evaluation mode."""
     base: Any = base_model(model)
     state: dict[str, Any] = {}
 
@@ -92,12 +85,7 @@ def _image_mask(model: Any, batch: Batch) -> Any:
 
 
 class TrainingSteps:
-    """Training steps on one model with LoRA; all methods share its weights and its optimizer.
-
-    Args:
-        model: With LoRA, in training mode.
-        batch: What each step sees.
-    """
+    """Steps on one model with LoRA, in training mode, and one batch; all methods share its weights and optimizer."""
 
     def __init__(self, model: PeftModel, batch: Batch) -> None:
         self.model = model

@@ -6,13 +6,13 @@ The order within a pair alternates too. A GPU is timed by events and is waited f
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 Clock = Literal["wall", "cpu"]
@@ -49,9 +49,7 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """The spread of at least one value."""
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0])
-        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        low, median, high = map(float, np.percentile(values, (25, 50, 75)))
         return cls(median, low, high)
 
     def share(self) -> Spread:
@@ -99,16 +97,7 @@ def time_pairs(
     clock: Clock = "wall",
     each: Callable[[], Any] = lambda: None,
 ) -> Pairs:
-    """Time two tasks in alternation, after an untimed run of each.
-
-    Args:
-        first: What the other is compared with.
-        second: The other.
-        rounds: Pairs.
-        device: Where they run.
-        clock: On a CPU.
-        each: Called after each pair.
-    """
+    """Time two tasks in alternation, after an untimed run of each; `each` is called after each of `rounds` pairs."""
     for task in (first, second):
         time_once(task, device)
     times: tuple[list[float], list[float]] = ([], [])

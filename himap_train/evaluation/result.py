@@ -143,13 +143,3 @@ class EvaluationResult(MeasuredTokens):
     seconds: float
     predictions: list[Prediction] = field(repr=False)
     skipped: list[str] = field(default_factory=list)
-
-    @property
-    def score(self) -> float:
-        """The overall mean score."""
-        return self.overall.score
-
-    @property
-    def standard_error(self) -> float:
-        """Standard error of `score`."""
-        return self.overall.standard_error

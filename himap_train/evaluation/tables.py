@@ -88,15 +88,7 @@ def markdown_lines(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
 
 
 def screen_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, **look: Any) -> Table:
-    """A table for a console: the first `left` columns to the left, the others to the right.
-
-    Args:
-        title: Above it.
-        header: A name a column.
-        rows: Lines of as many texts.
-        left: As above.
-        **look: As `rich.table.Table` takes them.
-    """
+    """A table for a console: the first `left` columns to the left, the others to the right; `look` as rich has it."""
     table = Table(title=title, **look)
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number < left else "right", no_wrap=number == 0)
@@ -200,8 +192,8 @@ def _bars(axes: Axes, rows: Sequence[Row], types: list[str]) -> None:
 def _cost(axes: Axes, rows: Sequence[Row]) -> None:
     for number, row in enumerate(rows):
         if ratio := row.result.flops_ratio:
-            error = 100 * np.nan_to_num(row.result.standard_error)
-            axes.errorbar(ratio.mean, 100 * row.result.score, yerr=error, fmt="o", color=_colour(number))
+            error = 100 * np.nan_to_num(row.result.overall.standard_error)
+            axes.errorbar(ratio.mean, 100 * row.result.overall.score, yerr=error, fmt="o", color=_colour(number))
     axes.set_xlim(0, 1.05)
     axes.set_ylim(0, 105)
     axes.set_xlabel("flops_ratio of the prefill")

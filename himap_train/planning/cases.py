@@ -64,13 +64,8 @@ def llava_100m_case() -> Case:
 
 
 def published_case(name: str, rows: int, layers: int | None = None, dropout: float = 0.05) -> Case:
-    """Random weights in the shape of a model: what `model.path` takes, or a name of `assets/configs` where no hub is.
-
-    Args:
-        name: Of the model.
-        rows: Of the batch.
-        layers: Of its decoder instead of all.
-        dropout: Of LoRA's inputs.
+    """Random weights in the shape of a model: what `model.path` takes, or a name of `assets/configs` where no hub is;
+    so many layers of its decoder instead of all, rows of the batch, and dropout of LoRA's inputs.
     """
     config, _ = find_config(name)
     if layers is not None:

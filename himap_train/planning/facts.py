@@ -142,11 +142,7 @@ class ModelFacts:
 
 
 def model_facts(config: Any, tuner: LlavaFineTuner) -> ModelFacts:
-    """Build the model without weights, attach LoRA, and count.
-
-    Args:
-        config: Configuration of the model.
-        tuner: Knows how LoRA and the projector are trained.
+    """Build the model without weights, attach LoRA as the tuner does, and count.
 
     Raises:
         ValueError: The LoRA targets do not fit the model.
@@ -157,12 +153,7 @@ def model_facts(config: Any, tuner: LlavaFineTuner) -> ModelFacts:
 
 
 def count(model: nn.Module, dropout: float) -> ModelFacts:
-    """The numbers of a LLaVA with LoRA, on the meta device or a real one.
-
-    Args:
-        model: With LoRA attached.
-        dropout: Dropout of LoRA's inputs.
-    """
+    """The numbers of a LLaVA with LoRA, on the meta device or a real one; dropout is that of LoRA's inputs."""
     base = base_model(model)
     family = family_of(base)
     parts: dict[str, list[int]] = defaultdict(lambda: [0, 0])

@@ -154,15 +154,7 @@ class Plan:
 def make_plan(
     facts: ModelFacts, run: RunSettings, schedule: PruningSchedule, sample: Sample, notes: tuple[str, ...] = ()
 ) -> Plan:
-    """Predict a run.
-
-    Args:
-        facts: Facts of the model.
-        run: Settings of the config.
-        schedule: Scaled to the decoder.
-        sample: Tokens.
-        notes: To be printed.
-    """
+    """Predict a run under a schedule that is scaled to the decoder; notes are to be printed."""
     numerics = Numerics.of(run.precision)
     memory = {name: static_memory(name, facts, numerics, run.devices, run.four_bit) for name in STRATEGIES}
     schedules = {"dense": PruningSchedule()} | ({"pruned": schedule} if schedule.stages else {})

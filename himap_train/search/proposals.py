@@ -32,15 +32,8 @@ def search_budget(
     flow: Sequence[float],
     on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> Trials:
-    """Search a space from the flow's suggestion and, by coordinates, from the layers of preset himap.
-
-    Args:
-        space: With the budget.
-        objective: Schedule to loss.
-        method: How candidates are chosen.
-        limit: Most schedules that are run.
-        flow: From `mean_image_to_text`.
-        on_trial: Called after each trial.
+    """Search a space from the suggestion of the flow (see `mean_image_to_text`) and, by coordinates, from the layers of
+    preset himap too. At most `limit` schedules are run; `on_trial` is called after each.
 
     Raises:
         ValueError: No candidate meets the budget, or `limit` is below 1.

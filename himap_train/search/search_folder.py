@@ -32,12 +32,8 @@ def save_search(
 ) -> None:
     """Write a schedule for each budget, trials.csv and search.json, each whole or not at all.
 
-    Args:
-        found: The search at each budget, with at least one trial.
-        folder: Made if it is not there.
-        facts: Entries of search.json: checkpoint, data, method, dense loss, ...
-        samples: What was searched on.
-        flow: From `mean_image_to_text`, of the dense model.
+    Each search has at least one trial. `facts` are entries of search.json (checkpoint, data, method, dense loss, ...),
+    `flow` is that of the dense model, from `mean_image_to_text`.
     """
     for one in found:
         told = f"loss {one.best.loss:.4f}, the lowest of {len(one.done)} schedules"
