@@ -92,9 +92,9 @@ def _static(case: Case, facts: ModelFacts) -> list[Comparison]:
     state = [value for one in optimizer.state.values() for value in one.values() if value.ndim]
     plan = static_memory("one device", facts, Numerics.of("32-true"), 1)
     pairs = {
-        "weights": (plan.frozen + plan.trained, _bytes(model.parameters())),
-        "gradients": (plan.gradients, _bytes(p.grad for p in trained if p.grad is not None)),
-        "optimizer": (plan.optimizer, _bytes(state)),
+        "weights": (plan.frozen + plan.trained, sum(p.nbytes for p in model.parameters())),
+        "gradients": (plan.gradients, sum(p.grad.nbytes for p in trained if p.grad is not None)),
+        "optimizer": (plan.optimizer, sum(value.nbytes for value in state)),
     }
     return [Comparison(case.name, "any", name, *pair) for name, pair in pairs.items()]
 
@@ -123,10 +123,6 @@ def _step(
             attention_backward=2,
         )  # fmt: skip
         yield "FLOPs", batch.rows * cost.total, measured_flops(model, inputs, chunk)
-
-
-def _bytes(tensors: Any) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def measured_flops(model: nn.Module, batch: dict[str, Any], loss_chunk: int, backward: bool = True) -> int:
