@@ -1,4 +1,4 @@
-"""A grid of schedules on one model: accuracy, FLOPs, time and memory of every row, as a table.
+"""A grid of schedules on one model: accuracy, FLOPs, time and memory of every row, as a table and as heat maps.
 
 python recipes/ablate.py --limit 350                # HiMAP's Table 4 on the embedded model, with its controls
 python recipes/ablate.py --preset kr --limit 350    # where to remove and how much
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from himap_train.benchmark.ablation import CONTROLS, read_grids, schedules_of
-from himap_train.benchmark.ablation_rows import ROWS, ablation_table, measured, run_all, runs_of, timed_batch
+from himap_train.benchmark.ablation_results import ablation_table, draw_heat_maps, lines_of, panels_of
+from himap_train.benchmark.ablation_rows import ROWS, measured, run_all, runs_of, timed_batch
 from himap_train.benchmark.timing import Clock
 from himap_train.checkpoints.load import load_with_schedule
 from himap_train.command_line import new_output_folder, run_command
@@ -26,7 +27,7 @@ from himap_train.models.families.base import AspectRatio
 from himap_train.models.install import remove_pruning
 from himap_train.models.stock import base_model
 
-TABLE = "ablation.md"
+TABLE, PICTURE = "ablation.md", "heat_maps.png"
 
 
 def main(
@@ -73,7 +74,7 @@ def main(
         rounds: Pairs with dense that each time is the median of.
         timed_prompts: Prompts in the batch that is timed.
         clock: On a CPU, "wall", or "cpu" for the time of this process alone (one thread, on a machine that is shared).
-        output: Folder for rows.json and ablation.md.
+        output: Folder for rows.json, ablation.md and heat_maps.png.
         overwrite: Take the rows that are there away first: after a change of what a checkpoint or data name stands for.
         **loading: Options of `load_with_schedule`.
     """
@@ -81,7 +82,7 @@ def main(
     grids = read_grids(preset, layers=layers, ratios=ratios, criteria=criteria)
     schedules_of(grids, controls, None, False, skip_impossible)
     if overwrite:
-        new_output_folder(output, (ROWS, TABLE), overwrite)
+        new_output_folder(output, (ROWS, TABLE, PICTURE), overwrite)
     source = open_source(data, image_folder, split="test")
     model, processor = load_with_schedule(schedule="none", **loading)
     remove_pruning(model)
@@ -99,8 +100,12 @@ def main(
     except KeyboardInterrupt:
         print(f"interrupted; {output / ROWS} has what was measured: the same command goes on", file=sys.stderr)
         sys.exit(130)
-    text = ablation_table(rows)
+    lines = lines_of(rows)
+    text = ablation_table(lines)
     (output / TABLE).write_text(text, encoding="utf-8")
+    if panels := panels_of(lines):  # where two things were varied
+        label = f"{rows[0]['metric']} score, % (dense {lines[0].scores[0]:.1f})"
+        draw_heat_maps(panels, label).savefig(output / PICTURE, dpi=120)
     print(f"{text}\nsaved in {output}")
 
 

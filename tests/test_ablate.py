@@ -1,4 +1,4 @@
-"""`recipes/ablate.py`: which schedules a grid holds, rows that are measured once, the table."""
+"""`recipes/ablate.py`: which schedules a grid holds, rows that are measured once, the table and its heat maps."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from recipes_cli import run_recipe
 from tiny import tiny_llava, tiny_processor
 
 from himap_train import PruningSchedule, PruningStage
 from himap_train.benchmark import ablation_rows
 from himap_train.benchmark.ablation import CONTROLS, PRESETS, Grid, read_grids, schedules_of
-from himap_train.benchmark.ablation_rows import ablation_table, run_all, runs_of, timed_batch
+from himap_train.benchmark.ablation_results import ablation_table, draw_heat_maps, lines_of, panels_of
+from himap_train.benchmark.ablation_rows import run_all, runs_of, timed_batch
 from himap_train.benchmark.contenders import scheduled
 from himap_train.benchmark.tasks import inference_task
 from himap_train.data.sources import open_source
@@ -100,8 +102,10 @@ def test_depth_sets_one_layer_for_all_against_one_for_each() -> None:
     waiting = [[(stage.layer, stage.attention_below) for stage in one.stages] for one in found if one.by_sample]
     assert fixed == {1, 2, 3, 4} and len(waiting) == 2 * 4
     assert waiting[0] == [(1, 0.1), (2, 0.1), (3, 0.1), (4, None)]
-    table = ablation_table(fake_rows(runs_of(found, [0]), lambda one, seed: len(one.stages) / 10))
-    assert "| instruction | 1..4 <0.75 | 0.125 | 40.0 ± 1.2 | 16 -> 8 |" in table
+    lines = lines_of(fake_rows(runs_of(found, [0]), lambda one, seed: len(one.stages) / 10))
+    assert "| instruction | 1..4 <0.75 | 0.125 | 40.0 ± 1.2 | 16 -> 8 |" in ablation_table(lines)
+    cells = panels_of(lines)["keep 0.125", "criterion", "layer"]
+    assert cells["uniform", "1..4 <0.1"] == pytest.approx(40) and len(cells) == 2 * 8
 
 
 def test_chance_gets_every_seed_and_all_else_one() -> None:
@@ -157,14 +161,38 @@ def fake_rows(runs: Any, score: Any) -> list[dict[str, Any]]:
 def test_the_table_has_a_line_a_schedule_and_the_spread_of_chance() -> None:
     runs = runs_of(schedules("table4", 32), [0, 1, 2])
     rows = fake_rows(runs, lambda one, seed: 0.5 + 0.1 * seed)
-    table = ablation_table(rows).splitlines()
+    table = ablation_table(lines_of(rows)).splitlines()
     assert len([line for line in table if line.startswith("| ")]) == 2 + len(schedules("table4", 32))
     assert table[2].startswith("| dense |  |  | 50.0 ± 1.2 | 16 | 0.250 |")
     assert "| instruction, image | 2, 8 | 0.5, 0.125 | 50.0 ± 1.2 | 16 -> 8 -> 8 |" in "\n".join(table)
     assert "| random, random | 2, 8 | 0.5, 0.125 | 60.0 ± 10.0 |" in "\n".join(table)
     assert "| 500.00 | 0.500 | 500.00 | 0.500 | 3.0 | 3.000 | 1.0 | 1.000 |" in "\n".join(table)
-    rows[0]["overall"]["standard_error"] = None  # of a single sample
-    assert "| dense |  |  | 50.0 | 16 | 0.250 |" in ablation_table(rows)
+
+
+def test_heat_maps_show_what_varies_in_two_directions() -> None:
+    def score(one: PruningSchedule, seed: int) -> float:
+        return sum(stage.layer * (stage.keep_ratio or 0) for stage in one.stages) / 100
+
+    def panels(preset: str) -> Any:
+        return panels_of(lines_of(fake_rows(runs_of(schedules(preset, 32, ("uniform",)), [0]), score)))
+
+    kr = panels("kr")
+    title = "criterion instruction, image\nkeep 0.5, 0.125"
+    assert len(kr) == 4 and len(kr[title, "layer of stage 1", "layer of stage 2"]) == 13
+    assert kr[title, "layer of stage 1", "layer of stage 2"]["4", "15"] == pytest.approx(4 * 0.5 + 15 * 0.125)
+    table4 = panels("table4")
+    assert list(table4) == [("layer 2, 8\nkeep 0.5, 0.125", "criterion of stage 1", "criterion of stage 2")]
+    assert set(next(iter(table4.values()))) >= {("image", "instruction"), ("image", "image"), ("uniform", "uniform")}
+    same = panels("same-criterion")
+    assert list(same) == [("layer 2, 8", "criterion", "keep")] and len(next(iter(same.values()))) == 6 * 3
+    figure = draw_heat_maps(kr, "score")
+    axes = next(axes for axes in figure.axes if axes.get_title() == title)
+    labels = [[text.get_text() for text in texts] for texts in (axes.get_yticklabels(), axes.get_xticklabels())]
+    assert labels == [["2", "4", "8", "12"], ["8", "12", "15", "20"]]
+    kept = next(axes for axes in figure.axes if axes.get_xlabel() == "keep of stage 2")
+    assert [text.get_text() for text in kept.get_xticklabels()] == ["0.0625", "0.125", "0.25"]  # by size
+    assert axes.images[0].get_array()[1, 2] == pytest.approx(4 * 0.5 + 15 * 0.125)
+    assert "3.9" in [text.get_text() for text in axes.texts]
 
 
 def test_end_to_end_and_again(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +211,8 @@ def test_end_to_end_and_again(tmp_path: Path, capsys: Any, monkeypatch: pytest.M
     expected = evaluate_row("", model, processor, open_source("embedded:test"), limit=4, progress=False)
     assert himap["overall"] == pytest.approx(expected.to_dict()["overall"])
     assert (tmp_path / "ablation.md").read_text() in printed and "| random, random | 1, 3 |" in printed
+    with Image.open(tmp_path / "heat_maps.png") as picture:
+        assert min(picture.size) > 300
     monkeypatch.setattr(ablation_rows, "measured", pytest.fail)
     assert run_recipe("ablate", "--output", tmp_path, *QUICK, *GRID) == 0
     assert capsys.readouterr().out == printed

@@ -1,9 +1,8 @@
-"""The rows of an ablation: each schedule answers the data, is timed and written down before the next; their table."""
+"""The rows of an ablation: each schedule answers the data and is timed, and is written down before the next starts."""
 
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from torch import nn
 
 from himap_train.bar import progress_bar
-from himap_train.benchmark.benchmark_tables import MIB
 from himap_train.benchmark.contenders import DENSE, find_method, scheduled
 from himap_train.benchmark.tasks import cache_bytes, inference_task, peak_bytes, prefilled_cache
 from himap_train.benchmark.timing import Clock, Spread, time_pairs
@@ -21,18 +19,14 @@ from himap_train.benchmark.workload import Batch
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder, Sample
 from himap_train.data.records import RecordError, Source
-from himap_train.evaluation.accuracy_against_cost import mean_and_spread
 from himap_train.evaluation.compare import evaluate_row
-from himap_train.evaluation.tables import json_ready, markdown_lines, write_json
+from himap_train.evaluation.tables import json_ready, write_json
 from himap_train.models.features import prompt_inputs
 from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.pruning.stage import PruningStage
 from himap_train.structured import read_json
 
 ROWS = "rows.json"
-_COSTS = ("`flops_ratio`", "image only", "prefill, ms", "of dense", "decode, ms", "of dense")
-_SIZES = ("peak, MiB", "of dense", "KV, MiB", "of dense")
 Run = tuple[PruningSchedule, int]
 """A schedule, and the seed of what it draws."""
 
@@ -122,57 +116,3 @@ def timed_batch(model: nn.Module, processor: Any, source: Source, count: int, **
     given = prompt_inputs(base_model(model), collate(samples, pad_token_id_of(processor.tokenizer), "left"))
     ids = given.pop("input_ids")
     return Batch(ids, ids, given=given)
-
-
-def ablation_table(rows: Sequence[dict[str, Any]]) -> str:
-    """GitHub Markdown, a line for the rows of each schedule, ending with what its numbers are; the first is dense."""
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        lines.setdefault(str(row["schedule"]), []).append(row)
-    first = rows[0]
-    header = ["criteria", "layers", "keep", f"{first['metric']}, %", "image tokens", *_COSTS, *_SIZES]
-    return (
-        f"{markdown_lines(header, [_cells(line, first) for line in lines.values()])}\n{first['overall']['count']} "
-        "samples; ± standard error of the mean, or standard deviation over the seeds where tokens are drawn. Times and "
-        "memory: a batch of prompts, vision tower included; medians of the prefill and of a decoded token, and of "
-        "their ratios in pairs with dense; the most bytes of the prefill beside weights and inputs, and its cache.\n"
-    )
-
-
-def _cells(rows: Sequence[dict[str, Any]], dense: dict[str, Any]) -> list[str]:
-    """The line of one schedule, from its row for each seed."""
-
-    def mean(*keys: str | int) -> float:
-        found: list[Any] = list(rows)
-        for key in keys:
-            found = [value[key] for value in found]
-        return statistics.fmean(found)
-
-    stages, places = _labels(PruningSchedule.from_dict(rows[0]["schedule"]))
-    tokens = [mean("image_tokens"), *(mean("kept", place) for place in places)]
-    error = rows[0]["overall"]["standard_error"] if len(rows) == 1 else None  # None: of a single sample
-    score = mean_and_spread([100 * row["overall"]["score"] for row in rows])
-    cells = [", ".join(stage[part] for stage in stages) for part in range(3)]
-    cells = [cells[0] or "dense", *cells[1:], score + ("" if error is None else f" ± {100 * error:.1f}")]
-    cells += [" -> ".join(f"{count:.1f}".removesuffix(".0") for count in tokens)]
-    cells += [f"{mean(ratio, 'mean'):.3f}" for ratio in ("flops_ratio", "image_only_flops_ratio")]
-    for name in ("prefill", "decode"):
-        cells += [f"{1000 * mean(name, 'seconds', 'median'):.2f}", f"{mean(name, 'of_dense', 'median'):.3f}"]
-    for size in ("peak_bytes", "kv_bytes"):
-        cells += [f"{mean(size) / MIB:.1f}", f"{mean(size) / dense[size]:.3f}"]
-    return cells
-
-
-def _labels(schedule: PruningSchedule) -> tuple[list[tuple[str, str, str]], list[int]]:
-    """Criterion, layers and what is kept of each stage, and the stage's number; a range of layers counts once."""
-    found, places = list[tuple[str, str, str]](), list[int]()
-    waits: PruningStage | None = None
-    for number, stage in enumerate(schedule.stages):
-        if stage.waits:
-            waits = waits or stage
-            continue
-        layer = f"{waits.layer}..{stage.layer} <{waits.attention_below}" if waits else str(stage.layer)
-        found.append((stage.criterion, layer, str(next(iter(stage.keep.to_dict().values())))))
-        places.append(number)
-        waits = None
-    return found, places
