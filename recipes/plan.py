@@ -2,6 +2,7 @@
 
 python recipes/plan.py --config configs/llava_himap.yaml --trainer.devices 8 --effective-batch 128 --gpu-memory 80
 python recipes/plan.py --config configs/llava_himap.yaml --tflops 250 --records 665000 --gpu-price 2.5   # hours, cost
+python recipes/plan.py --config configs/quickstart.yaml --measured   # hours, after a few real steps on this machine
 python recipes/plan.py --config configs/llava_himap.yaml --config configs/llava_13b_himap.yaml --text-tokens 300
 python recipes/plan.py --verify                      # runs two small models: predicted, measured, error
 """

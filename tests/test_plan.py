@@ -73,10 +73,18 @@ def test_hours_and_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     capsys.readouterr()
     planned(tmp_path, *LLAVA_7B, "--data.train", "embedded:train")  # its tokenizer is what cannot be read
     out = " ".join(capsys.readouterr().out.split())
-    assert "for hours and cost give --tflops N (reached by one GPU)" in out
+    assert "for hours and cost give --tflops N (reached by one GPU) or --measured" in out
     assert (
         "python recipes/finetune.py --config configs/quickstart.yaml); 115 text tokens assumed" in out
     )  # nothing is cut
+
+
+def test_hours_from_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # this one does load weights
+    measured = ("--measured", "--trainer.max_steps", "10", "--data.batch_size", "2", "--effective-batch", "4")
+    plan = planned(tmp_path, *EMBEDDED, *measured)
+    assert plan["duration"]["samples"] == 40 and plan["duration"]["tflops"] > 0
+    assert 0 < plan["sides"][1]["gpu_hours"] < plan["sides"][0]["gpu_hours"]
 
 
 def test_options_overrule_files_wherever_they_stand() -> None:

@@ -17,10 +17,11 @@ from himap_train.models.attention import ATTENTION_IMPLEMENTATIONS
 from himap_train.planning.device_memory import GIB, configured_strategy
 from himap_train.planning.facts import ModelFacts, model_facts
 from himap_train.planning.run_plan import Duration, Plan, RunSettings, Sample, make_plan
+from himap_train.planning.throughput import seconds_a_sample
 from himap_train.planning.typical_sample import find_config, read_sample
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.module import LlavaFineTuner
-from himap_train.training.run.finetune_cli import FinetuneCLI
+from himap_train.training.run.finetune_cli import FinetuneCLI, processor_of
 from himap_train.training.run.rehearsal import rehearse
 from himap_train.training.run.strategy_names import refuse_together, strategy_name
 from himap_train.training.schedules.settings import MODES
@@ -48,6 +49,7 @@ class PlanCLI(FinetuneCLI):
             "--effective_batch", type=int | None, default=None, help="samples an optimizer step; sets accumulation"
         )
         parser.add_argument("--tflops", type=float | None, default=None, help="that one GPU reaches, for hours")
+        parser.add_argument("--measured", action="store_true", help="find them in a few real steps on this machine")
         parser.add_argument("--records", type=int | None, default=None, help="of the data, where it cannot be read")
         parser.add_argument("--gpu_price", type=float | None, default=None, help="of one GPU for an hour")
         parser.add_argument("--json", type=str | None, default=None, help="write every number into this file")
@@ -97,10 +99,15 @@ class PlanCLI(FinetuneCLI):
     def _with_duration(self, plan: Plan) -> Plan:
         """How long it takes, or what is missing to know."""
         samples, tflops = self._samples(plan.run.effective_batch), self.config.tflops
-        if samples is None or not tflops:
-            needed = {"--records N": samples is None, "--tflops N (reached by one GPU)": not tflops}
+        known = tflops or self.config.measured
+        if samples is None or not known:
+            needed = {"--records N": samples is None, "--tflops N (reached by one GPU) or --measured": not known}
             missing = " and ".join(name for name, lacks in needed.items() if lacks)
             return replace(plan, notes=(*plan.notes, f"for hours and cost give {missing}"))
+        if self.config.measured:
+            self.data.processor = processor_of(self.config.model.path)
+            seconds = seconds_a_sample(self.tuner, self.data, self.config.trainer)
+            tflops = plan.sides[-1].flops.total / seconds / 1e12
         return replace(plan, duration=Duration(samples, tflops, self.config.gpu_price))
 
     def _samples(self, effective_batch: int) -> int | None:
