@@ -9,8 +9,6 @@ import string
 from collections.abc import Mapping, Sequence
 from unicodedata import normalize
 
-from torchmetrics.functional.text import edit_distance
-
 from himap_train.evaluation.sample_metric import SampleMetric
 
 ANLS_THRESHOLD = 0.5
@@ -25,6 +23,8 @@ def anls_score(prediction: str, answers: Sequence[str]) -> float:
     The distance is taken between lower-case texts with single spaces, and divided by the length of the longer *raw*
     text, as DocVQA's evaluation does.
     """
+    from torchmetrics.functional.text import edit_distance  # a second and more, which every command would wait for
+
     similarities = []
     for answer in answers:
         distance = edit_distance([_collapse(prediction)], [_collapse(answer)], reduction="sum")
