@@ -172,7 +172,9 @@ def _prefill(
                     moved = token_map(removal, shown, ranks, tokens)
                     tokens, layout = removed(prefill, number, tokens, layout, moved)
                     if learn is not None and removal.stage.method.learns:
-                        tokens = replace(tokens, hidden=taught(tokens.hidden, partial(learn, number), shown, moved))
+                        taken = partial(learn, number)
+                        hidden = taught(tokens.hidden, taken, shown, layout, removal.after)
+                        tokens = replace(tokens, hidden=hidden)
             seen.kept_rows.append(removal.after.current.sum(1))
             layouts.append(layout)
         if states is not None:

@@ -9,18 +9,17 @@ the tokens that `Learned.spread` keeps whatever their scores shows it what it do
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from himap_train.models.installed import give_scorers, scorers_of
 from himap_train.models.stock import text_decoder
-from himap_train.pruning.learned.scorer import Lesson, Scorer
+from himap_train.pruning.layout import TokenCounts, TokenLayout
+from himap_train.pruning.learned.scorer import Asked, Lesson, Scorer
 from himap_train.pruning.methods.base import Members, Seen
-from himap_train.pruning.methods.learned import Learned, asked
+from himap_train.pruning.methods.learned import Learned
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.pruning.token_map import TokenMap
 
 
 def learned_layers(schedule: PruningSchedule) -> dict[int, Learned]:
@@ -41,30 +40,30 @@ def make_scorers(model: nn.Module, schedule: PruningSchedule) -> dict[int, Score
     return scorers
 
 
-def taught(hidden: Tensor, learn: Callable[[Lesson], None], shown: Seen, moved: TokenMap) -> Tensor:
+def taught(
+    hidden: Tensor, learn: Callable[[Lesson], None], shown: Seen, layout: TokenLayout, counts: TokenCounts
+) -> Tensor:
     """The states behind a stage, whose backward pass will give its scorer a lesson.
 
     Args:
         hidden: (B, L', D), of the tokens that stay.
         learn: Takes the lesson, within the backward pass.
-        shown: What the stage's method was shown, of L tokens.
-        moved: From those L tokens to the L' that stay.
+        shown: What the stage's method was shown.
+        layout: Of the tokens that stay.
+        counts: Their numbers.
 
     Returns:
         `hidden`, which has a gradient even where nothing before it is trained.
     """
+    assert shown.states is not None
     hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
-    states, members, question = hidden.detach(), Members.of(shown.layout, shown.counts), asked(shown)
-
-    def at_image_tokens(numbers: Tensor) -> Tensor:
-        """(B, L') -> (R, N), zero for what has left."""
-        before = numbers.new_zeros(shown.layout.columns.shape)
-        return members.gather(before.scatter_add(1, moved.index, numbers * moved.valid))
+    states, image = hidden.detach(), Members.of(layout, counts)
+    text = Members.question(shown.layout, shown.counts)
+    asked = Asked(image.gather(states), image.real, text.gather(shown.states), text.real)
 
     def lesson(gradient: Tensor) -> None:
         owed = (states.float() * gradient.float()).sum(2).abs().nan_to_num(0.0, 0.0, 0.0)
-        stayed = at_image_tokens(torch.ones_like(owed)) > 0
-        learn(Lesson(replace(question, image_real=question.image_real & stayed), at_image_tokens(owed)))
+        learn(Lesson(asked, image.gather(owed)))
 
     hidden.register_hook(lesson)
     return hidden

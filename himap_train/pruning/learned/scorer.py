@@ -41,7 +41,7 @@ class Lesson:
     """What a scorer was shown in one pass, and what it should have answered.
 
     Attributes:
-        asked: As in the stage; `image_real` are the tokens that stayed, of which alone something is known.
+        asked: As in the stage, of the image tokens that stayed: of others nothing is known.
         target: (R, N) fp32, not negative; of each row only the proportions count.
     """
 

@@ -66,8 +66,11 @@ class Learned(Method):
                 "criterion learned has no ranking at this layer: `pruning.learn_ranking` trains one, and "
                 "load_checkpoint brings what was trained"
             )
-        scores: Tensor = seen.scorer.to(seen.layout.columns.device)(asked(seen))
-        return Members.of(seen.layout, seen.counts).spread(scores, seen.layout)
+        assert seen.states is not None
+        image, text = (of(seen.layout, seen.counts) for of in (Members.of, Members.question))
+        asked = Asked(image.gather(seen.states), image.real, text.gather(seen.states), text.real)
+        scores: Tensor = seen.scorer.to(seen.layout.columns.device)(asked)
+        return image.spread(scores, seen.layout)
 
     def choose(self, seen: Seen, kept: Tensor) -> Tensor:
         """By the scores, and from a number on by the difference from all that are chosen."""
@@ -92,10 +95,3 @@ class Learned(Method):
     def peak_bytes(self, widths: Widths, image_tokens: int, text_tokens: int, element: int) -> int:
         """Normalised states of image and question, and distances, in fp32."""
         return 8 * (image_tokens + text_tokens) * widths.hidden + 8 * image_tokens**2 * (self.spread > 0)
-
-
-def asked(seen: Seen) -> Asked:
-    """What a scorer looks at, of what a stage's method is shown."""
-    assert seen.states is not None
-    image, text = (of(seen.layout, seen.counts) for of in (Members.of, Members.question))
-    return Asked(image.gather(seen.states), image.real, text.gather(seen.states), text.real)
