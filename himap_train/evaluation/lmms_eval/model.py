@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
-from typing import Any, NoReturn, TypeVar, cast, get_args
+from itertools import islice
+from typing import Any, NoReturn, TypeVar, get_args
 
 from accelerate import PartialState
 
@@ -21,7 +22,7 @@ from himap_train.data.encode import Encoder, Sample
 from himap_train.data.records import Conversation, RecordError, Turn
 from himap_train.data.skips import SkipLog
 from himap_train.evaluation.answering import answer_batch, answer_losses, evaluation_mode
-from himap_train.evaluation.budgeted import check_budget_argument, prompt_tokens, require_stages, run_at_budget
+from himap_train.evaluation.budgeted import SAMPLES, check_budget_argument, prompt_tokens, require_stages, run_at_budget
 from himap_train.evaluation.lmms_eval import harness
 from himap_train.evaluation.lmms_eval.requests import Answering, to_conversation, user_message
 from himap_train.evaluation.result import SampleTokens, report
@@ -196,7 +197,7 @@ class Himap(harness("api.model").lmms):  # type: ignore[misc]
             change_schedule(self.model, self._schedule)
             if self._budget is not None:
                 documents = self.task_dict[request.args[4]][request.args[5]]
-                prompts = cast(Any, (self._asked(request, document) for document in documents))
+                prompts = [self._asked(request, document) for document in islice(documents, SAMPLES)]
                 encoder = self._encoder
                 tokens = prompt_tokens(prompts, encoder.processor, encoder.image_aspect_ratio)
                 run_at_budget(self.model, self._budget, *tokens)
