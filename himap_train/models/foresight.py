@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from himap_train.models.installed import give_scorers, scorers_of
 from himap_train.models.stock import text_decoder
 from himap_train.pruning.layout import TokenCounts, TokenLayout
-from himap_train.pruning.learned.scorer import Asked, Lesson, Scorer
+from himap_train.pruning.learned.scorer import Lesson, Scorer
 from himap_train.pruning.methods.base import Members, Seen
-from himap_train.pruning.methods.learned import Learned
+from himap_train.pruning.methods.learned import Learned, asked
 from himap_train.pruning.schedule import PruningSchedule
 
 
@@ -55,15 +55,13 @@ def taught(
     Returns:
         `hidden`, which has a gradient even where nothing before it is trained.
     """
-    assert shown.states is not None
     hidden = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
     states, image = hidden.detach(), Members.of(layout, counts)
-    text = Members.question(shown.layout, shown.counts)
-    asked = Asked(image.gather(states), image.real, text.gather(shown.states), text.real)
+    question = asked(image, states, shown)
 
     def lesson(gradient: Tensor) -> None:
         owed = (states.float() * gradient.float()).sum(2).abs().nan_to_num(0.0, 0.0, 0.0)
-        learn(Lesson(asked, image.gather(owed)))
+        learn(Lesson(question, image.gather(owed)))
 
     hidden.register_hook(lesson)
     return hidden

@@ -67,9 +67,8 @@ class Learned(Method):
                 "load_checkpoint brings what was trained"
             )
         assert seen.states is not None
-        image, text = (of(seen.layout, seen.counts) for of in (Members.of, Members.question))
-        asked = Asked(image.gather(seen.states), image.real, text.gather(seen.states), text.real)
-        scores: Tensor = seen.scorer.to(seen.layout.columns.device)(asked)
+        image = Members.of(seen.layout, seen.counts)
+        scores: Tensor = seen.scorer.to(seen.layout.columns.device)(asked(image, seen.states, seen))
         return image.spread(scores, seen.layout)
 
     def choose(self, seen: Seen, kept: Tensor) -> Tensor:
@@ -95,3 +94,16 @@ class Learned(Method):
     def peak_bytes(self, widths: Widths, image_tokens: int, text_tokens: int, element: int) -> int:
         """Normalised states of image and question, and distances, in fp32."""
         return 8 * (image_tokens + text_tokens) * widths.hidden + 8 * image_tokens**2 * (self.spread > 0)
+
+
+def asked(image: Members, states: Tensor, seen: Seen) -> Asked:
+    """What a scorer looks at.
+
+    Args:
+        image: Image tokens, of those that have `states`.
+        states: (B, L, D).
+        seen: What the stage's method was shown: the question is as it was there.
+    """
+    assert seen.states is not None
+    text = Members.question(seen.layout, seen.counts)
+    return Asked(image.gather(states), image.real, text.gather(seen.states), text.real)

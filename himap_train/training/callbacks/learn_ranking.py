@@ -72,7 +72,7 @@ class LearnRanking(Callback):
     def _update(self, trainer: Trainer) -> Tensor:
         """One step over the lessons whose turn it is, of all ranks; their mean loss."""
         assert self._optimizer is not None
-        self._optimizer.zero_grad(set_to_none=False)
+        self._optimizer.zero_grad()
         total, rows = self._loss()
         self._lessons.rotate(-1)
         if total.requires_grad:
