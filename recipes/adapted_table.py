@@ -80,8 +80,15 @@ def results(
 
 
 def within(name: str, budgets: list[float]) -> list[float]:
-    """The budgets that a method can meet."""
-    return [budget for budget in budgets if budget >= PAYS_A_LAYER.get(name, 0.0)]
+    """The budgets that a method can meet.
+
+    Raises:
+        ValueError: There is none.
+    """
+    lowest = PAYS_A_LAYER.get(name, 0.0)
+    if found := [budget for budget in budgets if budget >= lowest]:
+        return found
+    raise ValueError(f"{name} meets no budget of {budgets}, it needs {lowest}: give a higher one, or leave it out")
 
 
 def jobs(

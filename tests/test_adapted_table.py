@@ -52,6 +52,11 @@ def test_runs_of_one_seed_differ_in_the_method_alone(recipe: Any, tmp_path: Path
     assert before == [f"{name}-0" for name in ["dense", *names] if name != "learned"]
 
 
+def test_a_method_without_a_budget_is_refused(recipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"himap meets no budget of \[0.1\], it needs 0.2: .* leave it out"):
+        dict(recipe.jobs(tmp_path, ["himap"], [0.1], [0], 150, DATA))
+
+
 def test_what_is_read_from_the_runs(recipe: Any, tmp_path: Path) -> None:
     for seed in (0, 1):
         both = {f"{row} pruned at {b}": 0.5 + seed / 10 for row in ("training-free", "adapted") for b in BUDGETS}
