@@ -10,30 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 
-from himap_train.models.attention import ScoreCollector, register_attention
+from himap_train.models.attention import register_attention
 from himap_train.models.cache import stage_of, stored, unread_images
-from himap_train.models.choosing import collector_for, ranked, show, token_map
 from himap_train.models.cpu_attention import CausalBlocks
-from himap_train.models.foresight import taught
 from himap_train.models.inputs import check_image_mask, check_inputs, check_options
-from himap_train.models.installed import InstalledPruning, PruneCounts, scorers_of
+from himap_train.models.installed import InstalledPruning
 from himap_train.models.prompt import check_continued, drafted, known_prompt, warn_of_labels
+from himap_train.models.stages import Stages
 from himap_train.models.tokens import Prefill, Tokens, causal_mask, entered, first_positions, removed
 from himap_train.models.versions import CACHE, chosen_states, decoder_output
 from himap_train.pruning.layout import TokenCounts, TokenLayout, build_layout
-from himap_train.pruning.learned.marginal import marginal_tokens
 from himap_train.pruning.methods.base import Reads
 from himap_train.pruning.places import TokenGrid
-from himap_train.pruning.removal import plan_removals, settle_mass, settle_waiting, with_facts
+from himap_train.pruning.removal import with_facts
 from himap_train.pruning.token_map import TokenMap, scatter_back
 
 
@@ -135,16 +131,11 @@ def _prefill(
 ) -> Tensor:
     """HiMAP: all layers with the removals between them; (B, S, D), dropped rows zero."""
     pruning: InstalledPruning = decoder.himap_pruning
-    schedule, cache = pruning.schedule, call[CACHE]
-    length, removals = tokens.hidden.shape[1], plan_removals(schedule.stages, counts)
-    seen, layouts = PruneCounts(counts.image), []
+    schedule, length = pruning.schedule, tokens.hidden.shape[1]
     start = first_positions(tokens.positions, layout) if schedule.positions == "renumber" else None
     reads = any(stage.method.reads not in (Reads.NOTHING, Reads.TOWER) for stage in schedule.stages)
-    prefill = Prefill(decoder, cache, layout.valid.sum(1), start, unread=reads and counts.unread > 0)
-    collector: ScoreCollector | None = None
-    ratios, learn = (pruning.ratios, pruning.learn) if torch.is_grad_enabled() else (None, None)
-    watching, scorers = [trace for trace in pruning.traces if trace.watches], scorers_of(decoder)
-    always = ratios is not None or bool(watching)
+    prefill = Prefill(decoder, call[CACHE], layout.valid.sum(1), start, unread=reads and counts.unread > 0)
+    stages, collector = Stages(prefill, counts), None
     call["causal_blocks"] = CausalBlocks() if pruning.cpu_blocks else None
     whole = tokens, layout
     if schedule.enter:
@@ -153,38 +144,13 @@ def _prefill(
     for number, layer in enumerate(decoder.layers[: decoder.config.num_hidden_layers]):
         if number == schedule.enter > 0:
             tokens, layout = entered(prefill, number, *whole, tokens, layout), whole[1]
-        if removal := removals.get(number):
-            if removal.removes or always:
-                shown = show(removal, tokens, layout, collector, scorers.get(number))
-                for trace in watching:
-                    trace.shown[number] = shown
-                if shown.looks is not None:
-                    removals = settle_waiting(removals, number, shown.looks, layout)
-                elif shown.scores is not None:
-                    removals = settle_mass(removals, number, shown.scores, layout)
-                removal = removals[number]
-                ranks = ranked(removal, shown)
-                if ratios is not None:
-                    carried = tokens.marginal.moved if tokens.marginal else None
-                    marginal = marginal_tokens(ratios[number], ranks, layout, removal, carried)
-                    tokens = replace(tokens, marginal=marginal)
-                if removal.removes or tokens.marginal:
-                    moved = token_map(removal, shown, ranks, tokens)
-                    tokens, layout = removed(prefill, number, tokens, layout, moved)
-                    if learn is not None and removal.stage.method.learns:
-                        taken = partial(learn, number)
-                        hidden = taught(tokens.hidden, taken, shown, layout, removal.after)
-                        tokens = replace(tokens, hidden=hidden)
-            seen.kept_rows.append(removal.after.current.sum(1))
-            layouts.append(layout)
+        tokens, layout = stages.leave(number, tokens, layout, collector)
         if states is not None:
             states.append(scatter_back(tokens.hidden, layout.columns, layout.valid, length))
-        collector = collector_for(removals.get(number + 1), tokens, layout, always)
+        collector = stages.collector(number + 1, tokens, layout)
         report = {"score_collector": collector} if collector else {}
         tokens = tokens.run(layer, number, call | report)
-    pruning.last = seen
-    for trace in pruning.traces:
-        trace.kept = [[row[real].cpu() for row, real in zip(at.columns, at.valid, strict=True)] for at in layouts]
+    pruning.last = stages.record()
     return scatter_back(decoder.norm(tokens.hidden), layout.columns, layout.valid, length)
 
 
