@@ -23,6 +23,8 @@ FORMS: dict[str, list[tuple[int, Any, float]]] = {
     "uniform": [(0, "uniform", 0.3)],
     "random": [(0, "random", 0.3)],
     "divprune": [(0, "divprune", 0.3)],
+    "coverage": [(0, "coverage", 0.3)],
+    "visionzip": [(0, "visionzip", 0.3)],
     "learned": [(0, "learned", 0.3)],
     "instruction": [(1, "instruction", 0.3)],
     "himap": [(1, "instruction", 0.5), (3, "image", 0.125)],
@@ -109,7 +111,7 @@ def jobs(
                 "--trainer.max_steps": str(steps),
                 "--data.train": data["train"],
                 "--data.test": data["test"],
-                "--data.cache_image_features": str(output / "features"),
+                "--data.cache_image_features": str(output / ("features" if name != "visionzip" else "features_tower")),
                 # What stands before training is the same for all seeds, and a ranking that is not trained is none.
                 "--evaluation.before": "true" if seed == seeds[0] and name != "learned" else "false",
             }

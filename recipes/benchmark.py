@@ -33,6 +33,7 @@ ALL = [name for name in METHODS if name != DENSE]
 
 def main(
     size: str = "laptop",
+    layers: int | None = None,
     methods: list[str] = ALL,  # noqa: B006 - never changed; the default that --help shows
     measures: list[str] = list(MEASURES),  # noqa: B006, B008
     series: list[str] = [],  # noqa: B006
@@ -62,6 +63,7 @@ def main(
 
     Args:
         size: tiny, laptop, 100m, llava-1.5-7b, llava-1.5-13b or llava-next-34b.
+        layers: Another depth than that of the size.
         methods: Presets, schedules as YAML, fastv-attention-maps, pyramiddrop-ranking, masking, stock.
         measures: training_step, prefill, decode (one token), generate (64 tokens).
         series: Also along image_tokens, dynamic_resolution, batch, depth or text_tokens.
@@ -94,7 +96,7 @@ def main(
         torch.set_num_threads(threads)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     settings = Settings(
-        size=find_size(size),
+        size=find_size(size, layers),
         whole=whole_model,
         dtype=getattr(torch, dtype),
         device=place,
@@ -111,7 +113,7 @@ def main(
     new_output_folder(output, JOB_FILES if job else FILES, overwrite)
 
     shown = {"size": size, **asdict(workload), "dtype": dtype, "attention": attention, "rounds": rounds, "clock": clock}
-    shown |= {"whole_model": whole_model, "gradient_checkpointing": gradient_checkpointing}
+    shown |= {"layers": layers, "whole_model": whole_model, "gradient_checkpointing": gradient_checkpointing}
     facts: dict[str, Any] = {"command": command_line(), "environment": environment(place), "settings": shown}
     if job:
         done = run_job(job_methods, settings, workload, output, threads, **jobs)

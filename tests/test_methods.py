@@ -130,6 +130,7 @@ def test_farthest_points_one_by_one(seed: int, tokens: int, number: int, first: 
     real = torch.ones(1, tokens, dtype=torch.bool)
     flags = torch.zeros(1, tokens, dtype=torch.bool)
     flags[0, must] = True
+    distance[0, :, must] = torch.inf
     order = batched_farthest_first(distance, real, flags, number)[0]
     found = [int((order == step).nonzero()) for step in range(number)]
     assert found == farthest_first(states, list(range(tokens)), must, number)[:number]

@@ -32,10 +32,9 @@ class DivPrune(Method):
         """The order in which tokens are chosen, up to the largest number that stays."""
         assert seen.states is not None
         members = Members.of(seen.layout, seen.counts)
-        distance = all_cosines(normalize(members.gather(seen.states).float(), dim=-1)).neg_().add_(1)
-        if int(seen.counts.current.min()) < distance.shape[1]:
-            distance.masked_fill_(~members.real.unsqueeze(1), torch.inf)
-        order = farthest_first(distance, members.real, members.gather(seen.layout.protected), int(kept.max()))
+        must = members.gather(seen.layout.protected)
+        distance = apart(members.gather(seen.states), members.real, must)
+        order = farthest_first(distance, members.real, must, int(kept.max()))
         return members.spread(order, seen.layout)
 
     def flops(self, widths: Widths, image_tokens: int, text_tokens: int, kept: int) -> float:
@@ -65,25 +64,33 @@ def computed_pairs(tokens: int) -> int:
     return sum(min(_BLOCK, tokens - at) * (tokens - at) for at in range(0, tokens, _BLOCK))
 
 
+def apart(states: Tensor, real: Tensor, first: Tensor) -> Tensor:
+    """Distances 1 - cosine of all pairs of (R, N, D) states, as `farthest_first` takes them: (R, N, N)."""
+    offset = torch.where(first | ~real, torch.inf, 1.0).unsqueeze(1)
+    return all_cosines(normalize(states.float(), dim=-1)).neg_().add_(offset)
+
+
 def farthest_first(distance: Tensor, real: Tensor, first: Tensor, number: int) -> Tensor:
     """Place of each of N tokens in a greedy farthest-point order: (R, N) long; those not chosen come behind all others.
 
+    A step is three kernels: before the decoder of a large model on a GPU their launches are what choosing costs.
+
     Args:
-        distance: (R, N, N), symmetric, infinite to what may not be chosen. Its diagonal is overwritten.
+        distance: (R, N, N), symmetric, but infinite to what comes first or may not be chosen. Overwritten.
         real: (R, N) bool, what may be chosen.
         first: (R, N) bool, what is chosen before all others, in its order.
         number: How many are chosen.
     """
     rows = torch.arange(len(distance), device=distance.device)
-    distance.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    nearest = distance.amin(2).masked_fill_(first, torch.inf)  # to any other, until one is chosen
-    open_ = torch.where(real, torch.inf, -torch.inf)
+    itself = distance.diagonal(dim1=1, dim2=2)
+    itself.fill_(torch.inf)
+    nearest = distance.amin(2).masked_fill_(first, torch.inf).masked_fill_(~real, -torch.inf)  # to any other
+    itself.fill_(-torch.inf)  # so that nothing is chosen twice
     chosen: list[Tensor] = []
     for step in range(min(number, distance.shape[1])):
-        chosen.append(torch.minimum(nearest, open_).argmax(1))  # ties to the earlier
-        open_.scatter_(1, chosen[-1].unsqueeze(1), -torch.inf)
-        to_chosen = distance[rows, chosen[-1]].masked_fill_(first, torch.inf)
-        nearest = torch.minimum(nearest, to_chosen) if step else to_chosen
+        chosen.append(nearest.argmax(1))  # ties to the earlier
+        to_chosen = distance[rows, chosen[-1]]
+        nearest = torch.minimum(nearest, to_chosen) if step else to_chosen.masked_fill_(~real, -torch.inf)
     return order_of(chosen, real)
 
 

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from himap_train.pruning.learned.scorer import HEAD, Asked, Scorer
 from himap_train.pruning.methods.base import Members, Method, Reads, Seen, Widths
-from himap_train.pruning.methods.divprune import all_cosines, computed_pairs, farthest_first
+from himap_train.pruning.methods.divprune import apart, computed_pairs, farthest_first
 from himap_train.pruning.names import require_number
 from himap_train.pruning.ranks import image_ranks
 
@@ -81,8 +80,8 @@ class Learned(Method):
         first = (kept - (self.spread * kept).add(0.5).floor().long()).flatten().to(ranks.device).unsqueeze(1)
         best = (members.gather(ranks) < first.clamp(min=1)) | members.gather(seen.layout.protected)
         assert seen.states is not None
-        apart = all_cosines(normalize(members.gather(seen.states).float(), dim=-1)).neg_().add_(1)
-        return members.spread(farthest_first(apart, members.real, best, int(kept.max())), seen.layout)
+        distance = apart(members.gather(seen.states), members.real, best)
+        return members.spread(farthest_first(distance, members.real, best, int(kept.max())), seen.layout)
 
     def flops(self, widths: Widths, image_tokens: int, text_tokens: int, kept: int) -> float:
         """Of the scorer, and all pairs' cosines."""
