@@ -366,7 +366,7 @@ class TestHarness:
         if "budget" in arguments:
             run_at_budget(model, arguments["budget"], *prompt_tokens(source, processor))
         expected = evaluate(model, processor, source, progress=False)
-        assert scores["accuracy,none"] == expected.score > 0.3
+        assert scores["accuracy,none"] == expected.overall.score > 0.3
         assert answers == [[one.prediction] for one in expected.predictions]
         shown = capsys.readouterr().out
         assert f"himap: himap_scenes: {SCENES} prompts, 0 without an image; schedule" in shown
@@ -414,5 +414,5 @@ class TestHarness:
         assert done.returncode == 0, done.stderr[-3000:]
         expected = evaluate(*load_with_schedule("embedded", "himap", device="cpu"),
                             SceneQuestions("test", scenes=23), progress=False)  # fmt: skip
-        assert f"|{round(expected.score, 4)}|" in done.stdout.replace(" ", ""), done.stdout
+        assert f"|{round(expected.overall.score, 4)}|" in done.stdout.replace(" ", ""), done.stdout
         assert "himap: himap_scenes: 23 prompts, 0 without an image" in done.stdout
