@@ -13,19 +13,22 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from himap_train.command_line import run_command
 from himap_train.evaluation.accuracy_against_cost import Scores, save_trade_off
 from himap_train.experiments import common_options, fine_tune_all, points
+from himap_train.pruning.methods import METHODS, Method
+from himap_train.pruning.methods.base import Reads
 
-FORMS: dict[str, list[tuple[int, Any, float]]] = {
+FORMS: dict[str, list[tuple[int, str, float]]] = {
     "uniform": [(0, "uniform", 0.3)],
     "random": [(0, "random", 0.3)],
     "divprune": [(0, "divprune", 0.3)],
     "coverage": [(0, "coverage", 0.3)],
     "visionzip": [(0, "visionzip", 0.3)],
+    "divprune-image": [(0, "divprune", 0.4), (5, "image", 0.07)],
     "learned": [(0, "learned", 0.3)],
+    "learned-image": [(0, "learned", 0.4), (5, "image", 0.07)],
     "instruction": [(1, "instruction", 0.3)],
     "himap": [(1, "instruction", 0.5), (3, "image", 0.125)],
 }
@@ -70,7 +73,7 @@ def results(
     scores: Scores = {}
     for name in methods:
         met = within(name, budgets)
-        if name != "learned":
+        if not any(method.learns for method in methods_of(name)):
             scores[name] = {b: points(output, name, seeds[:1], f"training-free pruned at {b}") for b in met}
         scores[f"{name}, adapted"] = {b: points(output, name, seeds, f"adapted pruned at {b}") for b in met}
     dense = {
@@ -79,6 +82,11 @@ def results(
         **{f"{name}, adapted, run dense": points(output, name, seeds, "adapted, evaluated dense") for name in methods},
     }
     return scores, {name: [score for _, score in at] for name, at in dense.items()}
+
+
+def methods_of(name: str) -> list[type[Method]]:
+    """What chooses in a form, stage by stage; nothing without pruning."""
+    return [METHODS[criterion] for _, criterion, _ in FORMS.get(name, [])]
 
 
 def within(name: str, budgets: list[float]) -> list[float]:
@@ -103,17 +111,19 @@ def jobs(
                 {"layer": layer, "criterion": criterion, "keep_ratio": ratio}
                 for layer, criterion, ratio in FORMS.get(name, [])
             ]
-            met = within(name, budgets)
+            met, chosen = within(name, budgets), methods_of(name)
             elastic = ["--config", "configs/elastic.yaml", "--pruning.elastic.budgets", json.dumps([met[0], met[-1]])]
             elastic += ["--evaluation.budgets", json.dumps(met)]
+            # What stands before training is the same for all seeds, and a ranking that is not trained is none.
+            before = seed == seeds[0] and not any(method.learns for method in chosen)
+            reads_tower = any(method.reads is Reads.TOWER for method in chosen)
             given = {
                 "--model.schedule": json.dumps({"stages": stages}),
                 "--trainer.max_steps": str(steps),
                 "--data.train": data["train"],
                 "--data.test": data["test"],
-                "--data.cache_image_features": str(output / ("features" if name != "visionzip" else "features_tower")),
-                # What stands before training is the same for all seeds, and a ranking that is not trained is none.
-                "--evaluation.before": "true" if seed == seeds[0] and name != "learned" else "false",
+                "--data.cache_image_features": str(output / ("features_tower" if reads_tower else "features")),
+                "--evaluation.before": "true" if before else "false",
             }
             pairs = [part for pair in given.items() for part in pair]
             yield output / f"{name}-{seed}", [*common_options(seed), *(elastic if stages else []), *pairs]
