@@ -183,8 +183,6 @@ def test_learned_ratios_say_that_they_need_a_layer_before() -> None:
     config = tiny_llava().config
     with pytest.raises(ValueError, match="first_layer is 0; expected a layer of the decoder, 1 to 5.*layer before"):
         KeepRatios(config, 0.5, first_layer=0, switch_layer=2)
-    with pytest.raises(ValueError, match="start has the stages"):
-        KeepRatios(config, 0.5, first_layer=1, switch_layer=2, start=PruningSchedule(FIRST))
     with pytest.raises(ValueError, match="chooses a set"):
         KeepRatios(config, 0.5, first_layer=1, switch_layer=2, shallow="divprune")
 

@@ -156,6 +156,27 @@ def test_a_start_is_where_the_ratios_begin() -> None:
     assert found == [(3, "instruction"), (7, "image")]
 
 
+GIVEN = PruningStage(0, "divprune", 0.6)
+
+
+def test_what_leaves_before_the_first_layer_is_given() -> None:
+    ratios = learner(0.4, start=PruningSchedule((GIVEN, PruningStage(6, "image", 0.3))))
+    before = ratios.ratios()
+    assert before[:3].tolist() == pytest.approx([0.6, 0.6, 0.6], abs=0.02) and float(before[6]) < 0.4
+    assert flops(before) == pytest.approx(0.4, rel=1e-6)
+    gradient = torch.zeros(12)
+    gradient[2] = -1.0  # more tokens at the first layer that learns would help
+    for _ in range(30):
+        ratios.step(gradient)
+    after = ratios.ratios()
+    assert after[:2].tolist() == [0.6, 0.6] and float(after[4]) > float(before[4]) - 1e-6
+    assert flops(after) == pytest.approx(0.4, rel=1e-6)
+    assert ratios.schedule(after).stages[0] == GIVEN
+    frozen = ratios.freeze()
+    assert (frozen.stages[0].layer, frozen.stages[0].criterion) == (0, "divprune")
+    assert frozen.cost(CONFIG, **TOKENS).flops_ratio == pytest.approx(0.4, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -164,7 +185,10 @@ def test_a_start_is_where_the_ratios_begin() -> None:
         ({"switch_layer": 12}, "switch_layer is 12; expected a layer of the decoder, 1 to 11"),
         ({"first_layer": 0}, "first_layer is 0"),
         ({"first_layer": 6}, "lies before first_layer"),
-        ({"start": PruningSchedule((PruningStage(1, "image", 0.5),))}, "from first_layer 2 on"),
+        ({"start": PruningSchedule((PruningStage(0, "divprune", 0.2),))}, r"budget 0.5 is above 0\.264.*higher ratios"),
+        ({"start": PruningSchedule((PruningStage(1, "image", keep_count=9),))}, "expected a keep_ratio in each"),
+        ({"start": PruningSchedule((PruningStage(1, "image", 0.0),))}, "above 0 before first_layer 2"),
+        ({"start": PruningSchedule((PruningStage(0, "learned", 0.5),))}, "no ranking that is learned"),
         ({"start": PruningSchedule((PruningStage(12, "image", 0.5),))}, "stage at layer 12"),
         ({"deep": "imge"}, "did you mean 'image'"),
     ],

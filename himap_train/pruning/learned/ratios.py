@@ -43,7 +43,8 @@ class KeepRatios:
         image_tokens: Image tokens of the sample that the budget is for.
         text_tokens: Its other tokens.
         step_size: How far the log weights move in a step.
-        start: A schedule whose ratios the shares start from, with a little of everything else; None: all alike.
+        start: A schedule whose ratios the shares start from, with a little of everything else; None: all alike. What
+            leaves before `first_layer`, by any method, is not learned: shares are of what that leaves.
 
     Raises:
         ValueError: A layer outside the decoder, an unknown criterion, or a budget that no ratios can meet.
@@ -78,7 +79,14 @@ class KeepRatios:
         self.image_tokens, self.text_tokens = image_tokens, text_tokens
         self.step_size = step_size
         self._check_criteria()
+        self._given = self._given_stages(start)
         check_budget(budget, least=self._flops_ratio(self._kept(self._everything_leaves())), first_layer=first_layer)
+        most = self._flops_ratio(self._kept(self._nothing_leaves()))
+        if budget > most:
+            raise ValueError(
+                f"the budget {budget} is above {most:.3f}, what the stages of start before first_layer {first_layer} "
+                "leave: give them higher ratios, or a lower budget"
+            )
         self._weights = self._start(start)
         self._mean, self._square, self._steps = torch.zeros_like(self._weights), 0.0, 0
 
@@ -86,20 +94,31 @@ class KeepRatios:
         number = self.layers - self.first_layer + 1
         if schedule is None:
             return torch.zeros(number, dtype=torch.float64)
-        schedule.validate_for(self.layers)
-        if schedule.enter or any(
-            s.keep_ratio is None or s.waits or s.layer < self.first_layer for s in schedule.stages
-        ):
-            raise ValueError(
-                f"start has the stages {schedule.to_dict()['stages']}; expected a keep_ratio in each, none that waits, "
-                f"from first_layer {self.first_layer} on"
-            )
         kept = torch.ones(number, dtype=torch.float64)
-        for stage in schedule.stages:
-            kept[stage.layer - self.first_layer :] = stage.keep_ratio or 0.0
+        for stage in schedule.stages[len(self._given) :]:
+            kept[stage.layer - self.first_layer :] = (stage.keep_ratio or 0.0) / self._entering
         kept[-1] = 0.0  # the last share is that of all that is left
         before = torch.cat([kept.new_ones(1), kept[:-1]])
         return ((1 - _ELSEWHERE) * (before - kept) + _ELSEWHERE / number).log()
+
+    def _given_stages(self, schedule: PruningSchedule | None) -> tuple[PruningStage, ...]:
+        """The stages before the first layer that learns."""
+        if schedule is None:
+            return ()
+        schedule.validate_for(self.layers)
+        given = tuple(stage for stage in schedule.stages if stage.layer < self.first_layer)
+        unfit = any(stage.keep_ratio is None or stage.waits or stage.method.learns for stage in schedule.stages)
+        if schedule.enter or unfit or any(stage.removes_all for stage in given):
+            raise ValueError(
+                f"start has the stages {schedule.to_dict()['stages']}; expected a keep_ratio in each, above 0 before "
+                f"first_layer {self.first_layer}, none that waits and no ranking that is learned"
+            )
+        return given
+
+    @property
+    def _entering(self) -> float:
+        """Share of the image tokens that the first layer that learns is given."""
+        return (self._given[-1].keep_ratio or 0.0) if self._given else 1.0
 
     def _check_criteria(self) -> None:
         for criterion in self.criteria:
@@ -111,14 +130,15 @@ class KeepRatios:
                 )
 
     def ratios(self) -> Tensor:
-        """Keep ratio of each layer, (layers,) fp64, 1 before the first; their `flops_ratio` is the target."""
+        """Keep ratio of each layer, (layers,) fp64; their `flops_ratio` is the target."""
         return self._kept(self._shares())
 
     def schedule(self, ratios: Tensor) -> PruningSchedule:
         """As `ratios()` run while they are learned: a stage at every layer from the first on."""
         layers = range(self.first_layer, self.layers)
         kept = ratios.tolist()
-        return PruningSchedule(tuple(PruningStage(layer, self._criterion(layer), kept[layer]) for layer in layers))
+        learned = (PruningStage(layer, self._criterion(layer), kept[layer]) for layer in layers)
+        return PruningSchedule((*self._given, *learned))
 
     def step(self, gradient: Tensor) -> None:
         """Move the shares against a gradient of the loss; one that is not finite moves nothing.
@@ -147,9 +167,9 @@ class KeepRatios:
             tolerance: Neighbouring layers whose ratios differ by less than this fraction of the original image tokens
                 run on the same tokens, their mean; the whole is then scaled to the target again.
         """
-        runs: list[list[float]] = [[1.0]]
+        runs: list[list[float]] = [[self._entering]]
         starts = [0]
-        for layer, ratio in enumerate(self.ratios().tolist()):
+        for layer, ratio in enumerate(self.ratios().tolist()[self.first_layer :], self.first_layer):
             if runs[-1][0] - ratio > tolerance:
                 runs.append([])
                 starts.append(layer)
@@ -159,10 +179,10 @@ class KeepRatios:
             PruningStage(layer, self._criterion(layer), 0.0 if level * self.image_tokens < 0.5 else level)
             for layer, level in zip(starts[1:], levels[1:], strict=True)
         ]
-        if not stages:
+        if not (stages or self._given):
             return PruningSchedule()
         tokens = {"image_tokens": self.image_tokens, "text_tokens": self.text_tokens}
-        return at_budget(PruningSchedule(tuple(stages)), self.config, self.target, **tokens)
+        return at_budget(PruningSchedule((*self._given, *stages)), self.config, self.target, **tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers."""
@@ -179,7 +199,7 @@ class KeepRatios:
     def _shares(self) -> Tensor:
         """Which share leaves at each layer, the last one never: the weights tilted to the target."""
         if self.target >= 1.0:
-            return torch.nn.functional.one_hot(torch.tensor(len(self._weights) - 1), len(self._weights)).double()
+            return self._nothing_leaves()
         lived = torch.arange(len(self._weights), dtype=torch.float64) / (len(self._weights) - 1)
         low, high = -_STEEPEST, _STEEPEST
         for _ in range(_HALVINGS):
@@ -190,11 +210,18 @@ class KeepRatios:
 
     def _everything_leaves(self) -> Tensor:
         """All tokens leave at the first layer."""
-        return torch.nn.functional.one_hot(torch.tensor(0), self.layers - self.first_layer + 1).double()
+        return self._nothing_leaves().flip(0)
+
+    def _nothing_leaves(self) -> Tensor:
+        """All tokens stay to the end."""
+        number = self.layers - self.first_layer + 1
+        return torch.nn.functional.one_hot(torch.tensor(number - 1), number).double()
 
     def _kept(self, shares: Tensor) -> Tensor:
         kept = torch.ones(self.layers, dtype=torch.float64)
-        kept[self.first_layer :] = (1 - shares[:-1].cumsum(0)).clamp(0, 1)
+        for stage in self._given:
+            kept[stage.layer :] = stage.keep_ratio or 0.0
+        kept[self.first_layer :] = self._entering * (1 - shares[:-1].cumsum(0)).clamp(0, 1)
         return kept
 
     def _flops_ratio(self, ratios: Tensor) -> float:

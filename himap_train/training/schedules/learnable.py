@@ -34,7 +34,8 @@ class Learnable:
         until: Share of the steps after which the ratios are frozen.
         step_size: How far the log shares move in a step.
         start: Where the shares start, and by what tokens rank: a schedule as for `model.schedule`, such as one of
-            search_schedule.py; null: all layers alike, and HiMAP's criteria.
+            search_schedule.py; null: all layers alike, and HiMAP's criteria. Stages before `first_layer` are not
+            learned, but stay: with `divprune` at layer 0 the loss decides where what that leaves goes.
         tolerance: Neighbouring layers whose ratios differ by less share a stage when they are frozen.
     """
 
@@ -97,11 +98,12 @@ class Learnable:
 
     def _switch_and_criteria(self, start: PruningSchedule | None, layers: int) -> tuple[int, str, str]:
         """What is given; for the rest what ranks in `start`, or in HiMAP."""
-        if start is None or not start.stages:
+        learned = [] if start is None else [stage for stage in start.stages if stage.layer >= self.first_layer]
+        if not learned:
             switch, shallow, deep = max(self.first_layer, layers // 4), "instruction", "image"
         else:
-            found = [stage.criterion for stage in start.stages]
-            changes = [after.layer for before, after in pairwise(start.stages) if after.criterion != before.criterion]
+            found = [stage.criterion for stage in learned]
+            changes = [after.layer for before, after in pairwise(learned) if after.criterion != before.criterion]
             if len(changes) > 1 and None in (self.switch_layer, self.shallow, self.deep):
                 raise ValueError(
                     f"start ranks by {', '.join(found)} in turn; what is learned ranks by one criterion before a layer "
