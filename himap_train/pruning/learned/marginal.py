@@ -32,9 +32,9 @@ from himap_train.pruning.token_map import TokenMap, compact, gather_tokens
 MARGINAL_SHARE = 0.05
 """Marginal tokens on each side as a share of the original image tokens: fewer are noisier, more are less marginal."""
 HIDDEN = -16.0
-"""Bias of the shadows: their weight of 1e-7 is lost in rounding, yet it can be read (bf16 has fp32's range). It shows where
-their logits are more than ten above all that a row sees, as they may be for the first tokens of a prompt that begins
-with its image."""
+"""Bias of the shadows: their weight of 1e-7 is lost in rounding, yet it can be read (bf16 has fp32's range). It shows
+where their logits are ten above all that a row sees, as may be for the first tokens of a prompt that begins with its
+image."""
 
 
 @dataclass(frozen=True)
