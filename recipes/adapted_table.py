@@ -26,9 +26,9 @@ FORMS: dict[str, list[tuple[int, str, float]]] = {
     "divprune": [(0, "divprune", 0.3)],
     "coverage": [(0, "coverage", 0.3)],
     "visionzip": [(0, "visionzip", 0.3)],
-    "divprune-image": [(0, "divprune", 0.4), (5, "image", 0.07)],
+    "divprune-vtw": [(0, "divprune", 0.4), (5, "uniform", 0.0)],
     "learned": [(0, "learned", 0.3)],
-    "learned-image": [(0, "learned", 0.4), (5, "image", 0.07)],
+    "learned-vtw": [(0, "learned", 0.4), (5, "uniform", 0.0)],
     "instruction": [(1, "instruction", 0.3)],
     "himap": [(1, "instruction", 0.5), (3, "image", 0.125)],
 }
