@@ -54,9 +54,7 @@ class Stages:
                 trace.shown[number] = shown
             removal = self._settled(number, shown)
             ranks = ranked(removal, shown)
-            if (
-                self._ratios is not None and removal.stage.method.ranks
-            ):  # sets have no marginal tokens: their ratio stays
+            if self._ratios is not None and removal.stage.method.ranks:  # a set has no marginal tokens
                 carried = tokens.marginal.moved if tokens.marginal else None
                 marginal = marginal_tokens(self._ratios[number], ranks, layout, removal, carried)
                 tokens = replace(tokens, marginal=marginal)
