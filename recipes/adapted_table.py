@@ -27,6 +27,7 @@ FORMS: dict[str, list[tuple[int, str, float]]] = {
     "coverage": [(0, "coverage", 0.3)],
     "visionzip": [(0, "visionzip", 0.3)],
     "divprune-vtw": [(0, "divprune", 0.4), (5, "uniform", 0.0)],
+    "coverage-vtw": [(0, "coverage", 0.4), (5, "uniform", 0.0)],
     "learned": [(0, "learned", 0.3)],
     "learned-vtw": [(0, "learned", 0.4), (5, "uniform", 0.0)],
     "instruction": [(1, "instruction", 0.3)],
