@@ -43,6 +43,7 @@ def main(
     budgets: list[float] = [0.1, 0.2, 0.3, 0.4],  # noqa: B006
     seeds: list[int] = [0, 1, 2],  # noqa: B006
     steps: int = 150,
+    kind: str = "fine-",
     decoys: int = 80,
     split: str = "test",
     output: Path = Path("runs/adapted"),
@@ -55,13 +56,15 @@ def main(
         budgets: `flops_ratio` of the prefill.
         seeds: One fine-tuning of each method for each.
         steps: Optimizer steps of each.
-        decoys: Striped tiles in a scene.
+        kind: Of scenes: "fine-", or "" for coarse ones.
+        decoys: Striped tiles in a fine scene.
         split: "test", or "validation" to choose by.
         output: Folder of the runs, budgets.md and budgets.png.
         workers: Runs at a time, one thread each.
     """
-    data = {"train": f"embedded:fine-train?scenes=4800&fixed=1&decoys={decoys}"}
-    data["test"] = f"embedded:fine-{split}?scenes=400&seed=11&decoys={decoys}"
+    crowd = f"&decoys={decoys}" if kind else ""
+    data = {"train": f"embedded:{kind}train?scenes=4800&fixed=1{crowd}"}
+    data["test"] = f"embedded:{kind}{split}?scenes=400&seed=11{crowd}"
     fine_tune_all(dict(jobs(output, methods, budgets, seeds, steps, data)), workers)
     drawn = [*(f"{name}, adapted" for name in methods), "divprune", "himap"]
     print(save_trade_off(output, *results(output, methods, budgets, seeds), drawn))
