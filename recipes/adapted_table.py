@@ -17,8 +17,9 @@ from pathlib import Path
 from himap_train.command_line import run_command
 from himap_train.evaluation.accuracy_against_cost import Scores, save_trade_off
 from himap_train.experiments import common_options, fine_tune_all, points
-from himap_train.pruning.methods import METHODS, Method
-from himap_train.pruning.methods.base import Reads
+from himap_train.models.foresight import learned_layers
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.pruning.stage import PruningStage
 
 FORMS: dict[str, list[tuple[int, str, float]]] = {
     "uniform": [(0, "uniform", 0.3)],
@@ -77,7 +78,7 @@ def results(
     scores: Scores = {}
     for name in methods:
         met = within(name, budgets)
-        if not any(method.learns for method in methods_of(name)):
+        if not learned_layers(form(name)):
             scores[name] = {b: points(output, name, seeds[:1], f"training-free pruned at {b}") for b in met}
         scores[f"{name}, adapted"] = {b: points(output, name, seeds, f"adapted pruned at {b}") for b in met}
     dense = {
@@ -88,9 +89,9 @@ def results(
     return scores, {name: [score for _, score in at] for name, at in dense.items()}
 
 
-def methods_of(name: str) -> list[type[Method]]:
-    """What chooses in a form, stage by stage; nothing without pruning."""
-    return [METHODS[criterion] for _, criterion, _ in FORMS.get(name, [])]
+def form(name: str) -> PruningSchedule:
+    """A method's stages; none of "dense"."""
+    return PruningSchedule(tuple(PruningStage(*stage) for stage in FORMS.get(name, [])))
 
 
 def within(name: str, budgets: list[float]) -> list[float]:
@@ -111,26 +112,21 @@ def jobs(
     """Every fine-tuning of the table: options of the ordinary command line."""
     for seed in seeds:
         for name in ["dense", *methods]:
-            stages = [
-                {"layer": layer, "criterion": criterion, "keep_ratio": ratio}
-                for layer, criterion, ratio in FORMS.get(name, [])
-            ]
-            met, chosen = within(name, budgets), methods_of(name)
+            schedule, met = form(name), within(name, budgets)
             elastic = ["--config", "configs/elastic.yaml", "--pruning.elastic.budgets", json.dumps([met[0], met[-1]])]
             elastic += ["--evaluation.budgets", json.dumps(met)]
             # What stands before training is the same for all seeds, and a ranking that is not trained is none.
-            before = seed == seeds[0] and not any(method.learns for method in chosen)
-            reads_tower = any(method.reads is Reads.TOWER for method in chosen)
+            before = seed == seeds[0] and not learned_layers(schedule)
             given = {
-                "--model.schedule": json.dumps({"stages": stages}),
+                "--model.schedule": json.dumps(schedule.to_dict()),
                 "--trainer.max_steps": str(steps),
                 "--data.train": data["train"],
                 "--data.test": data["test"],
-                "--data.cache_image_features": str(output / ("features_tower" if reads_tower else "features")),
+                "--data.cache_image_features": str(output / ("features_tower" if schedule.uses_tower else "features")),
                 "--evaluation.before": "true" if before else "false",
             }
             pairs = [part for pair in given.items() for part in pair]
-            yield output / f"{name}-{seed}", [*common_options(seed), *(elastic if stages else []), *pairs]
+            yield output / f"{name}-{seed}", [*common_options(seed), *(elastic if schedule.stages else []), *pairs]
 
 
 if __name__ == "__main__":

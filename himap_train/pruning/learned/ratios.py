@@ -179,10 +179,11 @@ class KeepRatios:
             PruningStage(layer, self._criterion(layer), 0.0 if level * self.image_tokens < 0.5 else level)
             for layer, level in zip(starts[1:], levels[1:], strict=True)
         ]
-        if not (stages or self._given):
-            return PruningSchedule()
+        frozen = PruningSchedule((*self._given, *stages))
+        if not frozen.stages:
+            return frozen
         tokens = {"image_tokens": self.image_tokens, "text_tokens": self.text_tokens}
-        return at_budget(PruningSchedule((*self._given, *stages)), self.config, self.target, **tokens)
+        return at_budget(frozen, self.config, self.target, **tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers."""
@@ -221,7 +222,7 @@ class KeepRatios:
         kept = torch.ones(self.layers, dtype=torch.float64)
         for stage in self._given:
             kept[stage.layer :] = stage.keep_ratio or 0.0
-        kept[self.first_layer :] = self._entering * (1 - shares[:-1].cumsum(0)).clamp(0, 1)
+        kept[self.first_layer :] *= (1 - shares[:-1].cumsum(0)).clamp(0, 1)
         return kept
 
     def _flops_ratio(self, ratios: Tensor) -> float:
