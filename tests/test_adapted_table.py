@@ -11,6 +11,7 @@ from recipes_cli import recipe_module
 
 from himap_train.evaluation.accuracy_against_cost import Scores, draw_trade_off, save_trade_off
 from himap_train.experiments import CONFIGS
+from himap_train.pruning.schedule import PruningSchedule
 
 ROOT = Path(__file__).parents[1]
 BUDGETS, DATA = [0.1, 0.2, 0.6], {"train": "embedded:fine-train", "test": "embedded:fine-test"}
@@ -40,13 +41,14 @@ def test_runs_of_one_seed_differ_in_the_method_alone(recipe: Any, tmp_path: Path
         name, seed = folder.name.rsplit("-", 1)
         assert value["--seed_everything"] == value["--data.seed"] == seed and value["--trainer.max_steps"] == "150"
         assert value["--data.train"] == DATA["train"] and value["--data.test"] == DATA["test"]
-        stages = json.loads(value["--model.schedule"])["stages"]
-        assert [stage["criterion"] for stage in stages] == [form[1] for form in recipe.FORMS.get(name, [])]
+        schedule = PruningSchedule.from_dict(json.loads(value["--model.schedule"]))
+        assert schedule == recipe.FORMS.get(name, PruningSchedule())
         configs = [given[place + 1] for place, part in enumerate(given) if part == "--config"]
-        assert configs == [*CONFIGS, *(["configs/elastic.yaml"] if stages else [])]
+        assert configs == [*CONFIGS, *(["configs/elastic.yaml"] if schedule.stages else [])]
         assert all((ROOT / config).is_file() for config in configs)
-        lowest = 0.2 if name in ("instruction", "himap") else 0.1  # these pay one of eight layers in full
-        assert value.get("--pruning.elastic.budgets") == (f"[{lowest}, 0.6]" if stages else None)
+        pays = ("dart", "sparsevlm", "last_token", "instruction", "himap", "hidrop")  # one of eight layers in full
+        lowest = 0.2 if name in pays else 0.1
+        assert value.get("--pruning.elastic.budgets") == (f"[{lowest}, 0.6]" if schedule.stages else None)
         if value["--evaluation.before"] == "true":
             before.append(folder.name)
     assert before == [f"{name}-0" for name in ["dense", *names] if "learned" not in name]
