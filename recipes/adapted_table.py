@@ -1,6 +1,6 @@
 """What each method is worth once the model has adapted to it: fine-tunings of equal length on scenes it does not know.
 
-python recipes/adapted_table.py --split validation      # "embedded-fine" on crowded scenes: twelve minutes a method on one core, over three seeds
+python recipes/adapted_table.py --split validation      # "embedded-fine" on crowded scenes: twelve minutes a method
 
 The scenes are the fine ones, crowded by decoys that the base has never seen, so there is something to learn. Every run
 is elastic: one fine-tuning is measured at all budgets. `learned` trains its ranking beside the model. Runs that are
