@@ -42,3 +42,28 @@ def test_counts_and_empty_schedules_are_refused() -> None:
         PruningSchedule((PruningStage(2, "image", keep_count=64),)).at_budget(LLAVA_7B, 0.5)
     with pytest.raises(ValueError, match="give stages"):
         PruningSchedule().at_budget(LLAVA_7B, 0.5)
+
+
+def test_what_lets_all_leave_does_so_at_every_budget_that_can_be_met_so() -> None:
+    schedule = PruningSchedule((PruningStage(0, "divprune", 0.4), PruningStage(20, "uniform", 0.0)))
+    most = PruningSchedule((PruningStage(20, "uniform", 0.0),)).cost(LLAVA_7B).flops_ratio
+    for budget in (0.2, 0.3, 0.5, most - 0.01):
+        at = schedule.at_budget(LLAVA_7B, budget)
+        assert at.cost(LLAVA_7B).flops_ratio == pytest.approx(budget, rel=0.005)
+        assert [stage.layer for stage in at.stages] == [0, 20] and at.stages[1].keep_ratio == 0.0
+    above = schedule.at_budget(LLAVA_7B, (1 + most) / 2)
+    assert above.cost(LLAVA_7B).flops_ratio == pytest.approx((1 + most) / 2, rel=0.005)
+    assert [stage.layer for stage in above.stages] == [20]
+    own = schedule.at_budget(LLAVA_7B, schedule.cost(LLAVA_7B).flops_ratio)
+    assert [stage.keep_ratio for stage in own.stages] == [pytest.approx(0.4, abs=1 / 576), 0.0]
+
+
+def test_tokens_that_enter_later_enter_there_at_every_budget() -> None:
+    hidrop = PruningSchedule.from_preset("hidrop")
+    most = PruningSchedule(enter=8).cost(LLAVA_7B).flops_ratio
+    for budget in (0.25, 0.4, most - 0.01):
+        at = hidrop.at_budget(LLAVA_7B, budget)
+        assert at.enter == 8 and at.cost(LLAVA_7B).flops_ratio == pytest.approx(budget, rel=0.005)
+    with pytest.raises(ValueError, match=rf"above {most:.3f}, .* enter at layer 8: give less, or 1 for dense"):
+        hidrop.at_budget(LLAVA_7B, 0.9)
+    assert hidrop.at_budget(LLAVA_7B, 1.0) == PruningSchedule()

@@ -2,11 +2,16 @@
 
 With strength s in [0, 1] a stage keeps `1 - s (1 - r)` of the image tokens: dense at 0, the schedule itself at 1. From
 1 to 2 it keeps `(2 - s) r`, at 2 nothing. So ratios keep their order, and the cost falls with s.
+
+Where a stage lets all leave that others had kept, that is a matter of where and not of how many: it comes in until s is
+0.5, and the others between 0.5 and 1. So the budget is spent on what they keep as long as that can meet it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from himap_train.pruning.keep import Ratio
@@ -26,12 +31,12 @@ def at_strength(schedule: PruningSchedule, strength: float) -> PruningSchedule:
     """
     if not 0.0 <= strength <= 2.0:
         raise ValueError(f"strength is {strength}; expected 0 (dense) to 1 (the schedule) to 2 (no image token left)")
-    if schedule.enter:
-        raise ValueError(
-            f"image tokens enter at layer {schedule.enter}, so even at strength 0 the schedule is not dense and cannot "
-            "follow a budget: give a schedule without enter"
-        )
-    stages = [_at_strength(stage, strength) for stage in schedule.stages]
+    none = [stage.keep_ratio == 0.0 for stage in schedule.stages]
+    leaving = staying = strength
+    if strength < 1.0 and any(none) and not all(none):
+        leaving, staying = min(2 * strength, 1.0), max(2 * strength - 1, 0.0)
+    strengths = [leaving if leave else staying for leave in none]
+    stages = [_at_strength(stage, each) for stage, each in zip(schedule.stages, strengths, strict=True)]
     return replace(schedule, stages=tuple(stage for stage in stages if stage.keep_ratio != 1.0))
 
 
@@ -48,8 +53,9 @@ def at_budget(
         text_tokens: Its other tokens.
 
     Raises:
-        ValueError: The schedule has no stages, fixed counts or attention mass, or the budget is above 1 or below what
-            is left when every image token leaves at these layers; the message says how much that is.
+        ValueError: The schedule has no stages, fixed counts or attention mass, or the budget is above 1 (with `enter`,
+            above what all tokens cost from there on) or below what is left when every image token leaves at these
+            layers; the message says how much that is.
     """
     if flops_ratio == 1.0:
         return replace(schedule, stages=(), enter=0)
@@ -63,12 +69,28 @@ def at_budget(
         return found.cost(config, image_tokens=image_tokens, text_tokens=text_tokens).flops_ratio
 
     check_budget(flops_ratio, least=cost(2.0), first_layer=schedule.stages[0].layer)
+    if flops_ratio > (most := cost(0.0)):
+        raise ValueError(
+            f"the budget {flops_ratio} is above {most:.3f}, which is what all image tokens cost that enter at layer "
+            f"{schedule.enter}: give less, or 1 for dense"
+        )
+    return nearest(partial(at_strength, schedule), config, flops_ratio, image_tokens, text_tokens)
+
+
+def nearest(
+    at: Callable[[float], PruningSchedule], config: Any, flops_ratio: float, image_tokens: int, text_tokens: int
+) -> PruningSchedule:
+    """The schedule whose `flops_ratio` comes nearest to a budget, of those `at` strengths from 0 to 2."""
+
+    def cost(strength: float) -> float:
+        return at(strength).cost(config, image_tokens=image_tokens, text_tokens=text_tokens).flops_ratio
+
     low, high = 0.0, 2.0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) > flops_ratio else (low, middle)
     # Counts are whole tokens, so the cost falls in steps: one of the two sides of the last step.
-    return at_strength(schedule, min(low, high, key=lambda strength: abs(cost(strength) - flops_ratio)))
+    return at(min(low, high, key=lambda strength: abs(cost(strength) - flops_ratio)))
 
 
 def check_budget(flops_ratio: float, least: float, first_layer: int) -> None:

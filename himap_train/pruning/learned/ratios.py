@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from himap_train.pruning.budget import at_budget, check_budget
+from himap_train.pruning.budget import at_strength, check_budget, nearest
 from himap_train.pruning.cost import layer_flops
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.stage import PruningStage
@@ -179,11 +179,15 @@ class KeepRatios:
             PruningStage(layer, self._criterion(layer), 0.0 if level * self.image_tokens < 0.5 else level)
             for layer, level in zip(starts[1:], levels[1:], strict=True)
         ]
-        frozen = PruningSchedule((*self._given, *stages))
-        if not frozen.stages:
-            return frozen
-        tokens = {"image_tokens": self.image_tokens, "text_tokens": self.text_tokens}
-        return at_budget(frozen, self.config, self.target, **tokens)
+        learned = PruningSchedule(tuple(stages))
+
+        def frozen(strength: float) -> PruningSchedule:
+            scaled = (
+                stage for stage in at_strength(learned, strength).stages if (stage.keep_ratio or 0.0) < self._entering
+            )
+            return PruningSchedule((*self._given, *scaled))
+
+        return nearest(frozen, self.config, self.target, self.image_tokens, self.text_tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers."""

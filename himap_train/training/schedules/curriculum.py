@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from himap_train.models.foresight import learned_layers
 from himap_train.pruning.budget import at_strength
 from himap_train.pruning.reading import PhasesArgument, fitted_phases, read_phases
 from himap_train.pruning.schedule import PruningSchedule
@@ -49,6 +50,11 @@ class Curriculum:
                 raise ValueError("pruning.curriculum.phases is empty; give at least one schedule, or null")
             return
         require_ratios("pruning.curriculum", schedule)
+        if schedule.enter:
+            raise ValueError(
+                f"pruning.curriculum starts dense, but in model.schedule image tokens enter at layer {schedule.enter}: "
+                "give it phases, or a schedule without enter"
+            )
         if self.steps < 1:
             raise ValueError(f"pruning.curriculum.steps is {self.steps}; expected 1 or more stairs")
 
@@ -78,6 +84,11 @@ class CurriculumSteps:
         self.phases = None if settings.phases is None else fitted_phases(settings.phases, layers)
         for phase in self.phases or ():
             phase.validate_for(layers)
+            if untrained := sorted(set(learned_layers(phase)) - set(learned_layers(schedule))):
+                raise ValueError(
+                    f"pruning.curriculum.phases: a learned ranking is to choose at layer {untrained[0]}, where "
+                    "model.schedule has none that could be trained: give it a stage there, or another criterion here"
+                )
 
     def at(self, step: int) -> Step:
         """The schedule of an optimizer step."""

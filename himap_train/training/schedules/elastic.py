@@ -88,10 +88,11 @@ class Elastic:
             tokens: Image and text tokens of a typical sample.
 
         Raises:
-            ValueError: Saying the least possible budget.
+            ValueError: Saying the least possible budget, or the most.
         """
         try:
-            schedule.at_budget(config, self.budgets[0], *tokens)
+            for budget in self.budgets:
+                schedule.at_budget(config, budget, *tokens)
         except ValueError as error:
             raise ValueError(
                 f"pruning.elastic.budgets: {error} (for a sample of {tokens[0]} image and {tokens[1]} text tokens)"

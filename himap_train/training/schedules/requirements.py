@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from himap_train.pruning.keep import Count, Keep, Ratio
+from himap_train.pruning.keep import Count, Ratio
 from himap_train.pruning.schedule import PruningSchedule
+from himap_train.pruning.stage import PruningStage
 
 
 def require_share(key: str, value: float) -> None:
@@ -26,12 +27,14 @@ def require_ratios(key: str, schedule: PruningSchedule) -> None:
             f"give it stages or a preset, such as himap, or leave {key} out"
         )
     for stage in schedule.stages:
-        if not isinstance(stage.keep, Ratio):
+        if stage.waits or not isinstance(stage.keep, Ratio):
             raise ValueError(
-                f"{key} needs a keep_ratio in every stage of model.schedule, but the one at layer {stage.layer} keeps "
-                f"{_how(stage.keep)}, which cannot change; give keep_ratio instead, or leave {key} out"
+                f"{key} needs a keep_ratio in every stage of model.schedule, but the one at layer {stage.layer} "
+                f"{_how(stage)}, which cannot change; give keep_ratio at one layer instead, or leave {key} out"
             )
 
 
-def _how(keep: Keep) -> str:
-    return f"a fixed count ({keep.count})" if isinstance(keep, Count) else "by attention mass"
+def _how(stage: PruningStage) -> str:
+    if stage.waits:
+        return "waits until a sample has read its image"
+    return f"keeps a fixed count ({stage.keep.count})" if isinstance(stage.keep, Count) else "keeps by attention mass"
