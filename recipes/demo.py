@@ -64,7 +64,7 @@ class Asked:
     def __init__(self, model: Any, encoder: Encoder, max_new_tokens: int) -> None:
         self.model, self.encoder, self.max_new_tokens = model, encoder, max_new_tokens
         self.saved, self.config = installed_schedule(model), base_model(model).config
-        self.choices = [*([AS_SAVED] if self.saved.stages else []), *(name for name in PRESETS if name != "none")]
+        self.choices = [*([AS_SAVED] if not self.saved.dense else []), *(name for name in PRESETS if name != "none")]
 
     def __call__(self, image: str | None, question: str, schedule: str, budget: float) -> list[Any]:
         """Text and cost of the dense and of the pruned answer; then a picture of what each stage kept.

@@ -23,6 +23,7 @@ from himap_train.checkpoints.load import save_adapter, write_card
 from himap_train.command_line import USER_ERRORS
 from himap_train.evaluation.compare import Row
 from himap_train.evaluation.tables import print_table, save_table
+from himap_train.models.foresight import untrained
 from himap_train.models.guard import check_trained_weights
 from himap_train.models.lora import trainable_report
 from himap_train.models.stock import base_model
@@ -68,7 +69,7 @@ def before_training(cli: FinetuneCLI, rows: list[Row]) -> None:
     if cli.settings.before and trained_in_place(tuner.peft_model) and (cli.resume_from or tuner.init_adapter):
         say("not measured before training: weights of the base are no longer what they were")
     elif cli.settings.before:
-        with tuner.peft_model.disable_adapter():
+        with tuner.peft_model.disable_adapter(), untrained(tuner.peft_model, tuner.schedule):
             measure(cli, cli.measured.before(), rows)
 
 

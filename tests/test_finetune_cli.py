@@ -24,6 +24,7 @@ from himap_train.evaluation.compare import Row, compare
 from himap_train.models.install import pruning_of
 from himap_train.training.run import measured_rows
 from himap_train.training.run.finetune_cli import FinetuneCLI
+from himap_train.training.run.folder import claim_folder
 
 
 def config(tiny: str, folder: Path, **model: Any) -> dict[str, Any]:
@@ -258,6 +259,17 @@ def test_folder_of_another_run_is_refused_untouched(finished: Path, capsys: pyte
         capsys, "--config", str(finished / "config.yaml")
     )
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize("held", ["adapter/notes.txt", "checkpoints/last.ckpt"])
+def test_folder_with_something_like_a_run_is_refused_too(tmp_path: Path, held: str) -> None:
+    file = tmp_path / held
+    file.parent.mkdir()
+    file.write_text("mine")
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        claim_folder(tmp_path, resuming=False)
+    claim_folder(tmp_path, resuming=True)
+    assert file.read_text() == "mine"
 
 
 def test_resume_needs_something_to_resume(tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

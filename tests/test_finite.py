@@ -19,6 +19,7 @@ from tiny import tiny_processor
 from training_toys import ToyData, finetune, quiet_trainer, small_run, tuner
 from transformers import LlavaForConditionalGeneration
 
+from himap_train.checkpoints.adapter import CHECKPOINT_KEY
 from himap_train.checkpoints.export import export_adapter, export_merged
 from himap_train.checkpoints.finite import NonFiniteError
 from himap_train.checkpoints.load import load_checkpoint, save_adapter
@@ -117,6 +118,13 @@ def test_weights_that_a_step_has_broken_are_not_saved(base: str, tmp_path: Path)
     with pytest.raises(NonFiniteError, match=r"last.ckpt was not saved: .*lora_B.*1 of its"):
         fit(base, tmp_path, BadStep())
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_a_ranking_that_a_step_has_broken_is_not_saved(tmp_path: Path) -> None:
+    broken = {"state_dict": {}, CHECKPOINT_KEY: {"ranking": {"0.head.weight": torch.tensor([1.0, float("nan")])}}}
+    with pytest.raises(NonFiniteError, match=r"last.ckpt was not saved: .*0.head.weight.*1 of its"):
+        AtomicCheckpointIO().save_checkpoint(broken, tmp_path / "last.ckpt")
+    assert not (tmp_path / "last.ckpt").exists()
 
 
 def test_validation_loss_that_is_none_ends_training(base: str, tmp_path: Path) -> None:

@@ -19,8 +19,11 @@ from transformers import LlavaForConditionalGeneration
 from himap_train import PruningSchedule, load_checkpoint, record_pruning
 from himap_train.checkpoints.export import export_adapter, export_merged
 from himap_train.checkpoints.ranking import RANKING_FILE
+from himap_train.models.foresight import untrained
 from himap_train.models.installed import scorers_of
 from himap_train.models.stock import text_decoder
+from himap_train.pruning.learned.scorer import Lesson
+from himap_train.training.callbacks import learn_ranking
 
 BY = {"name": "learned", "width": 16, "spread": 0.25}
 STAGES = [{"layer": 0, "criterion": BY, "keep_ratio": 0.5}, {"layer": 3, "criterion": BY, "keep_ratio": 0.25}]
@@ -76,6 +79,52 @@ def test_a_learned_criterion_needs_no_settings(tiny_path: str, tmp_path: Path) -
     model = {"schedule": {"stages": STAGES[:1]}}
     assert finetune("--config", config(tiny_path, tmp_path, {}, model=model), "--trainer.max_steps", "2") == 0
     assert len(logged(tmp_path / "run", "train/ranking_loss")) == 2
+
+
+def test_every_micro_batch_is_learned_from_whatever_comes_between(
+    tiny_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two micro-batches a step, of which the last two steps' are remembered; answers are generated in between."""
+    learned: list[Lesson] = []
+    loss = learn_ranking.ranking_loss
+
+    def watched(scores: torch.Tensor, lesson: Lesson) -> Any:
+        learned.append(lesson)
+        return loss(scores, lesson)
+
+    monkeypatch.setattr(learn_ranking, "ranking_loss", watched)
+    model, ranking = {"schedule": {"stages": STAGES[:1]}}, {"learn_ranking": {"remembered": 4, "updates": 2}}
+    file = config(tiny_path, tmp_path, ranking, model=model, evaluation={"during": 2, "after": False})
+    options = (
+        "--trainer.accumulate_grad_batches",
+        "2",
+        "--trainer.max_epochs",
+        "2",
+        "--data.validation",
+        "embedded:validation",
+    )
+    assert finetune("--config", file, *options, "--trainer.val_check_interval", "2") == 0
+    distinct = {id(lesson): lesson for lesson in learned}  # they are all held, so no two have the same
+    assert len(learned) == 12 and len(distinct) == 12
+
+
+def test_a_run_that_goes_on_from_an_adapter_ranks_as_it_did(run: Path, tiny_path: str, tmp_path: Path) -> None:
+    still = {"learn_ranking": {**LEARN, "learning_rate": 1e-12}}
+    model = {"schedule": {"stages": STAGES[1:]}, "init_adapter": str(run)}
+    assert finetune("--config", config(tiny_path, tmp_path, still, model=model), "--trainer.max_steps", "1") == 0
+    before, after = weights(load_checkpoint(run)[0]), weights(load_checkpoint(tmp_path / "run")[0])
+    assert {name.split(".")[0] for name in after} == {"3"}
+    assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in after)
+
+
+def test_what_was_learned_is_put_aside_for_a_while(run: Path) -> None:
+    model, _ = load_checkpoint(run)
+    learned, ranks = weights(model), kept(model)
+    schedule = PruningSchedule.from_dict({"stages": STAGES})
+    with untrained(model, schedule):
+        assert any(not torch.equal(tensor, learned[name]) for name, tensor in weights(model).items())
+        assert kept(model) != ranks
+    assert kept(model) == ranks
 
 
 def test_another_schedule_ranks_by_what_was_learned(run: Path) -> None:

@@ -204,6 +204,13 @@ def test_refused_before_training(
     assert message in error_of(capsys, "--config", file)
 
 
+def test_the_best_weights_may_be_of_other_ratios(
+    tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config(tiny_path, tmp_path, {"learnable": SETTINGS}, **NO_SCHEDULE)
+    assert "keep is best, but pruning.learnable freezes" in error_of(capsys, "--config", file, "--keep", "best")
+
+
 def test_only_one_mode(tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     modes = {"learnable": SETTINGS, "elastic": {"budgets": [0.9, 0.95]}}
     assert "pruning.learnable and pruning.elastic both decide" in error_of(

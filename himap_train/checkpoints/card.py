@@ -54,7 +54,7 @@ def model_card(base: str, schedule: PruningSchedule, config: Any, run: RunFacts,
         merged: A whole model.
     """
     front = yaml.safe_dump(_front("transformers" if merged else "peft", base, config), sort_keys=False).strip()
-    how = "fine-tuned while image tokens are pruned" if schedule.stages else "fine-tuned"
+    how = "fine-tuned while image tokens are pruned" if not schedule.dense else "fine-tuned"
     title = f"{'' if merged else 'Adapter for '}{Path(base).name}, {how}"
     loading = [_kind(config), _LOAD_PRUNED, _LOAD_MERGED if merged else _LOAD_ADAPTER]
     sections = [

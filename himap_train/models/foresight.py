@@ -8,7 +8,8 @@ the tokens that `Learned.spread` keeps whatever their scores shows it what it do
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,19 @@ def make_scorers(model: nn.Module, schedule: PruningSchedule) -> dict[int, Score
                 scorers[layer] = method.scorer(decoder.config.hidden_size)
     give_scorers(decoder, scorers)
     return scorers
+
+
+@contextmanager
+def untrained(model: nn.Module, schedule: PruningSchedule) -> Iterator[None]:
+    """Inside the block a model ranks as before training."""
+    decoder = text_decoder(model)
+    trained = scorers_of(decoder)
+    give_scorers(decoder, {})
+    make_scorers(model, schedule)
+    try:
+        yield
+    finally:
+        give_scorers(decoder, trained)
 
 
 def taught(

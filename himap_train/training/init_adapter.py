@@ -1,4 +1,4 @@
-"""Training that goes on from an adapter: its weights, with a new optimizer and whatever schedule the config has."""
+"""Training that goes on from an adapter: its weights and rankings, a new optimizer, and the schedule of the config."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from peft import PeftModel
 from himap_train.checkpoints.adapter import Adapter, file_name, read_adapter
 from himap_train.checkpoints.load import adapter_source
 from himap_train.checkpoints.merge import parameter_name
+from himap_train.checkpoints.ranking import give_ranking
 from himap_train.checkpoints.same_base import plain, require_same_base
 from himap_train.models.families import family_of
 from himap_train.models.loading import load_config, resolve_model
 from himap_train.models.stock import base_model
+from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.zero.gather import set_full_value
 
 _SETTINGS = {
@@ -40,6 +42,17 @@ def read_start(path: str, base: str) -> Adapter:
     adapter.require_finite(f"model.init_adapter: {source}")
     require_same_base(adapter.base_facts, load_config(resolve_model(base)), base, adapter.base)
     return adapter
+
+
+def rank_from(model: PeftModel, adapter: Adapter, schedule: PruningSchedule, path: str) -> None:
+    """Let the rankings that are trained in `model` go on from those of an adapter, at the layers where it has one.
+
+    Raises:
+        ValueError: It is of another shape.
+    """
+    held = {name.partition(".")[0] for name in adapter.ranking}
+    stages = tuple(stage for stage in schedule.stages if str(stage.layer) in held)
+    give_ranking(model, adapter.ranking, PruningSchedule(stages), f"model.init_adapter: {path}")
 
 
 def start_from(model: PeftModel, adapter: Adapter, path: str) -> None:

@@ -31,7 +31,7 @@ from himap_train.ranges import require_possible
 from himap_train.training.adapter_module import AdapterModule, Teacher
 from himap_train.training.averaging import WindowMean
 from himap_train.training.callbacks.progress import step_ended
-from himap_train.training.init_adapter import read_start, start_from
+from himap_train.training.init_adapter import rank_from, read_start, start_from
 from himap_train.training.optim import cosine_with_warmup, parameter_groups
 
 _WEIGHTS = {"bf16": torch.bfloat16, "16": torch.float16}
@@ -163,6 +163,8 @@ class LlavaFineTuner(AdapterModule):
         self.schedule = self.fitted_schedule(decoder.config.num_hidden_layers)
         install_pruning(self.llava, self.schedule)
         make_scorers(self.llava, self.schedule)
+        if start is not None:
+            rank_from(self.llava, start, self.schedule, str(self.init_adapter))
         self.train()
 
     def fitted_schedule(self, layers: int) -> PruningSchedule:

@@ -73,7 +73,7 @@ class GenerationAccuracy(Callback):
         if trainer.sanity_checking or source is None:
             return
         schedules: dict[str, PruningSchedule | None] = {"val/accuracy": pl_module.schedule}
-        if pl_module.schedule.stages:
+        if not pl_module.schedule.dense:
             schedules["val/accuracy_dense"] = None
         limit = min(self.settings.during, data.limits["validation"] or self.settings.during)
         with trainer.precision_plugin.forward_context():

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
+from himap_train.checkpoints.adapter import CHECKPOINT_KEY
 from himap_train.checkpoints.finite import require_finite
 from himap_train.ranges import require_possible
 from himap_train.storage import atomic_file
@@ -55,7 +56,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         target = Path(path)
         way_out = "The checkpoint before it was kept; train anew with a lower model.lora_lr"
-        require_finite(checkpoint.get("state_dict", {}).items(), f"{target} was not saved: the model", way_out)
+        ranking = checkpoint.get(CHECKPOINT_KEY, {}).get("ranking") or {}
+        weights = [*checkpoint.get("state_dict", {}).items(), *ranking.items()]
+        require_finite(weights, f"{target} was not saved: the model", way_out)
         with atomic_file(target, lambda: newest_good(target.parent) or target) as temporary:
             torch.save(checkpoint, temporary)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,12 @@ from himap_train.training.schedules.learn_ranking import RankingSettings
 _WARMUP = 0.03
 
 
+@dataclass
+class _Remembered:
+    lessons: dict[int, Lesson]
+    learned: int
+
+
 class LearnRanking(Callback):
     """Collects what backward passes teach the ranking, and trains it on that with the gradients of all ranks.
 
@@ -31,8 +38,9 @@ class LearnRanking(Callback):
 
     def __init__(self, settings: RankingSettings) -> None:
         self.settings = settings
-        # A micro-batch's, by layer: of no image on this rank none, while all ranks go on to the next one together.
-        self._lessons: deque[dict[int, Lesson]] = deque(maxlen=settings.remembered)
+        # A micro-batch's, by layer, and how often they were learned, the oldest first. Of no image on this rank there
+        # are none, while all ranks go on to the next micro-batch together.
+        self._lessons: deque[_Remembered] = deque(maxlen=settings.remembered)
         self._now: dict[int, Lesson] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._begun = False
@@ -49,11 +57,14 @@ class LearnRanking(Callback):
         if self._saved is not None:
             self._optimizer.load_state_dict(self._saved["optimizer"])
             self._rate.load_state_dict(self._saved["rate"])
-        pruning = pruning_of(model)
-        assert pruning is not None
-        pruning.learn = self._now.__setitem__
         number = sum(weight.numel() for weight in self._weights)
         say(f"learned ranking: {number:,} weights at layers {sorted(self._scorers)}")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Each time: an evaluation in between installs pruning anew."""
+        pruning = pruning_of(pl_module.peft_model)
+        assert pruning is not None
+        pruning.learn = self._now.__setitem__
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Nobody learns any more."""
@@ -63,18 +74,19 @@ class LearnRanking(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Some steps of its own for each optimizer step of the model."""
         if learned_layers(pl_module.running_schedule):
-            self._lessons.append(dict(self._now))
+            least = min((turn.learned for turn in self._lessons), default=0)
+            self._lessons.append(_Remembered(dict(self._now), least))
             self._now.clear()
-        for _ in range(self.settings.updates if step_ended(trainer, batch_idx) and self._lessons else 0):
-            loss = self._update(trainer)
-            pl_module.log("train/ranking_loss", loss)
+        for _ in range(self.settings.updates if step_ended(trainer, batch_idx) else 0):
+            if self._lessons:
+                pl_module.log("train/ranking_loss", self._update(trainer))
+            self._rate.step()
 
     def _update(self, trainer: Trainer) -> Tensor:
         """One step over the lessons whose turn it is, of all ranks; their mean loss."""
         assert self._optimizer is not None
         self._optimizer.zero_grad()
         total, rows = self._loss()
-        self._lessons.rotate(-1)
         if total.requires_grad:
             total.backward()
         # One message for all of it: a sum over the rows of all ranks, whatever each of them holds.
@@ -87,14 +99,15 @@ class LearnRanking(Callback):
         self._begun = self._begun or bool(flat[-1])  # before any rank has seen an image there is nothing to step by
         if self._begun:
             self._optimizer.step()
-        self._rate.step()
         return mean[-1]
 
     @torch.enable_grad()
     def _loss(self) -> tuple[Tensor, Tensor]:
-        """Summed over rows and layers, and the number of rows."""
+        """Of the newest lessons of those learned least often: summed over rows and layers, and the number of rows."""
+        turn = min(reversed(self._lessons), key=lambda remembered: remembered.learned)
+        turn.learned += 1
         total, rows = self._weights[0].new_zeros(()), self._weights[0].new_zeros(())
-        for layer, lesson in self._lessons[0].items():
+        for layer, lesson in turn.lessons.items():
             loss, number = ranking_loss(self._scorers[layer](lesson.asked), lesson)
             total, rows = total + loss, torch.maximum(rows, number)
         return total, rows

@@ -178,7 +178,14 @@ class FinetuneCLI(LightningCLI):
         self.settings: EvaluationSettings = self.config_init.evaluation
         self.pruning: PruningSettings = self.config_init.pruning
         self.pruning.check(self.model.schedule)
-        self.measured = MeasuredRows(self.model, self.datamodule, self.settings)
+        if self.pruning.learnable is not None and self.config.keep == "best":
+            raise ValueError(
+                "keep is best, but pruning.learnable freezes its keep ratios at the end, and the best weights may be "
+                "of earlier ones: give keep: last"
+            )
+        self.measured = MeasuredRows(
+            self.model, self.datamodule, self.settings, learns_ratios=self.pruning.learnable is not None
+        )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With the callbacks, loggers and checkpoint writer that every run has."""

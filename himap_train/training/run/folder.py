@@ -26,7 +26,8 @@ def claim_folder(folder: Path, resuming: bool) -> None:
     Raises:
         FileExistsError: It holds a run and this is not its continuation.
     """
-    if (folder / CONFIG).exists() and not resuming:
+    held = (folder / CONFIG).exists() or (folder / "adapter").exists() or any(folder.glob("checkpoints/*.ckpt"))
+    if held and not resuming:
         raise FileExistsError(
             f"{folder} already holds a run. Go on with it by adding --resume, or choose another --output, or remove it"
         )

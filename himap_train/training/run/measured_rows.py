@@ -30,21 +30,25 @@ class MeasuredRows:
         tuner: The model, loaded only for `measure`.
         data: The data of the run, set up.
         settings: What is measured, and how.
+        learns_ratios: The schedule is one that training finds: before it there is none.
     """
 
     tuner: LlavaFineTuner
     data: LlavaDataModule
     settings: EvaluationSettings
+    learns_ratios: bool = False
 
     def before(self) -> Schedules:
         """Names and schedules of what is measured before training."""
+        if self.learns_ratios and not self.settings.schedule:
+            return {"dense, not fine-tuned": None}
         name, schedule = "training-free pruned", self.schedule()
         return {"dense, not fine-tuned": None, name: schedule, **self._at_budgets(name, schedule)}
 
     def after(self) -> Schedules:
         """Names and schedules of what is measured after training."""
         schedule = self.schedule()
-        if self.tuner.schedule.stages:
+        if not self.tuner.schedule.dense:
             name, rows = ADAPTED, {ADAPTED: schedule, RUN_DENSE: None}
         else:
             name = "fine-tuned dense, then pruned"
@@ -59,7 +63,7 @@ class MeasuredRows:
         source, limit = found
         settings = self.settings.for_data(self.data, limit)
         for name, schedule in schedules.items():
-            if schedule is not None and not schedule.stages:
+            if schedule is not None and schedule.dense:
                 continue
             with trainer.precision_plugin.forward_context():
                 rows = compare(self.tuner.peft_model, self.tuner.processor, source, {name: schedule}, **settings)
