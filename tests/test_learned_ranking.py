@@ -106,13 +106,17 @@ def test_what_stays_beside_the_best_differs_from_all_that_stays() -> None:
     layout, counts = build_layout(torch.tensor([[False] * 2 + [True] * 36 + [False] * 3]))
     noise = torch.Generator().manual_seed(1)
     scores, states = torch.rand(1, 41, generator=noise), torch.randn(1, 41, 8, generator=noise)
+    states[0, 20] = 2.0 * states[0, 10]  # a copy: all of its worth is there already
+    scores[0, 10], scores[0, 20] = 1.5, 1.4
     method = read_method({"name": "learned", "spread": 0.75})
     ranks = method.choose(Seen(layout, counts, scores=scores, states=states), torch.tensor([[12]]))[0, 2:38]
-    chosen = scores[0, 2:38].argsort(descending=True)[:3].tolist()
+    worth, shown, chosen = scores[0, 2:38], states[0, 2:38], list[int]()
     while len(chosen) < 12:
-        likest = torch.cosine_similarity(states[0, 2:38, None], states[0, 2:38][chosen], dim=2).amax(1)
-        chosen.append(int(likest.argmin()))
-    assert sorted((ranks < 12).nonzero()[:, 0].tolist()) == sorted(chosen)
+        likest = torch.cosine_similarity(shown[:, None], shown[chosen], dim=2).amax(1) if chosen else torch.zeros(36)
+        gain = worth + 0.75 * (1 - likest).clamp(1e-6, 1.0).log()
+        chosen.append(max(set(range(36)) - set(chosen), key=gain.tolist().__getitem__))
+    assert chosen[0] == 8 and 18 not in chosen
+    assert ranks.argsort()[:12].tolist() == chosen
 
 
 def test_answers_never_rank() -> None:
@@ -236,7 +240,7 @@ def test_no_part_of_the_model_and_never_guessed() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"spread": 1.5}, "spread is 1.5; expected 0 to 1"),
+        ({"spread": 10.5}, "spread is 10.5; expected 0 to 10"),
         ({"width": 40}, "width is 40; expected a multiple of 16"),
         ({"width": 0}, "width is 0"),
         ({"width": True}, "width is True"),

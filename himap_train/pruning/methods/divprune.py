@@ -70,21 +70,25 @@ def apart(states: Tensor, real: Tensor, first: Tensor) -> Tensor:
     return all_cosines(normalize(states.float(), dim=-1)).neg_().add_(offset)
 
 
-def farthest_first(distance: Tensor, real: Tensor, first: Tensor, number: int) -> Tensor:
+def farthest_first(distance: Tensor, real: Tensor, first: Tensor, number: int, start: Tensor | None = None) -> Tensor:
     """Place of each of N tokens in a greedy farthest-point order: (R, N) long; those not chosen come behind all others.
 
     A step is three kernels: before the decoder of a large model on a GPU their launches are what choosing costs.
 
     Args:
-        distance: (R, N, N), symmetric, but infinite to what comes first or may not be chosen. Overwritten.
+        distance: (R, N, N), of the second from the first; infinite to what comes first or may not be chosen. It is
+            overwritten.
         real: (R, N) bool, what may be chosen.
         first: (R, N) bool, what is chosen before all others, in its order.
         number: How many are chosen.
+        start: (R, N), the largest is chosen first; by default the distances to the nearest other.
     """
     rows = torch.arange(len(distance), device=distance.device)
     itself = distance.diagonal(dim1=1, dim2=2)
-    itself.fill_(torch.inf)
-    nearest = distance.amin(2).masked_fill_(first, torch.inf).masked_fill_(~real, -torch.inf)  # to any other
+    if start is None:
+        itself.fill_(torch.inf)
+        start = distance.amin(2).clamp_(max=torch.finfo(distance.dtype).max)  # infinite where all others come first
+    nearest = start.masked_fill(first, torch.inf).masked_fill_(~real, -torch.inf)
     itself.fill_(-torch.inf)  # so that nothing is chosen twice
     chosen: list[Tensor] = []
     for step in range(min(number, distance.shape[1])):

@@ -5,25 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from himap_train.pruning.learned.scorer import HEAD, Asked, Scorer
 from himap_train.pruning.methods.base import Members, Method, Reads, Seen, Widths
-from himap_train.pruning.methods.divprune import apart, computed_pairs, farthest_first
+from himap_train.pruning.methods.divprune import all_cosines, computed_pairs, farthest_first
 from himap_train.pruning.names import require_number
 from himap_train.pruning.ranks import image_ranks
+
+_LEAST = 1e-6
+"""Distance of copies: above 0, so that the better of two still comes first."""
 
 
 @dataclass(frozen=True)
 class Learned(Method):
-    """What a small network scores highest, which sees the states of image and question at the stage's input.
+    """What a small network scores highest that is not there yet; it sees image and question at the stage's input.
 
-    A share of what stays is chosen by difference instead, as `divprune` does: after the tokens of the highest scores
-    comes the one whose state is farthest from all chosen (1 - cosine), and so on. So what nobody foresaw is like
-    something that stays, and training sees what it does not look for yet.
+    The next to stay is the token of the largest `score + spread * log d`, where d is its distance (1 - cosine, at most
+    1) from the nearest that is chosen. Of scores e^score is the share of the loss that the network foresees a token to
+    be owed, so this is its worth times what is new in it; compare maximal marginal relevance (Carbonell and Goldstein,
+    SIGIR 1998). So copies of one thing do not crowd out another, and training sees what it does not look for yet.
 
     Args:
-        spread: The share of the tokens that stay which is chosen by difference; 0 leaves all to the scores.
+        spread: How much difference counts; 0 leaves all to the scores.
         width: Width of the network, a multiple of 16.
 
     Raises:
@@ -34,20 +40,20 @@ class Learned(Method):
     reads: ClassVar[Reads] = Reads.STATES
     learns: ClassVar[bool] = True
 
-    spread: float = 0.5
+    spread: float = 1.0
     width: int = 128
 
     def __post_init__(self) -> None:
         """Check every field where it is set."""
         require_number("criterion learned", "spread", self.spread)
-        if not 0.0 <= self.spread <= 1.0:
-            raise ValueError(f"criterion learned: spread is {self.spread}; expected 0 to 1 (share of what stays)")
+        if not 0.0 <= self.spread <= 10.0:
+            raise ValueError(f"criterion learned: spread is {self.spread}; expected 0 to 10 (weight of the difference)")
         if type(self.width) is not int or not 0 < self.width <= 1024 or self.width % HEAD:
             raise ValueError(f"criterion learned: width is {self.width!r}; expected a multiple of {HEAD}, 1024 at most")
 
     @property
     def ranks(self) -> bool:
-        """Where nothing is spread."""
+        """Where difference does not count."""
         return self.spread == 0
 
     def scorer(self, hidden: int) -> Scorer:
@@ -71,17 +77,17 @@ class Learned(Method):
         return image.spread(scores, seen.layout)
 
     def choose(self, seen: Seen, kept: Tensor) -> Tensor:
-        """By the scores, and from a number on by the difference from all that are chosen."""
+        """Greedily, by score and by difference from all that are chosen."""
         assert seen.scores is not None
-        ranks = image_ranks(seen.scores, seen.layout, seen.groups)
         if not self.spread:
-            return ranks
-        members = Members.of(seen.layout, seen.counts)
-        first = (kept - (self.spread * kept).add(0.5).floor().long()).flatten().to(ranks.device).unsqueeze(1)
-        best = (members.gather(ranks) < first.clamp(min=1)) | members.gather(seen.layout.protected)
+            return image_ranks(seen.scores, seen.layout, seen.groups)
         assert seen.states is not None
-        distance = apart(members.gather(seen.states), members.real, best)
-        return members.spread(farthest_first(distance, members.real, best, int(kept.max())), seen.layout)
+        members = Members.of(seen.layout, seen.counts)
+        must = members.gather(seen.layout.protected)
+        worth = members.gather(seen.scores).float().masked_fill(must, torch.inf)
+        novelty = all_cosines(normalize(members.gather(seen.states).float(), dim=-1)).neg_().add_(1.0)
+        gain = novelty.clamp_(_LEAST, 1.0).log_().mul_(self.spread).add_(worth.unsqueeze(1))
+        return members.spread(farthest_first(gain, members.real, must, int(kept.max()), worth), seen.layout)
 
     def flops(self, widths: Widths, image_tokens: int, text_tokens: int, kept: int) -> float:
         """Of the scorer, and all pairs' cosines."""
