@@ -18,6 +18,7 @@ from himap_train.training.schedules.per_step import SchedulePerStep
 from himap_train.training.schedules.settings import PruningSettings
 
 SCHEDULED = PruningSchedule.from_dict(SCHEDULE)
+WAITING = PruningSchedule((PruningStage(1, "instruction", 0.5, attention_below=0.3), PruningStage(2, "image", 0.5)))
 
 
 @pytest.mark.parametrize(
@@ -122,6 +123,8 @@ def test_phases_run_in_the_decoder_and_the_model_is_served_dense(tmp_path: Path)
         (Curriculum(phases="llavotla"), PruningSchedule(), "phases 'llavotla' are unknown; did you mean 'llavolta'"),
         (Curriculum(phases=[]), SCHEDULED, "pruning.curriculum.phases is empty"),
         (Curriculum(), PruningSchedule(), "pruning.curriculum changes .* is dense"),
+        (Curriculum(), PruningSchedule((PruningStage(3, "image", 0.5),), enter=2), "starts dense, .* enter at layer 2"),
+        (Curriculum(), WAITING, "needs a keep_ratio .* at layer 1 waits until"),
         (Curriculum(), PruningSchedule((PruningStage(2, "image", keep_count=8),)), r"fixed count \(8\)"),
     ],
 )

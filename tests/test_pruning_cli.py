@@ -52,6 +52,23 @@ def test_elastic_run_saves_its_schedule_and_measures_budgets(elastic: Path) -> N
     assert "Trained at every budget (`flops_ratio`) from 0.9 to 0.95 and dense" in card
 
 
+def test_tokens_that_enter_later_are_measured_so(tiny_path: str, tmp_path: Path) -> None:
+    model = {"schedule": {"stages": [], "enter": 2}}
+    options = ("--trainer.max_steps", "1")
+    assert (
+        finetune("--config", config(tiny_path, tmp_path, {}, model=model, evaluation={"before": True}), *options) == 0
+    )
+    rows = {row["name"]: row for row in json.loads((tmp_path / "run/metrics.json").read_text())["rows"]}
+    assert list(rows) == [
+        "dense, not fine-tuned",
+        "training-free pruned",
+        "adapted pruned",
+        "adapted, evaluated dense",
+    ]
+    assert rows["adapted pruned"]["cost"]["flops_ratio"] < 1.0
+    assert rows["adapted, evaluated dense"]["cost"]["flops_ratio"] == 1.0
+
+
 def test_curriculum_run_ends_with_its_schedule(tiny_path: str, tmp_path: Path) -> None:
     pruning = {"curriculum": {"shape": "staged", "share": 0.7, "steps": 2}}
     assert finetune("--config", config(tiny_path, tmp_path, pruning, evaluation={"after": False})) == 0
