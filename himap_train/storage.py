@@ -128,6 +128,8 @@ def told(error: BaseException) -> str:
     if failure is None:
         text = str(error)
         return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 4 :]}"
+    if failure.errno in _IN_THE_WAY:
+        return f"{error}. Something else has its place: move that away, or choose another name"
     refused = failure.errno in _NOT_ALLOWED
     way_out = "Give this user access, or choose another folder" if refused else "Free some space"
     return f"{error}. What was saved before, checkpoints and results, is as it was. {way_out}, and start again"

@@ -22,6 +22,7 @@ from himap_train.checkpoints.export import export_merged
 from himap_train.checkpoints.load import save_adapter, write_card
 from himap_train.command_line import USER_ERRORS
 from himap_train.evaluation.compare import Row
+from himap_train.evaluation.metrics import make_metrics
 from himap_train.evaluation.tables import print_table, save_table
 from himap_train.models.foresight import untrained
 from himap_train.models.guard import check_trained_weights
@@ -112,6 +113,7 @@ def measure(cli: FinetuneCLI, schedules: Schedules, rows: list[Row]) -> None:
 def check_data(cli: FinetuneCLI) -> None:
     """Count, look for images, measure lengths before an hour is spent; raises where too much is broken."""
     data = cli.datamodule
+    make_metrics(cli.settings.metrics)  # an unknown one is not found out at the first validation
     data.setup("fit")
     report = data.check("train") if is_first_process() else None
     if report is not None:
@@ -147,6 +149,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0  # any other status makes launchers kill the first process while it writes its message
         print(stop, file=sys.stderr)
         return stop.status
+    except SystemExit:
+        if cli is None or not cli.trainer.interrupted:
+            raise
+        print("interrupted; the same command with --resume auto goes on", file=sys.stderr)  # Lightning's own way to end
+        return 130
     except (*USER_ERRORS, MisconfigurationException) as error:
         report_error(error)
         return 2

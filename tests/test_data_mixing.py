@@ -19,6 +19,7 @@ from training_toys import finetune
 from himap_train.data.mixing import Chosen, MixedRecords, read_parts
 from himap_train.data.records import Conversation
 from himap_train.data.sampling import BatchOrder
+from himap_train.data.sources import open_source
 from himap_train.training.run.parser import _own_data
 
 
@@ -153,6 +154,19 @@ def test_share_for_validation_is_the_same_for_every_seed_and_keeps_images_togeth
     assert sorted(c.id for c in train + validation) == sorted({c.id for c in train + validation})
     assert Counter(c.id[0] for c in validation) == {"a": 8, "b": 2} and len(train) == 40
     assert not {c.images for c in train if c.images} & {c.images for c in validation if c.images}
+
+
+def test_images_that_messages_hold_stay_together_too(tmp_path: Path) -> None:
+    urls = ["one.png", "data:image/png;base64,aGVsbG8=", "data:image/png;base64,aGVsbG9v"]
+    file = tmp_path / "messages.jsonl"
+    with file.open("w") as written:
+        for number, url in enumerate([*urls, *urls]):
+            shown = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
+            turns = [{"role": "user", "content": shown}, {"role": "assistant", "content": "a"}]
+            written.write(json.dumps({"id": str(number), "messages": turns}) + "\n")
+    source: Any = open_source(str(file))
+    first = [source.first_image(number) for number in range(6)]
+    assert first[:3] == first[3:] and len(set(first)) == 3
 
 
 def test_own_image_folder_of_a_set(tmp_path: Path) -> None:

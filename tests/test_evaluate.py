@@ -30,7 +30,7 @@ from himap_train.embedded.scene_text import TYPES
 from himap_train.evaluation.compare import Row, compare, evaluate_row
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.questions import Question, question_batches
-from himap_train.evaluation.result import EvaluationResult, Measured, MeasuredTokens
+from himap_train.evaluation.result import EvaluationResult, Measured, MeasuredTokens, SampleTokens, measured_tokens
 from himap_train.evaluation.sample_metric import GroupScore
 from himap_train.evaluation.tables import draw_chart, markdown_lines, markdown_table, print_table, save_table
 from himap_train.models.install import pruning_of
@@ -256,6 +256,21 @@ def test_a_prompt_longer_than_the_context_is_not_cut(model, processor, source):
     assert "508" in result.skipped[0]  # 512 positions less 4 new tokens
 
 
+def test_answers_that_would_be_cut_are_told(model, processor, caplog):
+    long = conversation(0, "?")
+    said = replace(long, turns=(*long.turns[:-1], replace(long.turns[-1], text="a long answer, word by word")))
+    evaluate(model, processor, Source([long, said]), max_new_tokens=4, progress=False)
+    assert "1 of 2 expected answers are longer than max_new_tokens (4)" in caplog.text
+
+
+def test_ratios_are_of_samples_with_images():
+    both = [SampleTokens(16, 5, (8, 2)), SampleTokens(0, 5, (0, 0))]
+    config = tiny_llava().config
+    alone, mixed = (measured_tokens(samples, SCHEDULE, config) for samples in (both[:1], both))
+    assert mixed.flops_ratio.mean == alone.flops_ratio.mean < 1.0
+    assert mixed.image_tokens == 8.0 and mixed.image_tokens_per_layer.mean == alone.image_tokens_per_layer.mean / 2
+
+
 def test_several_accepted_answers_come_from_the_record():
     annotated = replace(conversation(0, "?"), meta={"answers": json.dumps(["cat", "a cat", 2])})
     assert Question(0, annotated).answers == ["cat", "a cat", "2"]
@@ -451,6 +466,9 @@ def test_a_schedule_from_a_file_is_the_same_as_inline(checkpoint, data, tmp_path
         (["--data", "no/such.json"], "no/such.json does not exist"),
         (["--data", "embedded:tset"], "tset"),
         (["--image-folder", "no/such/folder"], "no/such/folder"),
+        (["--device", "gpu"], "device 'gpu' cannot be used here"),
+        (["--limit", "-3"], "limit is -3; expected"),
+        (["--batch-size", "0"], "batch_size is 0; expected"),
     ],
 )
 def test_evaluate_explains_mistakes_without_a_traceback(options, message, checkpoint, data, capsys):

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import yaml
 from distributed import wait_for
 from processes import Fork
 from pruning_runs import error_of
-from recipes_cli import run_recipe
+from recipes_cli import recipe_module, run_recipe
 from training_toys import SCHEDULE, finetune
 
 from himap_train.checkpoints import agreement
@@ -259,6 +260,33 @@ def test_folder_of_another_run_is_refused_untouched(finished: Path, capsys: pyte
         capsys, "--config", str(finished / "config.yaml")
     )
     assert {file: file.stat().st_mtime_ns for file in finished.rglob("*")} == before
+
+
+def test_interrupted_where_no_step_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning then ends the process itself, without a word."""
+    recipe = recipe_module("finetune")
+
+    def stopped(cli: Any) -> None:
+        raise SystemExit(1)
+
+    monkeypatch.setattr(recipe, "run", stopped)
+    monkeypatch.setattr(recipe, "end_children", lambda trainer: None)
+    monkeypatch.setattr(recipe, "FinetuneCLI", lambda *_: SimpleNamespace(trainer=SimpleNamespace(interrupted=True)))
+    assert recipe.main([]) == 130
+    assert "the same command with --resume auto goes on" in capsys.readouterr().err
+    monkeypatch.setattr(recipe, "FinetuneCLI", lambda *_: SimpleNamespace(trainer=SimpleNamespace(interrupted=False)))
+    with pytest.raises(SystemExit):
+        recipe.main([])
+
+
+def test_what_only_validation_would_find_out(
+    tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path, config(tiny_path, tmp_path))
+    error = error_of(capsys, "--config", file, "--keep", "best", "--data.validation", "null")
+    assert "keep is best, but data.validation is null" in error
+    error = error_of(capsys, "--config", file, "--evaluation.before", "false", "--evaluation.metrics", "[foo]")
+    assert "unknown metric" in error
 
 
 @pytest.mark.parametrize("held", ["adapter/notes.txt", "checkpoints/last.ckpt"])

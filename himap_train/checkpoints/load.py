@@ -158,13 +158,24 @@ def load_with_schedule(
         ValueError: The schedule is unknown or does not fit the decoder.
     """
     given = None if schedule == AS_SAVED else read_schedule(schedule)  # a misspelt name fails before weights are read
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else _usable(device)
     model: Any
     model, processor = load_checkpoint(checkpoint, AS_SAVED if given is None else None, dtype=dtype)
     if given is not None:
         layers = base_model(model).config.text_config.num_hidden_layers
         install_pruning(model, fit_preset(given, layers) if is_preset(schedule) else given)
     return model.to(place).eval(), processor
+
+
+def _usable(device: str) -> str:
+    """A device that this machine has."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}): give auto or cpu"
+        ) from error
+    return device
 
 
 def installed_schedule(model: nn.Module) -> PruningSchedule:

@@ -8,6 +8,7 @@ counts write to the pages that a fork shares). So both are shuffled, split over 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -86,12 +87,18 @@ class LlavaFile:
         return sum(len(turn.text) for turn in turns), len(shown)
 
     def first_image(self, index: int) -> str | None:
-        """The first image that a record names; None for a record without, or a broken one."""
+        """What a record names its first image by, or holds it in; None for a record without, or a broken one."""
         try:
-            images = stored_images(self._record(index))
+            record = self._record(index)
+            _, shown = turns_of(record, self.path.name)
         except RecordError:
             return None
-        return images[0] if images and isinstance(images[0], str) else None
+        if not shown:
+            return None
+        first = stored_images(record)[shown[0]] if isinstance(shown[0], int) else shown[0]
+        if isinstance(first, str):
+            return first
+        return hashlib.sha256(first if isinstance(first, bytes) else repr(first).encode()).hexdigest()
 
     def _record(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):

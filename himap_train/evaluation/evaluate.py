@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,9 @@ from himap_train.evaluation.sample_metric import SampleMetric
 from himap_train.models.families.base import AspectRatio
 from himap_train.models.stock import base_model
 from himap_train.processes import from_all
+from himap_train.ranges import require_possible
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -72,8 +76,12 @@ def evaluate(
     require_finite(model.named_parameters(), "the model", "There is nothing to score: take another checkpoint")
     base: Any = base_model(model)
     scorers = make_metrics(metrics)
+    numbers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
+    require_possible({f"evaluation.{name}": value for name, value in numbers.items()})
     total = source_length(source, limit)
     longest = base.config.text_config.max_position_embeddings - max_new_tokens
+    if longest < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, which leaves no room for a prompt: give less")
     encoder = Encoder(processor, longest, image_aspect_ratio, image_background)
     tokens: list[SampleTokens] = []
     predictions: list[Prediction] = []
@@ -91,6 +99,7 @@ def evaluate(
     for number, scorer in enumerate(scorers):
         scorer.join(scored[number] for *_, scored in parts)
     # A prediction that several made once: the first's, as in the scores.
+    _warn_of_cut_answers(processor.tokenizer, [made for _, found, *_ in parts for made in found], max_new_tokens)
     by_index = {prediction.index: prediction for _, made, *_ in reversed(parts) for prediction in made}
     overall, types = scorers[0].summary()
     samples = [sample for found, *_ in parts for sample in found]
@@ -104,6 +113,22 @@ def evaluate(
         predictions=[by_index[index] for index in sorted(by_index)],
         skipped=sorted({reason for _, _, reasons, _ in parts for reason in reasons}),
     )
+
+
+def _warn_of_cut_answers(tokenizer: Any, predictions: Sequence[Prediction], most: int) -> None:
+    """Say how many answers cannot be given in full."""
+
+    def cut(answer: str) -> bool:
+        return len(answer) > most and len(tokenizer(answer, add_special_tokens=False)["input_ids"]) > most
+
+    number = sum(bool(made.answers) and all(map(cut, made.answers)) for made in predictions)
+    if number:
+        logger.warning(
+            "%d of %d expected answers are longer than max_new_tokens (%d), where what is generated is cut: give more",
+            number,
+            len(predictions),
+            most,
+        )
 
 
 class _Encoding(Dataset[tuple[Batch | None, dict[int, RecordError]]]):

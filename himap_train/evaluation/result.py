@@ -61,7 +61,7 @@ class MeasuredTokens:
 
 
 def measured_tokens(samples: Sequence[SampleTokens], schedule: PruningSchedule, config: Any) -> MeasuredTokens:
-    """Means and spreads over samples.
+    """Means and spreads over samples; of the ratios over those with images.
 
     Args:
         samples: At least one.
@@ -73,7 +73,7 @@ def measured_tokens(samples: Sequence[SampleTokens], schedule: PruningSchedule, 
     def cost(sample: SampleTokens) -> Cost:
         return schedule_cost(schedule, config, sample.image, sample.text, kept=sample.kept)
 
-    costs = [cost(sample) for sample in samples] if any(sample.image for sample in samples) else []
+    costs = [cost(sample) for sample in samples if sample.image]  # text alone has nothing to save
     stages = [Measured.of(counts) for counts in zip(*(sample.kept for sample in samples), strict=True)]
     return MeasuredTokens(
         image_tokens=statistics.fmean(sample.image for sample in samples),
@@ -83,7 +83,7 @@ def measured_tokens(samples: Sequence[SampleTokens], schedule: PruningSchedule, 
         flops_ratio=Measured.of([one.flops_ratio for one in costs]) if costs else None,
         image_only_flops_ratio=Measured.of([one.image_only_flops_ratio for one in costs]) if costs else None,
         image_tokens_per_layer=(
-            Measured.of([statistics.fmean(one.image_tokens_per_layer) for one in costs]) if costs else None
+            Measured.of([statistics.fmean(cost(one).image_tokens_per_layer) for one in samples]) if costs else None
         ),
     )
 

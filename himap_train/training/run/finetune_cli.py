@@ -143,6 +143,11 @@ class FinetuneCLI(LightningCLI):
         require_known(self.config.trainer.strategy)
         refuse_together(self.config.trainer.strategy, self.config.model, self.config.data.cache_image_features)
         require_installed(self.config.loggers)
+        if self.config.keep == "best" and self.config.data.validation is None:
+            raise ValueError(
+                "keep is best, but data.validation is null, so nothing says which weights are best: give validation "
+                "data (a share of the training data: --data.validation 0.05), or keep: last"
+            )
         if self.config.trainer.accelerator == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed would look for a GPU
         if self.config.rehearse:
