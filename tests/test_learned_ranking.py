@@ -119,6 +119,32 @@ def test_what_stays_beside_the_best_differs_from_all_that_stays() -> None:
     assert ranks.argsort()[:12].tolist() == chosen
 
 
+def test_while_it_is_trained_half_of_what_stays_is_chosen_by_difference_alone() -> None:
+    layout, counts = build_layout(torch.tensor([[False] * 2 + [True] * 36 + [False] * 3]))
+    noise = torch.Generator().manual_seed(1)
+    scores, states = torch.rand(1, 41, generator=noise), torch.randn(1, 41, 8, generator=noise)
+    seen = Seen(layout, counts, scores=scores, states=states, learns=True)
+    ranks = read_method("learned").choose(seen, torch.tensor([[13]]))[0, 2:38]
+    chosen = scores[0, 2:38].argsort(descending=True)[:7].tolist()
+    while len(chosen) < 13:
+        likest = torch.cosine_similarity(states[0, 2:38, None], states[0, 2:38][chosen], dim=2).amax(1)
+        chosen.append(int(likest.argmin()))
+    assert sorted((ranks < 13).nonzero()[:, 0].tolist()) == sorted(chosen)
+
+
+def test_only_what_is_learned_from_explores() -> None:
+    """The same model keeps other tokens in a step that trains its ranking than without gradients."""
+    model = ranked(learned(0, keep=0.5))
+    pruning, case = pruning_of(model), make_case(model, ["t2 i81 t4 a3"], "right", seed=3)
+    kept = []
+    for learn, grad in ((None, True), (lambda *_: None, True), (lambda *_: None, False)):
+        pruning.learn = learn
+        with torch.set_grad_enabled(grad), record_pruning(model) as trace:
+            hidden_states(model, **case.inputs(labels=True))
+        kept.append(trace.kept[0][0].tolist())
+    assert kept[0] == kept[2] != kept[1]
+
+
 def test_answers_never_rank() -> None:
     """Every image comes before its row's answers, so that at no layer anything of them may reach a score."""
     model = ranked(learned(0, 2, keep=0.4))

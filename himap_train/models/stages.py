@@ -50,6 +50,7 @@ class Stages:
             return tokens, layout
         if removal.removes or self._always:
             shown = show(removal, tokens, layout, collector, self._scorers.get(number))
+            shown = replace(shown, learns=self._learn is not None)
             for trace in self._watching:
                 trace.shown[number] = shown
             removal = self._settled(number, shown)

@@ -61,6 +61,7 @@ class Seen:
         scores: (B, L), what `score` gave; for `choose`.
         looks: (B, L), what `instruction` scores, for a stage that waits.
         scorer: What was trained to rank at this stage's layer.
+        learns: Whether the scorer is trained by what this pass keeps.
     """
 
     layout: TokenLayout
@@ -72,6 +73,7 @@ class Seen:
     scores: Tensor | None = None
     looks: Tensor | None = None
     scorer: nn.Module | None = None
+    learns: bool = False
 
     @property
     def groups(self) -> int:

@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from himap_train.pruning.learned.scorer import HEAD, Asked, Scorer
 from himap_train.pruning.methods.base import Members, Method, Reads, Seen, Widths
-from himap_train.pruning.methods.divprune import all_cosines, computed_pairs, farthest_first
+from himap_train.pruning.methods.divprune import all_cosines, apart, computed_pairs, farthest_first
 from himap_train.pruning.names import require_number
 from himap_train.pruning.ranks import image_ranks
 
@@ -26,7 +26,10 @@ class Learned(Method):
     The next to stay is the token of the largest `score + spread * log d`, where d is its distance (1 - cosine, at most
     1) from the nearest that is chosen. Of scores e^score is the share of the loss that the network foresees a token to
     be owed, so this is its worth times what is new in it; compare maximal marginal relevance (Carbonell and Goldstein,
-    SIGIR 1998). So copies of one thing do not crowd out another, and training sees what it does not look for yet.
+    SIGIR 1998). So copies of one thing do not crowd out another.
+
+    While the network is trained, only half of what stays is chosen by score, the others by difference alone, as
+    `divprune` does: what leaves teaches nothing, so training has to see what the network does not look for yet.
 
     Args:
         spread: How much difference counts; 0 leaves all to the scores.
@@ -82,12 +85,17 @@ class Learned(Method):
         if not self.spread:
             return image_ranks(seen.scores, seen.layout, seen.groups)
         assert seen.states is not None
-        members = Members.of(seen.layout, seen.counts)
-        must = members.gather(seen.layout.protected)
+        members, number = Members.of(seen.layout, seen.counts), int(kept.max())
+        must, states = members.gather(seen.layout.protected), members.gather(seen.states)
+        if seen.learns:
+            ranks = members.gather(image_ranks(seen.scores, seen.layout, seen.groups))
+            first = must | (ranks < (kept - kept // 2).to(ranks.device).view(-1, 1))
+            order = farthest_first(apart(states, members.real, first), members.real, first, number)
+            return members.spread(order, seen.layout)
         worth = members.gather(seen.scores).float().masked_fill(must, torch.inf)
-        novelty = all_cosines(normalize(members.gather(seen.states).float(), dim=-1)).neg_().add_(1.0)
+        novelty = all_cosines(normalize(states.float(), dim=-1)).neg_().add_(1.0)
         gain = novelty.clamp_(_LEAST, 1.0).log_().mul_(self.spread).add_(worth.unsqueeze(1))
-        return members.spread(farthest_first(gain, members.real, must, int(kept.max()), worth), seen.layout)
+        return members.spread(farthest_first(gain, members.real, must, number, worth), seen.layout)
 
     def flops(self, widths: Widths, image_tokens: int, text_tokens: int, kept: int) -> float:
         """Of the scorer, and all pairs' cosines."""
