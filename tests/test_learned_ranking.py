@@ -134,7 +134,7 @@ def test_while_it_is_trained_half_of_what_stays_is_chosen_by_difference_alone() 
 
 def test_only_what_is_learned_from_explores() -> None:
     """The same model keeps other tokens in a step that trains its ranking than without gradients."""
-    model = ranked(learned(0, keep=0.5))
+    model = ranked(learned(0, spread=1.0, keep=0.5))
     pruning, case = pruning_of(model), make_case(model, ["t2 i81 t4 a3"], "right", seed=3)
     kept = []
     for learn, grad in ((None, True), (lambda *_: None, True), (lambda *_: None, False)):
