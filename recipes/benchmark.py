@@ -1,7 +1,7 @@
 """What pruning saves on this machine, and whether all of the saving that the FLOPs promise arrives.
 
 python recipes/benchmark.py                                        # a small LLaVA, every method, some minutes
-python recipes/benchmark.py --size tiny --rounds 1                 # what the output looks like, in seconds
+python recipes/benchmark.py --size tiny --rounds 1                 # what the output looks like, in a minute or two
 python recipes/benchmark.py --methods [himap] --series [image_tokens,batch,depth,text_tokens]
 python recipes/benchmark.py --job true --peer_python ENV/bin/python # beside Trainer and TRL, files to adapter
 python recipes/benchmark.py --size llava-1.5-7b --device cuda --dtype bfloat16 --batch 8 --gradient_checkpointing true

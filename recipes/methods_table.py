@@ -52,7 +52,7 @@ def main(
     Args:
         kinds: "" for the coarse scenes, "fine-".
         split: "test", or "validation" to choose by.
-        model: As in evaluate.py.
+        model: "embedded", "embedded-fine", or a merged folder.
         methods: Names of methods, and "himap" for its two stages.
         budgets: `flops_ratio` of the prefill.
         seeds: Draws of what is chosen at random.

@@ -17,6 +17,7 @@ class Stride(Method):
 
     name: ClassVar[str] = "stride"
     reads: ClassVar[Reads] = Reads.NOTHING
+    ranks = False
 
     def choose(self, seen: Seen, kept: Tensor) -> Tensor:
         """The chosen ones first."""
