@@ -175,8 +175,9 @@ def test_written_scaled_and_priced() -> None:
     assert plan.cost(config, 16, 7).image_tokens_per_layer == (0, 0, 16, 8, 3, 0)
     half = PruningSchedule(FIRST).at_budget(config, 0.6, 100, 20)
     assert half.stages[0].layer == 0 and abs(half.cost(config, 100, 20).flops_ratio - 0.6) < 0.02
-    with pytest.raises(ValueError, match="image tokens enter at layer 2"):
-        plan.at_budget(config, 0.5)
+    assert plan.at_budget(config, 0.5).enter == 2
+    with pytest.raises(ValueError, match="above .*what all image tokens cost that enter at layer 2"):
+        plan.at_budget(config, 0.99)
 
 
 def test_learned_ratios_say_that_they_need_a_layer_before() -> None:

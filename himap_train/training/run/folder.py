@@ -26,7 +26,11 @@ def claim_folder(folder: Path, resuming: bool) -> None:
     Raises:
         FileExistsError: It holds a run and this is not its continuation.
     """
-    held = (folder / CONFIG).exists() or (folder / "adapter").exists() or any(folder.glob("checkpoints/*.ckpt"))
+    held = (
+        (folder / CONFIG).exists()
+        or (folder / "adapter").exists()
+        or any(file.is_file() for file in folder.glob("checkpoints/*.ckpt"))
+    )
     if held and not resuming:
         raise FileExistsError(
             f"{folder} already holds a run. Go on with it by adding --resume, or choose another --output, or remove it"
