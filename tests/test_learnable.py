@@ -151,8 +151,8 @@ TWO = [ONE, PruningStage(4, "instruction", 0.2)]
         (None, {}, (2, "instruction", "image")),
         ([ONE], {}, (1, "image", "image")),
         (TWO, {}, (4, "image", "instruction")),
-        (TWO, {"switch_layer": 3, "deep": "stride"}, (3, "image", "stride")),
-        ([*TWO, PruningStage(5, "image", 0.1)], {"switch_layer": 3, "shallow": "image", "deep": "stride"}, None),
+        (TWO, {"switch_layer": 3, "deep": "last_token"}, (3, "image", "last_token")),
+        ([*TWO, PruningStage(5, "image", 0.1)], {"switch_layer": 3, "shallow": "image", "deep": "last_token"}, None),
     ],
     ids=["nothing", "one criterion", "two", "given", "all given"],
 )
@@ -161,7 +161,7 @@ def test_criteria_come_from_the_start(start: Any, given: dict[str, Any], expecte
     settings = Learnable(budget=0.6, first_layer=1, start=named, **given)
     config = LlamaConfig(num_hidden_layers=8, hidden_size=64, intermediate_size=128)
     found = settings.ratios(SimpleNamespace(text_config=config), (100, 20))
-    assert (found.switch_layer, *found.criteria) == (expected or (3, "image", "stride"))
+    assert (found.switch_layer, *found.criteria) == (expected or (3, "image", "last_token"))
 
 
 MIXED = {
