@@ -120,11 +120,12 @@ def test_the_installed_schedule_is_what_runs(model, processor, source):
 
 
 def test_compare_gives_the_schedule_back_also_after_an_error(model, processor, source):
-    install_pruning(model, SCHEDULE)
+    before = pruning_of(install_pruning(model, SCHEDULE, cpu_blocks=False))
     with pytest.raises(ValueError, match="layer 6"):
         late = PruningSchedule((PruningStage(6, "stride", 0.5),))
         compare(model, processor, source, {"dense": None, "bad": late}, limit=1, **QUIET)
     assert pruning_of(model).schedule == SCHEDULE
+    assert pruning_of(model) is before  # with all that watches and learns there
 
 
 def test_a_pruner_that_does_not_act_is_an_error(model, processor, source, monkeypatch):

@@ -12,7 +12,7 @@ from himap_train.checkpoints.load import installed_schedule
 from himap_train.data.records import Source
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.result import EvaluationResult
-from himap_train.models.install import install_pruning, pruning_of, remove_pruning
+from himap_train.models.install import install_pruning, pruning_of, put_back, remove_pruning
 from himap_train.models.stock import base_model
 from himap_train.pruning.cost import Cost
 from himap_train.pruning.schedule import PruningSchedule
@@ -72,5 +72,5 @@ def compare(
             remove_pruning(model) if schedule is None else install_pruning(model, schedule)
             rows.append(evaluate_row(name, model, processor, source, **settings))
     finally:
-        remove_pruning(model) if before is None else install_pruning(model, before.schedule)
+        put_back(model, before)
     return rows

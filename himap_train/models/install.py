@@ -91,6 +91,14 @@ def remove_pruning(model: nn.Module) -> Any:
     return model
 
 
+def put_back(model: nn.Module, pruning: InstalledPruning | None) -> None:
+    """Leave a model with what `pruning_of` said before: the same object, and all that watches or learns there."""
+    remove_pruning(model)
+    if pruning is not None:
+        install_pruning(model, pruning.schedule)
+        text_decoder(model).himap_pruning = pruning
+
+
 def check_decoder(family: Family, decoder: nn.Module) -> None:
     """Raise ValueError where the layer loop does not run a decoder of this kind."""
     config: Any = decoder.config

@@ -57,14 +57,11 @@ class LearnRanking(Callback):
         if self._saved is not None:
             self._optimizer.load_state_dict(self._saved["optimizer"])
             self._rate.load_state_dict(self._saved["rate"])
-        number = sum(weight.numel() for weight in self._weights)
-        say(f"learned ranking: {number:,} weights at layers {sorted(self._scorers)}")
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Each time: an evaluation in between installs pruning anew."""
-        pruning = pruning_of(pl_module.peft_model)
+        pruning = pruning_of(model)
         assert pruning is not None
         pruning.learn = self._now.__setitem__
+        number = sum(weight.numel() for weight in self._weights)
+        say(f"learned ranking: {number:,} weights at layers {sorted(self._scorers)}")
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Nobody learns any more."""
