@@ -54,10 +54,8 @@ def test_elastic_run_saves_its_schedule_and_measures_budgets(elastic: Path) -> N
 
 def test_tokens_that_enter_later_are_measured_so(tiny_path: str, tmp_path: Path) -> None:
     model = {"schedule": {"stages": [], "enter": 2}}
-    options = ("--trainer.max_steps", "1")
-    assert (
-        finetune("--config", config(tiny_path, tmp_path, {}, model=model, evaluation={"before": True}), *options) == 0
-    )
+    file = config(tiny_path, tmp_path, {}, model=model, evaluation={"before": True})
+    assert finetune("--config", file, "--trainer.max_steps", "1") == 0
     rows = {row["name"]: row for row in json.loads((tmp_path / "run/metrics.json").read_text())["rows"]}
     assert list(rows) == [
         "dense, not fine-tuned",

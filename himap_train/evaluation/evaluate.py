@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -73,11 +73,11 @@ def evaluate(
         ValueError: Unknown metric, nothing to score, or a weight of the model is nan or inf.
     """
     start = time.perf_counter()
+    numbers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
+    require_possible({f"evaluation.{name}": value for name, value in numbers.items()})
     require_finite(model.named_parameters(), "the model", "There is nothing to score: take another checkpoint")
     base: Any = base_model(model)
     scorers = make_metrics(metrics)
-    numbers = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
-    require_possible({f"evaluation.{name}": value for name, value in numbers.items()})
     total = source_length(source, limit)
     longest = base.config.text_config.max_position_embeddings - max_new_tokens
     if longest < 1:
@@ -99,8 +99,8 @@ def evaluate(
     for number, scorer in enumerate(scorers):
         scorer.join(scored[number] for *_, scored in parts)
     # A prediction that several made once: the first's, as in the scores.
-    _warn_of_cut_answers(processor.tokenizer, [made for _, found, *_ in parts for made in found], max_new_tokens)
     by_index = {prediction.index: prediction for _, made, *_ in reversed(parts) for prediction in made}
+    _warn_of_cut_answers(processor.tokenizer, by_index.values(), max_new_tokens)
     overall, types = scorers[0].summary()
     samples = [sample for found, *_ in parts for sample in found]
     return EvaluationResult(
@@ -115,7 +115,7 @@ def evaluate(
     )
 
 
-def _warn_of_cut_answers(tokenizer: Any, predictions: Sequence[Prediction], most: int) -> None:
+def _warn_of_cut_answers(tokenizer: Any, predictions: Collection[Prediction], most: int) -> None:
     """Say how many answers cannot be given in full."""
 
     def cut(answer: str) -> bool:

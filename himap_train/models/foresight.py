@@ -2,8 +2,8 @@
 
 The gradient that a training step has anyway tells it. If a token's state x is scaled by 1 + e, the loss changes by
 e x . dL/dx, summed over all layers that read it: how much the answer owes to the token, to first order. What has left
-has no such gradient; the scorer, which sees what a token shows and what is asked, carries over to it, and the share of
-the tokens that `Learned.spread` keeps whatever their scores shows it what it does not look for yet.
+has no such gradient; the scorer, which sees what a token shows and what is asked, carries over to it, and the half of
+what stays that is then chosen by difference, whatever its scores, shows it what it does not look for yet.
 """
 
 from __future__ import annotations

@@ -63,18 +63,15 @@ def at_budget(
         raise ValueError(
             f"a dense schedule has no layers to remove tokens at for the budget {flops_ratio}: give stages"
         )
-
-    def cost(strength: float) -> float:
-        found = at_strength(schedule, strength)
-        return found.cost(config, image_tokens=image_tokens, text_tokens=text_tokens).flops_ratio
-
-    check_budget(flops_ratio, least=cost(2.0), first_layer=schedule.stages[0].layer)
-    if flops_ratio > (most := cost(0.0)):
+    at = partial(at_strength, schedule)
+    least, most = (at(strength).cost(config, image_tokens, text_tokens).flops_ratio for strength in (2.0, 0.0))
+    check_budget(flops_ratio, least=least, first_layer=schedule.stages[0].layer)
+    if flops_ratio > most:
         raise ValueError(
             f"the budget {flops_ratio} is above {most:.3f}, which is what all image tokens cost that enter at layer "
             f"{schedule.enter}: give less, or 1 for dense"
         )
-    return nearest(partial(at_strength, schedule), config, flops_ratio, image_tokens, text_tokens)
+    return nearest(at, config, flops_ratio, image_tokens, text_tokens)
 
 
 def nearest(
@@ -83,7 +80,7 @@ def nearest(
     """The schedule whose `flops_ratio` comes nearest to a budget, of those `at` strengths from 0 to 2."""
 
     def cost(strength: float) -> float:
-        return at(strength).cost(config, image_tokens=image_tokens, text_tokens=text_tokens).flops_ratio
+        return at(strength).cost(config, image_tokens, text_tokens).flops_ratio
 
     low, high = 0.0, 2.0
     for _ in range(_HALVINGS):

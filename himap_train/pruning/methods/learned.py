@@ -7,11 +7,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from himap_train.pruning.learned.scorer import HEAD, Asked, Scorer
 from himap_train.pruning.methods.base import Members, Method, Reads, Seen, Widths
-from himap_train.pruning.methods.divprune import all_cosines, apart, computed_pairs, farthest_first
+from himap_train.pruning.methods.divprune import apart, computed_pairs, farthest_first
 from himap_train.pruning.names import require_number
 from himap_train.pruning.ranks import image_ranks
 
@@ -91,11 +90,12 @@ class Learned(Method):
             ranks = members.gather(image_ranks(seen.scores, seen.layout, seen.groups))
             first = must | (ranks < (kept - kept // 2).to(ranks.device).view(-1, 1))
             order = farthest_first(apart(states, members.real, first), members.real, first, number)
-            return members.spread(order, seen.layout)
-        worth = members.gather(seen.scores).float().masked_fill(must, torch.inf)
-        novelty = all_cosines(normalize(states.float(), dim=-1)).neg_().add_(1.0)
-        gain = novelty.clamp_(_LEAST, 1.0).log_().mul_(self.spread).add_(worth.unsqueeze(1))
-        return members.spread(farthest_first(gain, members.real, must, number, worth), seen.layout)
+        else:
+            worth = members.gather(seen.scores).float().masked_fill(must, torch.inf)
+            novelty = apart(states, members.real, must).clamp_(_LEAST, 1.0).log_()
+            gain = novelty.mul_(self.spread).add_(worth.unsqueeze(1))
+            order = farthest_first(gain, members.real, must, number, worth)
+        return members.spread(order, seen.layout)
 
     def flops(self, widths: Widths, image_tokens: int, text_tokens: int, kept: int) -> float:
         """Of the scorer, and all pairs' cosines."""

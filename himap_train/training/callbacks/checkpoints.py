@@ -110,6 +110,28 @@ def last_and_best(folder: Path, every_n_steps: int | None, monitor: str, mode: s
     return [best, SaveLast(folder / "last.ckpt", every_n_steps)]
 
 
+def require_best(validation: Any, learnable: Any) -> None:
+    """Refuse to keep the best weights where nothing says which these are, or where they go with no saved schedule.
+
+    Args:
+        validation: `data.validation`.
+        learnable: `pruning.learnable`.
+
+    Raises:
+        ValueError: Naming both keys and the way out.
+    """
+    if validation is None:
+        raise ValueError(
+            "keep is best, but data.validation is null, so nothing says which weights are best: give validation "
+            "data (a share of the training data: --data.validation 0.05), or keep: last"
+        )
+    if learnable is not None:
+        raise ValueError(
+            "keep is best, but pruning.learnable freezes its keep ratios at the end, and the best weights may be "
+            "of earlier ones: give keep: last"
+        )
+
+
 class RememberConfig(Callback):
     """Puts the resolved config into every checkpoint. On resume it was compared, never taken over."""
 

@@ -33,6 +33,7 @@ from himap_train.training.callbacks.checkpoints import (
     last_and_best,
     newest_good,
     refuse_other_config,
+    require_best,
 )
 from himap_train.training.callbacks.finite import GradientNorm
 from himap_train.training.callbacks.interrupt import SaveOnInterrupt
@@ -143,11 +144,8 @@ class FinetuneCLI(LightningCLI):
         require_known(self.config.trainer.strategy)
         refuse_together(self.config.trainer.strategy, self.config.model, self.config.data.cache_image_features)
         require_installed(self.config.loggers)
-        if self.config.keep == "best" and self.config.data.validation is None:
-            raise ValueError(
-                "keep is best, but data.validation is null, so nothing says which weights are best: give validation "
-                "data (a share of the training data: --data.validation 0.05), or keep: last"
-            )
+        if self.config.keep == "best":
+            require_best(self.config.data.validation, self.config.pruning.learnable)
         if self.config.trainer.accelerator == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed would look for a GPU
         if self.config.rehearse:
@@ -183,14 +181,8 @@ class FinetuneCLI(LightningCLI):
         self.settings: EvaluationSettings = self.config_init.evaluation
         self.pruning: PruningSettings = self.config_init.pruning
         self.pruning.check(self.model.schedule)
-        if self.pruning.learnable is not None and self.config.keep == "best":
-            raise ValueError(
-                "keep is best, but pruning.learnable freezes its keep ratios at the end, and the best weights may be "
-                "of earlier ones: give keep: last"
-            )
-        self.measured = MeasuredRows(
-            self.model, self.datamodule, self.settings, learns_ratios=self.pruning.learnable is not None
-        )
+        learns_ratios = self.pruning.learnable is not None
+        self.measured = MeasuredRows(self.model, self.datamodule, self.settings, learns_ratios)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """With the callbacks, loggers and checkpoint writer that every run has."""
