@@ -33,7 +33,7 @@ from himap_train.training.callbacks.checkpoints import read_checkpoint
 from himap_train.training.callbacks.interrupt import Interrupted
 from himap_train.training.run.feature_cache import fill_feature_cache
 from himap_train.training.run.finetune_cli import FinetuneCLI
-from himap_train.training.run.folder import record_run, record_schedule
+from himap_train.training.run.folder import record_run, record_schedule, set_aside_table
 from himap_train.training.run.launch import end_children, is_first_process, report_error, say
 from himap_train.training.run.loggers import describe_run
 from himap_train.training.run.measured_rows import Schedules, model_config
@@ -56,6 +56,7 @@ def before_training(cli: FinetuneCLI, rows: list[Row]) -> None:
     """Write down what is run, cache image features, measure what it starts from, in a resumed run too."""
     tuner = cli.model
     if is_first_process():
+        set_aside_table(cli.output)
         record_run(cli.output, cli.resolved_config(), tuner.schedule)
         describe_run(cli.trainer.loggers, cli.resolved_config())
     say(trainable_report(tuner.peft_model), f"schedule: {tuner.schedule.to_dict()}")

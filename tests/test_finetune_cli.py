@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -204,6 +205,19 @@ def test_more_steps_after_the_end(finished: Path, tmp_path: Path) -> None:
     last = str(finished / "checkpoints" / "last.ckpt")
     assert finetune(*options, "--resume", last, "--trainer.max_steps", "3", "--evaluation.before", "false") == 0
     assert torch.load(tmp_path / "more" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+def test_scores_of_weights_that_are_no_more_are_shown_nowhere(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    table, card = (run / "metrics.json").read_bytes(), run / "adapter/README.md"
+    assert "| adapted pruned |" in card.read_text()
+    unmeasured = ["--evaluation.before", "false", "--evaluation.after", "false"]
+    options = ["--config", str(run / "config.yaml"), "--output", str(run), "--trainer.max_steps", "3", *unmeasured]
+    assert finetune(*options, "--resume") == 0
+    assert "| adapted pruned |" not in card.read_text()
+    assert "adapted pruned" not in (run / "report.html").read_text()
+    assert not (run / "metrics.json").exists() and (run / "earlier-metrics.json").read_bytes() == table
 
 
 # ---- errors ----

@@ -1,7 +1,7 @@
 """The folder of a run: what it holds, and that two runs never share one.
 
 config.yaml (resolved), versions.json, pruning.yaml, checkpoints/, logs/, adapter/, metrics.json, table.md,
-accuracy.png, samples/, report.html.
+accuracy.png, samples/, report.html. A run that goes on keeps the table it had as earlier-metrics.json and so on.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from himap_train.evaluation.tables import FILES
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.storage import atomic_file
 from himap_train.versions import package_versions
@@ -44,6 +45,13 @@ def record_run(folder: Path, config: Mapping[str, Any], schedule: PruningSchedul
     record_schedule(folder, schedule)
     with atomic_file(folder / VERSIONS) as file:
         file.write_text(json.dumps(package_versions(), indent=2) + "\n", encoding="utf-8")
+
+
+def set_aside_table(folder: Path) -> None:
+    """Rename the table that a run has when it goes on: it is about other weights, and no card may show it."""
+    for name in FILES:
+        if (folder / name).is_file():
+            (folder / name).replace(folder / f"earlier-{name}")
 
 
 def record_schedule(folder: Path, schedule: PruningSchedule) -> None:
