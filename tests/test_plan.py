@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from planning_toys import planned
 from training_toys import run_main
 from transformers import LlavaForConditionalGeneration
@@ -254,3 +255,16 @@ def test_verify_prints_errors_of_both_models(capsys: pytest.CaptureFixture[str],
 
 def test_longest_rows_are_cut_as_in_training(tmp_path: Path) -> None:
     assert planned(tmp_path, *EMBEDDED, "--data.max_length", "160")["sample"]["longest_text"] == 160 - 144
+
+
+def test_the_longest_row_may_be_the_one_with_many_images(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    answer = {"from": "gpt", "value": "yes"}
+    for most in (1, 3):
+        asked = [[{"from": "human", "value": "<image>" * number + "what is it?"}, answer] for number in (1, 1, most)]
+        records = [{"image": ["a.png"] * turns[0]["value"].count("<image>"), "conversations": turns} for turns in asked]
+        (tmp_path / "records.json").write_text(json.dumps(records))
+        options = ["--data.train", str(tmp_path / "records.json"), "--data.max_length", "1000"]
+        sample = planned(tmp_path, *EMBEDDED, *options)["sample"]
+        assert sample["images"] == 1
+        assert sample["longest_text"] - sample["text_tokens"] == pytest.approx((most - 1) * 144, abs=2)

@@ -21,7 +21,7 @@ class Sample:
         images: Images of a conversation.
         image_tokens: Image tokens of one image.
         text_tokens: Mean of all other tokens.
-        longest_text: Most of them.
+        longest_text: Most of them, with the tokens of images beyond `images`.
         supervised: Mean of the positions with something to predict.
         most_supervised: Most of them.
     """

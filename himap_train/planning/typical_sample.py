@@ -106,8 +106,10 @@ def _from_data(data: LlavaDataModule, processor: Any, image_tokens: int) -> tupl
     if not counts:
         raise ValueError("no record of it can be used")
     table = np.array([row for row in counts if row[0]] or counts)
-    (_, text, answers), (images, longest, most) = table.mean(0).round().astype(int), table.max(0)
+    (_, text, answers), most = table.mean(0).round().astype(int), table[:, 2].max()
     images = int(np.median(table[:, 0]))
+    # Images beyond those of most conversations count as text: the longest row may be the one that has them.
+    longest = (table[:, 0] * image_tokens + table[:, 1]).max() - images * image_tokens
     kind = "" if images else ", all of them without images"
     where = f"{len(counts)} conversations of the training data{kind}; memory for its longest text"
     return Sample(images, image_tokens, int(text), int(longest), int(answers), int(most)), where

@@ -37,11 +37,6 @@ class TokenGrid:
         """All of them."""
         return self.before + self.rows * (self.columns + self.row_end)
 
-    @property
-    def placeless(self) -> int:
-        """Those that show no part of the picture."""
-        return self.before + self.rows * self.row_end
-
     def patch(self, token: int) -> int | None:
         """Number of the grid's patch that a token shows; None for one that shows none."""
         if token < self.before:
