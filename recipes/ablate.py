@@ -40,7 +40,7 @@ def main(
     skip_impossible: bool = False,
     seeds: list[int] = [0, 1, 2],  # noqa: B006
     image_folder: str | None = None,
-    image_aspect_ratio: AspectRatio = "as_processor",
+    image_aspect_ratio: AspectRatio | None = None,
     metrics: list[str] = ["exact"],  # noqa: B006
     batch_size: int = 64,
     max_new_tokens: int = 16,
@@ -66,7 +66,7 @@ def main(
         skip_impossible: Leave out crossings that cannot be, which are an error otherwise.
         seeds: One run each of what is drawn by chance; the first for all else.
         image_folder: Where the data's image paths start; by default the folder of its file.
-        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
+        image_aspect_ratio: By default as the checkpoint was trained; "pad" makes images square first, as LLaVA-1.5 was.
         metrics: As in evaluate.py; the first gives the score.
         batch_size: Questions in a batch.
         max_new_tokens: Where an answer is cut.

@@ -15,11 +15,10 @@ from himap_train.analysis.answered import Answered, answer_question, prompt_enco
 from himap_train.checkpoints.load import AS_SAVED, installed_schedule, load_with_schedule
 from himap_train.command_line import require_free_port, run_command
 from himap_train.data.encode import Encoder
-from himap_train.data.pixel_modes import Background
 from himap_train.data.records import Conversation, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.evaluation.result import measured_tokens
-from himap_train.models.families.base import AspectRatio
+from himap_train.models.families.base import AspectRatio, Background
 from himap_train.models.stock import base_model
 from himap_train.pruning.presets import PRESETS
 from himap_train.pruning.reading import ScheduleArgument, fitted_schedule
@@ -30,8 +29,8 @@ def main(
     schedule: ScheduleArgument = AS_SAVED,
     port: int | None = None,
     host: str = "127.0.0.1",
-    image_aspect_ratio: AspectRatio = "as_processor",
-    image_background: Background = "white",
+    image_aspect_ratio: AspectRatio | None = None,
+    image_background: Background | None = None,
     max_new_tokens: int = 64,
     **loading: Any,
 ) -> None:
@@ -41,8 +40,8 @@ def main(
         schedule: What the page offers beside the presets: as-saved, a pruning.yaml, or the stages inline.
         port: Where the page is served; by default the first free port from 7860 on.
         host: Who may ask: 127.0.0.1 is this machine alone, 0.0.0.0 whoever can reach it.
-        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
-        image_background: Colour under a transparent image, "white" or "black".
+        image_aspect_ratio: By default as the checkpoint was trained; "pad" makes images square first, as LLaVA-1.5 was.
+        image_background: Colour under a transparent image, "white" or "black"; by default as it was trained.
         max_new_tokens: Where the answers are cut.
         **loading: Options of `load_with_schedule`.
     """

@@ -44,7 +44,7 @@ def main(
     budget: float | None = None,
     image_folder: str | None = None,
     follow_links: bool = False,
-    image_aspect_ratio: AspectRatio = "as_processor",
+    image_aspect_ratio: AspectRatio | None = None,
     metrics: list[str] | None = None,
     max_new_tokens: int | None = None,
     limit: int | None = None,
@@ -71,7 +71,7 @@ def main(
         budget: Run that schedule's layers at this flops_ratio of the mean prompt instead, 0.4 say; 1 is dense.
         image_folder: Where the data's image paths start; by default the folder of its file.
         follow_links: Symbolic links in the image folder may lead out of it.
-        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
+        image_aspect_ratio: By default as the checkpoint was trained; "pad" makes images square first, as LLaVA-1.5 was.
         metrics: exact, gqa, vqa, textvqa (both need the annotators' answers, four or more), pope, mme, relaxed, anls,
             choice, choice-strict (as LLaVA's ScienceQA script), circular, cider; the first gives the score.
         max_new_tokens: Where an answer is cut; by default as the benchmark has it, or 16.

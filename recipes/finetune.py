@@ -83,7 +83,8 @@ def after_training(cli: FinetuneCLI, rows: list[Row]) -> None:
     weights = trained_state(tuner.peft_model)
     if is_first_process():
         record_schedule(cli.output, tuner.schedule)  # learned keep ratios are known only now
-        say(f"saved {save_adapter(tuner.peft_model, cli.output / 'adapter', tuner.schedule, tuner.processor, weights)}")
+        folder, processor = cli.output / "adapter", cli.datamodule.processor
+        say(f"saved {save_adapter(tuner.peft_model, folder, tuner.schedule, processor, weights)}")
     if cli.settings.after:
         measure(cli, cli.measured.after(), rows)
     if rows and is_first_process():

@@ -18,11 +18,10 @@ from transformers import TextStreamer
 from himap_train.analysis.answered import answer_question, prompt_encoder
 from himap_train.checkpoints.load import AS_SAVED, installed_schedule, load_with_schedule
 from himap_train.command_line import run_command
-from himap_train.data.pixel_modes import Background
 from himap_train.data.records import Conversation, Turn
 from himap_train.data.sources import open_source
 from himap_train.evaluation.budgeted import check_budget_argument, run_at_budget
-from himap_train.models.families.base import AspectRatio
+from himap_train.models.families.base import AspectRatio, Background
 from himap_train.pruning.reading import ScheduleArgument
 
 
@@ -34,8 +33,8 @@ def main(
     schedule: ScheduleArgument = AS_SAVED,
     budget: float | None = None,
     show_kept: Path | None = None,
-    image_aspect_ratio: AspectRatio = "as_processor",
-    image_background: Background = "white",
+    image_aspect_ratio: AspectRatio | None = None,
+    image_background: Background | None = None,
     max_new_tokens: int = 256,
     seed: int = 0,
     **loading: Any,
@@ -50,8 +49,8 @@ def main(
         schedule: as-saved, none, a preset (himap, fastv, ...), a pruning.yaml, or the stages inline.
         budget: Run that schedule's layers at this flops_ratio of the prompt instead, 0.4 say; 1 is dense.
         show_kept: Draw into this file which patches survive each stage.
-        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
-        image_background: Colour under a transparent image, "white" or "black".
+        image_aspect_ratio: By default as the checkpoint was trained; "pad" makes images square first, as LLaVA-1.5 was.
+        image_background: Colour under a transparent image, "white" or "black"; by default as it was trained.
         max_new_tokens: Where the answer is cut.
         seed: For the criterion `random`.
         **loading: Options of `load_with_schedule`.

@@ -14,8 +14,7 @@ from typing import Any
 from himap_train.analysis.answered import prompt_encoder
 from himap_train.checkpoints.load import AS_SAVED, installed_schedule, load_with_schedule
 from himap_train.command_line import require_free_port, run_command
-from himap_train.data.pixel_modes import Background
-from himap_train.models.families.base import AspectRatio
+from himap_train.models.families.base import AspectRatio, Background
 from himap_train.pruning.reading import ScheduleArgument
 from himap_train.serving.app import build_app
 from himap_train.serving.batches import Batches
@@ -32,8 +31,8 @@ def main(
     max_new_tokens: int = 256,
     image_folder: Path | None = None,
     private_addresses: bool = False,
-    image_aspect_ratio: AspectRatio = "as_processor",
-    image_background: Background = "white",
+    image_aspect_ratio: AspectRatio | None = None,
+    image_background: Background | None = None,
     **loading: Any,
 ) -> None:
     """Answer /v1/chat/completions until Ctrl-C.
@@ -48,8 +47,8 @@ def main(
         max_new_tokens: Where an answer is cut whose request names no `max_tokens`.
         image_folder: `file://` images are read from this folder; by default from nowhere.
         private_addresses: Fetch images from addresses of this machine and its network too.
-        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
-        image_background: Colour under a transparent image, "white" or "black".
+        image_aspect_ratio: By default as the checkpoint was trained; "pad" makes images square first, as LLaVA-1.5 was.
+        image_background: Colour under a transparent image, "white" or "black"; by default as it was trained.
         **loading: Options of `load_with_schedule`.
     """
     try:

@@ -19,10 +19,14 @@ from processes import Fork
 from pruning_runs import error_of
 from recipes_cli import recipe_module, run_recipe
 from training_toys import SCHEDULE, finetune
+from transformers import AutoProcessor
 
 from himap_train.checkpoints import agreement
+from himap_train.checkpoints.export import export_merged
 from himap_train.checkpoints.load import load_checkpoint
+from himap_train.data.encode import Encoder
 from himap_train.evaluation.compare import Row, compare
+from himap_train.models.families.image_form import FORM_FILE, ImageForm, image_form
 from himap_train.models.install import pruning_of
 from himap_train.training.run import measured_rows
 from himap_train.training.run.finetune_cli import FinetuneCLI
@@ -41,7 +45,14 @@ def config(tiny: str, folder: Path, **model: Any) -> dict[str, Any]:
             "gradient_checkpointing": False,
             **model,
         },
-        "data": {"batch_size": 2, "train_limit": 8, "validation_limit": 4, "max_length": 400},
+        "data": {
+            "batch_size": 2,
+            "train_limit": 8,
+            "validation_limit": 4,
+            "max_length": 400,
+            "image_aspect_ratio": "pad",
+            "image_background": "black",
+        },
         "trainer": {
             "accelerator": "cpu",
             "max_steps": 2,
@@ -162,6 +173,27 @@ def test_export(
     assert "the same image tokens kept" in capsys.readouterr().out
     assert run_recipe("export", *options) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+@pytest.mark.core
+def test_what_is_trained_is_asked_about_pictures_made_ready_alike(
+    finished: Path, tiny_path: str, tmp_path: Path
+) -> None:
+    checkpoint, trained = finished / "checkpoints/last.ckpt", ImageForm("pad", "black")
+    merged = export_merged(finished, tmp_path / "merged")
+    (tmp_path / "without").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "himap"):
+        (tmp_path / "without" / name).symlink_to(finished / "adapter" / name)
+    for folder in (finished, checkpoint, merged, export_merged(checkpoint, tmp_path / "of_file"), tmp_path / "without"):
+        encoder = Encoder(load_checkpoint(folder)[1])
+        assert ImageForm(encoder.image_aspect_ratio, encoder.image_background) == trained, folder
+        assert Encoder(encoder.processor, None, "as_processor").image_aspect_ratio == "as_processor"
+    assert image_form(load_checkpoint(tiny_path)[1]) == ImageForm("as_processor", "white")
+    again = AutoProcessor.from_pretrained(merged)  # stock classes read the folder as before
+    assert again.image_processor.to_dict() == load_checkpoint(tiny_path)[1].image_processor.to_dict()
+    (merged / FORM_FILE).write_text('{"image_aspect_ratio": "square", "image_background": "white"}')
+    with pytest.raises(ValueError, match=r"images.json: `image_aspect_ratio` is str 'square'; expected one of as_proc"):
+        load_checkpoint(merged)
 
 
 # ---- the config ----

@@ -24,6 +24,7 @@ from himap_train.checkpoints.ranking import ranking_of, read_ranking, write_rank
 from himap_train.checkpoints.same_base import base_facts, plain
 from himap_train.data.end_of_answer import write_end_tokens
 from himap_train.embedded.model import EMBEDDED_MODELS, embedded_folder
+from himap_train.models.families.image_form import write_form
 from himap_train.models.stock import base_model
 from himap_train.models.whole import trained_in_place
 from himap_train.pruning.reading import schedule_file, schedule_in
@@ -117,6 +118,7 @@ class Adapter:
             write_ranking(temporary, self.ranking)
             if processor is not None:
                 processor.save_pretrained(str(temporary))
+                write_form(temporary, processor)
                 write_end_tokens(temporary, processor)
 
     def require_finite(self, where: str) -> None:

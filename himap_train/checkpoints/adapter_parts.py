@@ -14,13 +14,15 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 
-from himap_train.checkpoints.adapter import Adapter
+from himap_train.checkpoints.adapter import Adapter, training_file
 from himap_train.limits import bounded
 from himap_train.models.families import family_of
+from himap_train.models.families.image_form import ImageForm, read_form, take_form
 from himap_train.models.families.processing import load_tokenizer
 from himap_train.models.loading import check_tokens, load_processor
 from himap_train.models.stock import base_model
 from himap_train.models.weight_headers import opened
+from himap_train.pruning.names import field_names
 from himap_train.structured import named
 
 _TEMPLATE = "chat_template.jinja"
@@ -30,7 +32,7 @@ def adapter_processor(source: Path, base: str | Path, config: Any, tokens: int |
     """The processor that an adapter was trained with: from its folder as far as that brings one, else the base's.
 
     Args:
-        source: Adapter folder, or a training checkpoint, which brings nothing.
+        source: Adapter folder, or a training checkpoint, which brings nothing but what its data said of pictures.
         base: Where the base model is.
         config: The base model's.
         tokens: Rows of the embeddings; None for those of the base.
@@ -55,6 +57,11 @@ def adapter_processor(source: Path, base: str | Path, config: Any, tokens: int |
             processor.chat_template = processor.tokenizer.chat_template or processor.chat_template
     if brings(_TEMPLATE):
         processor.chat_template = (source / _TEMPLATE).read_text("utf-8")
+    if source.is_file():
+        data = training_file(source).get("himap_config", {}).get("data", {})
+        take_form(processor, ImageForm(**{name: data[name] for name in field_names(ImageForm) if name in data}))
+    else:
+        read_form(processor, str(source))
     return processor
 
 

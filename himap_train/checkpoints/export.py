@@ -24,6 +24,7 @@ from himap_train.checkpoints.same_base import require_same_base
 from himap_train.checkpoints.weight_files import TensorInfo, plan_shards, read_infos, write_shards
 from himap_train.data.end_of_answer import write_end_tokens
 from himap_train.models.families import family_of_config
+from himap_train.models.families.image_form import write_form
 from himap_train.models.loading import load_config, load_processor, local_folder
 from himap_train.pruning.reading import schedule_in
 from himap_train.storage import atomic_folder
@@ -203,4 +204,5 @@ def _write_rest(folder: Path, source: Path, config: Any, dtype: ExportDtype, pro
         GenerationConfig.from_model_config(config).save_pretrained(str(folder))
     processor = processor or load_processor(source, config)
     processor.save_pretrained(str(folder))
+    write_form(folder, processor)
     write_end_tokens(folder, processor)

@@ -50,7 +50,7 @@ def give_ranking(model: nn.Module, weights: Mapping[str, Tensor], schedule: Prun
 def write_ranking(folder: Path, weights: Mapping[str, Tensor]) -> None:
     """Write the file; none where nothing ranks."""
     if weights:
-        (folder / RANKING_FILE).parent.mkdir()
+        (folder / RANKING_FILE).parent.mkdir(exist_ok=True)
         save_file(dict(weights), folder / RANKING_FILE)
 
 

@@ -22,10 +22,9 @@ from safetensors.torch import save_file
 
 from himap_train.data.encode import Encoder, Sample
 from himap_train.data.images import content_digest, open_image
-from himap_train.data.pixel_modes import Background
 from himap_train.data.records import Conversation, RecordError, Source, changes_with_epoch
 from himap_train.models.families import family_of_processor
-from himap_train.models.families.base import AspectRatio
+from himap_train.models.families.base import AspectRatio, Background
 from himap_train.storage import atomic_file
 
 _NAME, _CHECKSUM = "features", "crc32"

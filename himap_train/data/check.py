@@ -124,7 +124,7 @@ def check_source(
     max_length: int | None = None,
     limit: int | None = 2000,
     records: int | None = None,
-    image_aspect_ratio: AspectRatio = "as_processor",
+    image_aspect_ratio: AspectRatio | None = None,
     name: str = "",
 ) -> DataReport:
     """Checks a source.

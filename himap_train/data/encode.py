@@ -15,11 +15,12 @@ from typing import Any, NotRequired, TypedDict
 import torch
 
 from himap_train.data.images import image_size, open_image
-from himap_train.data.pixel_modes import Background, check_background
+from himap_train.data.pixel_modes import check_background
 from himap_train.data.records import Conversation, RecordError
 from himap_train.data.tokens import ConversationTokenizer, TokenizedExchange
 from himap_train.models.families import family_of_processor
-from himap_train.models.families.base import AspectRatio
+from himap_train.models.families.base import AspectRatio, Background
+from himap_train.models.families.image_form import image_form
 
 IGNORED = -100
 """Label of a position that is not supervised."""
@@ -52,8 +53,9 @@ class Encoder:
     Args:
         processor: the checkpoint's, from its family.
         max_length: most tokens of a sample, image tokens included; None for no limit.
-        image_aspect_ratio: "as_processor", or "pad" to make images square first as LLaVA-1.5 was trained.
-        image_background: colour under transparent images.
+        image_aspect_ratio: "as_processor", or "pad" to make images square first as LLaVA-1.5 was trained; None: as the
+            checkpoint was trained (see `image_form`).
+        image_background: colour under transparent images; None as above.
 
     Raises:
         ValueError: the processor has no chat template, or its family cannot have images padded.
@@ -63,15 +65,17 @@ class Encoder:
         self,
         processor: Any,
         max_length: int | None = None,
-        image_aspect_ratio: AspectRatio = "as_processor",
-        image_background: Background = "white",
+        image_aspect_ratio: AspectRatio | None = None,
+        image_background: Background | None = None,
     ) -> None:
         self.processor = processor
         self.max_length = max_length
-        check_background(image_background)
-        self.image_aspect_ratio, self.image_background = image_aspect_ratio, image_background
+        trained = image_form(processor)
+        self.image_aspect_ratio = image_aspect_ratio or trained.image_aspect_ratio
+        self.image_background = image_background or trained.image_background
+        check_background(self.image_background)
         self.family = family_of_processor(processor)
-        if image_aspect_ratio == "pad" and not self.family.takes_padding:
+        if self.image_aspect_ratio == "pad" and not self.family.takes_padding:
             raise ValueError(
                 f"image_aspect_ratio 'pad' does not go with family {self.family.name}, which takes images of any shape "
                 "by itself: give 'as_processor'"

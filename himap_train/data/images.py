@@ -18,8 +18,9 @@ from typing import Any, get_args
 
 from PIL import Image, UnidentifiedImageError
 
-from himap_train.data.pixel_modes import Background, as_rgb
+from himap_train.data.pixel_modes import as_rgb
 from himap_train.data.records import ImageSource, RecordError
+from himap_train.models.families.base import Background
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 

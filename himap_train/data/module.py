@@ -16,12 +16,12 @@ from himap_train.data.encode import Encoder
 from himap_train.data.lengths import estimate_lengths
 from himap_train.data.loader import BatchLoader, Collate, Windows
 from himap_train.data.mixing import MixedRecords, mix, read_parts
-from himap_train.data.pixel_modes import Background
 from himap_train.data.records import Source
 from himap_train.data.sampling import BatchOrder, check_same_order
 from himap_train.data.skips import SkipLog
 from himap_train.data.sources import open_source
-from himap_train.models.families.base import AspectRatio
+from himap_train.models.families.base import AspectRatio, Background
+from himap_train.models.families.image_form import ImageForm, take_form
 from himap_train.ranges import require_possible
 
 
@@ -130,6 +130,8 @@ class LlavaDataModule(LightningDataModule):
         """
         if self.processor is None:
             raise RuntimeError("LlavaDataModule needs the checkpoint's processor: LlavaDataModule(..., processor=...)")
+        # Saved with what is trained, which is then asked about pictures that were made ready in the same way.
+        take_form(self.processor, ImageForm(self.image_aspect_ratio, self.image_background))
         options = (self.processor, self.max_length, self.image_aspect_ratio, self.image_background)
         self._encoder = Encoder(*options)
         self._cached_encoder = CachedEncoder(*options) if self.cache_image_features else None

@@ -6,13 +6,12 @@ whatever colour is stored under them, which is black in most drawings.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from PIL import Image, ImageOps
 
-Background = Literal["white", "black"]
-"""What lies under transparent pixels."""
+from himap_train.models.families.base import Background
 
 _WHITES = {"I": (255.0, 65535.0, 2.0**31), "F": (1.0, 255.0, 65535.0)}  # the first that no pixel is above is white
 _BITS_PER_SAMPLE = 258  # tag of TIFF

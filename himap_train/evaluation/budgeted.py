@@ -70,7 +70,7 @@ def require_stages(model: nn.Module, budget: float) -> None:
 def prompt_tokens(
     source: Source,
     processor: Any,
-    image_aspect_ratio: AspectRatio = "as_processor",
+    image_aspect_ratio: AspectRatio | None = None,
     limit: int | None = None,
 ) -> tuple[int, int]:
     """Image tokens and other tokens of a prompt on average, over the first `SAMPLES` that can be used.

@@ -17,7 +17,6 @@ from himap_train.checkpoints.load import installed_schedule
 from himap_train.data.batches import Batch, collate, pad_token_id_of
 from himap_train.data.encode import Encoder
 from himap_train.data.loader import worker_options
-from himap_train.data.pixel_modes import Background
 from himap_train.data.records import Conversation, RecordError, Source
 from himap_train.data.skips import SkipLog
 from himap_train.evaluation.answering import answer_batch, evaluation_mode
@@ -25,7 +24,7 @@ from himap_train.evaluation.metrics import make_metrics
 from himap_train.evaluation.questions import Question, question_batches, source_length
 from himap_train.evaluation.result import EvaluationResult, Prediction, SampleTokens, measured_tokens
 from himap_train.evaluation.sample_metric import SampleMetric
-from himap_train.models.families.base import AspectRatio
+from himap_train.models.families.base import AspectRatio, Background
 from himap_train.models.stock import base_model
 from himap_train.processes import from_all
 from himap_train.ranges import require_possible
@@ -42,8 +41,8 @@ def evaluate(
     max_new_tokens: int = 16,
     metrics: Sequence[str] = ("exact",),
     limit: int | None = None,
-    image_aspect_ratio: AspectRatio = "as_processor",
-    image_background: Background = "white",
+    image_aspect_ratio: AspectRatio | None = None,
+    image_background: Background | None = None,
     max_skipped: int | float = 0.01,
     progress: bool = True,
     num_workers: int = 0,
@@ -61,8 +60,8 @@ def evaluate(
         max_new_tokens: Where an answer is cut.
         metrics: Names from `METRICS`; the first gives the score.
         limit: Use so many records at most, from the start of the source.
-        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
-        image_background: Colour under transparent images, "white" or "black".
+        image_aspect_ratio: By default as the checkpoint was trained; "pad" makes images square first, as LLaVA-1.5 was.
+        image_background: Colour under transparent images, "white" or "black"; by default as it was trained.
         max_skipped: Unusable records that are tolerated: a number, or a fraction below 1. They are not scored.
         progress: Show a bar.
         num_workers: Processes that decode images and encode ahead of the model; 0 does it between the answers.

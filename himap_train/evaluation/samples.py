@@ -123,7 +123,7 @@ def read_samples(
     samples: int = 300,
     batch_size: int = 32,
     seed: int = 0,
-    image_aspect_ratio: AspectRatio = "as_processor",
+    image_aspect_ratio: AspectRatio | None = None,
     max_skipped: int | float = 0.01,
     each_turn: bool = False,
 ) -> EncodedSamples:
@@ -136,7 +136,7 @@ def read_samples(
         samples: Records with images and answers, drawn from the data; fewer if there are not so many.
         batch_size: Samples in a batch.
         seed: Which records are drawn.
-        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
+        image_aspect_ratio: By default as the checkpoint was trained; "pad" makes images square first, as LLaVA-1.5 was.
         max_skipped: Unusable records that are tolerated: a number, or a fraction below 1.
         each_turn: Make a sample of every turn, which ends with that turn and supervises its answer alone; its
             `meta["turn"]` counts from 1. The record's type is that of its last turn, the others have none.

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 
 from himap_train.embedded.model import EMBEDDED_MODELS, embedded_model_path
 from himap_train.models.families import family_of_config
+from himap_train.models.families.image_form import read_form
 from himap_train.models.model_files import check_files
 from himap_train.models.quantize import Quantize, quantization_config
 from himap_train.models.templates import check_template
@@ -146,6 +147,7 @@ def load_processor(folder: str | Path, config: Any, rows: int | None = None) -> 
         ) from error
     check_tokens(processor, folder, config, rows)
     check_template(processor, str(folder))
+    read_form(processor, str(folder))
     return processor
 
 

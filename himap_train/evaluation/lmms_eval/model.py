@@ -50,7 +50,7 @@ class Himap(harness("api.model").lmms):  # type: ignore[misc]
         batch_size: Prompts in a batch; `--batch_size` of the harness.
         device: "auto", "cpu", "cuda:1", ...; `--device` of the harness. Each of several processes has its own.
         dtype: "auto" (as the weights are stored), "float32", "bfloat16" or "float16".
-        image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained.
+        image_aspect_ratio: By default as the checkpoint was trained; "pad" makes images square first, as LLaVA-1.5 was.
         max_skipped: Documents of a task that may be unusable (answered with nothing): a number, or a fraction below 1.
         **unknown: Refused; the nearest is named.
 
@@ -69,7 +69,7 @@ class Himap(harness("api.model").lmms):  # type: ignore[misc]
         batch_size: int | str = 1,
         device: str = "auto",
         dtype: Dtype = "auto",
-        image_aspect_ratio: AspectRatio = "as_processor",
+        image_aspect_ratio: AspectRatio | None = None,
         max_skipped: int | float = 0.01,
         **unknown: Any,
     ) -> None:
@@ -79,7 +79,7 @@ class Himap(harness("api.model").lmms):  # type: ignore[misc]
             raise ValueError("--model_args names no checkpoint: pretrained=runs/mine, a hub id, or embedded")
         if not str(batch_size).isdigit() or not int(batch_size):
             raise ValueError(f"--batch_size is {batch_size!r}; expected a number from 1 on")
-        if image_aspect_ratio not in get_args(AspectRatio):
+        if image_aspect_ratio not in (None, *get_args(AspectRatio)):
             raise ValueError(f"image_aspect_ratio is {image_aspect_ratio!r}; expected one of {get_args(AspectRatio)}")
         if isinstance(schedule, str) and schedule.startswith("{"):
             schedule = plain_yaml(schedule)

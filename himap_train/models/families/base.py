@@ -23,6 +23,8 @@ from himap_train.pruning.places import TokenGrid
 
 AspectRatio = Literal["as_processor", "pad"]
 """What happens to an image that is not square: as the processor's own settings say, or padded to a square first."""
+Background = Literal["white", "black"]
+"""What lies under transparent pixels."""
 Images = Mapping[str, Tensor]
 """Images as a model's forward takes them, by its keyword: `pixel_values`, `image_sizes`, `image_grid_thw`, ...; of no
 images empty. Of one image every tensor's first dimension is what is put one behind the other in a batch.

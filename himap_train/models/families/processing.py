@@ -68,7 +68,7 @@ class PartsProcessor:
         """Write tokenizer and processor files, as stock classes read them."""
         self.tokenizer.save_pretrained(str(folder))
         for name in FILES:
-            found = _file(self.source, name)
+            found = stock_file(self.source, name)
             if found is not None:
                 shutil.copyfile(found, Path(folder) / name)
         if self.chat_template:  # over the tokenizer's own, which everyone would read first
@@ -80,19 +80,21 @@ def load_tokenizer(source: str) -> Any:
     return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
-def _file(source: str, name: str) -> str | None:
+def stock_file(source: str, name: str) -> str | None:
     """A file of a folder or a hub repository, None where it has none."""
-    found: str | None = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+    found: str | None = cached_file(
+        source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
     return found
 
 
 def _template(source: str) -> str | None:
     """The stock processor's chat template, None where it has none."""
-    found = _file(source, "chat_template.jinja")
+    found = stock_file(source, "chat_template.jinja")
     if found is not None:
         return Path(found).read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json"):
-        found = _file(source, name)
+        found = stock_file(source, name)
         template = read_json(Path(found)).get("chat_template") if found else None
         if isinstance(template, str):
             return template

@@ -1,0 +1,63 @@
+"""How pictures are made ready beyond what a processor's files say. It lies beside the weights that were trained so, and
+goes with their processor, so that nobody asks them about other pictures without saying so.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from himap_train.models.families.base import AspectRatio, Background
+from himap_train.models.families.processing import stock_file
+from himap_train.structured import Rule, read_json
+
+FORM_FILE = "himap/images.json"
+
+
+@dataclass(frozen=True)
+class ImageForm:
+    """What training data said of its pictures.
+
+    Attributes:
+        image_aspect_ratio: "pad" makes them square first, "as_processor" leaves their shape to the processor.
+        image_background: Colour under transparent ones.
+    """
+
+    image_aspect_ratio: AspectRatio = "as_processor"
+    image_background: Background = "white"
+
+
+def _one_of(kind: Any) -> Rule:
+    return Rule(f"one of {', '.join(get_args(kind))}", str, lambda found: found in get_args(kind))
+
+
+_SHAPE = {"image_aspect_ratio": _one_of(AspectRatio), "image_background": _one_of(Background)}
+
+
+def image_form(processor: Any) -> ImageForm:
+    """What the checkpoint of a processor was trained with; for a stock one what its processor does."""
+    return getattr(processor, "himap_image_form", ImageForm())
+
+
+def take_form(processor: Any, form: ImageForm) -> None:
+    """Let a processor stand for pictures that are made ready so."""
+    processor.himap_image_form = form
+
+
+def read_form(processor: Any, source: str) -> None:
+    """Give a processor what lies in its folder or hub repository.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    found = stock_file(source, FORM_FILE)
+    if found is not None:
+        take_form(processor, ImageForm(**read_json(Path(found), _SHAPE)))
+
+
+def write_form(folder: Path, processor: Any) -> None:
+    """Write the file beside a processor's own."""
+    (folder / FORM_FILE).parent.mkdir(exist_ok=True)
+    (folder / FORM_FILE).write_text(json.dumps(asdict(image_form(processor))) + "\n", encoding="utf-8")
