@@ -54,6 +54,26 @@ def test_behind_another_stage_and_by_count(name: str, positions: str) -> None:
     assert_equals_naive(model, schedule((1, name, 11), (3, "image", 4), positions=positions), case)
 
 
+@pytest.mark.parametrize("name", ["divprune", "coverage", "learned"])
+def test_autocast_chooses_what_inference_chooses(name: str) -> None:
+    """Features have much in common, so that cosines in bfloat16 say little."""
+    model = tiny_llava()
+    decoder, width = model.model.language_model, model.config.text_config.hidden_size
+    generator = torch.Generator().manual_seed(0)
+    kinds, own, common = (torch.randn(1, n, width, generator=generator) for n in (20, 200, 1))
+    states = kinds.repeat_interleave(10, 1) + 0.7 * own + 4 * common
+    image = torch.arange(200).unsqueeze(0) < 180
+    chosen = []
+    for mixed in (False, True):
+        install_pruning(model, schedule((0, name, 20)))
+        torch.manual_seed(0)
+        make_scorers(model, model.model.language_model.himap_pruning.schedule)
+        with record_pruning(model) as trace, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            decoder(inputs_embeds=states, image_token_mask=image)
+        chosen.append(trace.kept[0][0].tolist())
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 40
+
+
 def test_where_none_stays_nothing_is_chosen_or_merged() -> None:
     model = tiny_llava()
     case = make_case(model, RAGGED, "left")

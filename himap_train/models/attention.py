@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -53,11 +54,12 @@ class ScoreCollector:
         self._given = Seen(layout, counts, states=states)
         self._seen: Seen | None = None
 
-    @torch.no_grad()
     def collect(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """Read (B, H, L, D) queries and (B, K, L, D) keys with the rotary embedding applied."""
-        if self._seen is None:
-            method, shown = self.stage.method, self._given
+        if self._seen is not None:
+            return
+        method, shown = self.stage.method, self._given
+        with apart(query):
             if self.stage.waits:
                 looks = LOOKS.score(_with_attention(LOOKS, shown, query, key, scaling))
                 shown = replace(shown, looks=looks)
@@ -65,7 +67,7 @@ class ScoreCollector:
                 shown = with_scores(method, _with_attention(method, shown, query, key, scaling))
             elif self.stage.ranks_before:
                 shown = with_scores(method, replace(shown, keys=key.detach()))
-            self._seen = shown
+        self._seen = shown
 
     def seen(self) -> Seen:
         """What the method has seen, with its scores.
@@ -79,6 +81,15 @@ class ScoreCollector:
                 "its attention function was replaced: call install_pruning again"
             )
         return self._seen
+
+
+@contextmanager
+def apart(tokens: Tensor) -> Iterator[None]:
+    """Inside, where tokens are chosen, no gradient is recorded, and autocast rounds nothing: by cosines in bfloat16
+    other tokens stay than at inference.
+    """
+    with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+        yield
 
 
 def _with_attention(method: Method, given: Seen, query: Tensor, key: Tensor, scaling: float) -> Seen:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
-from himap_train.models.attention import ScoreCollector
+from himap_train.models.attention import ScoreCollector, apart
 from himap_train.models.tokens import Tokens
 from himap_train.pruning.layout import TokenLayout
 from himap_train.pruning.methods.base import Seen, with_scores
@@ -23,7 +22,6 @@ def collector_for(removal: Removal | None, tokens: Tokens, layout: TokenLayout, 
     return ScoreCollector(removal.stage, layout, removal.before, tokens.hidden.detach())
 
 
-@torch.no_grad()
 def show(
     removal: Removal,
     tokens: Tokens,
@@ -35,23 +33,24 @@ def show(
     seen = Seen(layout, removal.before) if collector is None else collector.seen()
     seen = replace(seen, states=tokens.hidden.detach(), scorer=scorer)
     ready = removal.stage.removes_all or removal.stage.ranks_before
-    return seen if ready else with_scores(removal.stage.method, seen)
+    with apart(tokens.hidden):
+        return seen if ready else with_scores(removal.stage.method, seen)
 
 
-@torch.no_grad()
 def ranked(removal: Removal, shown: Seen) -> Tensor:
     """Ranks of the image tokens, (B, L) long; where all leave, those that must stay come first."""
     if removal.stage.removes_all:
         return image_ranks(shown.layout.image.float(), shown.layout, shown.groups)
-    return removal.stage.method.choose(shown, removal.after.current)
+    with apart(shown.layout.image):
+        return removal.stage.method.choose(shown, removal.after.current)
 
 
-@torch.no_grad()
 def token_map(removal: Removal, shown: Seen, ranks: Tensor, tokens: Tokens) -> TokenMap:
     """The removal; where all leave nothing is merged, and marginal tokens run one layer more."""
     marginal, after = tokens.marginal, removal.after
     if marginal is None and not removal.stage.removes_all:
-        return removal.stage.method.token_map(shown, ranks, after)
+        with apart(tokens.hidden):
+            return removal.stage.method.token_map(shown, ranks, after)
     keep = select(ranks, shown.layout, after.current)
     if marginal is None:
         return TokenMap.of(keep, after.lengths)
