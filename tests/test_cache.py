@@ -13,9 +13,9 @@ from naive import naive_forward, naive_logits
 from packaging.version import Version
 from tiny import tiny_llava
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import DynamicCache, LlavaForConditionalGeneration
 
-from himap_train import PruningSchedule, install_pruning, record_pruning
+from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning
 
 pytestmark = pytest.mark.core
 
@@ -133,6 +133,36 @@ def test_two_generations_in_between_do_not_disturb_each_other() -> None:
                 positions = next_positions(masks[i])
                 out = model(input_ids=part, attention_mask=masks[i], position_ids=positions, past_key_values=cache)
                 torch.testing.assert_close(out.logits[:, -1], expected[i][:, step + 1], **LOGITS)
+
+
+@pytest.mark.parametrize("plan", [himap(), PruningSchedule((PruningStage(0, "first-k", 0.5),))], ids=str)
+def test_a_window_that_nothing_leaves_changes_nothing(plan: PruningSchedule) -> None:
+    """Mistral's caches have layers that slide, of which a stage makes one that does not."""
+    model = install_pruning(tiny_llava("mistral"), plan)
+    case, options = make_case(model, RAGGED, "left"), {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    found = model.generate(**case.inputs(), **options)[:, -3:]
+    for row, spec in enumerate(RAGGED):
+        alone = make_case(model, [spec], seed=row).inputs()
+        assert torch.equal(model.generate(**alone, **options)[0, -3:], found[row])
+
+
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+def test_a_cache_that_was_reset_serves_another_schedule(positions: str) -> None:
+    model, first = tiny_llava(), himap(positions=positions)
+    case = make_case(model, RAGGED, "left")
+
+    def decoded(cache: DynamicCache) -> Tensor:
+        with torch.no_grad():
+            model(**case.inputs(), past_key_values=cache, use_cache=True)
+            mask = torch.nn.functional.pad(case.attention_mask, (0, 1), value=1)
+            return model(input_ids=torch.full((len(mask), 1), 9), attention_mask=mask, past_key_values=cache).logits
+
+    used = DynamicCache(config=model.config.text_config)
+    install_pruning(model, first)
+    decoded(used)
+    used.reset()
+    install_pruning(model, PruningSchedule((PruningStage(3, "instruction", 0.5),)))
+    assert torch.equal(decoded(used), decoded(DynamicCache(config=model.config.text_config)))
 
 
 def test_a_static_cache_is_refused_by_name() -> None:

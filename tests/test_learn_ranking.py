@@ -140,6 +140,10 @@ def test_a_ranking_that_is_gone_or_of_another_shape(run: Path, tmp_path: Path) -
     (folder / RANKING_FILE).unlink()
     with pytest.raises(FileNotFoundError, match="has no himap/ranking.safetensors, by which its schedule ranks"):
         load_checkpoint(folder)
+    with pytest.raises(FileNotFoundError, match="has no himap/ranking.safetensors"):
+        export_merged(folder, tmp_path / "merged")
+    for schedule in (None, {"stages": [{"layer": 0, "criterion": "divprune", "keep_ratio": 0.5}]}, "vtw"):
+        load_checkpoint(folder, schedule=schedule)
     held = load_file(run / "adapter" / RANKING_FILE)
     save_file({name: tensor[..., :-1].contiguous() for name, tensor in held.items()}, folder / RANKING_FILE)
     with pytest.raises(ValueError, match="has another ranking than its schedule and its model ask for"):

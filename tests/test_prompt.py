@@ -92,6 +92,45 @@ def test_labels_that_cover_the_question_prune_all_the_same_and_say_so(images_too
     assert ("labels supervise image tokens: ignored" in texts) == images_too
 
 
+def test_image_tokens_are_never_predicted() -> None:
+    """Many write `labels = input_ids.clone()`; the loss is then that of the text, as the warning says."""
+    model = pruned()
+    call = inputs(model, ANSWERED, "t4 i9 t3 a5")
+    every = call["input_ids"].masked_fill(call["attention_mask"] == 0, -100)
+    text = every.masked_fill(every == 4, -100)
+    losses = [model(**call, labels=labels).loss for labels in (every, text)]
+    losses += [model(**call, shift_labels=nn.functional.pad(every[:, 1:], (0, 1), value=-100), labels=every).loss]
+    assert losses[0] == losses[1] == losses[2]
+    dense = install_pruning(model, None)  # bit for bit as stock
+    assert dense(**call, labels=every).loss != dense(**call, labels=text).loss
+
+
+@pytest.mark.parametrize("search", [{}, {"num_beams": 2, "num_return_sequences": 2}], ids=["greedy", "beams"])
+def test_prompts_whose_images_are_merged_already_are_pruned(search: dict[str, int]) -> None:
+    model = tiny_llava()
+    call = inputs(model, "t3 i16 t4", "t5 i16 t2")
+    ids, pixels = call["input_ids"], torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = torch.cat(list(model.get_image_features(pixels).pooler_output))
+        merged = model.get_input_embeddings()(ids).masked_scatter((ids == 4).unsqueeze(2), features)
+    install_pruning(model, SCHEDULE)
+    options = {"attention_mask": call["attention_mask"], "max_new_tokens": 3, "pad_token_id": 0, **search}
+    expected = model.generate(input_ids=ids, pixel_values=pixels, **options)[:, -3:]
+    for said in ({"image_token_mask": ids == 4}, {"image_token_mask": (ids == 4).long()}, {"input_ids": ids}):
+        with record_pruning(model) as trace:
+            found = model.generate(inputs_embeds=merged, **said, **options)
+        assert torch.equal(found[:, -3:], expected) and len(trace.kept[1][0]) == 7 + 2
+    with pytest.raises(ValueError, match="pass image_token_mask .B, S. with inputs_embeds, to the model or to"):
+        model.generate(inputs_embeds=merged, **options)
+
+
+def test_masks_of_numbers_are_masks() -> None:
+    model = pruned()
+    call = inputs(model, ANSWERED, labels=True)
+    answers = call.pop("labels") != -100
+    assert kept_with(model, **call, supervised_mask=answers.long()) == kept_with(model, **call, supervised_mask=answers)
+
+
 def test_supervised_mask_of_another_shape_is_refused() -> None:
     model = pruned()
     with pytest.raises(ValueError, match="shape .1, 4., the batch .1, 29."):

@@ -74,7 +74,6 @@ def tiny_llava(
 ) -> LlavaForConditionalGeneration:
     """Random weights, fp32, eval mode. `text` is one of llama, mistral, qwen2."""
     torch.manual_seed(seed)
-    extra = {"sliding_window": None} if text == "mistral" else {}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=32,
@@ -96,7 +95,6 @@ def tiny_llava(
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=2,
-            **extra,
         ),
         image_token_id=4,
         image_seq_length=IMAGE_TOKENS,

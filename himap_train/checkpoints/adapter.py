@@ -129,7 +129,8 @@ class Adapter:
 
 def adapter_facts(model: PeftModel, schedule: PruningSchedule) -> dict[str, Any]:
     """All of an adapter but what PEFT holds: what a training checkpoint keeps under `CHECKPOINT_KEY`."""
-    config = model.peft_config["default"]
+    if (config := model.peft_config.get("default")) is None:
+        raise ValueError(f"the adapter is called {[*model.peft_config]}; PEFT's files name none: call it 'default'")
     peft = {key: plain(value) for key, value in config.to_dict().items()}
     base = type(base_model(model))
     return {

@@ -18,7 +18,7 @@ from himap_train.checkpoints.card import model_card
 from himap_train.checkpoints.finite import NonFiniteError, not_finite, require_finite
 from himap_train.checkpoints.load import adapter_source
 from himap_train.checkpoints.merge import Merger, parameter_name
-from himap_train.checkpoints.ranking import read_ranking, write_ranking
+from himap_train.checkpoints.ranking import read_ranking, require_ranking, write_ranking
 from himap_train.checkpoints.run_facts import run_facts
 from himap_train.checkpoints.same_base import require_same_base
 from himap_train.checkpoints.weight_files import TensorInfo, plan_shards, read_infos, write_shards
@@ -125,7 +125,9 @@ def export_merged(
             merger.finish()
         _write_rest(temporary, source, config, dtype, processor)
         schedule = schedule_in(getattr(config, "himap", None), source / "config.json")
-        write_ranking(temporary, adapter.ranking if adapter else read_ranking(source, schedule))
+        ranking = adapter.ranking if adapter else read_ranking(source, schedule)
+        require_ranking(ranking, schedule, path)
+        write_ranking(temporary, ranking)
         (temporary / "README.md").write_text(model_card(name, schedule, config, run, merged=True), encoding="utf-8")
     return target
 

@@ -20,13 +20,14 @@ from transformers import PreTrainedModel
 from himap_train.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of, read_adapter
 from himap_train.checkpoints.adapter_parts import adapter_processor, check_adapter, check_patterns, resized_tokens
 from himap_train.checkpoints.card import model_card
-from himap_train.checkpoints.ranking import give_ranking, read_ranking
+from himap_train.checkpoints.ranking import give_ranking, read_ranking, require_ranking
 from himap_train.checkpoints.run_facts import run_facts
 from himap_train.checkpoints.same_base import require_same_base
 from himap_train.data.end_of_answer import end_token_ids
 from himap_train.models.install import install_pruning, pruning_of
 from himap_train.models.loading import load_config, load_llava, resolve_model
 from himap_train.models.stock import base_model
+from himap_train.models.whole import remember_in_place
 from himap_train.pruning.reading import ScheduleArgument, fit_preset, is_preset, read_schedule, schedule_in
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.storage import atomic_file
@@ -39,6 +40,8 @@ Weights = Literal["adapter", "last", "best"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AS_SAVED: Final = "as-saved"
 """`schedule=AS_SAVED`: prune as the checkpoint was trained."""
+Wanted = PruningSchedule | ScheduleArgument
+"""A schedule, or what names one; `AS_SAVED` among the names."""
 
 
 def save_adapter(
@@ -82,7 +85,7 @@ def write_card(folder: Path, config: Any) -> None:
 
 def load_checkpoint(
     path: Path | str,
-    schedule: PruningSchedule | Literal["as-saved"] | None = AS_SAVED,
+    schedule: Wanted = AS_SAVED,
     *,
     base: str | None = None,
     dtype: torch.dtype | str = "auto",
@@ -92,7 +95,7 @@ def load_checkpoint(
 
     Args:
         path: Adapter folder, run folder (its `adapter/`), training checkpoint, merged folder, hub id, or "embedded".
-        schedule: Overrides the saved one; None is dense.
+        schedule: Overrides the saved one, as in `install_pruning`; None is dense.
         base: The base model of an adapter, where it is not at the place that the adapter recorded.
         dtype: Dtype of the base weights. attn_implementation: as in `load_llava`.
         attn_implementation: "sdpa", "eager", "flash_attention_2" or None.
@@ -110,8 +113,7 @@ def load_checkpoint(
     if source is None:
         model, processor = load_llava(str(path), **how)
         saved = schedule_in(getattr(model.config, "himap", None), f"{path}, `himap` of config.json")
-        give_ranking(model, read_ranking(path, saved), saved, path)
-        return _pruned(model, saved, schedule, path), processor
+        return _pruned(model, saved, read_ranking(path, saved), schedule, path), processor
     adapter = read_adapter(source)
     adapter.require_finite(str(source))
     base = base or adapter.base
@@ -136,10 +138,10 @@ def load_checkpoint(
             peft_model = _with_adapter(model, Path(folder) / "adapter", source)
     else:
         peft_model = _with_adapter(model, source, source)
-    give_ranking(peft_model, adapter.ranking, adapter.schedule, source)
+    remember_in_place(peft_model, adapter.weights.keys())
     generation: Any = model.generation_config  # training taught it to end there
     generation.eos_token_id = end_token_ids(processor, generation.eos_token_id)
-    return _pruned(peft_model, adapter.schedule, schedule, source).eval(), processor
+    return _pruned(peft_model, adapter.schedule, adapter.ranking, schedule, source).eval(), processor
 
 
 def load_with_schedule(
@@ -185,10 +187,15 @@ def installed_schedule(model: nn.Module) -> PruningSchedule:
 
 
 def _pruned(
-    model: Any, saved: PruningSchedule, wanted: PruningSchedule | Literal["as-saved"] | None, path: Path | str
+    model: Any, saved: PruningSchedule, ranking: Mapping[str, torch.Tensor], wanted: Wanted, path: Path | str
 ) -> Any:
+    """The model under the schedule that is wanted; it keeps the ranking that it was saved with, whatever runs."""
+    if wanted == AS_SAVED:
+        require_ranking(ranking, saved, path)
+    if ranking:
+        give_ranking(model, ranking, saved, path)
     if wanted != AS_SAVED:
-        return install_pruning(model, wanted or PruningSchedule())
+        return install_pruning(model, wanted)
     with named(path, "was saved with a schedule that does not fit its model"):
         return install_pruning(model, saved)
 

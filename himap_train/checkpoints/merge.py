@@ -36,7 +36,8 @@ _UNDERSTOOD = {key.removesuffix("?") for key in PEFT_SHAPE} | {
 _EMBEDDINGS = "model.language_model.embed_tokens.weight"
 _WITH_PEFT = (
     "merge it with PEFT itself, schedule included: model, processor = load_checkpoint(ADAPTER); "
-    "model.merge_and_unload().save_pretrained(FOLDER); processor.save_pretrained(FOLDER)"
+    "model.merge_and_unload().save_pretrained(FOLDER); processor.save_pretrained(FOLDER); "
+    "then copy ADAPTER/himap into FOLDER"
 )
 
 

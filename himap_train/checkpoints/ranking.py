@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from himap_train.models.families.processing import stock_file
 from himap_train.models.foresight import learned_layers
 from himap_train.models.installed import give_scorers, scorers_of
-from himap_train.models.loading import EMBEDDED
 from himap_train.models.stock import text_decoder
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.structured import named
@@ -58,18 +57,19 @@ def read_ranking(source: Path | str, schedule: PruningSchedule) -> dict[str, Ten
     """The weights for the learned stages of a schedule, of a folder or a model on the hub; none where it has none.
 
     Raises:
-        FileNotFoundError: There is no file.
-        ValueError: It is damaged.
+        ValueError: They are damaged.
     """
-    if not learned_layers(schedule):
+    file = stock_file(str(source), RANKING_FILE) if learned_layers(schedule) else None
+    if file is None:
         return {}
-    file = Path(source) / RANKING_FILE
-    if not file.is_file() and str(source) != EMBEDDED and not Path(source).exists():
-        file = Path(hf_hub_download(str(source), RANKING_FILE))
-    if not file.is_file():
+    with named(file, "is damaged"):
+        return load_file(file)
+
+
+def require_ranking(weights: Mapping[str, Tensor], schedule: PruningSchedule, source: Path | str) -> None:
+    """Raise FileNotFoundError where there is none and a schedule asks for it."""
+    if learned_layers(schedule) and not weights:
         raise FileNotFoundError(
             f"{source} has no {RANKING_FILE}, by which its schedule ranks: export it anew from its run with "
             "recipes/export.py, or give another schedule"
         )
-    with named(file, "is damaged"):
-        return load_file(file)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
@@ -87,9 +87,10 @@ class _Stage(DynamicLayer):
             self.facts.slots = self.facts.slots[:, : -abs(tokens_to_remove)]
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget everything: the next prefill may have its stages elsewhere."""
         super().reset()
-        self.facts = replace(self.facts, slots=None, uncounted=0)
+        self.__class__ = type(self).__mro__[2]
+        del self.facts
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty_stage, (type(self).__mro__[2],), self.__dict__

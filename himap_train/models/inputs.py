@@ -57,14 +57,14 @@ def check_image_mask(image_token_mask: Tensor | None, inputs_embeds: Tensor) -> 
     if image_token_mask is None:
         raise ValueError(
             "the decoder is pruned but was not told where the image tokens are; call the model itself "
-            "with input_ids, or pass image_token_mask (B, S) with inputs_embeds"
+            "with input_ids, or pass image_token_mask (B, S) with inputs_embeds, to the model or to generate()"
         )
     if image_token_mask.shape != inputs_embeds.shape[:2]:
         raise ValueError(
             f"image_token_mask has shape {tuple(image_token_mask.shape)}, the batch {tuple(inputs_embeds.shape[:2])}; "
             "pass one entry per token"
         )
-    return image_token_mask.to(inputs_embeds.device)
+    return image_token_mask.to(inputs_embeds.device).bool()
 
 
 def check_options(family: Family, options: dict[str, Any]) -> None:

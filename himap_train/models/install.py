@@ -26,6 +26,7 @@ from himap_train.models.installed import InstalledPruning, PruningTrace
 from himap_train.models.own_config import give_back_config, give_own_config
 from himap_train.models.own_methods import OwnMethod, generate, image_features, inner_forward, whole_forward
 from himap_train.models.stock import base_model, text_decoder
+from himap_train.pruning.reading import ScheduleArgument, fitted_schedule
 from himap_train.pruning.schedule import PruningSchedule
 
 
@@ -40,13 +41,14 @@ def reads_tower(model: nn.Module) -> bool:
     return pruning is not None and pruning.schedule.uses_tower
 
 
-def install_pruning(model: nn.Module, schedule: PruningSchedule, cpu_blocks: bool = True) -> Any:
+def install_pruning(model: nn.Module, schedule: PruningSchedule | ScheduleArgument, cpu_blocks: bool = True) -> Any:
     """Prune image tokens inside the decoder of `model` from now on, in every forward and in `generate`.
 
     Args:
         model: A stock model of a known family (see `himap_train.models.families`) or a PeftModel around one. A schedule
             that it has is replaced.
-        schedule: What to remove where. Without stages the model computes bit for bit what the stock model does.
+        schedule: What to remove where: a schedule, a preset's name (fitted to the decoder's depth), a mapping, or a
+            YAML file. Without stages (None) the model computes bit for bit what the stock model does.
         cpu_blocks: Whether SDPA runs in blocks on a CPU, see `cpu_attention`.
 
     Returns:
@@ -60,6 +62,8 @@ def install_pruning(model: nn.Module, schedule: PruningSchedule, cpu_blocks: boo
     base, decoder = base_model(model), text_decoder(model)
     family = family_of(base)
     check_decoder(family, decoder)
+    if not isinstance(schedule, PruningSchedule):
+        schedule = fitted_schedule(schedule, decoder.config.num_hidden_layers)
     check_schedule(family, base, schedule)
     remove_pruning(model)
     register_attention(decoder.config._attn_implementation)

@@ -14,7 +14,15 @@ from himap_train.models.families.tower_reading import with_readings
 from himap_train.models.guard import check_ran
 from himap_train.models.inputs import check_media
 from himap_train.models.installed import InstalledPruning
-from himap_train.models.prompt import forward_of_whole, generation, grids_of_prompt, running_whole, supervised_by
+from himap_train.models.prompt import (
+    forward_of_whole,
+    generation,
+    grids_of_prompt,
+    images_of_prompt,
+    labels_of_text,
+    running_whole,
+    supervised_by,
+)
 from himap_train.models.stock import text_decoder
 from himap_train.models.versions import given_cache
 
@@ -77,9 +85,12 @@ _signature = cache(inspect.signature)
 
 
 def whole_forward(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
-    """The forward of the whole model: what its labels supervise is told to the decoder."""
-    with forward_of_whole(supervised_by(method.given(args, kwargs))):
-        return method.before(*args, **kwargs)
+    """The forward of the whole model: what its labels supervise is told to the decoder, images are not predicted."""
+    given, pruning = method.given(args, kwargs), method.pruning
+    with forward_of_whole(supervised_by(given)):
+        if pruning is None or pruning.schedule.dense or given.get("input_ids") is None:
+            return method.before(*args, **kwargs)
+        return method.before(**given | labels_of_text(given, given["input_ids"] == pruning.image_token_id))
 
 
 def inner_forward(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
@@ -137,27 +148,34 @@ def _check_whole_forward(whole: Any) -> None:
 
 
 def generate(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
-    """`generate`, which tells the decoder how long the prompt is and of what shape its images are.
+    """`generate`, which tells the decoder how long the prompt is, and where its images are and of what shape.
 
-    transformers encodes the images before the first forward, which then is not given their sizes.
+    transformers encodes the images before the first forward, which then is not given their sizes, and knows no
+    `image_token_mask`, which prompts need whose images are merged into `inputs_embeds` already.
     """
+    images = kwargs.pop("image_token_mask", None)
     given, pruning = method.given(args, kwargs), method.pruning
     grids = None
     if pruning is not None and pruning.schedule.uses_places:
         grids = pruning.family.image_grids(method.module.config, given)
     prompts = (given.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
     prompt = next((values for values in prompts if values is not None), None)
-    with generation(None if prompt is None else prompt.shape[1], grids):
+    ids = given.get("input_ids")
+    if images is None and ids is not None and given.get("inputs_embeds") is not None:
+        images = ids == method.module.config.image_token_id
+    with generation(None if prompt is None else prompt.shape[1], grids, None if images is None else images.bool()):
         return method.before(*args, **kwargs)
 
 
 def _image_tokens(inner: Any, given: dict[str, Any]) -> Tensor | None:
-    """Where the images are, (B, S) bool; None where the caller merged them into the embeddings already."""
+    """Where the images are, (B, S) bool; None where the caller merged them into the embeddings and does not say."""
     image_id = inner.config.image_token_id
     if given.get("input_ids") is not None:
         return cast(Tensor, given["input_ids"] == image_id)
     embeds = given.get("inputs_embeds")
-    if embeds is None or (given.get("pixel_values") is None and given.get("mm_encoder_outputs") is None):
+    if embeds is None:
         return None
+    if given.get("pixel_values") is None and not given.get("mm_encoder_outputs"):
+        return images_of_prompt(embeds)
     placeholder = inner.get_input_embeddings()(torch.tensor(image_id, device=embeds.device))
     return cast(Tensor, (embeds == placeholder).all(-1))

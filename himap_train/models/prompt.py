@@ -36,6 +36,7 @@ class Whole:
 _whole: ContextVar[Whole | None] = ContextVar("himap_whole", default=None)
 _prompt_length: ContextVar[int | None] = ContextVar("himap_prompt_length", default=None)
 _grids: ContextVar[Sequence[TokenGrid] | None] = ContextVar("himap_grids", default=None)
+_images: ContextVar[Tensor | None] = ContextVar("himap_images", default=None)
 
 
 @contextmanager
@@ -49,16 +50,29 @@ def forward_of_whole(supervised: Tensor | None) -> Iterator[None]:
 
 
 @contextmanager
-def generation(prompt_length: int | None, grids: Sequence[TokenGrid] | None = None) -> Iterator[None]:
-    """Inside, `generate` runs on prompts of this many columns, padding included, and images of these grids; None where
-    it was not told.
+def generation(
+    prompt_length: int | None, grids: Sequence[TokenGrid] | None = None, images: Tensor | None = None
+) -> Iterator[None]:
+    """Inside, `generate` runs on prompts of this many columns, padding included, with image tokens at `images` (B, S)
+    bool, and images of these grids; None where it was not told.
     """
-    token, images = _prompt_length.set(prompt_length), _grids.set(grids)
+    tokens = _prompt_length.set(prompt_length), _grids.set(grids), _images.set(images)
     try:
         yield
     finally:
-        _prompt_length.reset(token)
-        _grids.reset(images)
+        _prompt_length.reset(tokens[0])
+        _grids.reset(tokens[1])
+        _images.reset(tokens[2])
+
+
+def images_of_prompt(embeds: Tensor) -> Tensor | None:
+    """Where the image tokens of embedded prompts (B', S, D) are, as `generate` was told: (B', S) bool, each of its B
+    prompts as often as it searches from one; None where it was not told, or these are no whole prompts.
+    """
+    images = _images.get()
+    if images is None or images.shape[1] != embeds.shape[1] or len(embeds) % len(images):
+        return None
+    return images.repeat_interleave(len(embeds) // len(images), dim=0).to(embeds.device)
 
 
 def grids_of_prompt() -> Sequence[TokenGrid] | None:
@@ -83,6 +97,17 @@ def supervised_by(given: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
+def labels_of_text(given: Mapping[str, Any], image: Tensor) -> dict[str, Tensor]:
+    """The labels of a call, and the shifted ones, without those at image tokens (B, S) bool, which are no text."""
+    following = nn.functional.pad(image[:, 1:], (0, 1))
+    where = {"labels": image, "shift_labels": following}
+    return {
+        name: given[name].masked_fill(at.to(given[name].device), -100)
+        for name, at in where.items()
+        if given.get(name) is not None
+    }
+
+
 def known_prompt(supervised_mask: Tensor | None, decoder: nn.Module, hidden: Tensor, image: Tensor) -> Tensor | None:
     """What is not prompt in a prefill or training forward, (B, S) bool; None where all of it is.
 
@@ -100,12 +125,13 @@ def known_prompt(supervised_mask: Tensor | None, decoder: nn.Module, hidden: Ten
     if supervised_mask is None and whole is not None:
         supervised_mask = whole.supervised
     if supervised_mask is not None:
+        supervised_mask = torch.as_tensor(supervised_mask)
         if supervised_mask.shape != hidden.shape[:2]:
             raise ValueError(
                 f"supervised_mask or labels have shape {tuple(supervised_mask.shape)}, the batch "
                 f"{tuple(hidden.shape[:2])}; pass one entry per token"
             )
-        return supervised_mask.to(hidden.device)
+        return supervised_mask.to(hidden.device).bool()
     prompt = _prompt_length.get()
     if prompt is not None:
         if length < prompt and bool(image.any()):

@@ -148,6 +148,6 @@ def causal_mask(
     layer: int | None = None,
 ) -> Tensor | None:
     """In the form that the attention implementation takes; None where a causal kernel needs none."""
-    with as_stored(cache, layer):
-        mask: Any = create_causal_mask(decoder.config, hidden, attention_mask, cache, positions, layer_idx=layer)
+    with as_stored(cache, layer):  # layer 0 by name: where others slide, transformers would ask the first that doesn't
+        mask: Any = create_causal_mask(decoder.config, hidden, attention_mask, cache, positions, layer_idx=layer or 0)
     return mask

@@ -6,7 +6,7 @@ adapter's file, from which PEFT itself loads them; without the adapter the model
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -67,9 +67,14 @@ def train_decoder(base: Any) -> None:
 
 
 def trained_in_place(model: nn.Module) -> set[str]:
-    """Names of the parameters that are trained and belong to the base model itself."""
-    return {
+    """Names of the parameters that are or were trained and belong to the base model itself."""
+    return getattr(model, "himap_trained_in_place", set[str]()) | {
         name
         for name, weight in model.named_parameters()
         if weight.requires_grad and "lora_" not in name and ".modules_to_save." not in name
     }
+
+
+def remember_in_place(model: Any, saved: Collection[str]) -> None:
+    """Let a loaded model know which of its adapter's tensors are the base's own: PEFT freezes them like all others."""
+    model.himap_trained_in_place = {name for name, _ in model.named_parameters() if name in saved}

@@ -7,7 +7,7 @@ from peft import PeftModel
 from himap_train.checkpoints.adapter import Adapter, file_name, read_adapter
 from himap_train.checkpoints.load import adapter_source
 from himap_train.checkpoints.merge import parameter_name
-from himap_train.checkpoints.ranking import give_ranking
+from himap_train.checkpoints.ranking import give_ranking, require_ranking
 from himap_train.checkpoints.same_base import plain, require_same_base
 from himap_train.models.families import family_of
 from himap_train.models.loading import load_config, resolve_model
@@ -40,6 +40,7 @@ def read_start(path: str, base: str) -> Adapter:
         raise FileNotFoundError(f"model.init_adapter: {path} has no adapter (no adapter_config.json)")
     adapter = read_adapter(source)
     adapter.require_finite(f"model.init_adapter: {source}")
+    require_ranking(adapter.ranking, adapter.schedule, f"model.init_adapter: {source}")
     require_same_base(adapter.base_facts, load_config(resolve_model(base)), base, adapter.base)
     return adapter
 

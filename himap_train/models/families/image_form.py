@@ -58,6 +58,7 @@ def read_form(processor: Any, source: str) -> None:
 
 
 def write_form(folder: Path, processor: Any) -> None:
-    """Write the file beside a processor's own."""
-    (folder / FORM_FILE).parent.mkdir(exist_ok=True)
-    (folder / FORM_FILE).write_text(json.dumps(asdict(image_form(processor))) + "\n", encoding="utf-8")
+    """Write the file beside a processor's own; none where the processor's own say all."""
+    if image_form(processor) != ImageForm():
+        (folder / FORM_FILE).parent.mkdir(exist_ok=True)
+        (folder / FORM_FILE).write_text(json.dumps(asdict(image_form(processor))) + "\n", encoding="utf-8")
