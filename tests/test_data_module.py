@@ -218,3 +218,16 @@ def test_no_validation_data(data):
     assert datamodule.val_dataloader() == [] and datamodule.source("validation") is None
     assert datamodule.check("validation") is None
     assert datamodule.check().records == 11
+
+
+@pytest.mark.parametrize("batches", [0, 2])
+def test_overfitting_sees_the_same_batches_in_every_epoch(batches: int, tmp_path: Path) -> None:
+    data = LlavaDataModule(batch_size=2, train_limit=8, max_length=400, processor=tiny_processor())
+    data.setup("fit")
+    data.trainer = Trainer(overfit_batches=batches, accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    loader = data.train_dataloader()
+    orders = []
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        orders.append([index for batch in loader.sampler.batches(loader.sampler.epoch) for index in batch.tolist()])
+    assert (orders[0] == orders[1]) == bool(batches)

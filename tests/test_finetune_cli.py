@@ -32,6 +32,8 @@ from himap_train.training.run import measured_rows
 from himap_train.training.run.finetune_cli import FinetuneCLI
 from himap_train.training.run.folder import claim_folder
 
+SCHEDULER = "lightning.pytorch.callbacks.GradientAccumulationScheduler"
+
 
 def config(tiny: str, folder: Path, **model: Any) -> dict[str, Any]:
     """A run of seconds on the embedded scenes."""
@@ -252,6 +254,30 @@ def test_scores_of_weights_that_are_no_more_are_shown_nowhere(finished: Path, tm
     assert not (run / "metrics.json").exists() and (run / "earlier-metrics.json").read_bytes() == table
 
 
+def test_steps_alone_take_as_many_epochs_as_they_need(tiny_path: str, tmp_path: Path) -> None:
+    content = config(tiny_path, tmp_path)
+    content["trainer"]["val_check_interval"] = None
+    file = written(tmp_path, content)
+    assert build("--config", file).config.trainer.max_epochs == -1
+    assert build("--config", file, "--trainer.max_steps", "-1").config.trainer.max_epochs == 1
+    assert build("--config", file, "--trainer.max_epochs", "2").config.trainer.max_epochs == 2
+    options = ["--data.train_limit", "2", "--data.validation", "null", "--evaluation.after", "false"]
+    assert finetune("--config", file, *options, "--evaluation.before", "false", "--loggers", "[]") == 0
+    saved = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2 and saved["epoch"] == 1
+
+
+def test_without_any_validation_the_last_weights_are_the_best(
+    tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = config(tiny_path, tmp_path)
+    content["trainer"] |= {"val_check_interval": None, "check_val_every_n_epoch": 2, "max_epochs": 1}
+    unmeasured = ["--evaluation.before", "false", "--evaluation.after", "false"]
+    assert finetune("--config", written(tmp_path, content), "--keep", "best", *unmeasured) == 0
+    assert "nothing was validated" in capsys.readouterr().out
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+
+
 # ---- errors ----
 
 
@@ -298,6 +324,36 @@ def test_wrong_values_end_with_a_message(
     assert message in error_of(capsys, "--config", written(tmp_path, config(tiny_path, tmp_path, **model)))
     assert time.monotonic() - start < 30
     assert not (tmp_path / "run" / "config.yaml").exists()  # the folder is still free
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"precision": "bf16-true"}, "trainer.precision=bf16-true would train in half precision"),
+        (
+            {"callbacks": [{"class_path": SCHEDULER, "init_args": {"scheduling": {0: 1, 1: 2}}}]},
+            "changes the global batch within a run",
+        ),
+        ({"limit_val_batches": 0}, "keep is best, but trainer.limit_val_batches is 0"),
+    ],
+)
+def test_what_would_go_wrong_in_silence_is_refused(
+    tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], trainer: dict[str, Any], message: str
+) -> None:
+    content = config(tiny_path, tmp_path) | {"keep": "best"}
+    content["trainer"] |= trainer
+    assert message in error_of(capsys, "--config", written(tmp_path, content))
+
+
+def test_a_checkpoint_of_another_run_goes_on_in_a_folder_of_its_own(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(shutil.copytree(finished, tmp_path / "other"))
+    before = (other / "config.yaml").read_bytes()
+    options = ["--config", str(finished / "config.yaml"), "--output", str(other), "--trainer.max_steps", "3"]
+    message = error_of(capsys, *options, "--resume", str(finished / "checkpoints/last.ckpt"))
+    assert "already holds a run" in message and "from a checkpoint of its own" in message
+    assert (other / "config.yaml").read_bytes() == before
 
 
 def test_folder_of_another_run_is_refused_untouched(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

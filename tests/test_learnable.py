@@ -89,6 +89,23 @@ def test_the_budget_falls_then_ratios_learn_then_they_are_frozen(tiny_path: str,
     assert pruning_of(model.peft_model).ratios is None
 
 
+class Stop(Callback):
+    """As `max_time` and early stopping do."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = batch_idx == 5
+
+
+def test_a_run_that_is_stopped_before_ratios_are_frozen_meets_the_budget(
+    tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callbacks = [LearnKeepRatios(LEARNABLE, lambda measured: TOKENS), Stop()]
+    model = fit_windows(tuner(tiny_path, lora_dropout=0.0, schedule=None), tmp_path, callbacks)
+    assert model.global_step == 3 and cost(model.schedule) == pytest.approx(0.8, abs=0.02)
+    assert pruning_of(model.peft_model).schedule == model.schedule
+    assert "training ended at step 3, before the keep ratios were to be frozen (step 6)" in capsys.readouterr().out
+
+
 def test_a_resumed_run_learns_the_same(tiny_path: str, tmp_path: Path) -> None:
     """Cut while the ratios learn, and cut again once they are frozen."""
     straight, first, second, third = Seen(), Seen(stop=6), Seen(stop=8), Seen()

@@ -88,6 +88,21 @@ def test_hours_from_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert 0 < plan["sides"][1]["gpu_hours"] < plan["sides"][0]["gpu_hours"]
 
 
+def test_cached_features_take_the_tower_out_of_the_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    measured = ("--measured", "--data.cache_image_features", "true", "--trainer.max_steps", "10")
+    plan = planned(tmp_path, *EMBEDDED, *measured)
+    assert plan["duration"]["tflops"] > 0 and all(side["flops"]["vision"] == 0 for side in plan["sides"])
+    assert all(side["flops"]["vision"] > 0 for side in planned(tmp_path, *EMBEDDED)["sides"])
+
+
+@pytest.mark.parametrize(("limit", "samples"), [("2", 64), ("0.5", 500)])
+def test_limited_batches_limit_the_hours(tmp_path: Path, limit: str, samples: int) -> None:
+    given = ("--records", "1000", "--tflops", "1", "--data.batch_size", "32", "--trainer.max_steps", "-1")
+    plan = planned(tmp_path, *EMBEDDED, *given, "--trainer.limit_train_batches", limit)
+    assert plan["duration"]["samples"] == samples
+
+
 def test_options_overrule_files_wherever_they_stand() -> None:
     file = str(CONFIGS / "quickstart.yaml")
     config = PlanCLI(["--output", "runs/mine", "--config", file, "--data.batch_size", "3"]).config

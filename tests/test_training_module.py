@@ -135,6 +135,17 @@ def test_average_over_batches_differs_from_average_over_tokens(tiny_path: str, t
     assert any(not torch.allclose(value, batch[name], atol=1e-6) for name, value in token.items())
 
 
+def test_a_short_window_counts_as_much_by_batches_too(tiny_path: str, tmp_path: Path) -> None:
+    two, four = (
+        weights(
+            fit(tiny_path, tmp_path, ToyData(2, 1), accumulate_grad_batches=n, max_steps=1, kind=PlainSteps, model=m)
+        )
+        for n, m in ((2, {"loss_average": "batch"}), (4, {"loss_average": "batch"}))
+    )
+    for name, value in two.items():
+        torch.testing.assert_close(four[name], value, atol=1e-6, rtol=1e-3, msg=name)
+
+
 def test_batches_without_their_window_are_refused(tiny_path: str, tmp_path: Path) -> None:
     class Plain(ToyData):
         def train_dataloader(self) -> Any:

@@ -147,6 +147,7 @@ class Crash(Losses):
     [
         pytest.param(6, 5, {}, id="from the end of the epoch"),
         pytest.param(8, 7, {"limit_val_batches": 2, "val_check_interval": 2}, id="from a validation"),
+        pytest.param(4, 4, {"limit_val_batches": 2, "val_check_interval": 3}, id="from a validation within a step"),
         pytest.param(3, 2, {"every_n_steps": 1}, id="from a step"),
         pytest.param(6, 5, {"max_steps": 6}, id="from the end of the epoch where max_steps ends the run"),
     ],
@@ -162,14 +163,29 @@ def test_resumed_from_a_saved_checkpoint_after_a_crash(
     assert all(torch.equal(value, straight[1][name]) for name, value in result.items())
 
 
-def test_ctrl_c_in_validation(tiny_path: str, tmp_path: Path, straight: Any) -> None:
-    first, second = Losses(4, in_validation=True), Losses()
-    validation = {"limit_val_batches": 2, "val_check_interval": 2}
+@pytest.mark.parametrize(("stop", "every"), [(4, 2), (3, 3)], ids=["between steps", "within a step, which is ended"])
+def test_ctrl_c_in_validation(tiny_path: str, tmp_path: Path, straight: Any, stop: int, every: int) -> None:
+    first, second = Losses(stop, in_validation=True), Losses()
+    validation = {"limit_val_batches": stop - 2, "val_check_interval": every}  # a second Ctrl-C would end it at once
     with pytest.raises(Interrupted):
         run(tiny_path, tmp_path, first, **validation)
+    assert len(first.seen) == 4
     result = state(*run(tiny_path, tmp_path, second, resume=True, **validation))
     assert first.seen + second.seen == straight[0]
     assert all(torch.equal(value, straight[1][name]) for name, value in result.items())
+
+
+def test_a_window_that_a_checkpoint_cuts_is_averaged_over_what_is_left(
+    tiny_path: str, tmp_path: Path, straight: Any
+) -> None:
+    """`best.ckpt` holds the weights of its validation, which may lie within an optimizer step."""
+    validation = {"limit_val_batches": 2, "val_check_interval": 3}
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tiny_path, tmp_path, Crash(4), **validation)
+    (tmp_path / "best.ckpt").replace(tmp_path / "last.ckpt")
+    second = Losses()
+    run(tiny_path, tmp_path, second, resume=True, **validation)
+    assert len(second.seen) == 7 and all(loss < 3 * straight[0][0][0] for loss, _ in second.seen)
 
 
 def test_ctrl_c_leaves_workers_alone_and_is_given_back(tiny_path: str, tmp_path: Path, straight: Any) -> None:

@@ -26,6 +26,8 @@ from himap_train.data.skips import TooManySkippedError
 
 WINDOW_TOKENS = "window_tokens"
 """Key in a training batch: supervised tokens in its whole window on this process, an int."""
+WINDOW_BATCHES = "window_batches"
+"""Key in a training batch: micro-batches of its window, an int."""
 WAITED = "waited_seconds"
 """Key in a training batch: how long this process waited for it, a float."""
 
@@ -43,7 +45,7 @@ class Windows:
     batches: Callable[[], float]
 
     def count(self, batches: Iterable[Any], done: int = 0) -> Iterator[Any]:
-        """The same batches, each with `window_tokens` and `waited_seconds`.
+        """The same batches, each with `window_tokens`, `window_batches` and `waited_seconds`.
 
         Args:
             batches: those of one epoch; with `labels` (B, S), -100 where nothing is supervised.
@@ -69,7 +71,7 @@ def _timed(batches: Iterable[Any]) -> Iterator[Any]:
 def _with_tokens(window: list[Any]) -> Iterator[Any]:
     # The first column is never a target: no row predicts it.
     tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in window)
-    return ({**batch, WINDOW_TOKENS: tokens} for batch in window)
+    return ({**batch, WINDOW_TOKENS: tokens, WINDOW_BATCHES: len(window)} for batch in window)
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,8 @@ class LlavaDataModule(LightningDataModule):
         windows = self._windows()
         groups: dict[str, Any] = {"accumulate": windows.accumulate, "image_tokens": images}
         groups["draw"] = partial(source.draw, seed=self.seed) if isinstance(source, MixedRecords) else None
-        order = BatchOrder(len(dataset), self.batch_size, lengths, True, self.seed, replicas, rank, **groups)
+        shuffle = not getattr(self.trainer, "overfit_batches", 0)  # the same few batches in every epoch
+        order = BatchOrder(len(dataset), self.batch_size, lengths, shuffle, self.seed, replicas, rank, **groups)
         trained = self._trained_batches if self.trainer else None
         return BatchLoader(dataset, order, self._collate(), self.num_workers, windows, trained)
 

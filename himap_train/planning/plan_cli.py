@@ -22,6 +22,7 @@ from himap_train.planning.typical_sample import find_config, read_sample
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.run.finetune_cli import FinetuneCLI, processor_of
+from himap_train.training.run.parser import set_epochs
 from himap_train.training.run.rehearsal import rehearse
 from himap_train.training.run.strategy_names import refuse_together, strategy_name
 from himap_train.training.schedules.settings import MODES
@@ -65,6 +66,7 @@ class PlanCLI(FinetuneCLI):
             raise ValueError("plan.py plans LoRA on the decoder: without model.vision_tower and model.decoder")
         if self.config.rehearse:
             rehearse(self.config)
+        set_epochs(self.config.trainer)
 
     def instantiate_classes(self) -> None:
         """Model and data, neither of which loads anything yet; no trainer, whose devices need not be here."""
@@ -93,26 +95,29 @@ class PlanCLI(FinetuneCLI):
         )
         notes: tuple[str, ...] = (f"model: {found}", f"tokens: {counted}", f"attention: {run.attention}, {kernel}")
         facts = model_facts(config, self.tuner)
-        notes = (*notes, *self._other_schedules(), *self._at_limit(facts, run, schedule, sample))
+        once = ("the vision tower runs once an image, before training: it is in no step",) if run.cached else ()
+        notes = (*notes, *once, *self._other_schedules(), *self._at_limit(facts, run, schedule, sample))
         return self._with_duration(make_plan(facts, run, schedule, sample, notes))
 
     def _with_duration(self, plan: Plan) -> Plan:
         """How long it takes, or what is missing to know."""
-        samples, tflops = self._samples(plan.run.effective_batch), self.config.tflops
+        samples, tflops = self._samples(plan.run), self.config.tflops
         known = tflops or self.config.measured
         if samples is None or not known:
             needed = {"--records N": samples is None, "--tflops N (reached by one GPU) or --measured": not known}
             missing = " and ".join(name for name, lacks in needed.items() if lacks)
             return replace(plan, notes=(*plan.notes, f"for hours and cost give {missing}"))
         if self.config.measured:
-            self.data.processor = processor_of(self.config.model.path)
+            self.data.processor, self.data.cache_image_features = processor_of(self.config.model.path), None
             seconds = seconds_a_sample(self.tuner, self.data, self.config.trainer)
-            tflops = plan.sides[-1].flops.total / seconds / 1e12
+            ran = make_plan(plan.facts, replace(plan.run, cached=False), plan.sides[-1].schedule, plan.sample)
+            tflops = ran.sides[-1].flops.total / seconds / 1e12
         return replace(plan, duration=Duration(samples, tflops, self.config.gpu_price))
 
-    def _samples(self, effective_batch: int) -> int | None:
+    def _samples(self, run: RunSettings) -> int | None:
         """Samples of the whole run, as `max_steps` or `max_epochs` ends it; None where nobody knows."""
         trainer, records = self.config.trainer, self.config.records
+        batch = run.batch_size * run.devices
         if records is None:
             try:
                 source = self.data.source("train")
@@ -120,7 +125,9 @@ class PlanCLI(FinetuneCLI):
                 source = None
             if source is not None:
                 records = min(len(source), self.data.limits["train"] or len(source))
-        by_steps = [trainer.max_steps * effective_batch] if trainer.max_steps > 0 else []
+        if records is not None and (limit := trainer.limit_train_batches) is not None:
+            records = int(records * limit) if isinstance(limit, float) else min(records, limit * batch)
+        by_steps = [trainer.max_steps * run.effective_batch] if trainer.max_steps > 0 else []
         by_epochs = [records * trainer.max_epochs] if records is not None and (trainer.max_epochs or -1) > 0 else []
         return min([*by_steps, *by_epochs], default=None)
 
@@ -172,6 +179,7 @@ def run_settings(config: Namespace) -> RunSettings:
         loss_chunk=config.model.loss_chunk,
         four_bit=config.model.quantize == "4bit",
         gpu_memory=config.gpu_memory,
+        cached=bool(config.data.cache_image_features),
     )
 
 

@@ -49,6 +49,7 @@ class RunSettings:
         loss_chunk: Positions whose logits exist at a time.
         four_bit: Whether the frozen weights are quantised.
         gpu_memory: GiB of one GPU.
+        cached: Whether image features are, so that the vision tower runs once an image, before training.
     """
 
     precision: str
@@ -61,6 +62,7 @@ class RunSettings:
     loss_chunk: int
     four_bit: bool
     gpu_memory: float
+    cached: bool = False
 
     @property
     def effective_batch(self) -> int:
@@ -192,6 +194,8 @@ def _side(
         lm_head_passes=3 if 0 < run.loss_chunk < sample.supervised * run.batch_size else 2,
         attention_backward=2 if run.attention == "eager" else FLASH_BACKWARD,
     )  # fmt: skip
+    if run.cached:
+        flops = replace(flops, vision=0.0)
     prefill = schedule.cost(facts.config, image_tokens=image_tokens, text_tokens=sample.text_tokens)
     after = (image_tokens, *(per_layer[stage.layer] for stage in schedule.stages))
     return Side(name, schedule, after, prefill, flops, activations, largest)

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from himap_train.data.loader import WINDOW_TOKENS
+from himap_train.data.loader import WINDOW_BATCHES, WINDOW_TOKENS
 
 
 class WindowMean:
@@ -21,10 +21,12 @@ class WindowMean:
 
     Attributes:
         tokens: Supervised tokens of the window on all ranks, at least 1.
+        begun: Whether it runs. A checkpoint may lie within one: what is left of it is a window then.
     """
 
     def __init__(self) -> None:
-        self.tokens = 1.0
+        self.tokens, self.begun = 1.0, False
+        self._batches = 1
         self._sums: dict[str, Tensor] = {}
 
     def begin(self, batch: dict[str, Any], trainer: Trainer, device: torch.device) -> None:
@@ -35,6 +37,7 @@ class WindowMean:
         """
         if WINDOW_TOKENS not in batch:
             raise ValueError(f"the batch has no {WINDOW_TOKENS!r}: let `himap_train.data.loader.Windows` count it")
+        self.begun, self._batches = True, batch[WINDOW_BATCHES]
         tokens = torch.tensor(float(batch[WINDOW_TOKENS]), device=device)
         self.tokens = max(float(trainer.strategy.reduce(tokens, reduce_op="sum")), 1.0)
         self._sums = {}
@@ -45,10 +48,15 @@ class WindowMean:
             self._sums[name] = self._sums.get(name, 0) + value.detach()
 
     def means(self, trainer: Trainer) -> dict[str, Tensor]:
-        """Each loss a supervised token, over all ranks."""
+        """Each loss a supervised token, over all ranks; the window has ended."""
+        self.begun = False
         reduced = {name: trainer.strategy.reduce(value, reduce_op="sum") for name, value in self._sums.items()}
         return {name: value / self.tokens for name, value in reduced.items()}
 
     def weight(self, trainer: Trainer) -> float:
         """Factor of a summed loss: Lightning divides by the number of micro-batches and averages over the ranks."""
         return trainer.accumulate_grad_batches * trainer.world_size / self.tokens
+
+    def weight_of_mean(self, trainer: Trainer) -> float:
+        """Factor of a micro-batch's mean loss: Lightning divides by as many as a full window has."""
+        return trainer.accumulate_grad_batches / self._batches

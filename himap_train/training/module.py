@@ -204,7 +204,7 @@ class LlavaFineTuner(AdapterModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One micro-batch; see the module's docstring for what is averaged over what."""
-        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+        if not self._window.begun:
             self._window.begin(batch, self.trainer, self.device)
         teacher = self._step.teacher if self._step else None
         with self.running_step(self._step):
@@ -221,7 +221,7 @@ class LlavaFineTuner(AdapterModule):
             for name, mean in means.items():  # divergence: of the last step with a teacher
                 self.log(f"train/{name}", mean, prog_bar=True, batch_size=len(batch["input_ids"]))
         if self.loss_average == "batch":
-            return total / count.clamp(min=1)
+            return total / count.clamp(min=1) * self._window.weight_of_mean(self.trainer)
         return total * self._window.weight(self.trainer)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

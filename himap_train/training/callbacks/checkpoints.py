@@ -19,7 +19,7 @@ from himap_train.checkpoints.finite import require_finite
 from himap_train.ranges import require_possible
 from himap_train.storage import atomic_file
 from himap_train.structured import check_shape
-from himap_train.training.callbacks.progress import step_ended
+from himap_train.training.callbacks.progress import between_steps, step_ended
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ MAY_DIFFER = (
     "loggers",
     "evaluation",
     "keep",
+    "save_every",
     "data.num_workers",
     "data.cache_image_features",
     "data.batch_size",  # with trainer.accumulate_grad_batches and the processes: the global batch, see check_same_order
@@ -68,28 +69,36 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class SaveLast(Checkpoint):
-    """`last.ckpt` after each validation, at the end of each epoch, and every so many optimizer steps."""
+    """`last.ckpt` after each validation, at the end of each epoch and of training, and every so many optimizer steps.
+
+    Where a validation lies within an optimizer step, when that has ended: its gradients are in no checkpoint.
+    """
 
     def __init__(self, file: Path, every_n_steps: int | None = None) -> None:
         require_possible({"save_every": every_n_steps})
         self.file = file
         self.every_n_steps = every_n_steps
+        self._validated = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Where an optimizer step ends; the last one may lie within an epoch."""
+        """Where an optimizer step ends; the last one may lie within an epoch, and where `max_time` stops within one."""
         due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         last = trainer.global_step == trainer.max_steps
-        if step_ended(trainer, batch_idx) and (due or last):
+        if trainer.should_stop or (step_ended(trainer, batch_idx) and (due or last or self._validated)):
             trainer.save_checkpoint(self.file)
+            self._validated = False
         if last:  # Lightning validates where it is told to stop, but not where max_steps ends within an epoch
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Within training only."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            trainer.save_checkpoint(self.file)
+            if between_steps(trainer):
+                trainer.save_checkpoint(self.file)
+            else:
+                self._validated = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Also where nothing is validated, but not where max_steps has cut the epoch: it would count as done."""
@@ -110,19 +119,21 @@ def last_and_best(folder: Path, every_n_steps: int | None, monitor: str, mode: s
     return [best, SaveLast(folder / "last.ckpt", every_n_steps)]
 
 
-def require_best(validation: Any, learnable: Any) -> None:
+def require_best(validation: Any, learnable: Any, batches: float | None) -> None:
     """Refuse to keep the best weights where nothing says which these are, or where they go with no saved schedule.
 
     Args:
         validation: `data.validation`.
         learnable: `pruning.learnable`.
+        batches: `trainer.limit_val_batches`.
 
     Raises:
         ValueError: Naming both keys and the way out.
     """
-    if validation is None:
+    if validation is None or batches == 0:
+        nothing = "data.validation is null" if validation is None else "trainer.limit_val_batches is 0"
         raise ValueError(
-            "keep is best, but data.validation is null, so nothing says which weights are best: give validation "
+            f"keep is best, but {nothing}, so nothing says which weights are best: give validation "
             "data (a share of the training data: --data.validation 0.05), or keep: last"
         )
     if learnable is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from himap_train.training.callbacks.progress import step_ended
+from himap_train.training.callbacks.progress import between_steps, step_ended
 
 
 class Interrupted(Exception):
@@ -79,8 +79,8 @@ class SaveOnInterrupt(Callback):
             self._stop_if_requested(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """A validation may take long."""
-        if not trainer.sanity_checking:
+        """A validation may take long; one within an optimizer step goes on, as gradients are not in a checkpoint."""
+        if not trainer.sanity_checking and between_steps(trainer):
             self._stop_if_requested(trainer)
 
     def _stop_if_requested(self, trainer: Trainer) -> None:

@@ -65,7 +65,7 @@ class LearnKeepRatios(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """The same ratios in all micro-batches of a window."""
-        if batch_idx % trainer.accumulate_grad_batches:
+        if self._leaf is not None:
             return
         step = trainer.global_step
         if step >= self._last:
@@ -89,6 +89,16 @@ class LearnKeepRatios(Callback):
         pl_module.adopt(self._schedule_after(trainer.global_step))
         if trainer.global_step == self._last:
             say(f"frozen keep ratios: {pl_module.schedule.to_dict()['stages']}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Where something else stopped it (`max_time`, early stopping) the budget is met all the same."""
+        if 0 < trainer.global_step < self._last:
+            pl_module.adopt(self._schedule_after(self._last))
+            say(
+                f"training ended at step {trainer.global_step}, before the keep ratios were to be frozen (step "
+                f"{self._last}): frozen now at the budget {self.settings.budget}, to which the weights had no time to "
+                f"adapt: {pl_module.schedule.to_dict()['stages']}"
+            )
 
     def _log(self, pl_module: Any, schedule: PruningSchedule) -> None:
         """What each layer keeps now, and what that costs."""

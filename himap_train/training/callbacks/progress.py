@@ -24,6 +24,11 @@ def step_ended(trainer: Trainer, batch_idx: int) -> bool:
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 
+def between_steps(trainer: Trainer) -> bool:
+    """Whether no gradient of a window that goes on is held, which no checkpoint has: a validation may begin within."""
+    return step_ended(trainer, trainer.fit_loop.epoch_loop.batch_idx)
+
+
 def logs_now(trainer: Any, batch_idx: int) -> bool:
     """Whether Lightning hands its metrics to the loggers after this micro-batch."""
     return step_ended(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0

@@ -46,9 +46,10 @@ from himap_train.training.run.folder import claim_folder
 from himap_train.training.run.launch import AroundTraining, FineTuneTrainer, is_first_process
 from himap_train.training.run.loggers import LoggerName, make_loggers, require_installed
 from himap_train.training.run.measured_rows import MeasuredRows
-from himap_train.training.run.parser import SuggestingParser
+from himap_train.training.run.parser import SuggestingParser, set_epochs
 from himap_train.training.run.rehearsal import rehearsal_folder, rehearse
 from himap_train.training.run.strategy_names import (
+    refuse_callbacks,
     refuse_together,
     register_strategies,
     require_known,
@@ -56,7 +57,7 @@ from himap_train.training.run.strategy_names import (
 from himap_train.training.schedules.per_step import Measured, SchedulePerStep
 from himap_train.training.schedules.settings import PruningSettings
 
-TRAINER_DEFAULTS = {"max_epochs": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "enable_model_summary": False}
+TRAINER_DEFAULTS = {"gradient_clip_val": 1.0, "num_sanity_val_steps": 0, "enable_model_summary": False}
 AUTO, _LAST = "auto", "last"
 _NOT_IN_CONFIG = ("config", "resume", "rehearse")
 
@@ -142,14 +143,17 @@ class FinetuneCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before anything is loaded."""
         require_known(self.config.trainer.strategy)
-        refuse_together(self.config.trainer.strategy, self.config.model, self.config.data.cache_image_features)
+        trainer = self.config.trainer
+        refuse_together(trainer.strategy, self.config.model, self.config.data.cache_image_features, trainer.precision)
         require_installed(self.config.loggers)
         if self.config.keep == "best":
-            require_best(self.config.data.validation, self.config.pruning.learnable)
+            given = self.config.data.validation, self.config.pruning.learnable, self.config.trainer.limit_val_batches
+            require_best(*given)
         if self.config.trainer.accelerator == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed would look for a GPU
         if self.config.rehearse:
             rehearse(self.config)
+        set_epochs(self.config.trainer)
         resolve_model(self.config.model.path)  # ends within seconds where the weights cannot be reached
         self.output = Path(self.config.output)
         self.checkpoints = self.output / "checkpoints"
@@ -159,7 +163,8 @@ class FinetuneCLI(LightningCLI):
         if is_first_process():
             if self.config.rehearse:
                 rehearsal_folder(self.output)
-            claim_folder(self.output, resuming=self.config.resume == AUTO or self.resume_from is not None)
+            own = self.resume_from is not None and self.resume_from.resolve().parent == self.checkpoints.resolve()
+            claim_folder(self.output, resuming=self.config.resume == AUTO or own)
             for folder in (self.output, self.checkpoints):
                 remove_leftovers(folder)
 
@@ -190,6 +195,8 @@ class FinetuneCLI(LightningCLI):
         settings: EvaluationSettings = self._get(self.config_init, "evaluation")
         generates = settings.during > 0 and self.config.data.validation is not None
         seed, pruning = int(self.config.seed_everything), self._get(self.config_init, "pruning")
+        refuse_callbacks(given.get("callbacks") or [])
+        logged = given.get("logger") is not False and bool(given.get("logger") or self.config.loggers)
         callbacks: list[Any] = [
             *([AroundTraining(*(partial(do, self) for do in self.around))] if self.around else []),
             *(given.pop("callbacks", None) or []),
@@ -198,7 +205,7 @@ class FinetuneCLI(LightningCLI):
             *([LearnRanking(ranking)] if (ranking := pruning.ranking(self.model.schedule)) else []),
             GradientNorm(self.checkpoints),
             Throughput(),
-            LearningRateMonitor("step"),
+            *([LearningRateMonitor("step")] if logged else []),
             *([GenerationAccuracy(settings)] if generates else []),
             *([] if sys.stderr.isatty() else [ProgressLines()]),
             RememberConfig(self.resolved_config()),

@@ -34,7 +34,8 @@ def claim_folder(folder: Path, resuming: bool) -> None:
     )
     if held and not resuming:
         raise FileExistsError(
-            f"{folder} already holds a run. Go on with it by adding --resume, or choose another --output, or remove it"
+            f"{folder} already holds a run. Go on with it by adding --resume (from a checkpoint of its own), or choose "
+            "another --output, or remove it"
         )
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -7,6 +7,7 @@ import re
 import sys
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from himap_train.command_line import config_first, end_with
@@ -46,3 +47,9 @@ def _own_data(options: list[str]) -> list[str]:
             others = options[:at] + options[at + 2 - ("=" in option) :]
             return ["--rehearse=mine" if other == "--rehearse" else other for other in others]
     return options
+
+
+def set_epochs(trainer: Namespace) -> None:
+    """One epoch where a config says nothing, as many as `max_steps` takes where it says that alone."""
+    if trainer.max_epochs is None:
+        trainer.max_epochs = -1 if trainer.max_steps > 0 else 1

@@ -132,7 +132,7 @@ def _short_training(trainer: Any) -> None:
     trainer.accumulate_grad_batches = min(trainer.accumulate_grad_batches, 2)
     trainer.val_check_interval = 2 * trainer.accumulate_grad_batches
     trainer.check_val_every_n_epoch = None
-    trainer.limit_val_batches = 2
+    trainer.limit_train_batches, trainer.limit_val_batches = None, 2
     trainer.log_every_n_steps = 1
     name = strategy_name(trainer.strategy)
     if name.startswith("deepspeed") and find_spec("deepspeed") is None:

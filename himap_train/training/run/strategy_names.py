@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import StrategyRegistry
 
 from himap_train.training.zero.strategy import ZeroStrategy
@@ -40,15 +41,32 @@ def require_known(strategy: Any) -> None:
         raise ValueError(f"trainer.strategy={strategy!r} is unknown{hint} Usual ones: {usual}")
 
 
-def refuse_together(strategy: Any, model: Any, cache_image_features: Any) -> None:
+def refuse_callbacks(callbacks: Any) -> None:
+    """Raises ValueError for one that changes how many micro-batches make a step, which the loader must know ahead."""
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(callback, GradientAccumulationScheduler):
+            raise ValueError(
+                "trainer.callbacks: GradientAccumulationScheduler changes the global batch within a run, over whose "
+                "tokens losses are averaged: set trainer.accumulate_grad_batches, and start another run with "
+                "--model.init_adapter where it is to change"
+            )
+
+
+def refuse_together(strategy: Any, model: Any, cache_image_features: Any, precision: Any = None) -> None:
     """Raises ValueError where settings do not go together, before anything is loaded.
 
     Args:
         strategy: The value of `trainer.strategy`.
         model: The group `model`.
         cache_image_features: The value of `data.cache_image_features`.
+        precision: The value of `trainer.precision`.
     """
     name, quantize = strategy_name(strategy), model.quantize
+    if precision in ("bf16-true", "16-true"):
+        raise ValueError(
+            f"trainer.precision={precision} would train in half precision, where small updates are rounded away: give "
+            "bf16-mixed, which holds frozen weights in bfloat16 too and trained ones in fp32, or 32-true"
+        )
     if model.vision_tower != "freeze" and cache_image_features:
         raise ValueError(
             f"model.vision_tower={model.vision_tower} changes image features, and data.cache_image_features "
