@@ -39,6 +39,7 @@ def main(
     prompt: str = "",
     answer_column: str = "",
     options_column: str = "",
+    image_column: str = "",
     type_column: str = "",
     schedule: ScheduleArgument = AS_SAVED,
     budget: float | None = None,
@@ -56,7 +57,7 @@ def main(
     device: str = "auto",
     **settings: Any,
 ) -> None:
-    r"""Answer every question of a data set greedily and score the answers.
+    r"""Answer the question of every record greedily, of a conversation its last one, and score the answers.
 
     Args:
         checkpoint: "embedded", a run or adapter folder, a merged folder, or any stock LLaVA (folder or hub name).
@@ -66,6 +67,7 @@ def main(
         prompt: What is asked, with columns in braces: "{question}\nAnswer with one word."; for files of any columns.
         answer_column: Column of the accepted answers.
         options_column: Column with the list of options, which stand in the prompt as {options}.
+        image_column: Column of the image where it is not `image` or `images`; several with commas.
         type_column: Column of the category, for scores of each.
         schedule: as-saved, none, a preset (himap, fastv, ...), a pruning.yaml, or the stages inline.
         budget: Run that schedule's layers at this flops_ratio of the mean prompt instead, 0.4 say; 1 is dense.
@@ -87,6 +89,7 @@ def main(
     check_budget_argument(budget, schedule)
     make_metrics(metrics or ["exact"])  # a misspelt name fails before anything is loaded
     columns = {"prompt": prompt, "answer": answer_column, "options": options_column, "type": type_column}
+    columns["image"] = image_column
     task = open_task(data, benchmark, answers, image_folder, follow_links, **columns)
     if output is not None:
         new_output_folder(output, (*FILES, PREDICTIONS, *SUBMISSIONS), overwrite)

@@ -18,7 +18,7 @@ from transformers import TextStreamer
 from himap_train.analysis.answered import answer_question, prompt_encoder
 from himap_train.checkpoints.load import AS_SAVED, installed_schedule, load_with_schedule
 from himap_train.command_line import run_command
-from himap_train.data.records import Conversation, Turn
+from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, Turn
 from himap_train.data.sources import open_source
 from himap_train.evaluation.budgeted import check_budget_argument, run_at_budget
 from himap_train.models.families.base import AspectRatio, Background
@@ -43,7 +43,7 @@ def main(
 
     Args:
         image: A picture file; by default that of a record.
-        question: What to ask about it; by default the record's first question.
+        question: What to ask about it, or about all images of the record; by default the record's first question.
         data: Where the record is from, as in evaluate.py.
         record: Its number.
         schedule: as-saved, none, a preset (himap, fastv, ...), a pruning.yaml, or the stages inline.
@@ -67,7 +67,8 @@ def main(
     runs = installed_schedule(model)
     if show_kept is not None and not runs.stages:
         raise ValueError("--show-kept has nothing to draw: the schedule is dense; choose one with --schedule himap")
-    print(f"USER: {conversation.turns[0].text.removeprefix('<image>').strip()}\nASSISTANT: ", end="", flush=True)
+    asked = conversation.turns[-1].text.replace(IMAGE_PLACEHOLDER, "").strip()
+    print(f"USER: {asked}\nASSISTANT: ", end="", flush=True)
     torch.manual_seed(seed)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     found = answer_question(model, encoder, conversation, runs, max_new_tokens, {"streamer": streamer})
@@ -90,10 +91,12 @@ def ask(image: Path | None, question: str | None, data: str, record: int) -> Con
         if not 0 <= record < len(source):
             raise ValueError(f"{data} has no record {record}")
         found = source[record]
-        if not found.images:
-            raise ValueError(f"record {record} of {data} has no image")
-        text = found.turns[0].text if question is None else f"<image>\n{question}"
-        return Conversation(found.id, found.images, (Turn("user", text),))
+        system = tuple(turn for turn in found.turns[:1] if turn.role == "system")
+        first = next((turn.text for turn in found.turns if turn.role == "user"), "")
+        text = first if question is None else IMAGE_PLACEHOLDER * len(found.images) + f"\n{question}"
+        if not (shown := text.count(IMAGE_PLACEHOLDER)):
+            raise ValueError(f"record {record} of {data} has no image, or none in its first question")
+        return Conversation(found.id, found.images[:shown], (*system, Turn("user", text)))
     if question is None:
         raise ValueError(f"what should be asked about {image}? Pass --question")
     if not image.is_file():

@@ -287,6 +287,55 @@ def test_free_form(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (["ant", "bee"], ["ant", "bee"]),
+        (["ant", "bee", None, ""], ["ant", "bee"]),
+        ({"A": "ant", "B": "bee"}, ["ant", "bee"]),
+        ({"text": ["ant", "bee"], "label": ["A", "B"]}, ["ant", "bee"]),
+        ("['ant', 'bee']", ["ant", "bee"]),
+        ('["ant", "bee"]', ["ant", "bee"]),
+        (None, []),
+        (["ant", None, "bee"], "with nothing where an option belongs"),
+        ("ant or bee", "expected a list of options, or a mapping"),
+        (3, "expected a list of options, or a mapping"),
+    ],
+)
+def test_options_in_any_form_are_asked_or_named(options, texts, tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"question": "Which?", "answer": "B", "of": options}])
+    source = open_task(str(path), prompt="{question}\n{options}", options="of").source
+    if isinstance(texts, str):
+        with pytest.raises(RecordError, match=texts):
+            source[0]
+    else:
+        listed = "".join(f"\n{letter}. {text}" for letter, text in zip("AB", texts, strict=False))
+        assert source[0].turns[0].text == f"Which?{listed}"
+
+
+def test_pictures_in_other_columns_are_shown_or_named(tmp_path):
+    (tmp_path / "0.png").write_bytes(png(0))
+    path = str(lines(tmp_path / "a.jsonl", [{"question": "?", "answer": "a", "image_path": "0.png"}]))
+    with pytest.raises(ValueError, match="what looks like pictures in image_path: give --image-column image_path"):
+        open_task(path, prompt="{question}")
+    assert open_task(path, prompt="{question}", image="image_path").source[0].images == (tmp_path / "0.png",)
+    rows = [{"question": "?", "answer": "a", "left": picture(1), "right": picture(2)}]
+    both = str(files.save(tmp_path / "two", rows, left=files.IMAGE, right=files.IMAGE))
+    with pytest.raises(ValueError, match="give --image-column left,right"):
+        open_task(both, prompt="{question}")
+    asked_about = open_task(both, prompt="{question}", image="left,right").source[0]
+    assert asked_about.images == (png(1), png(2)) and asked_about.turns[0].text == "<image>\n<image>\n?"
+
+
+def test_cells_of_a_table(tmp_path):
+    (tmp_path / "a.csv").write_text('question,answer\n?,"[""red"", ""crimson""]"\n?,[unclear]\n')
+    assert answers(open_task(str(tmp_path / "a.csv"), prompt="{question}")) == [["red", "crimson"], ["[unclear]"]]
+    for row in ("Red, or blue?,red", "Red?"):
+        (tmp_path / "b.csv").write_text(f"question,answer\nWhat?,red\n{row}\n")
+        with pytest.raises(ValueError, match=r"b.csv, line 3: \d fields in 2 columns; put texts with the separator"):
+            open_task(str(tmp_path / "b.csv"), prompt="{question}")
+
+
+@pytest.mark.parametrize(
     ("write", "name", "spec", "options", "message"),
     [
         (files.chartqa, "pope", "", {}, "['image', 'query', 'label', 'human_or_machine']; expected also 'question', "

@@ -156,6 +156,23 @@ def test_share_for_validation_is_the_same_for_every_seed_and_keeps_images_togeth
     assert not {c.images for c in train if c.images} & {c.images for c in validation if c.images}
 
 
+def test_images_stay_on_one_side_through_all_files(tmp_path: Path) -> None:
+    names = [f"{number}.png" for number in range(40)]
+    paths = []
+    for number, shown in enumerate((names, names[::-1], names[::3])):
+        records = [
+            {"id": f"{number}-{name}", "image": name, "conversations": [
+                {"from": "human", "value": "<image>\n?"}, {"from": "gpt", "value": "a"}]}
+            for name in shown
+        ]  # fmt: skip
+        paths.append(str(tmp_path / f"{number}.json"))
+        Path(paths[-1]).write_text(json.dumps(records))
+    data = module(paths, validation=0.1)
+    data.setup("fit")
+    sides = [{source[i].images[0] for i in range(len(source))} for source in map(data.source, ("train", "validation"))]
+    assert not sides[0] & sides[1] and 8 <= len(data.source("validation")) <= 12
+
+
 def test_images_that_messages_hold_stay_together_too(tmp_path: Path) -> None:
     urls = ["one.png", "data:image/png;base64,aGVsbG8=", "data:image/png;base64,aGVsbG9v"]
     file = tmp_path / "messages.jsonl"

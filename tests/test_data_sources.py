@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 
@@ -204,7 +205,28 @@ def test_images_are_opened_upright_and_rgb(tmp_path):
     picture.save(tmp_path / "a.jpg", exif=exif)
     image = open_image(tmp_path / "a.jpg", "x")
     assert (image.size, image.mode) == ((10, 20), "RGB")
-    assert image_size((tmp_path / "a.jpg").read_bytes(), "x") == (20, 10)
+    assert image_size((tmp_path / "a.jpg").read_bytes(), "x") == (10, 20)  # as it will be encoded
+
+
+def test_sizes_are_those_of_the_upright_image(tmp_path):
+    """Without a look behind the header."""
+    for ending, orientation in itertools.product(("jpg", "png", "webp", "tif"), (1, 3, 6, 8)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = tmp_path / f"{orientation}.{ending}"
+        Image.new("RGB", (20, 10)).save(file, exif=exif)
+        assert image_size(file, "x") == open_image(file, "x").size == ((10, 20) if orientation > 4 else (20, 10))
+        assert image_size(Image.open(file), "x") == open_image(file, "x").size
+
+
+def test_pictures_under_another_name_are_not_passed_over(tmp_path):
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
+    for key in ("image_path", "img", "picture", "Image_1"):
+        (tmp_path / "a.json").write_text(json.dumps([{"conversations": turns}, {"conversations": turns, key: "a.png"}]))
+        with pytest.raises(RecordError, match=f"images are read from `image` or `images`, found `{key}`"):
+            open_source(str(tmp_path / "a.json"))[1]
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": turns, "img": None, "image_id": 7}]))
+    assert not open_source(str(tmp_path / "a.json"))[0].images
 
 
 def test_missing_and_broken_images(tmp_path):

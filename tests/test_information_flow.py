@@ -186,6 +186,29 @@ def test_on_the_embedded_model_text_takes_from_the_image_in_layers_2_to_4() -> N
     assert sum(flow[6:]) < 0.2 * sum(flow)
 
 
+def test_the_picture_is_of_the_first_record_though_ids_repeat() -> None:
+    """Batches are in order of length."""
+    model, processor = load_llava("embedded")
+
+    class Repeated:
+        """Three scenes that are all called 0, the longest question first."""
+
+        scenes = SceneQuestions("validation", scenes=3)
+        asked = sorted(scenes, key=lambda found: -len(found.turns[0].text))[:3]
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, index: int) -> Any:
+            return replace(self.asked[index], id="0")
+
+    drawn = read_samples(model, processor, Repeated())
+    assert drawn.first.turns == Repeated.asked[0].turns and drawn.first_place > 0
+    place, width = drawn.first_place, drawn.batches[0].texts["input_ids"].shape[1]
+    alone = drawn.encoder.encode(drawn.first)["input_ids"]
+    assert torch.equal(drawn.batches[0].texts["input_ids"][place][: len(alone)], alone) and len(alone) <= width
+
+
 # ---- tables ----
 
 

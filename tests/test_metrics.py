@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import random
 
 import pytest
 import torch
@@ -193,6 +195,30 @@ def test_anls(prediction, answers, expected):
     assert anls_score(prediction, answers) == pytest.approx(expected)
 
 
+def test_anls_of_a_long_answer_in_another_place():
+    """A search along a beam finds no short way where much was put in before."""
+    answer = "the total amount due is $1,234.56 payable to Acme Holdings before June 30, 2019."
+    before = "According to the invoice shown in the picture it says that the following holds: "
+    assert anls_score(before + answer, [answer]) == pytest.approx(0.5)
+    rng = random.Random(0)
+    for _ in range(200):
+        one, other = ("".join(rng.choices("abc ", k=rng.randrange(12))) for _ in range(2))
+        distance = _slow_distance(" ".join(one.split()), " ".join(other.split()))
+        similarity = 1 - distance / (max(len(one), len(other)) or 1)
+        assert anls_score(one, [other]) == pytest.approx(similarity if similarity >= 0.5 else 0.0)
+
+
+def _slow_distance(one: str, other: str) -> int:
+    """By its definition."""
+    if not (one and other):
+        return len(one + other)
+    same = _distance(one[1:], other[1:]) + (one[0] != other[0])
+    return min(same, 1 + _distance(one[1:], other), 1 + _distance(one, other[1:]))
+
+
+_distance = functools.cache(_slow_distance)
+
+
 def test_anls_divides_by_the_raw_length():
     # Distance 1 after collapsing "a  b" to "a b"; the raw text has four characters: 1 - 1/4, not 1 - 1/3.
     assert anls_score("a  b", ["a c"]) == pytest.approx(0.75)
@@ -375,6 +401,19 @@ def test_strict_choice_reads_as_llavas_script(prediction, letter):
     assert strict_letter(prediction, OPTIONS) == letter
     if letter:
         assert figures(fill(StrictChoice(), [(prediction, [letter], OPTIONS)])) == {"choice-strict": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "letter"),
+    [
+        ("答案是B", "B"), ("选B", "B"), ("选择B。", "B"), ("正确答案是A。", "A"), ("我认为是A", "A"), ("A猫", "A"),
+        ("这是猫", "B"), ("答案是猫", "B"), ("不是猫", ""), ("不是B,是C", "C"), ("B是错的,选D", "D"), ("A和B都对", ""),
+        ("是T恤", "D"), ("T恤", "D"), ("一辆黑色自行车", ""),
+    ],
+)  # fmt: skip
+def test_letters_and_texts_beside_characters_without_spaces(prediction: str, letter: str) -> None:
+    """MMBench's Chinese half: neighbours are words of their own."""
+    assert extract_letter(prediction, {"A": "狗", "B": "猫", "C": "鸟", "D": "T恤"}) == letter
 
 
 def test_extract_letter_without_options():

@@ -51,7 +51,7 @@ def save_map(file: Path, samples: EncodedSamples, flows: Sequence[SampleFlow]) -
         ValueError: The family does not tell where its tokens lie.
     """
     record, encoder = samples.first, samples.encoder
-    flow = next(flow for flow in flows if flow.id == record.id)
+    flow = flows[samples.first_place]
     processor, family, image = encoder.processor, encoder.family, encoder.encode(record)["images"][0]
     picture = open_image(record.images[0], record.id, encoder.image_background)
     weights = weights_over_image(flow, family.image_tokens(processor, image))

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _TURN = {"conversations": ("from", "value"), "messages": ("role", "content")}
 TURN_KEYS = tuple(_TURN)
 TEXT_KEYS = (*TURN_KEYS, *_PROMPTED)
 IMAGE_KEYS = ("images", "image")
+_PICTURES = re.compile(r"(image|img|picture|photo)s?(_?(path|file|name|url|bytes|[0-9]+))?", re.IGNORECASE)
 PAIR_KEYS = ("rejected", "rejected_response", "rejected_messages", "non_preferred_output")
 """Where TRL, LLaMA-Factory, ms-swift and OpenAI keep the answer that is not to be given."""
 ONLY_CHOSEN = "only answers to be given are trained on: make each the last turn of a record that has no other"
@@ -49,6 +51,11 @@ _SHORT.maxlist = 12
 def has_turns(keys: Collection[str]) -> bool:
     """Whether records with these keys have what is said."""
     return not set(TURN_KEYS).isdisjoint(keys) or _PROMPTED.keys() <= set(keys)
+
+
+def unread_picture(keys: Iterable[str]) -> str | None:
+    """A key that looks like pictures and is none of `IMAGE_KEYS`."""
+    return next((key for key in keys if key not in IMAGE_KEYS and _PICTURES.fullmatch(key)), None)
 
 
 def read_record(
@@ -71,6 +78,8 @@ def read_record(
     where = f"{where} (id {key!r:.60})"
     turns, shown = turns_of(record, where)
     images = stored_images(record)
+    if not images and not shown and (other := unread_picture(name for name in record if record[name])):
+        raise RecordError(f"{where}: images are read from `image` or `images`, found `{other}`: rename or remove it")
     numbers = {number for number in shown if isinstance(number, int)}
     if numbers and max(numbers) >= len(images):
         raise RecordError(f"{where}: a turn shows image {max(numbers)}, but there are {len(images)} in `images`")

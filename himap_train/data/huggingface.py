@@ -35,6 +35,12 @@ class HuggingFaceRecords:
                 f"data set {name} has the columns {columns}; expected `messages` or `conversations`, with `images` or "
                 "`image` (as HuggingFaceH4/llava-instruct-mix-vsft has them), or `prompt` and `completion`"
             )
+        typed = [column for column, kind in dataset.features.items() if "Image(" in str(kind)]
+        if typed and not set(IMAGE_KEYS) & set(columns):
+            raise ValueError(
+                f"data set {name} holds images in {', '.join(typed)}; they are read from `images` or `image`: "
+                "dataset.rename_column(...)"
+            )
         self._dataset = dataset.with_format("arrow")  # rows as they are stored: images as {"bytes", "path"}
         self._texts = self._dataset.select_columns([c for c in TEXT_KEYS if c in columns])
         self.name, self.image_folder, self.follow_links = name, image_folder, follow_links

@@ -12,11 +12,12 @@ import os
 import re
 import stat
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from himap_train.data.pixel_modes import as_rgb
 from himap_train.data.records import ImageSource, RecordError
@@ -111,18 +112,25 @@ def open_image(source: ImageSource, where: str, background: Background = "white"
 
 
 def image_size(source: ImageSource, where: str) -> tuple[int, int]:
-    """(width, height) in pixels, reading no more than the header of a file.
+    """(width, height) in pixels of the upright image, reading no more than the header of a file.
 
     Raises:
         RecordError: missing, or the header is not that of an image.
     """
     try:
-        if isinstance(source, Image.Image):
-            return source.size
-        with _opened(source) as image:
-            return image.size
+        with nullcontext(source) if isinstance(source, Image.Image) else _opened(source) as image:
+            return image.size[::-1] if _lies_on_its_side(image) else image.size
     except Exception as error:  # decoders raise many kinds for what is no image
         raise RecordError(f"{where}: {_what_is_wrong(source, error)}") from error
+
+
+def _lies_on_its_side(image: Image.Image) -> bool:
+    """Whether width and height change places when it is turned upright. Of a PNG what stands before its pixels says it,
+    as Pillow would decode them to look behind; a TIFF turns itself.
+    """
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return False
+    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def content_digest(source: ImageSource, where: str) -> str:

@@ -155,19 +155,20 @@ def mix(
         parts: of `data.train`.
         image_folder: of the parts that name none.
         follow_links: see `open_source`.
-        share: for validation, of each set, rounded up: by chance, the same for every seed. Records of a file that
-            name the same first image stay together.
+        share: for validation, of each set, rounded up: by chance, the same for every seed. Records that name the same
+            first image stay together, through all files in which it is called so.
         limits: at most so many records of "train" and "validation": the first of each set, as the weights divide them.
 
     Raises:
         ValueError: a set is empty, its share leaves nothing, or it cannot be split as it changes with the epoch.
     """
     made: dict[str, list[Chosen]] = {"train": [], "validation": []}
+    sides: dict[str, bool] = {}
     for part in parts:
         name, source = part.path, open_source(part.path, part.image_folder or image_folder, follow_links=follow_links)
         if share is not None and changes_with_epoch(source):
             raise ValueError(f"data.validation: {share} of {name}, which is made anew in every epoch; name other data")
-        kept = np.zeros(len(source), dtype=bool) if share is None else _share(source, share)
+        kept = np.zeros(len(source), dtype=bool) if share is None else _share(source, share, sides)
         if kept.all():
             raise ValueError(
                 f"data.train: {name} has {len(kept)} record(s), which leaves none to train on; take it out"
@@ -198,11 +199,23 @@ def _divided(total: int, weights: Sequence[float]) -> list[int]:
     return [int(count) for count in counts]
 
 
-def _share(source: Source, share: float) -> np.ndarray:
-    """Whether each record (n,) is for validation."""
+def _share(source: Source, share: float, sides: dict[str, bool]) -> np.ndarray:
+    """Whether each record (n,) is for validation.
+
+    Args:
+        source: the records.
+        share: of them; more where earlier sets have put many of its images there.
+        sides: of images that other sets have, whether they are for validation; those of this one are added.
+    """
     first_image = getattr(source, "first_image", lambda _: None)
     numbers: dict[Any, int] = {}
     groups = np.array([numbers.setdefault(first_image(i) or i, len(numbers)) for i in range(len(source))])
+    decided = np.array([(1 if sides[name] else -1) if name in sides else 0 for name in numbers])
+    # First what is for validation in any case, then others until there is enough; last what must not be.
     order = np.random.default_rng(0).permutation(len(numbers))
+    order = order[np.argsort(-decided[order], kind="stable")]
     sizes = np.bincount(groups)[order]
-    return np.isin(groups, order[np.cumsum(sizes) - sizes < share * len(groups)])
+    taken = (np.cumsum(sizes) - sizes < share * len(groups)) & (decided[order] == 0) | (decided[order] == 1)
+    chosen = set(order[taken].tolist())
+    sides |= {name: number in chosen for name, number in numbers.items() if isinstance(name, str)}
+    return np.isin(groups, order[taken])

@@ -25,7 +25,10 @@ CIRCULAR_OFFSET = 1_000_000
 STRICT_LETTERS = tuple("ABCDE")
 """What LLaVA's script takes for letters of options."""
 
-_JOINED = r"(?!\W*(?:or|and|nor)?\W*\b[A-Za-z]\b(?!'))"  # "A or B", "(A), (B)": several, so none of them leads
+_CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces, so their neighbours are words of their own
+_BEFORE_CJK = re.compile(rf"(?<![A-Za-z])([A-Za-z])(?=[{_CJK}])")
+_BEHIND_CJK = re.compile(rf"(?<=[{_CJK}])([A-Za-z])(?![A-Za-z])")
+_JOINED = r"(?!\W*(?:or|and|nor|[和或与及])?\W*\b[A-Za-z]\b(?!'))"  # "A or B": none of them leads
 _LEADING_LETTER = re.compile(rf"[(\[\"'*]*([A-Za-z])[)\]\"'*]*(?:$|\s*\n|(?:[.:,]|(?<=[)\]*]))(?=\s|$){_JOINED})")
 _OPTION = r"(?:(?:the\s+)?(?:option|choice|letter)\b[\s:*\"']*)?"
 _NAMED_LETTERS = re.compile(  # "the answer is (b)", "Option A or B", "answer: the letter C"; "answer is a dog" isn't
@@ -38,6 +41,7 @@ _MARKED = r"[(\[\"'*]{0,4}(?:(?<=\()[a-z]|\b[A-Z])\b[)\]\"'*]{0,4}"
 _REFUSED = re.compile(  # "not B", "isn't option (b)", "A is wrong", "option A isn't": none of these names its letter
     rf"(?:\b[Nn]ot|n['’]t)\s+(?:(?:the\s+)?(?:option|choice|letter)\s+)?{_MARKED}"
     rf"|(?:\b(?:[Oo]ption|[Cc]hoice)\s+)?{_MARKED}\s+is(?:n['’]t|\s+(?:\w+\s+)?(?:not|wrong|incorrect))\b"
+    rf"|(?:不是|不选|并非|排除)\s*{_MARKED}|{_MARKED}\W*(?:不对|错误|是错)"
 )
 # Articles and pronouns are followed by a word, letters at most by one of these.
 _LONE_LETTER = re.compile(
@@ -110,7 +114,8 @@ def extract_letter(prediction: str, options: Mapping[str, str]) -> str:
         return whole[1].upper()
     texts = {letter: plain(normalize("NFKC", text)) for letter, text in options.items() if plain(text)}
     equal = {letter for letter, text in texts.items() if text == plain(said)}
-    contained, rest = _contained(said, texts)
+    contained, _ = _contained(said, texts)
+    _, rest = _contained(_BEHIND_CJK.sub(r" \1", _BEFORE_CJK.sub(r"\1. ", said)), texts)
     rest = _REFUSED.sub(" ", rest).strip()
     start = _LEADING_LETTER.match(rest)
     named: dict[bool, set[str]] = {True: set(), False: set()}
@@ -125,15 +130,20 @@ def extract_letter(prediction: str, options: Mapping[str, str]) -> str:
 def _contained(said: str, texts: Mapping[str, str]) -> tuple[set[str], str]:
     """Letters of the options whose texts stand in an answer, and the answer without those texts."""
     # A letter as a text is no text here: it can't be told from the letter of an option.
-    wanted = sorted({text for text in texts.values() if len(text) > 1 or text.isdigit()}, key=len, reverse=True)
+    wanted = sorted({text for text in texts.values() if not re.fullmatch("[a-z]", text)}, key=len, reverse=True)
     if not wanted:
         return set(), said
-    either = "|".join(r"\s+".join(map(re.escape, text.split())) for text in wanted)
-    pattern = re.compile(
-        rf"((?:\bnot|n['’]t)\s+(?:an?\s+|the\s+)?)?(?<!\w)(?<!\d\.)({either})(?!\w|[.,]\d)", re.IGNORECASE
-    )
+    either = "|".join(_bounded(r"\s+".join(map(re.escape, text.split())), text) for text in wanted)
+    pattern = re.compile(rf"((?:\bnot|n['’]t)\s+(?:an?\s+|the\s+)?|不是|并非)?({either})", re.IGNORECASE)
     found = {plain(text) for refused, text in pattern.findall(said) if not refused}
     return {letter for letter, text in texts.items() if text in found}, pattern.sub(" text ", said)
+
+
+def _bounded(pattern: str, text: str) -> str:
+    """A text of an option as a word by itself; in a script without spaces it may stand beside anything."""
+    other = rf"[^\W{_CJK}]"
+    before = "" if re.match(f"[{_CJK}]", text) else rf"(?<!{other})(?<!\d\.)"
+    return before + pattern + ("" if re.search(f"[{_CJK}]$", text) else rf"(?!{other}|[.,]\d)")
 
 
 def strict_letter(prediction: str, options: Mapping[str, str]) -> str:

@@ -72,6 +72,7 @@ class EncodedSamples:
         text_tokens: Text tokens of a sample, mean.
         supervised: Positions that are predicted, of all samples.
         first: A record that is among them.
+        first_place: Which sample it is, counted through the batches; ids may be the same.
         encoder: What encoded them.
     """
 
@@ -81,6 +82,7 @@ class EncodedSamples:
     text_tokens: float
     supervised: int
     first: Conversation
+    first_place: int
     encoder: Encoder
 
     @property
@@ -171,18 +173,20 @@ def read_samples(
         image_tokens=image / len(encoded),
         text_tokens=(lengths - image) / len(encoded),
         supervised=sum(int((sample["labels"][1:] != IGNORED).sum()) for sample in encoded),
-        first=first,
+        first=first[0],
+        first_place=next(place for place, sample in enumerate(encoded) if sample is first[1]),
         encoder=encoder,
     )
 
 
 def _encoded(
     questions: Iterable[Question], encoder: Encoder, skipped: SkipLog, each_turn: bool
-) -> tuple[list[Sample], int, Conversation | None]:
-    """Samples with an image, the number of those without, and the first record that has one."""
+) -> tuple[list[Sample], int, tuple[Conversation, Sample] | None]:
+    """Samples with an image, the number of those without, and the first record that has one, with its sample."""
     samples: list[Sample] = []
-    first: Conversation | None = None
+    first: tuple[Conversation, Sample] | None = None
     for question in questions:
+        before = len(samples)
         try:
             if each_turn:
                 turns = (encoder.encode(turn) for turn in _turns(question.conversation))
@@ -192,8 +196,9 @@ def _encoded(
         except RecordError as error:
             skipped.add(question.index, error)
             continue
-        if first is None and question.conversation.images:
-            first = question.conversation
+        shown = next((sample for sample in samples[before:] if sample["images"]), None)
+        if first is None and shown is not None:
+            first = question.conversation, shown
     with_image = [sample for sample in samples if sample["images"]]
     return with_image, len(samples) - len(with_image), first
 

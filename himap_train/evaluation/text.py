@@ -23,14 +23,21 @@ def anls_score(prediction: str, answers: Sequence[str]) -> float:
     The distance is taken between lower-case texts with single spaces, and divided by the length of the longer *raw*
     text, as DocVQA's evaluation does.
     """
-    from torchmetrics.functional.text import edit_distance  # a second and more, which every command would wait for
-
-    similarities = []
-    for answer in answers:
-        distance = edit_distance([_collapse(prediction)], [_collapse(answer)], reduction="sum")
-        similarities.append(1 - float(distance) / (max(len(prediction), len(answer)) or 1))
-    best = max(similarities)
+    longest = [max(len(prediction), len(answer)) or 1 for answer in answers]
+    distances = [_levenshtein(_collapse(prediction), _collapse(answer)) for answer in answers]
+    best = max(1 - distance / length for distance, length in zip(distances, longest, strict=True))
     return best if best >= ANLS_THRESHOLD else 0.0
+
+
+def _levenshtein(one: str, other: str) -> int:
+    """Characters that must be put in, taken out or changed; torchmetrics' `edit_distance` looks along a beam alone."""
+    above = list(range(len(other) + 1))
+    for row, character in enumerate(one, 1):
+        here = [row]
+        for column, target in enumerate(other, 1):
+            here.append(min(above[column] + 1, here[-1] + 1, above[column - 1] + (character != target)))
+        above = here
+    return above[-1]
 
 
 def _collapse(text: str) -> str:

@@ -34,6 +34,7 @@ class Table:
         row: A row by its number; images as they are stored.
         facts: The same without images, which then are not read.
         folder: Where paths of images start.
+        pictures: Columns that hold images by their type.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Table:
     row: Callable[[int], dict[str, Any]]
     facts: Callable[[int], dict[str, Any]]
     folder: Path
+    pictures: tuple[str, ...] = ()
 
 
 def open_table(spec: str, benchmark: Benchmark) -> Table:
@@ -105,7 +107,8 @@ def _csv_rows(path: Path, delimiter: str) -> list[dict[str, Any]]:
     csv.field_size_limit(_FIELD)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file, delimiter=delimiter))
+            reader = csv.DictReader(file, delimiter=delimiter)
+            rows: list[dict[str, Any]] = [_whole(row, f"{path}, line {reader.line_num}") for row in reader]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
     if not rows:
@@ -121,6 +124,15 @@ def _csv_rows(path: Path, delimiter: str) -> list[dict[str, Any]]:
         if image is not None:
             row["image"] = image
     return rows
+
+
+def _whole(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row with a field for each column; ValueError for another number, as where a comma stands in a text."""
+    columns = len(row) - (None in row)
+    fields = columns + len(row.get(None, ())) - sum(value is None for value in row.values())  # type: ignore[call-overload]
+    if fields != columns:
+        raise ValueError(f"{where}: {fields} fields in {columns} columns; put texts with the separator in quotes")
+    return row
 
 
 def _dataset(path: Path, config: str, split: str, named: bool) -> Any:
@@ -157,7 +169,7 @@ def _dataset(path: Path, config: str, split: str, named: bool) -> Any:
 def _dataset_table(dataset: Any, name: str, path: Path) -> Table:
     images = [column for column, kind in dataset.features.items() if "Image(" in str(kind)]
     labels = {column: kind.names for column, kind in dataset.features.items() if hasattr(kind, "names")}
-    own_name = bool(images) and not {"image", "images"} & set(dataset.column_names)  # of the column of images
+    own_name = len(images) == 1 and not {"image", "images"} & set(dataset.column_names)  # of the column of images
     whole = dataset.with_format("arrow")
     light = whole.remove_columns(images)
 
@@ -171,7 +183,7 @@ def _dataset_table(dataset: Any, name: str, path: Path) -> Table:
 
     folder = path if path.is_dir() else path.parent
     columns = [*dataset.column_names, *(["image"] if own_name else [])]
-    return Table(name, columns, len(dataset), reading(whole), reading(light), folder)
+    return Table(name, columns, len(dataset), reading(whole), reading(light), folder, tuple(images))
 
 
 def _joined(table: Table, images: Table, column: str) -> Table:

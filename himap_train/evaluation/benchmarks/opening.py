@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from himap_train.data.forms import TURN_KEYS
+from himap_train.data.forms import TURN_KEYS, unread_picture
 from himap_train.data.records import Source
 from himap_train.data.sources import open_source
-from himap_train.evaluation.benchmarks.files import open_table
+from himap_train.evaluation.benchmarks.files import Table, open_table
 from himap_train.evaluation.benchmarks.llava_files import AskedForLetters, is_question_file, with_answers
-from himap_train.evaluation.benchmarks.records import BenchmarkRecords
+from himap_train.evaluation.benchmarks.records import BenchmarkRecords, column_in
 from himap_train.evaluation.benchmarks.table import BENCHMARKS, Benchmark
 from himap_train.pruning.names import check_keys
 
@@ -70,6 +70,8 @@ def open_task(
         if entry.type == "with_image":
             source = AskedForLetters(source)
         return Task(source, entry.metrics or ("none",), entry.max_new_tokens, entry.export)
+    if benchmark is None:
+        _require_shown(table, entry, data)
     if is_question_file(table):
         if answers is None and not entry.export:
             raise ValueError(f"{data} is LLaVA's question file; name the benchmark's file of answers: --answers FILE")
@@ -82,3 +84,14 @@ def open_task(
     if not records.scored and not entry.export:
         raise ValueError(f"{data}: column {entry.answer!r} is empty, so there is nothing to score; is it a test split?")
     return Task(records, entry.metrics if records.scored else ("none",), entry.max_new_tokens, entry.export)
+
+
+def _require_shown(table: Table, entry: Benchmark, data: str) -> None:
+    """Raise ValueError where a file has pictures that nobody would be shown."""
+    if any(column_in(table.columns, name) for name in entry.image.split(",")):
+        return
+    found = ",".join(table.pictures) or unread_picture(table.columns)
+    if found:
+        raise ValueError(
+            f"{data} has no column `image`, and what looks like pictures in {found}: give --image-column {found}"
+        )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import string
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -14,10 +16,9 @@ from himap_train.data.images import image_source
 from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Turn
 from himap_train.evaluation.benchmarks.files import Table
 from himap_train.evaluation.benchmarks.table import Benchmark
-from himap_train.evaluation.choice import CIRCULAR_OFFSET
+from himap_train.evaluation.choice import CIRCULAR_OFFSET, json_list
 
 _MADE = ("question", "options", "options_in_line")  # names in prompts that are no columns of their own
-_IMAGES = "image|images"
 _TRIED = 100
 
 
@@ -69,12 +70,9 @@ class BenchmarkRecords:
         place, turn = self._places[index]
         row, benchmark = self._table.row(place), self._benchmark
         where = f"{self._table.name}, row {place}"
-        found = value_in(row, _IMAGES)
-        images = [
-            image_source(image, self._folder, where, self._links)
-            for image in (found if isinstance(found, list) else [found])
-            if image is not None
-        ]
+        columns = (value_in(row, column) for column in benchmark.image.split(","))
+        found = [image for held in columns for image in (held if isinstance(held, list) else [held])]
+        images = [image_source(image, self._folder, where, self._links) for image in found if image is not None]
         texts = self._texts(row)
         options = dict(zip(ascii_uppercase, texts[turn:] + texts[:turn], strict=False))
         question = str(value_in(row, benchmark.question) or "").replace(benchmark.without or "\0", "")
@@ -100,13 +98,15 @@ class BenchmarkRecords:
         wanted += [benchmark.question] if "question" in self._prompt.names else []
         wanted += [benchmark.type] if benchmark.type not in ("", "with_image") else []
         wanted += self._options[:2] or [name for name in self._prompt.names if name in _MADE[1:]]
-        wanted += ([] if benchmark.export else [benchmark.answer]) + ([_IMAGES] if benchmark.needs_image else [])
+        wanted += ([] if benchmark.export else [benchmark.answer]) + (
+            benchmark.image.split(",") if benchmark.needs_image else []
+        )
         missing = [name for name in wanted if not column_in(columns, name)]
         if missing:
             raise ValueError(
                 f"{self._table.name} has the columns {columns}; expected also {', '.join(map(repr, missing))}. Is it "
                 "this benchmark's file? Other columns: --prompt '{question} ...', --answer-column, --options-column, "
-                "--type-column"
+                "--type-column, --image-column"
             )
 
     def _index(self, place: int) -> int:
@@ -117,8 +117,7 @@ class BenchmarkRecords:
     def _texts(self, row: Mapping[str, Any]) -> list[str]:
         """Texts of the options, in order."""
         if len(self._options) == 1:
-            found = value_in(row, self._options[0])
-            return [str(text) for text in found] if isinstance(found, list) else []
+            return option_texts(value_in(row, self._options[0]), f"{self._table.name}, column {self._options[0]!r}")
         texts = [value_in(row, column) for column in self._options]
         return [str(text) for text in texts[: texts.index(None) if None in texts else None]]
 
@@ -131,7 +130,7 @@ class BenchmarkRecords:
 
     def _answers(self, answer: Any, texts: list[str], turn: int, where: str) -> str:
         """Accepted answers as JSON; those that name an option by its letter now."""
-        found = answer if isinstance(answer, list) else [] if answer is None else [answer]
+        found = _as_list(answer)
         letters = list(ascii_uppercase[: len(texts)])
         if self._benchmark.numbered or turn:
             for place, one in enumerate(found):
@@ -140,6 +139,37 @@ class BenchmarkRecords:
                     raise RecordError(f"{where}: the answer is {one!r:.60}; expected one of the options {texts}")
                 found = [*found[:place], letters[(number - turn) % len(texts)], *found[place + 1 :]]
         return json.dumps(found, ensure_ascii=False, default=str)
+
+
+def option_texts(found: Any, where: str) -> list[str]:
+    """Texts of options in order: from a list, also as text, a mapping of letters, or ARC's `text` and `label`.
+
+    Raises:
+        RecordError: Another form, or nothing where an option belongs.
+    """
+    if isinstance(found, str):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            found = ast.literal_eval(found) if found.strip().startswith(("[", "{", "(")) else found
+    if isinstance(found, Mapping):
+        found = found["text"] if {"text", "label"} <= found.keys() else list(found.values())
+    if found is None:
+        return []
+    if not isinstance(found, list | tuple):
+        raise RecordError(f"{where} holds {found!r:.60}; expected a list of options, or a mapping of letters to them")
+    texts = [None if text in (None, "") else str(text) for text in found]
+    while texts and texts[-1] is None:
+        texts.pop()
+    if None in texts:
+        raise RecordError(f"{where} holds {found!r:.60}, with nothing where an option belongs; take it out")
+    return [text for text in texts if text is not None]
+
+
+def _as_list(answer: Any) -> list[Any]:
+    """Accepted answers: a list, also as text as in a cell of a table, or one."""
+    if isinstance(answer, str) and answer.startswith("["):
+        listed = json_list(answer)
+        answer = listed if listed and all(isinstance(one, str | int | float) for one in listed) else answer
+    return answer if isinstance(answer, list) else [] if answer is None else [answer]
 
 
 def column_in(columns: Mapping[str, Any] | list[str], names: str) -> str:

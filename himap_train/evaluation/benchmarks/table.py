@@ -25,6 +25,7 @@ class Benchmark:
         split: Of the Hugging Face data set, where the user names none.
         config: Of the Hugging Face data set, where it has several.
         images: Config that holds the images alone, by `id`; `group` names them (GQA).
+        image: Column of the image, or of a list of them; several columns with commas.
         question: Column of the question.
         answer: Column of the accepted answers.
         options: Column with the list of options, or one column an option, with commas.
@@ -45,6 +46,7 @@ class Benchmark:
     split: str = "test"
     config: str = ""
     images: str = ""
+    image: str = "image|images"
     question: str = "question"
     answer: str = "answer"
     options: str = ""
