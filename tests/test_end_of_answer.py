@@ -92,6 +92,14 @@ def test_generate_recipe_and_written_checkpoints_end_there_too(
     assert run_recipe("generate", "--checkpoint", tmp_path / "base", *options) == 0
     assert capsys.readouterr().out.split("ASSISTANT: ")[1].strip() == answer
 
+    turns = [{"from": who, "value": text} for who, text in (("system", "Be short."), ("human", "<image><image>Same?"))]
+    record = {"image": ["a.png", "a.png"], "conversations": [*turns, {"from": "gpt", "value": "yes"}]}
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    options = ["--data", tmp_path / "a.json", "--record", 0, "--max_new_tokens", 6]
+    for question in ([], ["--question", "Same?"]):
+        assert run_recipe("generate", "--checkpoint", tmp_path / "base", *options, *question) == 0
+        assert capsys.readouterr().out.split("\nASSISTANT: ")[0] == "USER: Same?"
+
     saved = save_adapter(trained(str(tmp_path / "base")), tmp_path / "run" / "adapter", PRUNED, processor)
     folders = [saved, export_adapter(saved, tmp_path / "copy"), export_merged(saved, tmp_path / "merged")]
     for folder in folders:

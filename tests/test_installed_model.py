@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from cases import RAGGED, RAGGED_ANSWERS, make_case
@@ -14,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from himap_train import PruningSchedule, PruningStage, install_pruning, record_pruning, remove_pruning
 from himap_train.models.features import hidden_states
 from himap_train.models.install import change_schedule, pruning_of, running
+from himap_train.pruning.reading import fitted_schedule
 
 pytestmark = pytest.mark.core
 
@@ -136,6 +139,17 @@ def test_another_schedule_runs_inside_a_block_only() -> None:
         with running(model, PruningSchedule((PruningStage(9, "image", 0.5),))):
             pass
     assert installed.schedule == own
+
+
+@pytest.mark.parametrize(
+    "given", ["vtw", {"stages": [{"layer": 2, "criterion": "image", "keep_ratio": 0.5}]}, None], ids=str
+)
+def test_schedules_by_name_mapping_or_none(given: Any) -> None:
+    model = install_pruning(tiny_llava(), given)
+    assert pruning_of(model).schedule == fitted_schedule(given, 6)
+    with pytest.raises(ValueError, match="did you mean 'himap'"):
+        install_pruning(model, "himpa")
+    assert pruning_of(model).schedule == fitted_schedule(given, 6)
 
 
 def test_installing_again_replaces_the_schedule() -> None:
