@@ -64,7 +64,7 @@ def test_blocks_of_a_view_lie_beside_each_other_and_views_below_each_other():
     image = Image.new("RGB", (40, 20), (200, 40, 40))
     tiles = [TokenBlock(2, 2, box=(x, 0.0, x + 0.5, 1.0), row_end=1, view="tiles") for x in (0.0, 0.5)]
     blocks = [TokenBlock(1, 2, before=1, view="overview"), *tiles]
-    assert [block.tokens for block in blocks] == [3, 6, 6] and [block.placeless for block in blocks] == [1, 2, 2]
+    assert [block.tokens for block in blocks] == [3, 6, 6]
     # The class token; the right half; upper left of the first tile; a newline; lower right of the second tile.
     pixels = np.asarray(draw_kept(image, [[0, 2, 3, 5, 13]], blocks, ["stage 1"])).astype(int)
     height, width = PANEL // 2 + MARGIN + CAPTION, PANEL + MARGIN

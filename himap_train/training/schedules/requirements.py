@@ -24,7 +24,7 @@ def require_ratios(key: str, schedule: PruningSchedule) -> None:
     if not schedule.stages:
         raise ValueError(
             f"{key} changes how much model.schedule keeps, but that is dense and has no layers to remove tokens at; "
-            f"give it stages or a preset, such as himap (learned keep ratios have their own budget), or leave {key} out"
+            f"give it stages or a preset, such as himap, or leave {key} out (learned keep ratios have their own budget)"
         )
     for stage in schedule.stages:
         if stage.waits or not isinstance(stage.keep, Ratio):
