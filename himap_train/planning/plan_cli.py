@@ -126,7 +126,9 @@ class PlanCLI(FinetuneCLI):
             if source is not None:
                 records = min(len(source), self.data.limits["train"] or len(source))
         if records is not None and (limit := trainer.limit_train_batches) is not None:
-            records = int(records * limit) if isinstance(limit, float) and limit <= 1 else min(records, int(limit) * batch)
+            records = (
+                int(records * limit) if isinstance(limit, float) and limit <= 1 else min(records, int(limit) * batch)
+            )
         by_steps = [trainer.max_steps * run.effective_batch] if trainer.max_steps > 0 else []
         by_epochs = [records * trainer.max_epochs] if records is not None and (trainer.max_epochs or -1) > 0 else []
         return min([*by_steps, *by_epochs], default=None)
