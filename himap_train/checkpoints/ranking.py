@@ -59,7 +59,7 @@ def read_ranking(source: Path | str, schedule: PruningSchedule) -> dict[str, Ten
     Raises:
         ValueError: They are damaged.
     """
-    file = stock_file(str(source), RANKING_FILE) if learned_layers(schedule) else None
+    file = stock_file(str(source), RANKING_FILE, ours=True) if learned_layers(schedule) else None
     if file is None:
         return {}
     with named(file, "is damaged"):

@@ -52,7 +52,7 @@ def read_form(processor: Any, source: str) -> None:
     Raises:
         ValueError: The file is damaged.
     """
-    found = stock_file(source, FORM_FILE)
+    found = stock_file(source, FORM_FILE, ours=True)
     if found is not None:
         take_form(processor, ImageForm(**read_json(Path(found), _SHAPE)))
 

@@ -80,11 +80,10 @@ def load_tokenizer(source: str) -> Any:
     return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
-def stock_file(source: str, name: str) -> str | None:
-    """A file of a folder or a hub repository, None where it has none."""
-    found: str | None = cached_file(
-        source, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
+def stock_file(source: str, name: str, ours: bool = False) -> str | None:
+    """A file of a folder or a hub repository, None where it has none; of ours also where the hub cannot be asked."""
+    asked = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": not ours}
+    found: str | None = cached_file(source, name, **asked)
     return found
 
 
