@@ -29,7 +29,8 @@ def fine_tune_all(jobs: Mapping[Path, Sequence[str]], workers: int) -> None:
     """Run `recipes/finetune.py` for each folder with its options, `workers` at a time on one thread each.
 
     Raises:
-        RuntimeError: A run failed; names its log, which lies beside its folder. The others go on to their ends.
+        RuntimeError: A run failed, or one with other options is there; names its log or its options, which lie beside
+            its folder. The others go on to their ends.
     """
     with ThreadPoolExecutor(workers) as pool:
         runs = [pool.submit(_fine_tune, folder, options) for folder, options in jobs.items()]
@@ -44,8 +45,15 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def row_of(folder: Path, name: str) -> dict[str, Any]:
-    """One row of a run's table."""
-    return next(row for row in rows_of(folder) if row["name"] == name)
+    """One row of a run's table.
+
+    Raises:
+        ValueError: It has none of that name.
+    """
+    rows = {row["name"]: row for row in rows_of(folder)}
+    if name not in rows:
+        raise ValueError(f"{folder} has no row {name!r}, but {', '.join(rows)}: give another --output")
+    return rows[name]
 
 
 def points(output: Path, run: str, seeds: Sequence[int], row: str = "adapted pruned") -> list[tuple[float, float]]:
@@ -54,9 +62,13 @@ def points(output: Path, run: str, seeds: Sequence[int], row: str = "adapted pru
 
 
 def _fine_tune(folder: Path, options: Sequence[str]) -> None:
+    asked, file = json.dumps(list(options), indent=1) + "\n", folder.with_name(f"{folder.name}.options.json")
+    if folder.exists() and file.exists() and file.read_text(encoding="utf-8") != asked:
+        raise RuntimeError(f"{folder} is a run with other options ({file}): give another --output")
     if (folder / REPORT).exists():  # the last thing that a run writes
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(asked, encoding="utf-8")
     again = ["--resume", "auto"] if (folder / "config.yaml").exists() else []
     command = [sys.executable, "recipes/finetune.py", *options, "--output", str(folder), *again]
     with folder.with_name(f"{folder.name}.log").open("w", encoding="utf-8") as log:

@@ -17,7 +17,7 @@ from typing import Any
 
 from himap_train.benchmark.ablation import CONTROLS, read_grids, schedules_of
 from himap_train.benchmark.ablation_results import ablation_table, draw_heat_maps, lines_of, panels_of
-from himap_train.benchmark.ablation_rows import ROWS, measured, run_all, runs_of, timed_batch
+from himap_train.benchmark.ablation_rows import ROWS, measured, require_rankings, run_all, runs_of, timed_batch
 from himap_train.benchmark.timing import Clock
 from himap_train.checkpoints.load import load_with_schedule
 from himap_train.command_line import new_output_folder, run_command
@@ -79,6 +79,8 @@ def main(
         **loading: Options of `load_with_schedule`.
     """
     make_metrics(metrics)  # a misspelt name fails before anything is loaded
+    if "none" in metrics[:1] or not seeds:
+        raise ValueError(f"metrics {metrics}, seeds {seeds}: an ablation compares scores, over one seed or more")
     grids = read_grids(preset, layers=layers, ratios=ratios, criteria=criteria)
     schedules_of(grids, controls, None, False, skip_impossible)
     if overwrite:
@@ -88,6 +90,7 @@ def main(
     remove_pruning(model)
     depth = base_model(model).config.text_config.num_hidden_layers
     schedules = schedules_of(grids, controls, depth, layers is None, skip_impossible)
+    require_rankings(model, schedules)
     evaluation = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "metrics": metrics, "limit": limit}
     evaluation |= {"image_aspect_ratio": image_aspect_ratio}
     batch = timed_batch(model, processor, source, timed_prompts, image_aspect_ratio=image_aspect_ratio)
@@ -106,6 +109,8 @@ def main(
     if panels := panels_of(lines):  # where two things were varied
         label = f"{rows[0]['metric']} score, % (dense {lines[0].scores[0]:.1f})"
         draw_heat_maps(panels, label).savefig(output / PICTURE, dpi=120)
+    else:
+        (output / PICTURE).unlink(missing_ok=True)  # of another grid
     print(f"{text}\nsaved in {output}")
 
 

@@ -22,7 +22,9 @@ from himap_train.analysis.oracle import oracle_accuracy
 from himap_train.benchmark.ablation_rows import runs_of
 from himap_train.command_line import run_command
 from himap_train.data.sources import open_source
+from himap_train.embedded.scene_text import FINE_GRID
 from himap_train.evaluation.accuracy_against_cost import Scores, point, save_trade_off
+from himap_train.evaluation.budgeted import prompt_tokens
 from himap_train.evaluation.compare import compare
 from himap_train.models.loading import load_llava
 from himap_train.pruning.methods import METHODS
@@ -31,7 +33,6 @@ from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.stage import PruningStage
 
 PAIRS = ((1, 3), (2, 4), (2, 5))  # layers that HiMAP's two stages may have
-TEXT_TOKENS = 14  # the mean of a prompt's other tokens
 DRAWN = ("himap", "uniform", "random", "first-k", "divprune", "instruction", "oracle")
 
 UNTRAINED = ["himap", *(name for name, method in METHODS.items() if not method.learns)]
@@ -60,19 +61,22 @@ def main(
         output: Folder.
     """
     llava, processor = load_llava(model, attn_implementation="eager")
+    if "fine-" in kinds and llava.config.image_seq_length != FINE_GRID**2:
+        raise ValueError(f"fine scenes need {FINE_GRID**2} image tokens, not those of {model}: --kinds '[\"\"]'")
     for kind in kinds:
         folder = output / f"{kind}{split}"
         folder.mkdir(parents=True, exist_ok=True)
         asked = open_source(f"embedded:{kind}{split}?scenes={scenes}&seed=11")
         chosen_on = open_source(f"embedded:{kind}validation?scenes={scenes // 2}&seed=5")
-        run = partial(measured, folder / "measured.json")
+        run = partial(measured, folder / "measured.json", f"{model}, {scenes} scenes")
+        tokens = prompt_tokens(asked, processor)
         scores: Scores = {}
         with torch.autocast("cpu", torch.bfloat16):
             dense = run("dense", partial(answer, llava, processor, asked, PruningSchedule()))
             for name in methods:
                 scores[name] = {}
                 for budget in budgets:
-                    forms = candidates(name, llava.config, budget)
+                    forms = candidates(name, llava.config, budget, tokens)
                     if not forms:
                         continue
                     tried = [
@@ -85,7 +89,9 @@ def main(
                         for form, seed in runs_of([best], seeds)
                     ]
             if kind == "fine-":
-                even = {b: at(b, PruningSchedule((PruningStage(0, "uniform", 0.5),)), llava.config) for b in budgets}
+                even = {
+                    b: at(b, PruningSchedule((PruningStage(0, "uniform", 0.5),)), llava.config, tokens) for b in budgets
+                }
                 scores["oracle"] = {
                     budget: [run(f"oracle {budget}", partial(foresee, llava, processor, asked, schedule, budget))]
                     for budget, schedule in even.items()
@@ -95,7 +101,7 @@ def main(
         print(f"{kind}{split}\n{save_trade_off(folder, scores, {'dense': [dense[1]]}, drawn)}", flush=True)
 
 
-def candidates(name: str, config: Any, budget: float) -> list[PruningSchedule]:
+def candidates(name: str, config: Any, budget: float, tokens: tuple[int, int]) -> list[PruningSchedule]:
     """The forms of a method that meet the budget: before the decoder where it can act there, else behind a layer."""
     forms: list[tuple[tuple[int, str, float], ...]]
     if name == "himap":
@@ -105,7 +111,7 @@ def candidates(name: str, config: Any, budget: float) -> list[PruningSchedule]:
     else:
         forms = [((0, name, 0.5),)]
     schedules = [PruningSchedule(tuple(PruningStage(*stage) for stage in form)) for form in forms]
-    return [schedule for form in schedules if (schedule := at(budget, form, config))]
+    return [schedule for form in schedules if (schedule := at(budget, form, config, tokens))]
 
 
 def key(form: PruningSchedule) -> str:
@@ -113,10 +119,10 @@ def key(form: PruningSchedule) -> str:
     return "; ".join(f"{stage.criterion} at {stage.layer}, {stage.keep}" for stage in form.stages)
 
 
-def at(budget: float, form: PruningSchedule, config: Any) -> PruningSchedule | None:
-    """The form at a budget; None where its layers cost more than that."""
+def at(budget: float, form: PruningSchedule, config: Any, tokens: tuple[int, int]) -> PruningSchedule | None:
+    """The form at a budget of a prompt of so many image and other tokens; None where its layers cost more than that."""
     try:
-        return form.at_budget(config, budget, config.image_seq_length, TEXT_TOKENS)
+        return form.at_budget(config, budget, *tokens)
     except ValueError:
         return None
 
@@ -134,9 +140,9 @@ def foresee(llava: Any, processor: Any, source: Any, even: PruningSchedule, budg
     return budget, 100 * oracle_accuracy(llava, processor, source, ratio)
 
 
-def measured(file: Path, key: str, measure: Callable[[], tuple[float, float]]) -> tuple[float, float]:
-    """What `file` has under `key`, measured and added where it is not there."""
-    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+def measured(file: Path, asked: str, key: str, measure: Callable[[], tuple[float, float]]) -> tuple[float, float]:
+    """What `file` has under what is asked and `key`, measured and added where it is not there."""
+    found, key = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}, f"{asked}: {key}"
     if key not in found:
         found[key] = measure()
         file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

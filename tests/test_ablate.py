@@ -96,6 +96,14 @@ def test_what_it_refuses_before_the_model_is_read(
     assert not (tmp_path / "new").exists()
 
 
+def test_a_ranking_that_nobody_trained_is_refused(capsys: Any, tmp_path: Path) -> None:
+    options = ["--layers", "[[1]]", "--ratios", "[[0.5]]", "--criteria", "[[learned]]", "--output", tmp_path]
+    assert run_recipe("ablate", "--data", "embedded:validation?scenes=3", *options) == 2
+    assert "criterion learned: this checkpoint has no ranking at layer 1, but at []" in capsys.readouterr().err
+    assert run_recipe("ablate", "--metrics", "[none]", *options) == 2
+    assert "an ablation compares scores" in capsys.readouterr().err
+
+
 def test_depth_sets_one_layer_for_all_against_one_for_each() -> None:
     found = schedules("depth", 8, ("uniform",))
     fixed = {one.stages[0].layer for one in found if len(one.stages) == 1}

@@ -48,3 +48,18 @@ def test_a_failed_run_is_named_and_the_others_are_run(tmp_path: Path, calls: lis
     with pytest.raises(RuntimeError, match="bad failed with status 2; see .*bad.log"):
         experiments.fine_tune_all(jobs, workers=1)
     assert len(calls) == 2
+
+
+def test_a_run_with_other_options_is_not_taken_for_this_one(tmp_path: Path, calls: list[list[str]]) -> None:
+    experiments.fine_tune_all({tmp_path / "run": ["--data.test", "validation"]}, workers=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "report.html").touch()
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps({"rows": [{"name": "dense"}]}))
+    experiments.fine_tune_all({tmp_path / "run": ["--data.test", "validation"]}, workers=1)
+    assert len(calls) == 1
+    with pytest.raises(
+        RuntimeError, match="run is a run with other options .*run.options.json.: give another"
+    ):
+        experiments.fine_tune_all({tmp_path / "run": ["--data.test", "test"]}, workers=1)
+    with pytest.raises(ValueError, match="run has no row 'pruned at 0.2', but dense: give another --output"):
+        experiments.row_of(tmp_path / "run", "pruned at 0.2")

@@ -30,6 +30,7 @@ from himap_train.data.encode import IGNORED
 from himap_train.data.records import Conversation, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.evaluation.answering import answer_batch
+from himap_train.evaluation.budgeted import prompt_tokens
 from himap_train.evaluation.samples import read_samples
 from himap_train.models.families import family_of
 from himap_train.models.loading import load_config, load_llava
@@ -207,6 +208,25 @@ def test_the_picture_is_of_the_first_record_though_ids_repeat() -> None:
     place, width = drawn.first_place, drawn.batches[0].texts["input_ids"].shape[1]
     alone = drawn.encoder.encode(drawn.first)["input_ids"]
     assert torch.equal(drawn.batches[0].texts["input_ids"][place][: len(alone)], alone) and len(alone) <= width
+
+
+def test_budgets_are_of_prompts_however_long_the_answers() -> None:
+    model, processor = load_llava("embedded")
+    source = SceneQuestions("validation", scenes=7)
+
+    class Long:
+        """The same questions, answered with many words."""
+
+        def __len__(self) -> int:
+            return len(source)
+
+        def __getitem__(self, index: int) -> Any:
+            found = source[index]
+            return replace(found, turns=(*found.turns[:-1], replace(found.turns[-1], text="red " * 60)))
+
+    short, long = (read_samples(model, processor, one) for one in (source, Long()))
+    assert short.tokens == long.tokens and long.supervised > 50 * 7
+    assert short.tokens == dict(zip(("image_tokens", "text_tokens"), prompt_tokens(source, processor), strict=True))
 
 
 # ---- tables ----

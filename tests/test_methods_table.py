@@ -26,12 +26,17 @@ def test_a_second_start_measures_nothing_again(tmp_path: Path, capsys: pytest.Ca
     assert "| instruction | " in first and "| oracle | " in first and first.count(" ± ") == 2
     file = tmp_path / "fine-validation/measured.json"
     found = json.loads(file.read_text())
-    tried = [key for key in found if key.startswith("choosing")]  # at 0.2 there is only layer 1
-    assert len(tried) >= 2 and all(key.startswith("choosing instruction at ") for key in tried)
-    file.write_text(json.dumps(found | {"dense": [1.0, 12.5]}))
+    of = "embedded-fine, 12 scenes: "
+    tried = [key for key in found if key.startswith(f"{of}choosing")]  # at 0.2 there is only layer 1
+    assert len(tried) >= 2 and all(key.startswith(f"{of}choosing instruction at ") for key in tried)
+    file.write_text(json.dumps(found | {f"{of}dense": [1.0, 12.5]}))
     table.main(methods=["uniform", "random", "instruction"], output=tmp_path, **settings)
     assert capsys.readouterr().out == first.replace(first[first.index("dense:") :], "dense: 12.5\n\n")
     assert (tmp_path / "fine-validation/budgets.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="fine scenes need 256 image tokens, not those of embedded"):
+        table.main(methods=["uniform"], output=tmp_path, model="embedded", **settings)
+    table.main(methods=["uniform"], output=tmp_path, **{**settings, "scenes": 8})  # other scenes are measured anew
+    assert "dense: 12.5" not in capsys.readouterr().out
 
 
 def test_the_oracle_keeps_what_the_question_is_about() -> None:

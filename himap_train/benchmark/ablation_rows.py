@@ -22,7 +22,9 @@ from himap_train.data.records import RecordError, Source
 from himap_train.evaluation.compare import evaluate_row
 from himap_train.evaluation.tables import json_ready, write_json
 from himap_train.models.features import prompt_inputs
-from himap_train.models.stock import base_model
+from himap_train.models.foresight import learned_layers
+from himap_train.models.installed import scorers_of
+from himap_train.models.stock import base_model, text_decoder
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.structured import read_json
 
@@ -35,6 +37,16 @@ def runs_of(schedules: Sequence[PruningSchedule], seeds: Sequence[int]) -> list[
     """Each schedule once, and for every seed where it chooses by chance."""
     chance = {one: any(stage.method.by_chance for stage in one.stages) for one in schedules}
     return [(one, seed) for one in schedules for seed in (seeds if chance[one] else seeds[:1])]
+
+
+def require_rankings(model: nn.Module, schedules: Sequence[PruningSchedule]) -> None:
+    """Raise ValueError where a schedule ranks by what was learned and the model has learned nothing there: the
+    benchmark, whose weights are random, would rank at random.
+    """
+    held = scorers_of(text_decoder(model))
+    lacking = [layer for schedule in schedules for layer in learned_layers(schedule) if layer not in held]
+    if lacking:
+        raise ValueError(f"criterion learned: this checkpoint has no ranking at layer {lacking[0]}, but at {[*held]}")
 
 
 def run_all(

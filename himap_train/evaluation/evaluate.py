@@ -82,7 +82,7 @@ def evaluate(
     if longest < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, which leaves no room for a prompt: give less")
     encoder = Encoder(processor, longest, image_aspect_ratio, image_background)
-    tokens: list[SampleTokens] = []
+    tokens: list[tuple[int, SampleTokens]] = []
     predictions: list[Prediction] = []
     skipped = SkipLog(total, max_skipped)
     with evaluation_mode(model), progress_bar("evaluating", total, progress) as advance:
@@ -91,17 +91,19 @@ def evaluate(
         ):
             if padded:
                 texts, found = answer_batch(model, processor, padded, max_new_tokens)
-                tokens += found
-                predictions += _score(scorers, batch, texts)
+                made = _score(scorers, batch, texts)
+                predictions += made
+                tokens += zip((prediction.index for prediction in made), found, strict=True)
             advance(count)
     parts = from_all((tokens, predictions, skipped.reasons, scorers))
     for number, scorer in enumerate(scorers):
         scorer.join(scored[number] for *_, scored in parts)
-    # A prediction that several made once: the first's, as in the scores.
+    # What several processes made once: the first's, as in the scores.
+    ran = {index: sample for found, *_ in reversed(parts) for index, sample in found}
     by_index = {prediction.index: prediction for _, made, *_ in reversed(parts) for prediction in made}
     _warn_of_cut_answers(processor.tokenizer, by_index.values(), max_new_tokens)
     overall, types = scorers[0].summary()
-    samples = [sample for found, *_ in parts for sample in found]
+    samples = [ran[index] for index in sorted(ran)]
     return EvaluationResult(
         metric=scorers[0].name,
         overall=overall,

@@ -69,7 +69,7 @@ class EncodedSamples:
         batches: In the order of length.
         count: Samples.
         image_tokens: Image tokens of a sample, mean.
-        text_tokens: Text tokens of a sample, mean.
+        text_tokens: Text tokens of a sample's prompt, mean: without its last answer, which a prefill has not.
         supervised: Positions that are predicted, of all samples.
         first: A record that is among them.
         first_place: Which sample it is, counted through the batches; ids may be the same.
@@ -165,13 +165,13 @@ def read_samples(
     pad = pad_token_id_of(processor.tokenizer)
     with evaluation_mode(model):
         batches = [_batch(base, encoded[i : i + batch_size], pad) for i in range(0, len(encoded), batch_size)]
-    lengths = sum(len(sample["input_ids"]) for sample in encoded)
+    prompts = sum(int((sample["labels"] == IGNORED).nonzero().max()) + 1 for sample in encoded)
     image = sum(int((sample["input_ids"] == base.config.image_token_id).sum()) for sample in encoded)
     return EncodedSamples(
         batches=batches,
         count=len(encoded),
         image_tokens=image / len(encoded),
-        text_tokens=(lengths - image) / len(encoded),
+        text_tokens=(prompts - image) / len(encoded),
         supervised=sum(int((sample["labels"][1:] != IGNORED).sum()) for sample in encoded),
         first=first[0],
         first_place=next(place for place, sample in enumerate(encoded) if sample is first[1]),
