@@ -296,7 +296,11 @@ def test_free_form(tmp_path):
         ("['ant', 'bee']", ["ant", "bee"]),
         ('["ant", "bee"]', ["ant", "bee"]),
         (None, []),
-        (["ant", None, "bee"], "with nothing where an option belongs"),
+        ({"B": "bee", "A": "ant"}, ["ant", "bee"]),
+        ('["ant", "bee", null]', ["ant", "bee"]),
+        ("['ant' 'bee']", "expected a list of options, or a mapping"),
+        ({"A": "ant", "C": "bee"}, "letters or numbers that follow each other"),
+        (["ant", None, "bee"], "letters or numbers that follow each other"),
         ("ant or bee", "expected a list of options, or a mapping"),
         (3, "expected a list of options, or a mapping"),
     ],
@@ -312,10 +316,18 @@ def test_options_in_any_form_are_asked_or_named(options, texts, tmp_path):
         assert source[0].turns[0].text == f"Which?{listed}"
 
 
+def test_answers_by_the_labels_of_the_file(tmp_path):
+    """ARC numbers some of its options from 1."""
+    options = {"text": ["ant", "bee", "cow"], "label": ["1", "2", "3"]}
+    path = lines(tmp_path / "a.jsonl", [{"question": "Which?", "answer": "1", "of": options}])
+    task = open_task(str(path), prompt="{question}\n{options}", options="of")
+    assert answers(task) == [["A"]] and asked(task) == ["Which?\nA. ant\nB. bee\nC. cow"]
+
+
 def test_pictures_in_other_columns_are_shown_or_named(tmp_path):
     (tmp_path / "0.png").write_bytes(png(0))
     path = str(lines(tmp_path / "a.jsonl", [{"question": "?", "answer": "a", "image_path": "0.png"}]))
-    with pytest.raises(ValueError, match="what looks like pictures in image_path: give --image-column image_path"):
+    with pytest.raises(ValueError, match="pictures in image_path, which would not be shown: give --image-column"):
         open_task(path, prompt="{question}")
     assert open_task(path, prompt="{question}", image="image_path").source[0].images == (tmp_path / "0.png",)
     rows = [{"question": "?", "answer": "a", "left": picture(1), "right": picture(2)}]
@@ -327,8 +339,10 @@ def test_pictures_in_other_columns_are_shown_or_named(tmp_path):
 
 
 def test_cells_of_a_table(tmp_path):
-    (tmp_path / "a.csv").write_text('question,answer\n?,"[""red"", ""crimson""]"\n?,[unclear]\n')
-    assert answers(open_task(str(tmp_path / "a.csv"), prompt="{question}")) == [["red", "crimson"], ["[unclear]"]]
+    cells = ['"[""red"", ""crimson""]"', "\"['red', 'pink']\",", "[unclear]"]
+    (tmp_path / "a.csv").write_text("question,answer\n" + "".join(f"?,{cell}\n" for cell in cells) + "   \n")
+    task = open_task(str(tmp_path / "a.csv"), prompt="{question}")
+    assert answers(task) == [["red", "crimson"], ["red", "pink"], ["[unclear]"]]
     for row in ("Red, or blue?,red", "Red?"):
         (tmp_path / "b.csv").write_text(f"question,answer\nWhat?,red\n{row}\n")
         with pytest.raises(ValueError, match=r"b.csv, line 3: \d fields in 2 columns; put texts with the separator"):

@@ -57,9 +57,7 @@ def test_a_run_with_other_options_is_not_taken_for_this_one(tmp_path: Path, call
     (tmp_path / "run" / "metrics.json").write_text(json.dumps({"rows": [{"name": "dense"}]}))
     experiments.fine_tune_all({tmp_path / "run": ["--data.test", "validation"]}, workers=1)
     assert len(calls) == 1
-    with pytest.raises(
-        RuntimeError, match="run is a run with other options .*run.options.json.: give another"
-    ):
+    with pytest.raises(RuntimeError, match="run is a run with other options .*run.options.json.: give another"):
         experiments.fine_tune_all({tmp_path / "run": ["--data.test", "test"]}, workers=1)
     with pytest.raises(ValueError, match="run has no row 'pruned at 0.2', but dense: give another --output"):
         experiments.row_of(tmp_path / "run", "pruned at 0.2")

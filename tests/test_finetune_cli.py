@@ -25,9 +25,11 @@ from himap_train.checkpoints import agreement
 from himap_train.checkpoints.export import export_merged
 from himap_train.checkpoints.load import load_checkpoint
 from himap_train.data.encode import Encoder
+from himap_train.data.module import LlavaDataModule
 from himap_train.evaluation.compare import Row, compare
 from himap_train.models.families.image_form import FORM_FILE, ImageForm, image_form
 from himap_train.models.install import pruning_of
+from himap_train.training.init_adapter import processor_of
 from himap_train.training.run import measured_rows
 from himap_train.training.run.finetune_cli import FinetuneCLI
 from himap_train.training.run.folder import claim_folder
@@ -191,6 +193,9 @@ def test_what_is_trained_is_asked_about_pictures_made_ready_alike(
         assert ImageForm(encoder.image_aspect_ratio, encoder.image_background) == trained, folder
         assert Encoder(encoder.processor, None, "as_processor").image_aspect_ratio == "as_processor"
     assert image_form(load_checkpoint(tiny_path)[1]) == ImageForm("as_processor", "white")
+    for start, adapter in ((str(merged), None), (tiny_path, str(finished)), (tiny_path, str(checkpoint))):
+        data = LlavaDataModule(processor=processor_of(start, adapter))  # what goes on training goes on so, too
+        assert ImageForm(data.image_aspect_ratio, data.image_background) == trained
     again = AutoProcessor.from_pretrained(merged)  # stock classes read the folder as before
     assert again.image_processor.to_dict() == load_checkpoint(tiny_path)[1].image_processor.to_dict()
     (merged / FORM_FILE).write_text('{"image_aspect_ratio": "square", "image_background": "white"}')

@@ -408,7 +408,7 @@ def test_strict_choice_reads_as_llavas_script(prediction, letter):
     [
         ("答案是B", "B"), ("选B", "B"), ("选择B。", "B"), ("正确答案是A。", "A"), ("我认为是A", "A"), ("A猫", "A"),
         ("这是猫", "B"), ("答案是猫", "B"), ("不是猫", ""), ("不是B,是C", "C"), ("B是错的,选D", "D"), ("A和B都对", ""),
-        ("是T恤", "D"), ("T恤", "D"), ("一辆黑色自行车", ""),
+        ("猫,富含维生素C", "B"), ("这是猫,A级", "B"), ("是T恤", "D"), ("T恤", "D"), ("一辆黑色自行车", ""),
     ],
 )  # fmt: skip
 def test_letters_and_texts_beside_characters_without_spaces(prediction: str, letter: str) -> None:

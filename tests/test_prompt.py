@@ -101,6 +101,14 @@ def test_image_tokens_are_never_predicted() -> None:
     losses = [model(**call, labels=labels).loss for labels in (every, text)]
     losses += [model(**call, shift_labels=nn.functional.pad(every[:, 1:], (0, 1), value=-100), labels=every).loss]
     assert losses[0] == losses[1] == losses[2]
+    embeds = {
+        "inputs_embeds": model.get_input_embeddings()(call["input_ids"]),
+        "image_token_mask": call["input_ids"] == 4,
+    }
+    merged = {**embeds, "attention_mask": call["attention_mask"]}
+    assert model(**merged, labels=every).loss == model(**merged, labels=text).loss
+    with pytest.raises(ValueError, match="pass one entry per token"):
+        model(**call, labels=every[:, 1:])
     dense = install_pruning(model, None)  # bit for bit as stock
     assert dense(**call, labels=every).loss != dense(**call, labels=text).loss
 
@@ -120,6 +128,8 @@ def test_prompts_whose_images_are_merged_already_are_pruned(search: dict[str, in
         with record_pruning(model) as trace:
             found = model.generate(inputs_embeds=merged, **said, **options)
         assert torch.equal(found[:, -3:], expected) and len(trace.kept[1][0]) == 7 + 2
+    with pytest.raises(ValueError, match="image_token_mask has shape .1, .*, the prompts .2, .*: one entry per token"):
+        model.generate(inputs_embeds=merged, image_token_mask=ids[:1] == 4, **options)
     with pytest.raises(ValueError, match="pass image_token_mask .B, S. with inputs_embeds, to the model or to"):
         model.generate(inputs_embeds=merged, **options)
 

@@ -188,6 +188,29 @@ def test_a_window_that_a_checkpoint_cuts_is_averaged_over_what_is_left(
     assert len(second.seen) == 7 and all(loss < 3 * straight[0][0][0] for loss, _ in second.seen)
 
 
+class Stopping(Losses):
+    """As early stopping does: a validation, here within a step, is the last."""
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize(("epochs", "saved_at"), [(None, [1]), (2, [2, 3, 5, 6])], ids=["at once", "after two epochs"])
+def test_where_training_is_stopped_it_is_saved_once(
+    tiny_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: int | None, saved_at: list[int]
+) -> None:
+    saved, stock = [], AtomicCheckpointIO.save_checkpoint
+
+    def save(self: Any, checkpoint: dict[str, Any], path: Any, *more: Any, **options: Any) -> None:
+        saved.extend([checkpoint["global_step"]] if Path(path).name == "last.ckpt" else [])
+        stock(self, checkpoint, path, *more, **options)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save)
+    stopped = {"limit_val_batches": 2, "val_check_interval": 3, "min_epochs": epochs}
+    _, trainer = run(tiny_path, tmp_path, Stopping(), **stopped)
+    assert saved == saved_at and trainer.global_step == saved_at[-1]
+
+
 def test_ctrl_c_leaves_workers_alone_and_is_given_back(tiny_path: str, tmp_path: Path, straight: Any) -> None:
     """A terminal sends the signal to the workers as well."""
 

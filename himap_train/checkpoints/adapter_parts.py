@@ -14,7 +14,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 
-from himap_train.checkpoints.adapter import Adapter, training_file
+from himap_train.checkpoints.adapter import BASE_FILE, Adapter, training_file
 from himap_train.limits import bounded
 from himap_train.models.families import family_of
 from himap_train.models.families.image_form import ImageForm, read_form, take_form
@@ -57,12 +57,19 @@ def adapter_processor(source: Path, base: str | Path, config: Any, tokens: int |
             processor.chat_template = processor.tokenizer.chat_template or processor.chat_template
     if brings(_TEMPLATE):
         processor.chat_template = (source / _TEMPLATE).read_text("utf-8")
+    take_trained_form(processor, source)
+    return processor
+
+
+def take_trained_form(processor: Any, source: Path) -> None:
+    """Let a processor make pictures ready as those of an adapter folder or a training checkpoint were."""
     if source.is_file():
-        data = training_file(source).get("himap_config", {}).get("data", {})
+        data = training_file(source).get("LlavaDataModule") or {}
         take_form(processor, ImageForm(**{name: data[name] for name in field_names(ImageForm) if name in data}))
     else:
+        if (source / BASE_FILE).is_file():  # one of ours, which says it where it is not as the processor does
+            take_form(processor, ImageForm())
         read_form(processor, str(source))
-    return processor
 
 
 def resized_tokens(adapter: Adapter, config: Any) -> int | None:

@@ -15,7 +15,7 @@ import base64
 import json
 import re
 import reprlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,11 @@ def has_turns(keys: Collection[str]) -> bool:
     return not set(TURN_KEYS).isdisjoint(keys) or _PROMPTED.keys() <= set(keys)
 
 
-def unread_picture(keys: Iterable[str]) -> str | None:
-    """A key that looks like pictures and is none of `IMAGE_KEYS`."""
-    return next((key for key in keys if key not in IMAGE_KEYS and _PICTURES.fullmatch(key)), None)
+def unread_pictures(keys: Collection[str]) -> list[str]:
+    """Keys that look like pictures and are none of `IMAGE_KEYS`; beside one of these, only those with a number."""
+    beside = not set(IMAGE_KEYS).isdisjoint(keys)
+    looks = [key for key in keys if key not in IMAGE_KEYS and _PICTURES.fullmatch(key)]
+    return [key for key in looks if key[-1].isdigit() or not beside]
 
 
 def read_record(
@@ -78,8 +80,11 @@ def read_record(
     where = f"{where} (id {key!r:.60})"
     turns, shown = turns_of(record, where)
     images = stored_images(record)
-    if not images and not shown and (other := unread_picture(name for name in record if record[name])):
-        raise RecordError(f"{where}: images are read from `image` or `images`, found `{other}`: rename or remove it")
+    other = unread_pictures([name for name in record if record[name]])
+    if other and (images or not shown):
+        raise RecordError(
+            f"{where}: images are read from `image` or `images`, found `{', '.join(other)}`: rename or remove it"
+        )
     numbers = {number for number in shown if isinstance(number, int)}
     if numbers and max(numbers) >= len(images):
         raise RecordError(f"{where}: a turn shows image {max(numbers)}, but there are {len(images)} in `images`")

@@ -128,7 +128,8 @@ def _lies_on_its_side(image: Image.Image) -> bool:
     """Whether width and height change places when it is turned upright. Of a PNG what stands before its pixels says it,
     as Pillow would decode them to look behind; a TIFF turns itself.
     """
-    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+    said = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys()
+    if image.format == "TIFF" or (image.format == "PNG" and not said):
         return False
     return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 

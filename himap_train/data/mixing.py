@@ -171,7 +171,8 @@ def mix(
         kept = np.zeros(len(source), dtype=bool) if share is None else _share(source, share, sides)
         if kept.all():
             raise ValueError(
-                f"data.train: {name} has {len(kept)} record(s), which leaves none to train on; take it out"
+                f"data.train: {name} has {len(kept)} record(s), which leaves none to train on, as its images "
+                "or those of sets before it went to validation; take it out"
             )
         made["train"].append(Chosen(name, source, np.flatnonzero(~kept)))
         made["validation"].append(Chosen(name, source, np.flatnonzero(kept)))

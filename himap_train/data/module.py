@@ -21,7 +21,7 @@ from himap_train.data.sampling import BatchOrder, check_same_order
 from himap_train.data.skips import SkipLog
 from himap_train.data.sources import open_source
 from himap_train.models.families.base import AspectRatio, Background
-from himap_train.models.families.image_form import ImageForm, take_form
+from himap_train.models.families.image_form import ImageForm, image_form, take_form
 from himap_train.ranges import require_possible
 
 
@@ -47,8 +47,10 @@ class LlavaDataModule(LightningDataModule):
         validation_limit: validate on the first records only.
         test_limit: test on the first records only.
         image_aspect_ratio: "pad" makes images square first, as LLaVA-1.5 was trained; "as_processor" leaves it to the
-            checkpoint's image processor, which may cut off the sides.
-        image_background: colour under transparent images: "white", or "black" for drawings in white.
+            checkpoint's image processor, which may cut off the sides. By default as the model or adapter that training
+            starts from was trained.
+        image_background: colour under transparent images: "white", or "black" for drawings in white; by default as
+            above.
         seed: seed of the order of the training data.
         pad_to_multiple_of: round the length of batches up to a multiple; 8 suits GPUs.
         cache_image_features: keep what the frozen vision tower makes of the training images on disk, and train without
@@ -76,21 +78,23 @@ class LlavaDataModule(LightningDataModule):
         train_limit: int | None = None,
         validation_limit: int | None = None,
         test_limit: int | None = None,
-        image_aspect_ratio: AspectRatio = "as_processor",
+        image_aspect_ratio: AspectRatio | None = None,
         seed: int = 0,
         pad_to_multiple_of: int | None = None,
         cache_image_features: bool | str | None = None,
-        image_background: Background = "white",
+        image_background: Background | None = None,
         processor: Any = None,
     ) -> None:
         require_possible({f"data.{name}": value for name, value in locals().items()})
         super().__init__()
         self.processor = processor
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.max_length, self.image_aspect_ratio = max_length, image_aspect_ratio
+        form = ImageForm() if processor is None else image_form(processor)
+        self.max_length, self.image_aspect_ratio = max_length, image_aspect_ratio or form.image_aspect_ratio
         self.num_workers, self.group_by_length, self.max_skipped = num_workers, group_by_length, max_skipped
         self.seed, self.pad_to_multiple_of = seed, pad_to_multiple_of
-        self.cache_image_features, self.image_background = cache_image_features, image_background
+        self.image_background = image_background or form.image_background
+        self.cache_image_features = cache_image_features
         self._share = validation if isinstance(validation, float) else None
         self._parts = read_parts(train, self._share)
         self.image_folder, self.follow_links = image_folder, follow_links
@@ -186,7 +190,9 @@ class LlavaDataModule(LightningDataModule):
         return BatchLoader(dataset, order, self._collate(keep_substitutes=False), self.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the order of the training data depends on; the place in it is the loader's own state."""
+        """What the order of the training data depends on, and how its pictures are made ready; the place in it is the
+        loader's own state.
+        """
         source = self._sources.get("train")
         processes, accumulate = self._replicas()[0], self._windows().accumulate
         return {
@@ -196,6 +202,8 @@ class LlavaDataModule(LightningDataModule):
             "accumulate": accumulate,
             "processes": processes,
             "global_batch": self.batch_size * accumulate * processes,
+            "image_aspect_ratio": self.image_aspect_ratio,
+            "image_background": self.image_background,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

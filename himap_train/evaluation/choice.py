@@ -26,8 +26,8 @@ STRICT_LETTERS = tuple("ABCDE")
 """What LLaVA's script takes for letters of options."""
 
 _CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # written without spaces, so their neighbours are words of their own
-_BEFORE_CJK = re.compile(rf"(?<![A-Za-z])([A-Za-z])(?=[{_CJK}])")
-_BEHIND_CJK = re.compile(rf"(?<=[{_CJK}])([A-Za-z])(?![A-Za-z])")
+_BEFORE_CJK = re.compile(rf"(?:^|(?<=[和或与及]))([A-Za-z])(?=[{_CJK}])")
+_BEHIND_CJK = re.compile(r"(?<=[是为选择项案和或与及])([A-Za-z])(?![A-Za-z])")  # 维生素C is no letter of an option
 _JOINED = r"(?!\W*(?:or|and|nor|[和或与及])?\W*\b[A-Za-z]\b(?!'))"  # "A or B": none of them leads
 _LEADING_LETTER = re.compile(rf"[(\[\"'*]*([A-Za-z])[)\]\"'*]*(?:$|\s*\n|(?:[.:,]|(?<=[)\]*]))(?=\s|$){_JOINED})")
 _OPTION = r"(?:(?:the\s+)?(?:option|choice|letter)\b[\s:*\"']*)?"
@@ -99,7 +99,8 @@ def extract_letter(prediction: str, options: Mapping[str, str]) -> str:
     The first of these that says something decides: the whole answer is a letter ("b", "(B)", "B."); the whole answer is
     the text of an option; it starts with a letter ("B. a cat"); "answer", or else "option" or "choice", with or without
     "is" or ":", comes before a letter; a capital letter, or one in brackets, stands as a word by itself ("A" and "I"
-    before another word are words); it contains the text of an option, of texts in each other the longest.
+    before another word are words), in Chinese behind "is", "choose" or "option"; it contains the text of an option, of
+    texts in each other the longest.
 
     Letters are those of options, and letters inside the text of an option belong to that. What an answer refuses ("not
     B", "A is wrong") it does not name. Texts ignore case and a final full stop; full-width characters are plain ones.
@@ -130,7 +131,8 @@ def extract_letter(prediction: str, options: Mapping[str, str]) -> str:
 def _contained(said: str, texts: Mapping[str, str]) -> tuple[set[str], str]:
     """Letters of the options whose texts stand in an answer, and the answer without those texts."""
     # A letter as a text is no text here: it can't be told from the letter of an option.
-    wanted = sorted({text for text in texts.values() if not re.fullmatch("[a-z]", text)}, key=len, reverse=True)
+    telling = {text for text in texts.values() if len(text) > 1 or re.match(rf"[\d{_CJK}]", text)}
+    wanted = sorted(telling, key=len, reverse=True)
     if not wanted:
         return set(), said
     either = "|".join(_bounded(r"\s+".join(map(re.escape, text.split())), text) for text in wanted)

@@ -23,9 +23,11 @@ def anls_score(prediction: str, answers: Sequence[str]) -> float:
     The distance is taken between lower-case texts with single spaces, and divided by the length of the longer *raw*
     text, as DocVQA's evaluation does.
     """
-    longest = [max(len(prediction), len(answer)) or 1 for answer in answers]
-    distances = [_levenshtein(_collapse(prediction), _collapse(answer)) for answer in answers]
-    best = max(1 - distance / length for distance, length in zip(distances, longest, strict=True))
+    best, said = 0.0, _collapse(prediction)
+    for answer in answers:
+        length, wanted = max(len(prediction), len(answer)) or 1, _collapse(answer)
+        if abs(len(said) - len(wanted)) <= (1 - ANLS_THRESHOLD) * length:  # else nothing counts
+            best = max(best, 1 - _levenshtein(said, wanted) / length)
     return best if best >= ANLS_THRESHOLD else 0.0
 
 

@@ -88,9 +88,11 @@ def whole_forward(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
     """The forward of the whole model: what its labels supervise is told to the decoder, images are not predicted."""
     given, pruning = method.given(args, kwargs), method.pruning
     with forward_of_whole(supervised_by(given)):
-        if pruning is None or pruning.schedule.dense or given.get("input_ids") is None:
+        if pruning is None or pruning.schedule.dense or (given.get("labels") is None and "shift_labels" not in given):
             return method.before(*args, **kwargs)
-        return method.before(**given | labels_of_text(given, given["input_ids"] == pruning.image_token_id))
+        said = given.get("image_token_mask")
+        image = _image_tokens(method.module.model, given) if said is None else said
+        return method.before(**given | ({} if image is None else labels_of_text(given, image.bool())))
 
 
 def inner_forward(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
@@ -163,6 +165,9 @@ def generate(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
     ids = given.get("input_ids")
     if images is None and ids is not None and given.get("inputs_embeds") is not None:
         images = ids == method.module.config.image_token_id
+    if images is not None and (prompt is None or images.shape != prompt.shape[:2]):
+        found = None if prompt is None else tuple(prompt.shape[:2])
+        raise ValueError(f"image_token_mask has shape {tuple(images.shape)}, the prompts {found}: one entry per token")
     with generation(None if prompt is None else prompt.shape[1], grids, None if images is None else images.bool()):
         return method.before(*args, **kwargs)
 

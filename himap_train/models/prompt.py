@@ -104,7 +104,7 @@ def labels_of_text(given: Mapping[str, Any], image: Tensor) -> dict[str, Tensor]
     return {
         name: given[name].masked_fill(at.to(given[name].device), -100)
         for name, at in where.items()
-        if given.get(name) is not None
+        if given.get(name) is not None and given[name].shape == at.shape  # others are refused by name later
     }
 
 

@@ -20,8 +20,9 @@ from himap_train.planning.run_plan import Duration, Plan, RunSettings, Sample, m
 from himap_train.planning.throughput import seconds_a_sample
 from himap_train.planning.typical_sample import find_config, read_sample
 from himap_train.pruning.schedule import PruningSchedule
+from himap_train.training.init_adapter import processor_of
 from himap_train.training.module import LlavaFineTuner
-from himap_train.training.run.finetune_cli import FinetuneCLI, processor_of
+from himap_train.training.run.finetune_cli import FinetuneCLI
 from himap_train.training.run.parser import set_epochs
 from himap_train.training.run.rehearsal import rehearse
 from himap_train.training.run.strategy_names import refuse_together, strategy_name
@@ -61,7 +62,8 @@ class PlanCLI(FinetuneCLI):
     def before_instantiate_classes(self) -> None:
         """No folder is claimed, nothing is resumed."""
         model = self.config.model
-        refuse_together(self.config.trainer.strategy, model, self.config.data.cache_image_features)
+        trainer = self.config.trainer
+        refuse_together(trainer.strategy, model, self.config.data.cache_image_features, trainer.precision)
         if model.vision_tower != "freeze" or model.decoder != "lora":
             raise ValueError("plan.py plans LoRA on the decoder: without model.vision_tower and model.decoder")
         if self.config.rehearse:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import PeftModel
 
 from himap_train.checkpoints.adapter import Adapter, file_name, read_adapter
+from himap_train.checkpoints.adapter_parts import take_trained_form
 from himap_train.checkpoints.load import adapter_source
 from himap_train.checkpoints.merge import parameter_name
 from himap_train.checkpoints.ranking import give_ranking, require_ranking
 from himap_train.checkpoints.same_base import plain, require_same_base
 from himap_train.models.families import family_of
-from himap_train.models.loading import load_config, resolve_model
+from himap_train.models.loading import load_config, load_processor, resolve_model
 from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.zero.gather import set_full_value
@@ -91,3 +94,12 @@ def start_from(model: PeftModel, adapter: Adapter, path: str) -> None:
         )
     for name, weight in trained.items():
         set_full_value(weight, values[name])
+
+
+def processor_of(path: str, adapter: str | None = None) -> Any:
+    """A model's processor alone, with an adapter's way to make pictures ready; the weights come later."""
+    folder = resolve_model(path)
+    processor = load_processor(folder, load_config(folder))
+    if adapter is not None and (source := adapter_source(adapter)) is not None:
+        take_trained_form(processor, source)
+    return processor

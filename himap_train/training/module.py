@@ -172,12 +172,12 @@ class LlavaFineTuner(AdapterModule):
         return fit_preset(self.schedule, layers) if self._preset else self.schedule
 
     def on_train_start(self) -> None:
-        """Give a resumed loader its place in the epoch back.
+        """Give a resumed loader its place in the epoch back, which would start again.
 
-        Lightning does so when it makes the loader, but the learning-rate schedule has asked for the number of batches
-        before, when the checkpoint's loop states were not read yet. Without this the epoch starts again.
+        Lightning does so when it makes the loader, but the learning-rate schedule has asked for it before that.
         """
         self.trainer.fit_loop._load_combined_loader_states()
+        self._window = WindowMean()  # another fit may have stopped within one
 
     def batch_loss(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Sum of the losses of one batch and the number of supervised tokens.

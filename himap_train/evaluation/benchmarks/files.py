@@ -108,7 +108,11 @@ def _csv_rows(path: Path, delimiter: str) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=delimiter)
-            rows: list[dict[str, Any]] = [_whole(row, f"{path}, line {reader.line_num}") for row in reader]
+            rows: list[dict[str, Any]] = [
+                _whole(row, f"{path}, line {reader.line_num}")
+                for row in reader
+                if any(isinstance(value, str) and value.strip() for value in row.values())
+            ]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
     if not rows:
@@ -128,8 +132,11 @@ def _csv_rows(path: Path, delimiter: str) -> list[dict[str, Any]]:
 
 def _whole(row: dict[str, Any], where: str) -> dict[str, Any]:
     """A row with a field for each column; ValueError for another number, as where a comma stands in a text."""
-    columns = len(row) - (None in row)
-    fields = columns + len(row.get(None, ())) - sum(value is None for value in row.values())  # type: ignore[call-overload]
+    surplus: list[str] = row.pop(None, [])  # type: ignore[call-overload]
+    while surplus and not surplus[-1].strip():  # separators at the end of a line
+        surplus.pop()
+    columns = len(row)
+    fields = columns + len(surplus) - sum(value is None for value in row.values())
     if fields != columns:
         raise ValueError(f"{where}: {fields} fields in {columns} columns; put texts with the separator in quotes")
     return row

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from himap_train.data.forms import TURN_KEYS, unread_picture
+from himap_train.data.forms import TURN_KEYS, unread_pictures
 from himap_train.data.records import Source
 from himap_train.data.sources import open_source
 from himap_train.evaluation.benchmarks.files import Table, open_table
@@ -88,10 +88,11 @@ def open_task(
 
 def _require_shown(table: Table, entry: Benchmark, data: str) -> None:
     """Raise ValueError where a file has pictures that nobody would be shown."""
-    if any(column_in(table.columns, name) for name in entry.image.split(",")):
-        return
-    found = ",".join(table.pictures) or unread_picture(table.columns)
+    shown = entry.image.split(",")
+    known = [name for name in shown if column_in(table.columns, name)]
+    looks = [name for name in table.pictures if name not in ("image", "images")] or unread_pictures(table.columns)
+    found = ",".join(name for name in looks if name not in shown and (not known or name[-1].isdigit()))
     if found:
         raise ValueError(
-            f"{data} has no column `image`, and what looks like pictures in {found}: give --image-column {found}"
+            f"{data} has what looks like pictures in {found}, which would not be shown: give --image-column {found}"
         )

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import string
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -14,9 +12,10 @@ from typing import Any
 from himap_train.data.forms import checked_text
 from himap_train.data.images import image_source
 from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Turn
+from himap_train.evaluation.benchmarks.cells import as_list, options_in
 from himap_train.evaluation.benchmarks.files import Table
 from himap_train.evaluation.benchmarks.table import Benchmark
-from himap_train.evaluation.choice import CIRCULAR_OFFSET, json_list
+from himap_train.evaluation.choice import CIRCULAR_OFFSET
 
 _MADE = ("question", "options", "options_in_line")  # names in prompts that are no columns of their own
 _TRIED = 100
@@ -55,7 +54,7 @@ class BenchmarkRecords:
         self.scored = bool(benchmark.metrics) and any(answer not in (None, []) for answer in answers)
         circular = self.scored and "circular" in benchmark.metrics
         if circular and not any(self._index(row) >= CIRCULAR_OFFSET for row in rows):
-            self._places = [(row, turn) for row in rows for turn in range(len(self._texts(table.facts(row))))]
+            self._places = [(row, turn) for row in rows for turn in range(len(self._labelled(table.facts(row))))]
 
     def __len__(self) -> int:
         """Number of questions."""
@@ -73,7 +72,8 @@ class BenchmarkRecords:
         columns = (value_in(row, column) for column in benchmark.image.split(","))
         found = [image for held in columns for image in (held if isinstance(held, list) else [held])]
         images = [image_source(image, self._folder, where, self._links) for image in found if image is not None]
-        texts = self._texts(row)
+        labelled = self._labelled(row)
+        texts = list(labelled.values())
         options = dict(zip(ascii_uppercase, texts[turn:] + texts[:turn], strict=False))
         question = str(value_in(row, benchmark.question) or "").replace(benchmark.without or "\0", "")
         made = {
@@ -85,7 +85,7 @@ class BenchmarkRecords:
         turns = (Turn("user", "".join([f"{IMAGE_PLACEHOLDER}\n"] * len(images)) + text),)
         meta = options | self._meta(row, bool(images))
         if self.scored:
-            meta["answers"] = self._answers(value_in(row, benchmark.answer), texts, turn, where)
+            meta["answers"] = self._answers(value_in(row, benchmark.answer), labelled, turn, where)
         checked_text(" ".join([text, *meta.values()]), f"{where}: the text")
         if benchmark.key == "index":
             meta["index"] = str(self._index(place) + turn * CIRCULAR_OFFSET)
@@ -114,12 +114,13 @@ class BenchmarkRecords:
         index = str(self._table.facts(place).get("index", place))
         return int(index) if index.isdecimal() else place
 
-    def _texts(self, row: Mapping[str, Any]) -> list[str]:
-        """Texts of the options, in order."""
+    def _labelled(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """Texts of the options in order, by what the file calls them."""
         if len(self._options) == 1:
-            return option_texts(value_in(row, self._options[0]), f"{self._table.name}, column {self._options[0]!r}")
+            return options_in(value_in(row, self._options[0]), f"{self._table.name}, column {self._options[0]!r}")
         texts = [value_in(row, column) for column in self._options]
-        return [str(text) for text in texts[: texts.index(None) if None in texts else None]]
+        there = texts[: texts.index(None) if None in texts else None]
+        return dict(zip(ascii_uppercase, map(str, there), strict=False))
 
     def _meta(self, row: Mapping[str, Any], with_image: bool) -> dict[str, str]:
         kind, group = value_in(row, self._benchmark.type), value_in(row, self._benchmark.group)
@@ -128,10 +129,14 @@ class BenchmarkRecords:
         facts = {"type": ", ".join(map(str, kind)) if isinstance(kind, list) else kind, "scene": group}
         return {name: str(value) for name, value in facts.items() if value is not None}
 
-    def _answers(self, answer: Any, texts: list[str], turn: int, where: str) -> str:
+    def _answers(self, answer: Any, labelled: dict[str, str], turn: int, where: str) -> str:
         """Accepted answers as JSON; those that name an option by its letter now."""
-        found = _as_list(answer)
+        texts = list(labelled.values())
         letters = list(ascii_uppercase[: len(texts)])
+        found = as_list(answer)
+        if [*labelled] != letters:
+            named = dict(zip(labelled, letters, strict=True))
+            found = [named.get(str(one), one) for one in found]
         if self._benchmark.numbered or turn:
             for place, one in enumerate(found):
                 number = int(one) if str(one).isdecimal() else letters.index(one) if one in letters else -1
@@ -139,37 +144,6 @@ class BenchmarkRecords:
                     raise RecordError(f"{where}: the answer is {one!r:.60}; expected one of the options {texts}")
                 found = [*found[:place], letters[(number - turn) % len(texts)], *found[place + 1 :]]
         return json.dumps(found, ensure_ascii=False, default=str)
-
-
-def option_texts(found: Any, where: str) -> list[str]:
-    """Texts of options in order: from a list, also as text, a mapping of letters, or ARC's `text` and `label`.
-
-    Raises:
-        RecordError: Another form, or nothing where an option belongs.
-    """
-    if isinstance(found, str):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            found = ast.literal_eval(found) if found.strip().startswith(("[", "{", "(")) else found
-    if isinstance(found, Mapping):
-        found = found["text"] if {"text", "label"} <= found.keys() else list(found.values())
-    if found is None:
-        return []
-    if not isinstance(found, list | tuple):
-        raise RecordError(f"{where} holds {found!r:.60}; expected a list of options, or a mapping of letters to them")
-    texts = [None if text in (None, "") else str(text) for text in found]
-    while texts and texts[-1] is None:
-        texts.pop()
-    if None in texts:
-        raise RecordError(f"{where} holds {found!r:.60}, with nothing where an option belongs; take it out")
-    return [text for text in texts if text is not None]
-
-
-def _as_list(answer: Any) -> list[Any]:
-    """Accepted answers: a list, also as text as in a cell of a table, or one."""
-    if isinstance(answer, str) and answer.startswith("["):
-        listed = json_list(answer)
-        answer = listed if listed and all(isinstance(one, str | int | float) for one in listed) else answer
-    return answer if isinstance(answer, list) else [] if answer is None else [answer]
 
 
 def column_in(columns: Mapping[str, Any] | list[str], names: str) -> str:

@@ -19,7 +19,7 @@ from himap_train.checkpoints.finite import require_finite
 from himap_train.ranges import require_possible
 from himap_train.storage import atomic_file
 from himap_train.structured import check_shape
-from himap_train.training.callbacks.progress import between_steps, step_ended
+from himap_train.training.callbacks.progress import between_steps, step_ended, stops
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class SaveLast(Checkpoint):
         """Where an optimizer step ends; the last one may lie within an epoch, and where `max_time` stops within one."""
         due = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         last = trainer.global_step == trainer.max_steps
-        if trainer.should_stop or (step_ended(trainer, batch_idx) and (due or last or self._validated)):
+        if stops(trainer) or (step_ended(trainer, batch_idx) and (due or last or self._validated)):
             trainer.save_checkpoint(self.file)
             self._validated = False
         if last:  # Lightning validates where it is told to stop, but not where max_steps ends within an epoch
@@ -95,7 +95,7 @@ class SaveLast(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Within training only."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            if between_steps(trainer):
+            if between_steps(trainer) or stops(trainer):
                 trainer.save_checkpoint(self.file)
             else:
                 self._validated = True

@@ -97,7 +97,7 @@ class LearnKeepRatios(Callback):
             say(
                 f"training ended at step {trainer.global_step}, before the keep ratios were to be frozen (step "
                 f"{self._last}): frozen now at the budget {self.settings.budget}, to which the weights had no time to "
-                f"adapt: {pl_module.schedule.to_dict()['stages']}"
+                f"adapt, while last.ckpt goes on learning where it is resumed: {pl_module.schedule.to_dict()['stages']}"
             )
 
     def _log(self, pl_module: Any, schedule: PruningSchedule) -> None:

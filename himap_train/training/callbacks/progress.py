@@ -29,6 +29,11 @@ def between_steps(trainer: Trainer) -> bool:
     return step_ended(trainer, trainer.fit_loop.epoch_loop.batch_idx)
 
 
+def stops(trainer: Trainer) -> bool:
+    """Whether no more is trained, and not only asked to stop before `min_epochs` or `min_steps`."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
+
+
 def logs_now(trainer: Any, batch_idx: int) -> bool:
     """Whether Lightning hands its metrics to the loggers after this micro-batch."""
     return step_ended(trainer, batch_idx) and trainer.global_step % trainer.log_every_n_steps == 0

@@ -23,7 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from himap_train.command_line import check_config_files, quiet_libraries
 from himap_train.data.module import LlavaDataModule
-from himap_train.models.loading import load_config, load_processor, resolve_model
+from himap_train.models.loading import resolve_model
 from himap_train.ranges import require_possible
 from himap_train.storage import remove_leftovers
 from himap_train.training.callbacks.accuracy import EvaluationSettings, GenerationAccuracy
@@ -41,6 +41,7 @@ from himap_train.training.callbacks.learn_ranking import LearnRanking
 from himap_train.training.callbacks.learn_ratios import LearnKeepRatios
 from himap_train.training.callbacks.progress import ProgressLines, Throughput
 from himap_train.training.callbacks.step_seeds import StepSeeds
+from himap_train.training.init_adapter import processor_of
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.run.folder import claim_folder
 from himap_train.training.run.launch import AroundTraining, FineTuneTrainer, is_first_process
@@ -110,7 +111,8 @@ class FinetuneCLI(LightningCLI):
         )
         parser.add_class_arguments(PruningSettings, "pruning")
         parser.add_class_arguments(EvaluationSettings, "evaluation")
-        parser.link_arguments("model.path", "data.processor", processor_of, apply_on="instantiate")
+        started_from = ("model.path", "model.init_adapter")
+        parser.link_arguments(started_from, "data.processor", processor_of, apply_on="instantiate")
         parser.add_argument(
             "--resume",
             type=str,
@@ -231,12 +233,6 @@ class FinetuneCLI(LightningCLI):
             value = at + 1 < len(given) and not given[at + 1].startswith("--")
             del given[at : at + 1 + value]
         return shlex.join([*given, "--resume"])
-
-
-def processor_of(path: str) -> Any:
-    """A model's processor alone; the weights come later."""
-    folder = resolve_model(path)
-    return load_processor(folder, load_config(folder))
 
 
 def _other_schedules(pruning: PruningSettings, seed: int, measured: Measured) -> list[Callback]:
