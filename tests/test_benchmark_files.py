@@ -331,6 +331,12 @@ def test_pictures_in_other_columns_are_shown_or_named(tmp_path):
         open_task(path, prompt="{question}")
     assert open_task(path, prompt="{question}", image="image_path").source[0].images == (tmp_path / "0.png",)
     rows = [{"question": "?", "answer": "a", "left": picture(1), "right": picture(2)}]
+    (tmp_path / "named.jsonl").write_text(json.dumps({"question": "?", "answer": "a", "image": "0.png"}))
+    with pytest.raises(ValueError, match="expected also 'pictures'"):
+        open_task(str(tmp_path / "named.jsonl"), prompt="{question}", image="pictures")
+    alone = [{"question": "?", "answer": "a", "image_1": picture(1)}]
+    numbered = str(files.save(tmp_path / "one", alone, image_1=files.IMAGE))
+    assert open_task(numbered, prompt="{question}").source[0].images == (png(1),)
     both = str(files.save(tmp_path / "two", rows, left=files.IMAGE, right=files.IMAGE))
     with pytest.raises(ValueError, match="give --image-column left,right"):
         open_task(both, prompt="{question}")

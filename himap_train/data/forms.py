@@ -53,10 +53,12 @@ def has_turns(keys: Collection[str]) -> bool:
     return not set(TURN_KEYS).isdisjoint(keys) or _PROMPTED.keys() <= set(keys)
 
 
-def unread_pictures(keys: Collection[str]) -> list[str]:
-    """Keys that look like pictures and are none of `IMAGE_KEYS`; beside one of these, only those with a number."""
-    beside = not set(IMAGE_KEYS).isdisjoint(keys)
-    looks = [key for key in keys if key not in IMAGE_KEYS and _PICTURES.fullmatch(key)]
+def unread_pictures(
+    keys: Collection[str], read: Collection[str] = IMAGE_KEYS, typed: Collection[str] = ()
+) -> list[str]:
+    """Keys that look like pictures, or are `typed` so, and are not `read`; beside one that is, only numbered ones."""
+    beside = not set(read).isdisjoint(keys)
+    looks = [key for key in keys if key not in read and (key in typed or _PICTURES.fullmatch(key))]
     return [key for key in looks if key[-1].isdigit() or not beside]
 
 

@@ -35,7 +35,7 @@ class HuggingFaceRecords:
                 f"data set {name} has the columns {columns}; expected `messages` or `conversations`, with `images` or "
                 "`image` (as HuggingFaceH4/llava-instruct-mix-vsft has them), or `prompt` and `completion`"
             )
-        typed = [column for column, kind in dataset.features.items() if "Image(" in str(kind)]
+        typed = image_columns(dataset)
         if typed and not set(IMAGE_KEYS) & set(columns):
             raise ValueError(
                 f"data set {name} holds images in {', '.join(typed)}; they are read from `images` or `image`: "
@@ -70,6 +70,11 @@ class HuggingFaceRecords:
         row = self._dataset[index]
         values = [row.column(name)[0] for name in IMAGE_KEYS if name in row.column_names]
         return next((len(value) if hasattr(value.type, "value_type") else 1 for value in values if value.is_valid), 0)
+
+
+def image_columns(dataset: Any) -> list[str]:
+    """Columns that hold images, or lists of them, by their type."""
+    return [column for column, kind in dataset.features.items() if "Image(" in str(kind)]
 
 
 def plain_row(table: Any, where: str) -> dict[str, Any]:

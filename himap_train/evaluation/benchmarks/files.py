@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from himap_train.data.huggingface import plain_row
+from himap_train.data.huggingface import image_columns, plain_row
 from himap_train.data.records import RecordError
 from himap_train.data.sources import HUB_NAME, load_from_hub, local_dataset
 from himap_train.evaluation.benchmarks.table import Benchmark
@@ -174,7 +174,7 @@ def _dataset(path: Path, config: str, split: str, named: bool) -> Any:
 
 
 def _dataset_table(dataset: Any, name: str, path: Path) -> Table:
-    images = [column for column, kind in dataset.features.items() if "Image(" in str(kind)]
+    images = image_columns(dataset)
     labels = {column: kind.names for column, kind in dataset.features.items() if hasattr(kind, "names")}
     own_name = len(images) == 1 and not {"image", "images"} & set(dataset.column_names)  # of the column of images
     whole = dataset.with_format("arrow")
@@ -189,7 +189,7 @@ def _dataset_table(dataset: Any, name: str, path: Path) -> Table:
         return read
 
     folder = path if path.is_dir() else path.parent
-    columns = [*dataset.column_names, *(["image"] if own_name else [])]
+    columns = [c for c in dataset.column_names if c not in images] + ["image"] if own_name else dataset.column_names
     return Table(name, columns, len(dataset), reading(whole), reading(light), folder, tuple(images))
 
 

@@ -11,7 +11,7 @@ from himap_train.data.records import Source
 from himap_train.data.sources import open_source
 from himap_train.evaluation.benchmarks.files import Table, open_table
 from himap_train.evaluation.benchmarks.llava_files import AskedForLetters, is_question_file, with_answers
-from himap_train.evaluation.benchmarks.records import BenchmarkRecords, column_in
+from himap_train.evaluation.benchmarks.records import BenchmarkRecords
 from himap_train.evaluation.benchmarks.table import BENCHMARKS, Benchmark
 from himap_train.pruning.names import check_keys
 
@@ -62,7 +62,7 @@ def open_task(
         if answers is not None:
             raise ValueError(f"--answers {answers} goes with a --benchmark, which says how answers belong to questions")
         return Task(open_source(data, image_folder, split="test", follow_links=follow_links))
-    free = Benchmark("{question}", ("choice" if own.get("options") else "exact",), needs_image=False)
+    free = Benchmark("{question}", ("choice" if own.get("options") else "exact",), needs_image="image" in own)
     entry = replace(BENCHMARKS[benchmark] if benchmark else free, **own)
     table = open_table(data, entry)
     if set(TURN_KEYS) & set(table.columns):
@@ -70,8 +70,6 @@ def open_task(
         if entry.type == "with_image":
             source = AskedForLetters(source)
         return Task(source, entry.metrics or ("none",), entry.max_new_tokens, entry.export)
-    if benchmark is None:
-        _require_shown(table, entry, data)
     if is_question_file(table):
         if answers is None and not entry.export:
             raise ValueError(f"{data} is LLaVA's question file; name the benchmark's file of answers: --answers FILE")
@@ -81,6 +79,8 @@ def open_task(
             f"--answers {answers} goes with LLaVA's question files; {data} has the columns {table.columns}"
         )
     records = BenchmarkRecords(table, entry, Path(image_folder) if image_folder else None, follow_links)
+    if benchmark is None:
+        _require_shown(table, entry, data)
     if not records.scored and not entry.export:
         raise ValueError(f"{data}: column {entry.answer!r} is empty, so there is nothing to score; is it a test split?")
     return Task(records, entry.metrics if records.scored else ("none",), entry.max_new_tokens, entry.export)
@@ -88,10 +88,7 @@ def open_task(
 
 def _require_shown(table: Table, entry: Benchmark, data: str) -> None:
     """Raise ValueError where a file has pictures that nobody would be shown."""
-    shown = entry.image.split(",")
-    known = [name for name in shown if column_in(table.columns, name)]
-    looks = [name for name in table.pictures if name not in ("image", "images")] or unread_pictures(table.columns)
-    found = ",".join(name for name in looks if name not in shown and (not known or name[-1].isdigit()))
+    found = ",".join(unread_pictures(table.columns, entry.image.replace("|", ",").split(","), table.pictures))
     if found:
         raise ValueError(
             f"{data} has what looks like pictures in {found}, which would not be shown: give --image-column {found}"

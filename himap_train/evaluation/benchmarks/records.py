@@ -98,9 +98,8 @@ class BenchmarkRecords:
         wanted += [benchmark.question] if "question" in self._prompt.names else []
         wanted += [benchmark.type] if benchmark.type not in ("", "with_image") else []
         wanted += self._options[:2] or [name for name in self._prompt.names if name in _MADE[1:]]
-        wanted += ([] if benchmark.export else [benchmark.answer]) + (
-            benchmark.image.split(",") if benchmark.needs_image else []
-        )
+        wanted += [] if benchmark.export else [benchmark.answer]
+        wanted += benchmark.image.split(",") if benchmark.needs_image else []
         missing = [name for name in wanted if not column_in(columns, name)]
         if missing:
             raise ValueError(
