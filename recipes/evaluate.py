@@ -88,9 +88,8 @@ def main(
     """
     check_budget_argument(budget, schedule)
     make_metrics(metrics or ["exact"])  # a misspelt name fails before anything is loaded
-    columns = {"prompt": prompt, "answer": answer_column, "options": options_column, "type": type_column}
-    columns["image"] = image_column
-    task = open_task(data, benchmark, answers, image_folder, follow_links, **columns)
+    columns = {"answer": answer_column, "options": options_column, "image": image_column, "type": type_column}
+    task = open_task(data, benchmark, answers, image_folder, follow_links, prompt=prompt, **columns)
     if output is not None:
         new_output_folder(output, (*FILES, PREDICTIONS, *SUBMISSIONS), overwrite)
     elif task.metrics == ("none",):

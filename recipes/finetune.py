@@ -130,10 +130,11 @@ def check_data(cli: FinetuneCLI) -> None:
 
 def take_best(cli: FinetuneCLI) -> None:
     """Put the weights of `best.ckpt` into the model; the last ones stay where nothing was validated."""
-    if not cli.trainer.strategy.broadcast((cli.checkpoints / "best.ckpt").is_file()):
+    file = cli.checkpoints / "best.ckpt"
+    if not cli.trainer.strategy.broadcast(file.is_file()):
         say("keep is best, but nothing was validated (trainer.check_val_every_n_epoch?), so the last weights are kept")
         return
-    best = read_checkpoint(cli.checkpoints / "best.ckpt")
+    best = read_checkpoint(file)
     check_trained_weights(set(best["state_dict"]), cli.model.trained_names())
     cli.trainer.strategy.load_model_state_dict(best, strict=False)
     cli.model.take_ranking(best)

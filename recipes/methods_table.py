@@ -89,9 +89,8 @@ def main(
                         for form, seed in runs_of([best], seeds)
                     ]
             if kind == "fine-":
-                even = {
-                    b: at(b, PruningSchedule((PruningStage(0, "uniform", 0.5),)), llava.config, tokens) for b in budgets
-                }
+                form = PruningSchedule((PruningStage(0, "uniform", 0.5),))
+                even = {budget: at(budget, form, llava.config, tokens) for budget in budgets}
                 scores["oracle"] = {
                     budget: [run(f"oracle {budget}", partial(foresee, llava, processor, asked, schedule, budget))]
                     for budget, schedule in even.items()

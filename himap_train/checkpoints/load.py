@@ -28,7 +28,7 @@ from himap_train.models.install import install_pruning, pruning_of
 from himap_train.models.loading import load_config, load_llava, resolve_model
 from himap_train.models.stock import base_model
 from himap_train.models.whole import remember_in_place
-from himap_train.pruning.reading import ScheduleArgument, fit_preset, is_preset, read_schedule, schedule_in
+from himap_train.pruning.reading import ScheduleArgument, read_schedule, schedule_in
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.storage import atomic_file
 from himap_train.structured import named, read_json
@@ -108,6 +108,8 @@ def load_checkpoint(
         ValueError: Keys of the adapter are missing, renamed, empty or no numbers, its tokenizer does not fit, or it was
             trained on another base; where that is of another family both are named.
     """
+    if schedule != AS_SAVED:
+        read_schedule(schedule)  # a misspelt name fails before weights are read
     how: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
     source = adapter_source(path)
     if source is None:
@@ -159,13 +161,9 @@ def load_with_schedule(
         FileNotFoundError: The checkpoint or the schedule's file is not there.
         ValueError: The schedule is unknown or does not fit the decoder.
     """
-    given = None if schedule == AS_SAVED else read_schedule(schedule)  # a misspelt name fails before weights are read
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else _usable(device)
     model: Any
-    model, processor = load_checkpoint(checkpoint, AS_SAVED if given is None else None, dtype=dtype)
-    if given is not None:
-        layers = base_model(model).config.text_config.num_hidden_layers
-        install_pruning(model, fit_preset(given, layers) if is_preset(schedule) else given)
+    model, processor = load_checkpoint(checkpoint, schedule, dtype=dtype)
     return model.to(place).eval(), processor
 
 

@@ -136,9 +136,8 @@ class LlavaDataModule(LightningDataModule):
             raise RuntimeError("LlavaDataModule needs the checkpoint's processor: LlavaDataModule(..., processor=...)")
         # Saved with what is trained, which is then asked about pictures that were made ready in the same way.
         take_form(self.processor, ImageForm(self.image_aspect_ratio, self.image_background))
-        options = (self.processor, self.max_length, self.image_aspect_ratio, self.image_background)
-        self._encoder = Encoder(*options)
-        self._cached_encoder = CachedEncoder(*options) if self.cache_image_features else None
+        self._encoder = Encoder(self.processor, self.max_length)
+        self._cached_encoder = CachedEncoder(self.processor, self.max_length) if self.cache_image_features else None
         for split in ("train", "validation") if stage == "fit" else ():
             self.source(split)
 

@@ -115,8 +115,9 @@ def extract_letter(prediction: str, options: Mapping[str, str]) -> str:
         return whole[1].upper()
     texts = {letter: plain(normalize("NFKC", text)) for letter, text in options.items() if plain(text)}
     equal = {letter for letter, text in texts.items() if text == plain(said)}
-    contained, _ = _contained(said, texts)
-    _, rest = _contained(_BEHIND_CJK.sub(r" \1", _BEFORE_CJK.sub(r"\1. ", said)), texts)
+    contained, rest = _contained(said, texts)
+    if (spaced := _BEHIND_CJK.sub(r" \1", _BEFORE_CJK.sub(r"\1. ", said))) != said:
+        _, rest = _contained(spaced, texts)
     rest = _REFUSED.sub(" ", rest).strip()
     start = _LEADING_LETTER.match(rest)
     named: dict[bool, set[str]] = {True: set(), False: set()}

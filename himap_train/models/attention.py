@@ -59,7 +59,7 @@ class ScoreCollector:
         if self._seen is not None:
             return
         method, shown = self.stage.method, self._given
-        with apart(query):
+        with unrounded(query):
             if self.stage.waits:
                 looks = LOOKS.score(_with_attention(LOOKS, shown, query, key, scaling))
                 shown = replace(shown, looks=looks)
@@ -84,7 +84,7 @@ class ScoreCollector:
 
 
 @contextmanager
-def apart(tokens: Tensor) -> Iterator[None]:
+def unrounded(tokens: Tensor) -> Iterator[None]:
     """Inside, where tokens are chosen, no gradient is recorded, and autocast rounds nothing: by cosines in bfloat16
     other tokens stay than at inference.
     """

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from himap_train.models.attention import ScoreCollector, apart
+from himap_train.models.attention import ScoreCollector, unrounded
 from himap_train.models.tokens import Tokens
 from himap_train.pruning.layout import TokenLayout
 from himap_train.pruning.methods.base import Seen, with_scores
@@ -32,16 +32,17 @@ def show(
     """What a stage's method may look at, with its scores."""
     seen = Seen(layout, removal.before) if collector is None else collector.seen()
     seen = replace(seen, states=tokens.hidden.detach(), scorer=scorer)
-    ready = removal.stage.removes_all or removal.stage.ranks_before
-    with apart(tokens.hidden):
-        return seen if ready else with_scores(removal.stage.method, seen)
+    if removal.stage.removes_all or removal.stage.ranks_before:
+        return seen
+    with unrounded(tokens.hidden):
+        return with_scores(removal.stage.method, seen)
 
 
 def ranked(removal: Removal, shown: Seen) -> Tensor:
     """Ranks of the image tokens, (B, L) long; where all leave, those that must stay come first."""
     if removal.stage.removes_all:
         return image_ranks(shown.layout.image.float(), shown.layout, shown.groups)
-    with apart(shown.layout.image):
+    with unrounded(shown.layout.image):
         return removal.stage.method.choose(shown, removal.after.current)
 
 
@@ -49,7 +50,7 @@ def token_map(removal: Removal, shown: Seen, ranks: Tensor, tokens: Tokens) -> T
     """The removal; where all leave nothing is merged, and marginal tokens run one layer more."""
     marginal, after = tokens.marginal, removal.after
     if marginal is None and not removal.stage.removes_all:
-        with apart(tokens.hidden):
+        with unrounded(tokens.hidden):
             return removal.stage.method.token_map(shown, ranks, after)
     keep = select(ranks, shown.layout, after.current)
     if marginal is None:

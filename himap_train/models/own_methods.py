@@ -15,6 +15,7 @@ from himap_train.models.guard import check_ran
 from himap_train.models.inputs import check_media
 from himap_train.models.installed import InstalledPruning
 from himap_train.models.prompt import (
+    LABELS,
     forward_of_whole,
     generation,
     grids_of_prompt,
@@ -88,7 +89,7 @@ def whole_forward(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
     """The forward of the whole model: what its labels supervise is told to the decoder, images are not predicted."""
     given, pruning = method.given(args, kwargs), method.pruning
     with forward_of_whole(supervised_by(given)):
-        if pruning is None or pruning.schedule.dense or (given.get("labels") is None and "shift_labels" not in given):
+        if pruning is None or pruning.schedule.dense or all(given.get(name) is None for name in LABELS):
             return method.before(*args, **kwargs)
         said = given.get("image_token_mask")
         image = _image_tokens(method.module.model, given) if said is None else said

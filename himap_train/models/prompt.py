@@ -39,6 +39,10 @@ _grids: ContextVar[Sequence[TokenGrid] | None] = ContextVar("himap_grids", defau
 _images: ContextVar[Tensor | None] = ContextVar("himap_images", default=None)
 
 
+LABELS = ("labels", "shift_labels")
+"""Keywords of the whole model's forward that say what is predicted."""
+
+
 @contextmanager
 def forward_of_whole(supervised: Tensor | None) -> Iterator[None]:
     """Inside, the forward of the whole model runs, with these tokens supervised, (B, S) bool."""
@@ -87,7 +91,7 @@ def running_whole() -> Whole | None:
 
 def supervised_by(given: Mapping[str, Any]) -> Tensor | None:
     """What a call supervises, (B, S) bool: by `supervised_mask`, which overrules labels, `labels` or `shift_labels`."""
-    mask, labels, shifted = (given.get(name) for name in ("supervised_mask", "labels", "shift_labels"))
+    mask, labels, shifted = (given.get(name) for name in ("supervised_mask", *LABELS))
     if mask is not None:
         return torch.as_tensor(mask).bool()
     if labels is not None:
@@ -100,10 +104,9 @@ def supervised_by(given: Mapping[str, Any]) -> Tensor | None:
 def labels_of_text(given: Mapping[str, Any], image: Tensor) -> dict[str, Tensor]:
     """The labels of a call, and the shifted ones, without those at image tokens (B, S) bool, which are no text."""
     following = nn.functional.pad(image[:, 1:], (0, 1))
-    where = {"labels": image, "shift_labels": following}
     return {
         name: given[name].masked_fill(at.to(given[name].device), -100)
-        for name, at in where.items()
+        for name, at in zip(LABELS, (image, following), strict=True)
         if given.get(name) is not None and given[name].shape == at.shape  # others are refused by name later
     }
 

@@ -61,14 +61,13 @@ class PlanCLI(FinetuneCLI):
 
     def before_instantiate_classes(self) -> None:
         """No folder is claimed, nothing is resumed."""
-        model = self.config.model
-        trainer = self.config.trainer
+        model, trainer = self.config.model, self.config.trainer
         refuse_together(trainer.strategy, model, self.config.data.cache_image_features, trainer.precision)
         if model.vision_tower != "freeze" or model.decoder != "lora":
             raise ValueError("plan.py plans LoRA on the decoder: without model.vision_tower and model.decoder")
         if self.config.rehearse:
             rehearse(self.config)
-        set_epochs(self.config.trainer)
+        set_epochs(trainer)
 
     def instantiate_classes(self) -> None:
         """Model and data, neither of which loads anything yet; no trainer, whose devices need not be here."""

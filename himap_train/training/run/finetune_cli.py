@@ -144,18 +144,17 @@ class FinetuneCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Refuse what cannot work before anything is loaded."""
-        require_known(self.config.trainer.strategy)
         trainer = self.config.trainer
+        require_known(trainer.strategy)
         refuse_together(trainer.strategy, self.config.model, self.config.data.cache_image_features, trainer.precision)
         require_installed(self.config.loggers)
         if self.config.keep == "best":
-            given = self.config.data.validation, self.config.pruning.learnable, self.config.trainer.limit_val_batches
-            require_best(*given)
-        if self.config.trainer.accelerator == "cpu":
+            require_best(self.config.data.validation, self.config.pruning.learnable, trainer.limit_val_batches)
+        if trainer.accelerator == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed would look for a GPU
         if self.config.rehearse:
             rehearse(self.config)
-        set_epochs(self.config.trainer)
+        set_epochs(trainer)
         resolve_model(self.config.model.path)  # ends within seconds where the weights cannot be reached
         self.output = Path(self.config.output)
         self.checkpoints = self.output / "checkpoints"

@@ -52,7 +52,7 @@ def refuse_callbacks(callbacks: Any) -> None:
             )
 
 
-def refuse_together(strategy: Any, model: Any, cache_image_features: Any, precision: Any = None) -> None:
+def refuse_together(strategy: Any, model: Any, cache_image_features: Any, precision: Any) -> None:
     """Raises ValueError where settings do not go together, before anything is loaded.
 
     Args:
