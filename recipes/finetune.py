@@ -124,7 +124,7 @@ def check_data(cli: FinetuneCLI) -> None:
     if is_first_process():
         config = model_config(cli.model)
         schedule = cli.model.fitted_schedule(config.text_config.num_hidden_layers)
-        cli.pruning.check_possible(schedule, config, data.mean_tokens)
+        cli.pruning.check_possible(schedule, config, data.prompt_tokens)
         cli.measured.check_budgets()
 
 

@@ -14,6 +14,7 @@ from tiny import IMAGE_TOKENS, tiny_processor
 from himap_train.data.check import check_source
 from himap_train.data.skips import TooManySkippedError
 from himap_train.data.sources import open_source
+from himap_train.evaluation.budgeted import prompt_tokens
 
 GOOD = [
     llava_record("one", "a.png", "<image>\nWhat?", "A cat."),
@@ -117,15 +118,18 @@ def test_long_list_of_problems_is_cut(source):
     assert "problem 9" in str(many) and "problem 10" not in str(many) and "and 20 more" in str(many)
 
 
-def test_mean_tokens_are_those_of_what_is_trained_on(tmp_path: Path) -> None:
-    """Image tokens of all images of a record, the rest up to max_length."""
+def test_budgets_in_training_are_of_the_prompt_that_evaluation_counts(tmp_path: Path) -> None:
+    """No prefill runs the last answer, which may be most of a record."""
     (tmp_path / "data.json").write_text(json.dumps(GOOD))
     image_folder(tmp_path, ("a.png", "b.png"))
     processor = tiny_processor()
     source = open_source(str(tmp_path / "data.json"))
-    image = round(IMAGE_TOKENS * (1 + 1 + 2 + 0) / 4)
-    lengths = [len(encode(source[index], processor)["input_ids"]) for index in range(4)]
-    assert check_source(source, processor).mean_tokens() == (image, round(sum(lengths) / 4 - image))
+    found = check_source(source, processor)
+    assert found.prompt_tokens() == prompt_tokens(source, processor)
+    samples = [encode(source[index], processor) for index in range(4)]
+    answers = [int((sample["labels"] != -100).sum()) for sample in samples]
+    assert found.prompts[3] == (0, len(samples[3]["input_ids"]) - answers[3])
     cut = check_source(source, processor, max_length=100)
-    assert cut.mean_tokens() == (image, round(sum(min(length, 100) for length in lengths) / 4 - image))
-    assert check_source(source, processor, limit=0).mean_tokens() is None
+    assert cut.prompts[1] == cut.prompts[0] == found.prompts[0] == (IMAGE_TOKENS, found.prompts[0][1])
+    assert sum(cut.prompts[0]) == len(samples[0]["input_ids"]) - answers[0]
+    assert check_source(source, processor, limit=0).prompt_tokens() is None

@@ -42,6 +42,7 @@ class DataReport:
         answers: answers in the scanned records.
         image_tokens: tokens an image -> number of examined images that take so many.
         lengths: (id, tokens) of the examined records, image tokens included.
+        prompts: (image tokens, other tokens) of those that are used, up to the last answer that fits.
         token_ids: those of the examined records.
         answer_ids: tokens of their answers -> how often.
         truncated: ids of examined records that lose questions at the end.
@@ -60,6 +61,7 @@ class DataReport:
     answers: int = 0
     image_tokens: dict[int, int] = field(default_factory=dict)
     lengths: list[tuple[str, int]] = field(default_factory=list)
+    prompts: list[tuple[int, int]] = field(default_factory=list)
     token_ids: set[int] = field(default_factory=set)
     answer_ids: Counter[int] = field(default_factory=Counter)
     truncated: list[str] = field(default_factory=list)
@@ -70,17 +72,15 @@ class DataReport:
         """Tokens that this percentage of the examined records does not exceed; 0 if none was examined."""
         return int(np.percentile([n for _, n in self.lengths], percent, method="higher")) if self.lengths else 0
 
-    def mean_tokens(self) -> tuple[int, int] | None:
-        """Image tokens and other tokens of an examined record on average, as far as `max_length` lets it through.
+    def prompt_tokens(self) -> tuple[int, int] | None:
+        """Image tokens and other tokens of a prompt on average: what a prefill runs, and so what a budget is of.
 
-        None where nothing was examined.
+        None where none was examined.
         """
-        if not self.lengths:
+        if not self.prompts:
             return None
-        cut = [length if self.max_length is None else min(length, self.max_length) for _, length in self.lengths]
-        total = sum(cut) / len(cut)
-        image = sum(tokens * images for tokens, images in self.image_tokens.items()) / len(cut)
-        return round(image), round(max(total - image, 1.0))
+        image, text = np.mean(self.prompts, axis=0)
+        return round(image), round(text)
 
     def longest(self, count: int = 5) -> list[tuple[str, int]]:
         """(id, tokens) of the longest examined records, the longest first."""
@@ -186,5 +186,8 @@ def _examine(
         report.answer_ids.update(exchange.answer)
     ends = encoder.ends(exchanges, counts)
     report.lengths.append((conversation.id, ends[-1]))
-    if encoder.fitting(conversation, ends) < len(ends):
+    kept = encoder.fitting(conversation, ends)
+    image = sum(counts[: encoder.shown(exchanges[:kept])])
+    report.prompts.append((image, ends[kept - 1] - len(exchanges[kept - 1].answer) - image))
+    if kept < len(ends):
         report.truncated.append(conversation.id)

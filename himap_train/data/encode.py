@@ -101,7 +101,7 @@ class Encoder:
         labels: list[int] = []
         shown = 0
         for exchange in exchanges[:kept]:
-            used = exchange.prompt.count(self._image_id)
+            used = self.shown([exchange])
             prompt = self._expand(exchange.prompt, counts[shown : shown + used])
             ids += prompt + exchange.answer
             labels += [IGNORED] * len(prompt) + exchange.answer
@@ -168,12 +168,16 @@ class Encoder:
         remaining, total, ends = iter(counts), 0, []
         around = len(self.family.placeholder(self.processor, 0))
         for exchange in exchanges:
-            images = exchange.prompt.count(self._image_id)
+            images = self.shown([exchange])
             total += (
                 len(exchange.prompt) + len(exchange.answer) + (around - 1) * images + sum(islice(remaining, images))
             )
             ends.append(total)
         return ends
+
+    def shown(self, exchanges: list[TokenizedExchange]) -> int:
+        """How many images exchanges show."""
+        return sum(exchange.prompt.count(self._image_id) for exchange in exchanges)
 
     def fitting(self, conversation: Conversation, ends: list[int]) -> int:
         """How many exchanges fit into max_length.

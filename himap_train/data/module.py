@@ -104,8 +104,8 @@ class LlavaDataModule(LightningDataModule):
         self._sources: dict[str, Source] = {}
         self._encoder: Encoder | None = None
         self._cached_encoder: CachedEncoder | None = None
-        self.mean_tokens: tuple[int, int] | None = None
-        """Image tokens and other tokens of a training record on average, once they are checked."""
+        self.prompt_tokens: tuple[int, int] | None = None
+        """Image tokens and other tokens of a training record's prompt on average, once they are checked."""
         self.token_ids, self.answer_ids = set[int](), dict[int, int]()
         """Tokens of the training records that were examined; of their answers also how often."""
         self.skips: dict[str, SkipLog] = {}
@@ -149,7 +149,7 @@ class LlavaDataModule(LightningDataModule):
         options = (encoder.max_length, limit, self.limits[split], encoder.image_aspect_ratio)
         report = check_source(source, self.processor, *options, name=self.spec(split))
         if split == "train":
-            self.mean_tokens, self.token_ids = report.mean_tokens(), report.token_ids
+            self.prompt_tokens, self.token_ids = report.prompt_tokens(), report.token_ids
             self.answer_ids = report.answer_ids
         return report
 

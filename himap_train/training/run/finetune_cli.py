@@ -202,7 +202,7 @@ class FinetuneCLI(LightningCLI):
             *([AroundTraining(*(partial(do, self) for do in self.around))] if self.around else []),
             *(given.pop("callbacks", None) or []),
             StepSeeds(seed),
-            *_other_schedules(pruning, seed, lambda: self.datamodule.mean_tokens),
+            *_other_schedules(pruning, seed, lambda: self.datamodule.prompt_tokens),
             *([LearnRanking(ranking)] if (ranking := pruning.ranking(self.model.schedule)) else []),
             GradientNorm(self.checkpoints),
             Throughput(),

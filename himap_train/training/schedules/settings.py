@@ -30,8 +30,8 @@ class PruningSettings:
             the schedule from the start.
         dense_steps: Some steps dense, taught by the pruned model, for one that is served dense; null for none.
         learn_ranking: How the stages of `model.schedule` whose criterion is `learned` learn, where not by the defaults.
-        image_tokens: Image tokens of the sample that budgets are for; null for the training data's mean.
-        text_tokens: Its other tokens; null for the training data's mean.
+        image_tokens: Image tokens of the prompt that budgets are for; null for the training data's mean.
+        text_tokens: Its other tokens, without the last answer, which no prefill has; null for the training data's mean.
     """
 
     learnable: Learnable | None = None
