@@ -188,7 +188,7 @@ def test_what_leaves_before_the_first_layer_is_given() -> None:
         ({"start": PruningSchedule((PruningStage(0, "divprune", 0.2),))}, r"budget 0.5 is above 0\.264.*higher ratios"),
         ({"start": PruningSchedule((PruningStage(1, "image", keep_count=9),))}, "expected a keep_ratio in each"),
         ({"start": PruningSchedule((PruningStage(1, "image", 0.0),))}, "above 0 before first_layer 2"),
-        ({"start": PruningSchedule((PruningStage(0, "learned", 0.5),))}, "no ranking that is learned"),
+        ({"start": PruningSchedule((PruningStage(3, "learned", 0.5),))}, "no learned ranking from there on"),
         ({"start": PruningSchedule((PruningStage(12, "image", 0.5),))}, "stage at layer 12"),
         ({"deep": "imge"}, "did you mean 'image'"),
     ],

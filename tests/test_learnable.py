@@ -21,6 +21,7 @@ from transformers import LlamaConfig
 from himap_train import PruningSchedule, PruningStage
 from himap_train.checkpoints.load import load_checkpoint
 from himap_train.models.install import pruning_of
+from himap_train.models.installed import scorers_of
 from himap_train.models.stock import text_decoder
 from himap_train.training.callbacks.interrupt import Interrupted
 from himap_train.training.callbacks.learn_ratios import LearnKeepRatios
@@ -146,6 +147,28 @@ def test_a_run_of_the_command_line(tiny_path: str, tmp_path: Path) -> None:
     frozen = {stage["layer"]: stage["keep_ratio"] for stage in saved["stages"]}
     assert logged(run, "keep_ratio/layer01")[-1] == pytest.approx(frozen.get(1, 1.0))
     assert logged(run, "train/flops_ratio")[-1] == pytest.approx(0.97)
+
+
+def test_a_ranking_before_the_first_layer_learns_beside_the_ratios(tiny_path: str, tmp_path: Path) -> None:
+    """It chooses from the start, is saved with what was frozen, taken over and chosen by again."""
+    given = {"layer": 0, "criterion": "learned", "keep_ratio": 0.8}
+    settings = SETTINGS | {"start": {"stages": [given, *START["stages"]]}, "budget": 0.85}
+    groups = {"learnable": settings, "learn_ranking": {"updates": 2}}
+    assert finetune("--config", config(tiny_path, tmp_path, groups, **NO_SCHEDULE)) == 0
+    run = tmp_path / "run"
+    saved = yaml.safe_load((run / "pruning.yaml").read_text())
+    assert saved["stages"][0] == given and len(logged(run, "train/ranking_loss")) == 6
+    model, _ = load_checkpoint(run)
+    ranking = scorers_of(text_decoder(model))
+    fresh = tuner(tiny_path, schedule={"stages": [given]})
+    fresh.configure_model()
+    untrained = scorers_of(text_decoder(fresh.peft_model))[0].state_dict()
+    assert list(ranking) == [0] and any(not w.equal(untrained[name]) for name, w in ranking[0].state_dict().items())
+    again = Learnable(0.85, 1, start=settings["start"])
+    more = tuner(tiny_path, schedule=None, init_adapter=str(run / "adapter"))
+    fit_windows(more, tmp_path / "more", [LearnKeepRatios(again, lambda measured: TOKENS)])
+    taken = scorers_of(text_decoder(more.peft_model))[0].state_dict()
+    assert all(w.equal(taken[name]) for name, w in ranking[0].state_dict().items())
 
 
 def test_rehearsal_learns_at_a_budget_that_the_small_model_can_meet(tiny_path: str, tmp_path: Path) -> None:

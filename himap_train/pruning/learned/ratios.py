@@ -107,11 +107,12 @@ class KeepRatios:
             return ()
         schedule.validate_for(self.layers)
         given = tuple(stage for stage in schedule.stages if stage.layer < self.first_layer)
-        unfit = any(stage.keep_ratio is None or stage.waits or stage.method.learns for stage in schedule.stages)
+        unfit = any(stage.keep_ratio is None or stage.waits for stage in schedule.stages)
+        unfit = unfit or any(stage.method.learns for stage in schedule.stages[len(given) :])
         if schedule.enter or unfit or any(stage.removes_all for stage in given):
             raise ValueError(
                 f"start has the stages {schedule.to_dict()['stages']}; expected a keep_ratio in each, above 0 before "
-                f"first_layer {self.first_layer}, none that waits and no ranking that is learned"
+                f"first_layer {self.first_layer}, none that waits, and no learned ranking from there on"
             )
         return given
 

@@ -15,6 +15,7 @@ from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.adapter_module import Step
 from himap_train.training.callbacks.progress import step_ended
 from himap_train.training.run.launch import say
+from himap_train.training.run.measured_rows import model_config
 from himap_train.training.schedules.learnable import Learnable
 from himap_train.training.schedules.per_step import Measured
 
@@ -46,6 +47,11 @@ class LearnKeepRatios(Callback):
         if self._ratios is None:
             raise RuntimeError("the keep ratios are made when training starts")
         return self._ratios
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """What is given before the first layer that learns is there from the start, with a ranking that learns."""
+        if pl_module.llava is None:
+            pl_module.schedule = self.settings.given(model_config(pl_module).text_config.num_hidden_layers)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Here the number of steps is known, and every process is there."""

@@ -35,7 +35,8 @@ class Learnable:
         step_size: How far the log shares move in a step.
         start: Where the shares start, and by what tokens rank: a schedule as for `model.schedule`, such as one of
             search_schedule.py; null: all layers alike, and HiMAP's criteria. Stages before `first_layer` are not
-            learned, but stay: with `divprune` at layer 0 the loss decides where what that leaves goes.
+            learned, but stay, and a ranking of theirs learns beside: with `divprune` or `learned` at layer 0 the loss
+            decides where what that leaves goes.
         tolerance: Neighbouring layers whose ratios differ by less share a stage when they are frozen.
     """
 
@@ -75,6 +76,11 @@ class Learnable:
 
     def _start(self, layers: int) -> PruningSchedule | None:
         return None if self.start is None else fitted_schedule(self.start, layers)
+
+    def given(self, layers: int) -> PruningSchedule:
+        """What stands before the first layer that learns, in a decoder of so many layers."""
+        start = self._start(layers) or PruningSchedule()
+        return PruningSchedule(tuple(stage for stage in start.stages if stage.layer < self.first_layer))
 
     def check_possible(self, schedule: PruningSchedule, config: Any, tokens: tuple[int, int]) -> None:
         """Refuse layers that a decoder does not have and a budget that it cannot meet; as `ratios`, before training."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 from himap_train.models.foresight import learned_layers
+from himap_train.pruning.reading import read_schedule
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.schedules.curriculum import Curriculum, CurriculumSteps
 from himap_train.training.schedules.dense_steps import DenseStepPlan, DenseSteps
@@ -29,7 +30,8 @@ class PruningSettings:
         curriculum: From dense, or through other schedules, to the schedule over the first part of training; null for
             the schedule from the start.
         dense_steps: Some steps dense, taught by the pruned model, for one that is served dense; null for none.
-        learn_ranking: How the stages of `model.schedule` whose criterion is `learned` learn, where not by the defaults.
+        learn_ranking: How stages whose criterion is `learned` (of `model.schedule`, or of `learnable.start` before its
+            `first_layer`) learn, where not by the defaults.
         image_tokens: Image tokens of the prompt that budgets are for; null for the training data's mean.
         text_tokens: Its other tokens, without the last answer, which no prefill has; null for the training data's mean.
     """
@@ -64,11 +66,16 @@ class PruningSettings:
         for name in given:
             getattr(self, name).check(schedule)
         if self.learn_ranking is not None:
-            self.learn_ranking.check(schedule)
+            self.learn_ranking.check(self._ranking(schedule))
 
     def ranking(self, schedule: PruningSchedule) -> RankingSettings | None:
         """How the ranking learns, where the schedule has a stage that ranks by it."""
-        return (self.learn_ranking or RankingSettings()) if learned_layers(schedule) else None
+        return (self.learn_ranking or RankingSettings()) if learned_layers(self._ranking(schedule)) else None
+
+    def _ranking(self, schedule: PruningSchedule) -> PruningSchedule:
+        """What may have a ranking that learns: where keep ratios are learned, what they start from."""
+        start = self.learnable and self.learnable.start
+        return read_schedule(start) if start else schedule
 
     def tokens(self, measured: tuple[int, int] | None) -> tuple[int, int]:
         """Image and text tokens of the sample that budgets are for.
