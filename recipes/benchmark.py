@@ -92,6 +92,8 @@ def main(
     Raises:
         ValueError: A name is unknown or a shape impossible.
     """
+    if job and series:
+        raise ValueError("--job times whole fine-tunings and --series steps: give one of them")
     if threads is not None:
         torch.set_num_threads(threads)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

@@ -90,6 +90,8 @@ def test_a_whole_model_runs_its_tower(tmp_path: Path) -> None:
         ),
         (("--job", "true", "--image_tokens", "576", "--job_methods", "[trl]", "--peer_python", "false"), "has no TRL"),
         (("--whole_model", "true"), "no multiple of 576"),
+        (("--whole_model", "true", "--image_tokens", "576", "--series", "[image_tokens]"), "=144 is no multiple of"),
+        (("--job", "true", "--series", "[batch]"), "give one of them"),
         (("--series", "[text_tokens]", "--series_values", "[3]"), "cannot be run"),
     ],
 )

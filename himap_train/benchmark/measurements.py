@@ -90,6 +90,8 @@ def planned(
 def _rows(
     settings: Settings, workload: Workload, methods: Sequence[str], measures: Sequence[str]
 ) -> list[tuple[str, str]]:
+    if settings.whole:
+        workload.require_whole_images()
     for measure in measures:
         if measure not in MEASURES:
             raise ValueError(f"measure {measure!r} is unknown{nearest(measure, MEASURES)}")

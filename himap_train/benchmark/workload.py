@@ -44,6 +44,15 @@ class Workload:
                 "question and an answer token behind it"
             )
 
+    def require_whole_images(self) -> None:
+        """Raise ValueError for a number of image tokens that no number of images has."""
+        if any(sample.image_tokens % TOKENS_PER_IMAGE for sample in self.samples):
+            raise ValueError(
+                f"image_tokens={self.image_tokens}{' of dynamic resolution' if self.mixed else ''} is no multiple of "
+                f"{TOKENS_PER_IMAGE}, the tokens of one image; choose one, with --series the values too "
+                "(--series_values), or leave the vision tower out with --whole_model=false"
+            )
+
     @property
     def answer(self) -> int:
         """Supervised tokens of a sample."""
@@ -104,16 +113,7 @@ class Batch:
 
 
 def make_batch(model: LlavaForConditionalGeneration, workload: Workload, whole: bool = False, seed: int = 0) -> Batch:
-    """Random content; image features want a gradient, as the output of a projector in training does.
-
-    Raises:
-        ValueError: A whole model is asked for a number of image tokens that no number of images has.
-    """
-    if whole and any(sample.image_tokens % TOKENS_PER_IMAGE for sample in workload.samples):
-        raise ValueError(
-            f"image_tokens={workload.image_tokens} is no multiple of {TOKENS_PER_IMAGE}, the tokens of one image; "
-            "choose one, or leave the vision tower out with --whole_model=false"
-        )
+    """Random content; image features want a gradient, as the output of a projector in training does."""
     noise = torch.Generator().manual_seed(seed)
     text: Any = model.config.text_config
     length = workload.image_tokens + workload.text_tokens
