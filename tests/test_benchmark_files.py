@@ -286,6 +286,21 @@ def test_free_form(tmp_path):
     assert asked(open_task(str(tmp_path / "own.csv"), answer="answer")) == ["What?"]
 
 
+def test_rows_of_question_and_answer_need_no_more_than_a_csv(tmp_path):
+    """Elsewhere the message says what reads them."""
+    (tmp_path / "a.csv").write_text("image,question,answer\n0.png,What?,cat\n")
+    task = open_task(str(tmp_path / "a.csv"))
+    record = task.source[0]
+    assert record.images == (tmp_path / "0.png",) and record.turns[0].text.endswith("What?")
+    assert (json.loads(record.meta["answers"]), task.metrics) == (["cat"], ("exact",))
+    (tmp_path / "b.csv").write_text("image,q,a\n0.png,What?,cat\n")
+    with pytest.raises(ValueError, match="expected also 'question', 'answer'"):
+        open_task(str(tmp_path / "b.csv"))
+    (tmp_path / "c.jsonl").write_text(json.dumps({"image": "0.png", "question": "What?", "answer": "cat"}))
+    with pytest.raises(ValueError, match=r"no key `conversations`.*read by --prompt '{question}'"):
+        open_task(str(tmp_path / "c.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("options", "texts"),
     [

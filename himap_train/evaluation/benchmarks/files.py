@@ -17,7 +17,9 @@ from himap_train.data.records import RecordError
 from himap_train.data.sources import HUB_NAME, load_from_hub, local_dataset
 from himap_train.evaluation.benchmarks.table import Benchmark
 
-_JSON, _TABLES = (".json", ".jsonl", ".ndjson"), {".tsv": "\t", ".csv": ","}
+_JSON = (".json", ".jsonl", ".ndjson")
+SEPARATED = {".tsv": "\t", ".csv": ","}
+"""Endings of tables as text, and what stands between their columns."""
 _LISTS = ("data", "questions", "annotations")  # under which TextVQA, SEED-Bench and VQAv2 keep their records
 _FIELD = 2**27  # characters of an image in base64
 _SHARD = re.compile(r"-\d+-of-\d+.*")
@@ -56,8 +58,8 @@ def open_table(spec: str, benchmark: Benchmark) -> Table:
     """
     name, *given = [spec] if Path(spec).exists() else spec.split(":")
     path, ending = Path(name), Path(name).suffix.lower()
-    if path.is_file() and ending in (*_JSON, *_TABLES):
-        rows = _csv_rows(path, _TABLES[ending]) if ending in _TABLES else read_json(path)
+    if path.is_file() and ending in (*_JSON, *SEPARATED):
+        rows = _csv_rows(path, SEPARATED[ending]) if ending in SEPARATED else read_json(path)
         return rows_table(str(path), rows, path.parent)
     *config, split = given or [benchmark.split]
     table = _dataset_table(_dataset(path, config[0] if config else benchmark.config, split, bool(config)), spec, path)

@@ -9,7 +9,7 @@ from typing import Any
 from himap_train.data.forms import TURN_KEYS, unread_pictures
 from himap_train.data.records import Source
 from himap_train.data.sources import open_source
-from himap_train.evaluation.benchmarks.files import Table, open_table
+from himap_train.evaluation.benchmarks.files import SEPARATED, Table, open_table
 from himap_train.evaluation.benchmarks.llava_files import AskedForLetters, is_question_file, with_answers
 from himap_train.evaluation.benchmarks.records import BenchmarkRecords
 from himap_train.evaluation.benchmarks.table import BENCHMARKS, Benchmark
@@ -40,10 +40,10 @@ def open_task(
     follow_links: bool = False,
     **columns: str,
 ) -> Task:
-    """Questions from any file; without a benchmark or columns those of `open_source`.
+    """Questions from any file; without a benchmark or columns those of `open_source`, or of `question` and `answer`.
 
     Args:
-        data: As in `open_source`, and *.tsv, *.csv, and `:config:split` behind a Hugging Face data set.
+        data: As in `open_source`, and *.tsv and *.csv, and `:config:split` behind a Hugging Face data set.
         benchmark: Name in `BENCHMARKS`.
         answers: Answer file for LLaVA's question files.
         image_folder: Where image paths start.
@@ -58,10 +58,14 @@ def open_task(
     own: dict[str, Any] = {name: value for name, value in columns.items() if value}
     if benchmark is not None:
         check_keys("--benchmark", {benchmark: None}, list(BENCHMARKS))
-    if benchmark is None and not own:
+    if benchmark is None and not own and Path(data).suffix.lower() not in SEPARATED:
         if answers is not None:
             raise ValueError(f"--answers {answers} goes with a --benchmark, which says how answers belong to questions")
-        return Task(open_source(data, image_folder, split="test", follow_links=follow_links))
+        try:
+            return Task(open_source(data, image_folder, split="test", follow_links=follow_links))
+        except ValueError as error:
+            hint = "; rows with a question and an answer each are read by --prompt '{question}'"
+            raise ValueError(f"{error}{hint if Path(data).is_file() else ''}") from error
     free = Benchmark("{question}", ("choice" if own.get("options") else "exact",), needs_image="image" in own)
     entry = replace(BENCHMARKS[benchmark] if benchmark else free, **own)
     table = open_table(data, entry)
