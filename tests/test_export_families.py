@@ -80,7 +80,7 @@ _QWEN2 = {"model.language_model.": "model.", "model.visual.": "visual.", "lm_hea
 PUBLISHED = {
     "vipllava": {
         "model.language_model.": "language_model.model.",
-        "model.vision_tower.": "vision_tower.",
+        "model.vision_tower.": "vision_tower.vision_model.",  # so CLIP and SigLIP lie there; loading takes it away
         "model.multi_modal_projector.": "multi_modal_projector.",
         "lm_head.": "language_model.lm_head.",
     },
@@ -109,9 +109,9 @@ def saved(kind: str, folder: Path, layout: str) -> Path:
     return folder
 
 
-def adapted(base: Path, projector: str = "train") -> PeftModel:
+def adapted(base: Path, projector: str = "train", vision: str = "freeze") -> PeftModel:
     torch.manual_seed(0)
-    return shaken(attach_lora(load_llava(base)[0], r=4, alpha=8, projector=projector)).eval()
+    return shaken(attach_lora(load_llava(base)[0], r=4, alpha=8, projector=projector, vision=vision)).eval()
 
 
 def stock(folder: Path) -> PreTrainedModel:
@@ -152,6 +152,18 @@ def test_merged_is_a_stock_model_of_the_same_class(kind: str, layout: str, tmp_p
     assert ("needs torchvision" in card) == (kind != "vipllava") == ("llava" not in card.lower())
     assert type(processor) is type(load_llava(folder)[1])
     assert check_agreement(tmp_path / "a", folder).dense < 1e-4
+
+
+@pytest.mark.parametrize("vision", ["lora", "train"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_trained_tower_is_merged_into_published_files(kind: str, vision: str, tmp_path: Path) -> None:
+    base = saved(kind, tmp_path / "base", "published")
+    model = adapted(base, vision=vision)
+    save_adapter(model, tmp_path / "a", PRUNED)
+    merged = stock(export_merged(tmp_path / "a", tmp_path / "merged"))
+    moved = {name for name, value in stock(base).state_dict().items() if not value.equal(merged.state_dict()[name])}
+    assert any(name.startswith(family_of(merged).vision_name) for name in moved)
+    assert_same(merged, model.merge_and_unload(safe_merge=True))
 
 
 @pytest.mark.parametrize("projector", ["train", "lora", "freeze"])

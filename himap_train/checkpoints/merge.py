@@ -134,7 +134,7 @@ class Merger:
             found = [f"{name}: {wanted[name]} here, {shapes.get(name, 'none')} in the base" for name in wrong[:5]]
             more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
             resized = [name for name in wrong if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
-            way_out = [f"Its embeddings were resized; {_WITH_PEFT}"] if resized == wrong else []
+            way_out = [f"Its embeddings were resized; {_WITH_PEFT}" if resized == wrong else _WITH_PEFT]
             raise ValueError(f"the adapter does not fit {self.base}: {'; '.join([*found, *more, *way_out])}")
 
     def value(self, info: TensorInfo) -> Tensor:

@@ -84,7 +84,8 @@ class Family(ABC):
     weight_renames: ClassVar[tuple[tuple[str, str], ...]] = (
         (r"^language_model\.lm_head\.", "lm_head."),
         (r"^language_model\.model\.", "model.language_model."),
-        (r"^(language_model|vision_tower|multi_modal_projector)\.", r"model.\1."),
+        (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
+        (r"^(language_model|multi_modal_projector)\.", r"model.\1."),
         (r"^image_newline$", "model.image_newline"),
     )
     processor_class: ClassVar[type[Any]]
