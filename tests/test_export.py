@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from himap_train.checkpoints.agreement import check_agreement, require_stock_key
 from himap_train.checkpoints.card import model_card
 from himap_train.checkpoints.export import export_adapter, export_merged
 from himap_train.checkpoints.load import load_checkpoint, save_adapter
+from himap_train.checkpoints.merge import Merger
 from himap_train.checkpoints.run_facts import RunFacts
 from himap_train.models.install import pruning_of
+from himap_train.models.loading import load_llava
+from himap_train.models.lora import attach_lora
 from himap_train.pruning.reading import read_schedule
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO, RememberConfig
@@ -130,6 +134,25 @@ def test_check_notices_weights_that_are_not_numbers(run: tuple[Path, LlavaFineTu
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="does not compute what"):
         check_agreement(run[0], folder)
+
+
+def test_check_notices_a_small_update_that_is_lost(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that moves logits by less than rounding may: so little training, or half precision."""
+    model, processor = load_llava(base)
+    model = attach_lora(model, r=4, alpha=8, projector="freeze")
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data = 5e-5 * torch.randn_like(weight)
+    adapter = save_adapter(model, tmp_path / "a", PruningSchedule(), processor)
+    right = check_agreement(adapter, export_merged(adapter, tmp_path / "merged"))
+    old = Merger._update
+    monkeypatch.setattr(Merger, "_update", lambda self, name: 0.0 * old(self, name))
+    lost = export_merged(adapter, tmp_path / "lost")
+    with pytest.raises(ValueError, match="what was trained is not in it") as error:
+        check_agreement(adapter, lost)
+    by = float(re.search(r"by ([\d.e-]+) from the adapter", str(error.value))[1])
+    assert right.dense < by < right.tolerance
 
 
 def test_check_notices_another_schedule(run: tuple[Path, LlavaFineTuner], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 
@@ -36,7 +37,7 @@ EXCHANGED = 0.25
 @dataclass(frozen=True)
 class Outputs:
     """Results of one model on the example: dtype of its weights, logits (1, S, V) dense and pruned, columns kept by
-    stage, and whether their number follows the scores.
+    stage, whether their number follows the scores; of an adapter also the dense logits of its base.
     """
 
     dtype: str
@@ -44,6 +45,7 @@ class Outputs:
     pruned: Tensor
     kept: list[list[list[int]]]
     by_mass: bool = False
+    untrained: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Agreement:
     tolerance: float
 
     def __str__(self) -> str:
-        kept = "the same image tokens kept" if self.same_kept else "other image tokens kept where scores nearly tie"
+        others = "not compared: others are kept where scores nearly tie"
+        kept = "the same image tokens kept" if self.same_kept else others
         return f"logits differ by {self.dense:.1e} dense and {self.pruned:.1e} pruned ({kept})"
 
 
@@ -72,7 +75,8 @@ def check_agreement(
         fresh_process: Load the second one in a process of its own.
 
     Raises:
-        ValueError: They differ by more than rounding, prune otherwise, or the second does not load as a stock model.
+        ValueError: They differ by more than rounding, the second has lost what was trained, they prune otherwise, or
+            the second does not load as a stock model.
     """
     expected = outputs(first, base)
     gc.collect()  # two 13B models may not fit side by side
@@ -83,6 +87,13 @@ def check_agreement(
     result = Agreement(*gaps, same_kept, tolerance)
     if not result.dense <= tolerance or (same_kept and not result.pruned <= tolerance):  # nan is no agreement
         raise ValueError(f"{second} does not compute what {first} computes: {result}, at most {tolerance} expected")
+    # An adapter that was trained little changes less than rounding may: then it is by the base that a loss shows.
+    if expected.untrained is not None and (left := _gap(expected.untrained, found.dense)) < gaps[0] / 2:
+        raise ValueError(
+            f"{second} computes what the base of {first} computes without the adapter (logits differ by {left:.1e} "
+            f"from it, by {gaps[0]:.1e} from the adapter): what was trained is not in it, or is lost by rounding to "
+            f"{found.dtype}, and then --dtype float32 keeps it"
+        )
     if not _nearly_the_same(expected, found):
         counts = [[len(stage[0]) for stage in side.kept] for side in (expected, found)]
         raise ValueError(
@@ -105,8 +116,12 @@ def outputs(path: Path | str, base: str | None = None) -> Outputs:
     pruning = pruning_of(model)
     by_mass = pruning is not None and pruning.schedule.by_sample
     dense = remove_pruning(model)(**inputs).logits.float()
+    untrained = None
+    if isinstance(model, PeftModel):
+        with model.disable_adapter():
+            untrained = model(**inputs).logits.float()
     dtype = next(model.parameters()).dtype
-    return Outputs(str(dtype).removeprefix("torch."), dense, pruned, kept, by_mass)
+    return Outputs(str(dtype).removeprefix("torch."), dense, pruned, kept, by_mass, untrained)
 
 
 def require_stock_keys(folder: Path | str) -> None:
