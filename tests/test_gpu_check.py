@@ -109,6 +109,17 @@ def test_a_plan_that_does_not_fit_is_a_row(models: dict[str, str], monkeypatch: 
     assert (row.what, row.holds) == ("not run", None) and "by the plan, the GPU has" in row.found
 
 
+def test_memory_that_the_plan_promised_and_that_is_not_there_fails(
+    models: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(gpu_checks, "time_pairs", full)
+    (row,) = rows_of(partial(full_size, models["llava"], CPU, 2, 1)).values()
+    assert row.holds is False and row.found.startswith("CUDA out of memory") and "by the plan" in row.expected
+
+
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """Runs of a tiny model whose command line is `Runs`."""
@@ -137,8 +148,8 @@ def test_the_loss_over_4_bits_must_fall(short: Any, losses: list[float], falls: 
 @pytest.mark.parametrize(
     ("said", "row"),
     [
-        ("error: quantize=4bit needs bitsandbytes", Check("not run", "a: error: quantize=4bit needs bitsandbytes")),
-        ("torch.OutOfMemoryError: CUDA", Check("not run", "a: torch.OutOfMemoryError: CUDA")),
+        ("error: quantize=4bit needs bitsandbytes", Check("a: not run", "error: quantize=4bit needs bitsandbytes")),
+        ("torch.OutOfMemoryError: CUDA", Check("a: not run", "torch.OutOfMemoryError: CUDA")),
         ("KeyError", Check("broken", "RuntimeError: the run ", holds=False)),
     ],
 )
@@ -160,7 +171,7 @@ def test_the_recipe_prints_a_table_and_its_status(
     assert getattr(stop, "value", stop).code == 1
     out = capsys.readouterr().out
     assert "| llava, 4 layers | eager: kept tokens | the same | those of sdpa | holds |" in out
-    assert "| tiny, 4 layers | not run | QLoRA step: error: no bitsandbytes |  |  |" in out
+    assert "| tiny, 4 layers | QLoRA step: not run | error: no bitsandbytes |  |  |" in out
     assert f"| llava | a \\| b | 1 | 2 | {'holds' if holds else 'FAILS'} |" in out
     assert "\ngpu: None\n" in out and out.count("FAILS") == (not holds)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from pruning_runs import STAGES, config, error_of, logged
 from recipes_cli import run_recipe
 from training_toys import finetune
@@ -16,6 +17,7 @@ from training_toys import finetune
 from himap_train.checkpoints.load import load_checkpoint
 from himap_train.models.install import pruning_of
 from himap_train.training.run.finetune_cli import FinetuneCLI
+from himap_train.training.run.rehearsal import _short_training
 
 ELASTIC = {"budgets": [0.9, 0.95], "self_distillation": {"share": 0.5}}
 
@@ -113,6 +115,28 @@ def test_rehearsal_keeps_the_mode(
         assert written["pruning"]["elastic"]["budgets"][0] > 0.05
         assert written["pruning"]["elastic"]["budgets"][1] == 0.8
         assert written["pruning"]["image_tokens"] is None
+
+
+def test_rehearsal_of_what_only_a_deep_decoder_has(tiny_path: str, tmp_path: Path) -> None:
+    """Stages near its end, in phases of a curriculum too, and beyond the 32 layers that presets are written for."""
+    deep = {"stages": [{"layer": 36, "criterion": "uniform", "keep_ratio": 0.5}]}
+    late = {"stages": [{"layer": 31, "criterion": "uniform", "keep_ratio": 0.5}]}
+    groups = {"curriculum": {"share": 0.5, "phases": [late]}}
+    file = config(tiny_path, tmp_path, groups, model={"schedule": deep}, evaluation={"after": False})
+    assert finetune("--config", file, "--rehearse", "--trainer.max_steps", "2") == 0
+    written = yaml.safe_load((tmp_path / "run-rehearsal" / "config.yaml").read_text())
+    assert written["pruning"]["curriculum"]["phases"][0]["stages"][0]["layer"] == 7
+    assert written["model"]["schedule"]["stages"][0]["layer"] == 7
+
+
+def test_rehearsal_under_torchrun_keeps_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    trainer = Namespace(
+        max_steps=-1, accumulate_grad_batches=1, strategy="ddp", devices=8, num_nodes=2, accelerator="auto"
+    )
+    _short_training(trainer)
+    assert (trainer.devices, trainer.num_nodes) == (3, 2)
 
 
 @pytest.mark.parametrize(

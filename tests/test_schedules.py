@@ -8,7 +8,7 @@ import pytest
 from cost_toys import LLAVA_7B
 from tiny import tiny_llava
 
-from himap_train import PruningSchedule, install_pruning
+from himap_train import PruningSchedule, PruningStage, install_pruning
 from himap_train.pruning.reading import fit_preset
 
 PRESETS = {
@@ -70,6 +70,13 @@ def test_a_preset_fits_another_depth(name: str, layers: int) -> None:
     ]
     assert scaled.positions == schedule.positions
     assert schedule.scaled_to(32) == schedule
+
+
+@pytest.mark.parametrize("layers", [2, 8, 28, 40])
+def test_every_layer_has_a_place_at_another_depth(layers: int) -> None:
+    for layer in range(32):
+        scaled = PruningSchedule((PruningStage(layer, "uniform", 0.5),)).scaled_to(layers)
+        assert scaled.stages[0].layer < layers
 
 
 @pytest.mark.parametrize(("name", "first", "average"), [("hidrop", 215, 64), ("hidrop-48", 87, 48)])

@@ -27,7 +27,7 @@ from himap_train.models.versions import checkpoint_activations
 from himap_train.planning.cases import Case, build_model, inputs_of, published_case
 from himap_train.planning.device_memory import GIB, RESERVE
 from himap_train.planning.facts import model_facts
-from himap_train.planning.run_plan import RunSettings, Sample, make_plan
+from himap_train.planning.run_plan import Plan, RunSettings, Sample, make_plan
 from himap_train.planning.verify import step_loss
 from himap_train.pruning.cost import schedule_cost
 from himap_train.pruning.schedule import PruningSchedule
@@ -132,7 +132,7 @@ def full_size(
     """
     case = published_case(name, rows)
     case.tuner.attn_implementation, batch, chunk = attention, case.batch, case.tuner.loss_chunk
-    facts, dense = model_facts(case.config, case.tuner), PruningSchedule()
+    facts = model_facts(case.config, case.tuner)
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**50
     run = RunSettings(PRECISION, _ALONE, 1, rows, 1, True, attention, chunk, False, there / GIB)
     sample = Sample(1, batch.image_tokens, *[batch.text_tokens] * 2, *[batch.supervised] * 2)
@@ -140,11 +140,20 @@ def full_size(
     needed = plan.peak(_ALONE, plan.sides[0]) + RESERVE
     if needed > there:
         raise NotHereError(f"needs {_gib(needed)} by the plan, the GPU has {_gib(there)}")
-    model, inputs = build_model(case, dense, True, PRECISION, device), inputs_of(case, device)
+    try:
+        yield from _against_plan(case, plan, device, rounds, new_tokens)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        yield Check("memory", reason, f"{_gib(needed)} by the plan, of {_gib(there)}", holds=False)
+
+
+def _against_plan(case: Case, plan: Plan, device: torch.device, rounds: int, new_tokens: int) -> Iterator[Check]:
+    """Steps, memory and `generate` of a model that fits by the plan."""
+    model, inputs = build_model(case, PruningSchedule(), True, PRECISION, device), inputs_of(case, device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def step() -> None:
-        step_loss(model, inputs, chunk, HALF).backward()
+        step_loss(model, inputs, case.tuner.loss_chunk, HALF).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # as a plan has it: gradients are there, as in a second micro-batch
 

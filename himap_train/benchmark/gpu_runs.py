@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from himap_train.analysis.report import read_curves
-from himap_train.benchmark.gpu_checks import HALF, PRECISION, Check, NotHereError, close
+from himap_train.benchmark.gpu_checks import HALF, PRECISION, Check, close
 from himap_train.benchmark.sizes import Size, build_model
 from himap_train.embedded.build import build_processor
 from himap_train.experiments import fine_tune_all
@@ -19,23 +20,27 @@ _OPTIONS = """--data.train embedded:train --data.validation null --evaluation.be
 
 def runs(size: Size, folder: Path, device: str, steps: int, settings: Mapping[str, Sequence[str]]) -> Iterator[Check]:
     """Speed and memory under several settings, options by name; losses are those of the first, and fall where weights
-    have 4 bits. The folder is for the model and its runs.
-
-    Raises:
-        NotHereError: A run ended with an error that says what is missing, or for want of memory.
+    have 4 bits. A run that ended for want of memory, or of something that its error names, is a row that says so. The
+    folder is for the model and its runs.
     """
     build_model(size, whole=True, dtype=HALF, device=device).save_pretrained(folder / "model")
+    gc.collect()
+    if torch.cuda.is_available():  # what this process keeps of it, those that train on the same GPU lack
+        torch.cuda.empty_cache()
     build_processor((), image_size=336, patch_size=14).save_pretrained(folder / "model")
     common = [*_OPTIONS.split(), PRECISION, "--model.path", str(folder / "model"), "--trainer.max_steps", str(steps)]
-    first: torch.Tensor | None = None
+    first: tuple[str, torch.Tensor] | None = None
     for number, (name, options) in enumerate(settings.items()):
         run = folder / str(number)
         try:
             fine_tune_all({run: [*common, *options]}, 1)
-        except RuntimeError as error:
+        except RuntimeError:
             said = run.with_name(f"{run.name}.log").read_text(encoding="utf-8").splitlines()
             reasons = [line for line in said if line.startswith("error: ") or "OutOfMemoryError" in line]
-            raise (NotHereError(f"{name}: {reasons[-1]}") if reasons else error) from error
+            if not reasons:
+                raise
+            yield Check(f"{name}: not run", reasons[-1])
+            continue
         logged = read_curves(run)
         shown = [f"{[*logged[key].values()][-1]:.4g} {key}" for key in ("tokens/s", "s/step", "memory GiB")]
         yield Check(name, ", ".join(shown))
@@ -43,5 +48,5 @@ def runs(size: Size, folder: Path, device: str, steps: int, settings: Mapping[st
         if "4bit" in options:
             yield Check(f"{name}: loss", f"{losses[0]:.3f} to {losses[-1]:.3f}", "falls", bool(losses[-1] < losses[0]))
         elif first is not None:
-            yield close(f"{name}: losses", losses, first, next(iter(settings)))
-        first = losses if first is None else first
+            yield close(f"{name}: losses", losses, first[1], first[0])
+        first = first or (name, losses)

@@ -159,7 +159,7 @@ def make_plan(
     """Predict a run under a schedule that is scaled to the decoder; notes are to be printed."""
     numerics = Numerics.of(run.precision)
     memory = {name: static_memory(name, facts, numerics, run.devices, run.four_bit) for name in STRATEGIES}
-    schedules = {"dense": PruningSchedule()} | ({"pruned": schedule} if schedule.stages else {})
+    schedules = {"dense": PruningSchedule()} | ({} if schedule.dense else {"pruned": schedule})
     sides = tuple(_side(name, facts, run, one, sample, memory) for name, one in schedules.items())
     return Plan(facts, run, sample, memory, sides, notes)
 

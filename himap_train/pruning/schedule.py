@@ -163,7 +163,8 @@ class PruningSchedule:
         """
 
         def scaled_layer(layer: int) -> int:
-            return max(min(layer, 1), int(layer * num_layers / reference_layers + 0.5))
+            found = max(min(layer, 1), int(layer * num_layers / reference_layers + 0.5))
+            return min(found, num_layers - 1) if layer < reference_layers else found  # rounding must not lead out
 
         enter = scaled_layer(self.enter)
         stages, one_each = list[PruningStage](), dict[int, PruningStage]()

@@ -8,6 +8,7 @@ records go through it.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from transformers import AutoConfig
 
 from himap_train.models.loading import EMBEDDED, resolve_model
@@ -42,6 +44,9 @@ def rehearse(config: Namespace) -> None:
         for group in (config.model, config.evaluation):
             if group.schedule is not None:
                 group.schedule = _scaled(group.schedule, layers)
+        curriculum = config.pruning.curriculum
+        if curriculum is not None and isinstance(curriculum.phases, list):
+            curriculum.phases = [_scaled(phase, layers) for phase in curriculum.phases]
     config.model.path = EMBEDDED
     if config.model.quantize is not None and not torch.cuda.is_available():
         say(f"no CUDA device: rehearsing without model.quantize={config.model.quantize}")
@@ -66,8 +71,10 @@ def rehearse(config: Namespace) -> None:
 
 
 def _scaled(schedule: Any, layers: int) -> dict[str, Any]:
-    """What a config names, at the same relative depth."""
-    return read_schedule(schedule).scaled_to(layers).to_dict()
+    """What a config names, at the same relative depth: of 32 layers, or of as many as it needs."""
+    found = read_schedule(schedule)
+    depth = max(PRESET_LAYERS, found.enter + 1, *(stage.layer + 1 for stage in found.stages))
+    return found.scaled_to(layers, depth).to_dict()
 
 
 def _possible_budgets(config: Namespace, small: Any, text: int) -> None:
@@ -100,7 +107,7 @@ def _learnable(config: Namespace, small: Any, text: int, scaled: bool) -> None:
         return
     for key in ("first_layer", "switch_layer") if scaled else ():
         if learnable[key] is not None:
-            learnable[key] = max(1, round(learnable[key] * layers / PRESET_LAYERS))
+            learnable[key] = min(max(1, round(learnable[key] * layers / PRESET_LAYERS)), layers - 1)
     if scaled and learnable.start is not None:
         learnable.start = _scaled(learnable.start, layers)
     if 1 <= learnable.first_layer < layers and 0.0 < learnable.budget < 1.0:  # else refused later, with a message
@@ -138,11 +145,15 @@ def _short_training(trainer: Any) -> None:
     if name.startswith("deepspeed") and find_spec("deepspeed") is None:
         say(f"not rehearsed: {name} needs DeepSpeed (`pip install -e .[deepspeed]`); ddp takes its place")
         trainer.strategy = "ddp"
-    several = _processes(trainer)
-    trainer.num_nodes = 1
     if not torch.cuda.is_available():
         trainer.accelerator, trainer.precision = "cpu", "32-true"
-    trainer.devices = min(several, torch.cuda.device_count()) if torch.cuda.is_available() else several
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has started as many processes as there will be
+        trainer.devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        trainer.num_nodes = int(os.environ["WORLD_SIZE"]) // trainer.devices
+    elif not SLURMEnvironment.detect():  # nor can this be changed
+        several = _processes(trainer)
+        trainer.devices = min(several, torch.cuda.device_count()) if torch.cuda.is_available() else several
+        trainer.num_nodes = 1
 
 
 def _processes(trainer: Any) -> int:
