@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 from PIL import Image
 from planning_toys import planned
+from tiny_qwen import save_qwen
 from training_toys import run_main
 from transformers import LlavaForConditionalGeneration
 
 from himap_train import PruningSchedule
 from himap_train.command_line import config_first
+from himap_train.data.encode import Encoder
+from himap_train.models.loading import load_config, load_processor
 from himap_train.planning.device_memory import STRATEGIES
 from himap_train.planning.plan_cli import PlanCLI, run_settings
 from himap_train.planning.typical_sample import find_config
@@ -283,3 +286,62 @@ def test_the_longest_row_may_be_the_one_with_many_images(tmp_path: Path) -> None
         sample = planned(tmp_path, *EMBEDDED, *options)["sample"]
         assert sample["images"] == 1
         assert sample["longest_text"] - sample["text_tokens"] == pytest.approx((most - 1) * 144, abs=2)
+
+
+def records(folder: Path, *images: int, words: int = 0) -> str:
+    """A file of conversations with so many images each; those without have so many words more."""
+    Image.new("RGB", (64, 64)).save(folder / "a.png")
+    asked = [
+        {
+            "image": ["a.png"] * number,
+            "conversations": [
+                {"from": "human", "value": "<image>" * number + "what is it?" + " red" * (0 if number else words)},
+                {"from": "gpt", "value": "yes"},
+            ],
+        }
+        for number in images
+    ]
+    file = folder / f"{'-'.join(map(str, images))}-{words}.json"
+    file.write_text(json.dumps(asked))
+    return str(file)
+
+
+def test_flops_are_the_mean_of_all_conversations(tmp_path: Path) -> None:
+    """Those without images count, and those with several: held to plans of each of them alone."""
+
+    def flops(data: str) -> list[float]:
+        found = planned(tmp_path, *EMBEDDED, "--data.train", data)
+        return [side["flops"]["forward"] + side["flops"]["backward"] for side in found["sides"]]
+
+    alone = [flops(records(tmp_path, number)) for number in (0, 1, 3)]
+    mixed = flops(records(tmp_path, 0, 0, 1, 3))
+    assert mixed == pytest.approx([(2 * a + b + c) / 4 for a, b, c in zip(*alone, strict=True)])
+    paths = records(tmp_path, *[1] * 40), records(tmp_path, 3, 3)
+    weighted = json.dumps([{"path": path, "weight": weight} for path, weight in zip(paths, (1, 3), strict=True)])
+    kinds = planned(tmp_path, *EMBEDDED, "--data.train", weighted)["sample"]["kinds"]
+    assert [kind["images"] for kind in kinds] == [1, 3]
+    assert [kind["share"] for kind in kinds] == pytest.approx([0.25, 0.75], abs=0.03)
+
+
+def test_nothing_leaves_a_long_conversation_without_images(tmp_path: Path) -> None:
+    def peaks(words: int) -> list[int]:
+        found = planned(tmp_path, *EMBEDDED, "--data.train", records(tmp_path, 1, 1, 0, words=words))
+        return [side["activations"]["no checkpointing"]["peak"] for side in found["sides"]]
+
+    (dense, pruned), (_, long) = peaks(2), peaks(100)
+    assert pruned < long < dense
+
+
+def test_images_have_the_tokens_that_the_processor_gives_them(tmp_path: Path) -> None:
+    """In a family whose tokens follow a picture's pixels, by what the folder's processor allows."""
+    save_qwen(tmp_path / "model", "qwen2_vl", layers=4)
+    data = ["--data.train", records(tmp_path, 1), "--data.max_length", "null"]
+    found = planned(tmp_path, *EMBEDDED, "--model.path", str(tmp_path / "model"), "--model.schedule", "null", *data)
+    processor = load_processor(tmp_path / "model", load_config(tmp_path / "model"))
+    assert found["sample"]["image_tokens"] == Encoder(processor).image_tokens((64, 64))[0]
+
+
+def test_images_that_enter_later_cost_less(tmp_path: Path) -> None:
+    found = planned(tmp_path, *EMBEDDED, "--model.schedule", "{enter: 4}")
+    dense, pruned = [side["flops"]["forward"] for side in found["sides"]]
+    assert pruned < 0.8 * dense

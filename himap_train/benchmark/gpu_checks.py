@@ -135,7 +135,8 @@ def full_size(
     facts = model_facts(case.config, case.tuner)
     there = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 2**50
     run = RunSettings(PRECISION, _ALONE, 1, rows, 1, True, attention, chunk, False, there / GIB)
-    sample = Sample(1, batch.image_tokens, *[batch.text_tokens] * 2, *[batch.supervised] * 2)
+    text, answer = batch.text_tokens, batch.supervised
+    sample = Sample(1, batch.image_tokens, text, text, answer, answer)
     plan = make_plan(facts, run, case.tuner.fitted_schedule(facts.layers), sample)
     needed = plan.peak(_ALONE, plan.sides[0]) + RESERVE
     if needed > there:

@@ -110,6 +110,7 @@ class PlanCLI(FinetuneCLI):
             return replace(plan, notes=(*plan.notes, f"for hours and cost give {missing}"))
         if self.config.measured:
             self.data.processor, self.data.cache_image_features = processor_of(self.config.model.path), None
+            self.data.group_by_length = False  # the longest come first there, and these few are to be of any length
             seconds = seconds_a_sample(self.tuner, self.data, self.config.trainer)
             ran = make_plan(plan.facts, replace(plan.run, cached=False), plan.sides[-1].schedule, plan.sample)
             tflops = ran.sides[-1].flops.total / seconds / 1e12
@@ -138,7 +139,10 @@ class PlanCLI(FinetuneCLI):
         """What steps under other schedules than model.schedule mean for the numbers."""
         modes = [name for name in MODES if self.config.pruning[name] is not None]
         return tuple(
-            f"pruning.{name}: some steps run up to dense, so memory must do for the dense column; time lies between"
+            f"pruning.{name}: some steps run up to dense, and so at the dense column's time and memory"
+            + {"learnable": "; what gives ratios their gradient takes up to a quarter more"}.get(name, "")
+            + {"elastic": ", those with a teacher its forward pass more"}.get(name, "")
+            + {"dense_steps": ", with the pruned forward pass of their teacher"}.get(name, "")
             for name in modes
         )
 
@@ -150,9 +154,12 @@ class PlanCLI(FinetuneCLI):
         text = (limit or 0) - sample.images * sample.image_tokens
         if text <= sample.longest_text:
             return ()
-        full = make_plan(facts, run, schedule, replace(sample, longest_text=text))
-        peaks = ", ".join(f"{side.name} {full.peak(run.strategy, side) / GIB:.2f}" for side in full.sides)
-        return (f"rows as long as data.max_length {limit} allows would need, in GiB on {run.strategy}: {peaks}",)
+        notes: list[str] = []
+        for kind, rows in (("", {"longest_text": text}), (" without images", {"longest_alone": limit})):
+            full = make_plan(facts, run, schedule, replace(sample, **rows))
+            peaks = ", ".join(f"{side.name} {full.peak(run.strategy, side) / GIB:.2f}" for side in full.sides)
+            notes.append(f"rows{kind} of data.max_length {limit} need, in GiB on {run.strategy}: {peaks}")
+        return tuple(notes)
 
 
 def run_settings(config: Namespace) -> RunSettings:

@@ -14,8 +14,19 @@ from himap_train.pruning.schedule import PruningSchedule
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Means of the conversations with one number of images, and their share of all."""
+
+    share: float
+    images: int
+    image_tokens: int
+    text_tokens: int
+    supervised: int
+
+
+@dataclass(frozen=True)
 class Sample:
-    """Tokens of a conversation: the mean decides FLOPs, the longest decides memory.
+    """Tokens of a conversation with images, where there are such: the mean decides FLOPs, the longest decides memory.
 
     Attributes:
         images: Images of a conversation.
@@ -24,6 +35,8 @@ class Sample:
         longest_text: Most of them, with the tokens of images beyond `images`.
         supervised: Mean of the positions with something to predict.
         most_supervised: Most of them.
+        kinds: All conversations, whose mean FLOPs are; where nothing was read, the one above is all there is.
+        longest_alone: Tokens of the longest conversation without an image.
     """
 
     images: int
@@ -32,6 +45,8 @@ class Sample:
     longest_text: int
     supervised: int
     most_supervised: int
+    kinds: tuple[Kind, ...] = ()
+    longest_alone: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,28 +189,44 @@ def _side(
 ) -> Side:
     image_tokens = sample.images * sample.image_tokens
     longest = Batch(run.batch_size, image_tokens, sample.longest_text, sample.most_supervised, sample.images)
+    rows = [longest]
+    if sample.longest_alone:  # from which nothing leaves
+        answers = min(sample.most_supervised, sample.longest_alone)
+        rows.append(Batch(run.batch_size, 0, sample.longest_alone, answers, 0))
     per_layer = image_tokens_per_layer(schedule, facts.layers, image_tokens)
     activations, largest = {}, {}
     for checkpointing in (True, False):
         predict = ActivationModel(facts, Numerics.of(run.precision), run.attention, checkpointing, run.loss_chunk)
-        activations[checkpointing] = predict(schedule, longest)
+        activations[checkpointing] = max((predict(schedule, row) for row in rows), key=lambda found: found.peak)
         room = int(run.gpu_memory * GIB)
         largest[checkpointing] = {
-            strategy: largest_batch(static, predict, schedule, longest, room) for strategy, static in memory.items()
+            strategy: min(largest_batch(static, predict, schedule, row, room) for row in rows)
+            for strategy, static in memory.items()
         }
-    flops = training_flops(
-        schedule, facts.config, image_tokens, sample.text_tokens,
-        lora_parameters=[lora.parameters for lora in facts.lora],
-        supervised=sample.supervised,
-        images=sample.images or 1 / run.batch_size,  # a batch of text alone runs the tower on one blank image
-        trains_projector=facts.trains_projector,
-        ends_adapted=facts.ends_adapted,
-        checkpointing=run.checkpointing,
-        lm_head_passes=3 if 0 < run.loss_chunk < sample.supervised * run.batch_size else 2,
-        attention_backward=2 if run.attention == "eager" else FLASH_BACKWARD,
-    )  # fmt: skip
-    if run.cached:
-        flops = replace(flops, vision=0.0)
+    flops = _mean_flops(facts, run, schedule, sample)
     prefill = schedule.cost(facts.config, image_tokens=image_tokens, text_tokens=sample.text_tokens)
     after = (image_tokens, *(per_layer[stage.layer] for stage in schedule.stages))
     return Side(name, schedule, after, prefill, flops, activations, largest)
+
+
+def _mean_flops(facts: ModelFacts, run: RunSettings, schedule: PruningSchedule, sample: Sample) -> TrainingFlops:
+    """Of all conversations: those without images count, and those with several."""
+    image_tokens = sample.images * sample.image_tokens
+    typical = Kind(1.0, sample.images, image_tokens, sample.text_tokens, sample.supervised)
+    kinds = sample.kinds or (typical,)
+    total: dict[str, float] = {}
+    for kind in kinds:
+        found = training_flops(
+            schedule, facts.config, kind.image_tokens, kind.text_tokens,
+            lora_parameters=[lora.parameters for lora in facts.lora],
+            supervised=kind.supervised,
+            images=kind.images or (1 / run.batch_size if len(kinds) == 1 else 0),  # a batch of text runs a blank one
+            trains_projector=facts.trains_projector,
+            ends_adapted=facts.ends_adapted,
+            checkpointing=run.checkpointing,
+            lm_head_passes=3 if 0 < run.loss_chunk < kind.supervised * run.batch_size else 2,
+            attention_backward=2 if run.attention == "eager" else FLASH_BACKWARD,
+        )  # fmt: skip
+        for name, value in asdict(found).items():
+            total[name] = total.get(name, 0.0) + kind.share * value
+    return TrainingFlops(**{**total, "vision": 0.0 if run.cached else total["vision"]})

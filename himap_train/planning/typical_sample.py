@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
+from himap_train.data.encode import Encoder
+from himap_train.data.images import image_size
+from himap_train.data.mixing import MixedRecords
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import RecordError
 from himap_train.data.tokens import ConversationTokenizer
 from himap_train.models.families.processing import FILES
 from himap_train.models.loading import load_config, load_processor, resolve_model
 from himap_train.models.training_cost import tokens_of_image
-from himap_train.planning.run_plan import Sample
+from himap_train.planning.run_plan import Kind, Sample
 
 _BUILT_IN = Path(__file__).parents[1] / "assets/configs"
 TEXT_TOKENS, SUPERVISED = 115, 60
@@ -56,7 +59,7 @@ def read_sample(
     """Tokens of a conversation, from the training data where they can be read, and where they come from.
 
     Args:
-        data: Data of the config; no image is opened.
+        data: Data of the config; of images no more than the headers are read.
         path: As `model.path`, for the tokenizer.
         config: Configuration of the model.
         text_tokens: Given instead of what the data says.
@@ -74,7 +77,8 @@ def read_sample(
             processor = processor or load_processor(resolve_model(path), config)
             sample, where = _from_data(data, processor, image_tokens)
             if supervised is not None:
-                sample = replace(sample, supervised=supervised, most_supervised=supervised)
+                kinds = tuple(replace(kind, supervised=supervised) for kind in sample.kinds)
+                sample = replace(sample, supervised=supervised, most_supervised=supervised, kinds=kinds)
             return sample, where
         except (OSError, ValueError, RecordError) as error:
             reason = f"the training data cannot be read here ({str(error).splitlines()[0]})"
@@ -86,30 +90,45 @@ def read_sample(
     return Sample(images, image_tokens, text_tokens, text_tokens, answer, answer), where
 
 
-def _from_data(data: LlavaDataModule, processor: Any, image_tokens: int) -> tuple[Sample, str]:
-    """Up to `_READ` conversations, spread over the source; those with images decide, where there are any."""
+def _from_data(data: LlavaDataModule, processor: Any, usual: int) -> tuple[Sample, str]:
+    """Up to `_READ` conversations, spread over what an epoch takes; images that are not here have `usual` tokens."""
     source = data.source("train")
     assert source is not None
     size = min(data.limits["train"] or len(source), len(source))
-    tokenize, counts = ConversationTokenizer(processor), []
-    for index in np.unique(np.linspace(0, size - 1, min(size, _READ)).astype(int)):
+    drawn = source.draw(0, 0)[:size] if isinstance(source, MixedRecords) else np.arange(size)
+    tokenize, encoder = ConversationTokenizer(processor), Encoder(processor, None, data.image_aspect_ratio)
+    rows = []
+    for index in drawn[np.unique(np.linspace(0, size - 1, min(size, _READ)).astype(int))]:
         try:
             conversation = source[int(index)]
             exchanges = tokenize(conversation)
         except RecordError:
             continue
         images = len(conversation.images)
+        try:
+            shown = sum(encoder.image_tokens(*(image_size(image, conversation.where) for image in conversation.images)))
+        except RecordError:
+            shown = images * usual
         text = sum(len(one.prompt) + len(one.answer) for one in exchanges) - images
-        room = text if data.max_length is None else max(data.max_length - images * image_tokens, 0)
+        room = text if data.max_length is None else max(data.max_length - shown, 0)
         answers = sum(len(one.answer) for one in exchanges)
-        counts.append((images, min(text, room), min(answers, room)))
-    if not counts:
+        rows.append((images, shown, min(text, room), min(answers, room)))
+    if not rows:
         raise ValueError("no record of it can be used")
-    table = np.array([row for row in counts if row[0]] or counts)
-    (_, text, answers), most = table.mean(0).round().astype(int), table[:, 2].max()
-    images = int(np.median(table[:, 0]))
+    table = np.array(rows)
+    kinds = tuple(
+        Kind(float((table[:, 0] == images).mean()), *table[table[:, 0] == images].mean(0).round().astype(int).tolist())
+        for images in np.unique(table[:, 0])
+    )
+    alone, seen = table[table[:, 0] == 0], table[table[:, 0] > 0]
+    most, typical = table[:, 3].max(), seen if len(seen) else table
+    images = int(np.median(typical[:, 0]))
+    each = round(typical[:, 1].sum() / max(typical[:, 0].sum(), 1))
     # Images beyond those of most conversations count as text: the longest row may be the one that has them.
-    longest = (table[:, 0] * image_tokens + table[:, 1]).max() - images * image_tokens
-    kind = "" if images else ", all of them without images"
-    where = f"{len(counts)} conversations of the training data{kind}; memory for its longest text"
-    return Sample(images, image_tokens, int(text), int(longest), int(answers), int(most)), where
+    longest = (typical[:, 1] + typical[:, 2]).max() - images * each
+    text, answers = typical[:, 2:].mean(0).round().astype(int)
+    share = f", {len(alone) / len(table):.0%} of them without images" if len(alone) else ""
+    where = f"{len(rows)} conversations of the training data{share}; FLOPs are their mean, memory is for the longest"
+    longest_alone = int(alone[:, 2].max()) if len(alone) else 0
+    found = Sample(images, each, int(text), int(longest), int(answers), int(most), kinds, longest_alone)
+    return found, where
