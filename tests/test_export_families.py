@@ -16,6 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny import IMAGE_SIZE, PATCH_SIZE, tiny_llava, tiny_processor
 from tiny_qwen import KINDS, save_qwen, tiny_qwen
+from tiny_tiles import EVERY
 from training_toys import finetune, save_tiny, tuner
 from transformers import (
     AutoModelForImageTextToText,
@@ -35,11 +36,13 @@ from himap_train.checkpoints.export import export_adapter, export_merged
 from himap_train.checkpoints.load import load_checkpoint, save_adapter
 from himap_train.checkpoints.merge import parameter_name
 from himap_train.checkpoints.same_base import base_facts, require_same_base
+from himap_train.data.encode import Encoder
 from himap_train.models.families import FAMILIES, family_of
 from himap_train.models.install import install_pruning, pruning_of, remove_pruning
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import attach_lora
 from himap_train.planning.typical_sample import find_config
+from himap_train.pruning.schedule import PruningSchedule
 
 pytestmark = pytest.mark.core
 
@@ -164,6 +167,25 @@ def test_a_trained_tower_is_merged_into_published_files(kind: str, vision: str, 
     moved = {name for name, value in stock(base).state_dict().items() if not value.equal(merged.state_dict()[name])}
     assert any(name.startswith(family_of(merged).vision_name) for name in moved)
     assert_same(merged, model.merge_and_unload(safe_merge=True))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen3_vl", "internvl", "llava_onevision"])
+def test_pictures_that_were_made_smaller_stay_so(kind: str, tmp_path: Path) -> None:
+    """By the image processor in Python, as against want of memory: in the adapter and in the merged model."""
+    save_qwen(tmp_path, kind) if kind.startswith("qwen") else EVERY[kind].folder(tmp_path)
+    model, processor = load_llava(tmp_path)
+    before = Encoder(processor).image_tokens((100, 60))
+    if kind == "internvl":
+        processor.image_processor.max_patches = 2
+    elif kind == "llava_onevision":
+        processor.image_processor.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints[:1]
+    else:
+        processor.image_processor.size = {"shortest_edge": 64, "longest_edge": 6 * 64}
+    trained = Encoder(processor).image_tokens((100, 60))
+    save_adapter(shaken(attach_lora(model, r=4, alpha=8)), tmp_path / "a", PruningSchedule(), processor)
+    export_merged(tmp_path / "a", tmp_path / "merged")
+    for folder in ("a", "merged"):
+        assert Encoder(load_checkpoint(tmp_path / folder)[1]).image_tokens((100, 60)) == trained != before
 
 
 @pytest.mark.parametrize("projector", ["train", "lora", "freeze"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import socket
 import sys
@@ -29,6 +30,7 @@ from himap_train.data.scene_questions import SceneQuestions
 from himap_train.evaluation.answering import answer_batch
 from himap_train.evaluation.lmms_eval.requests import Answering
 from himap_train.serving import batches as batches_module
+from himap_train.serving import requests
 from himap_train.serving.batches import Answer, Batches
 from himap_train.serving.requests import Asked, Reader, UnknownModelError, image_of
 
@@ -94,10 +96,13 @@ def test_options_of_an_answer(reader):
     def answering(**options):
         return reader({"messages": [user("Hi")], **options}).answering
 
-    sampled = {"do_sample": True, "temperature": 0.5, "top_p": 1.0, "top_k": 0}
+    sampled = {"do_sample": True, "temperature": 0.5, "top_p": 1.0, "top_k": 0, "min_p": None, "typical_p": 1.0}
     assert answering(max_tokens=7, stop="end") == Answering(7, GREEDY, ("end",))
     assert answering(max_tokens=7, max_completion_tokens=9, temperature=0.5) == Answering(9, sampled, ())
     assert answering(temperature=0.5, top_p=0.9).search == sampled | {"top_p": 0.9}
+    assert answering(temperature=0.5, top_p=0).search == sampled | {"top_p": 1e-6}
+    harmless = {"modalities": ["text"], "top_logprobs": 0, "parallel_tool_calls": True}
+    assert answering(**harmless) == answering()
     assert answering(temperature=0, top_p=0.9).search == answering(temperature=1e-300).search == GREEDY
     prompt = len(reader({"messages": [user("Hi")]}).sample["input_ids"])
     assert answering(max_tokens=10_000).max_new_tokens == 512 - prompt  # what the context has room for
@@ -121,7 +126,7 @@ def test_options_of_an_answer(reader):
         ({"messages": [user("Hi")], "tools": [{}]}, "'tools' can only be"),
         ({"messages": [user("Hi")], "temperature": -1}, "'temperature' is -1; expected float from 0 to 100"),
         ({"messages": [user("Hi")], "temperature": float("nan")}, "'temperature' is nan"),
-        ({"messages": [user("Hi")], "temperature": 1, "top_p": 0}, "'top_p' is 0"),
+        ({"messages": [user("Hi")], "temperature": 1, "top_p": -1}, "'top_p' is -1"),
         ({"messages": [user("Hi")], "max_tokens": 0}, "'max_tokens' is 0; expected int from 1"),
         ({"messages": [user("Hi")], "max_tokens": True}, "'max_tokens' is True"),
         ({"messages": [user("Hi")], "stop": [""]}, "'stop' is"),
@@ -196,6 +201,26 @@ def test_no_spelling_of_a_private_address_is_asked(host, monkeypatch):
         image_of(f"http://{host}/image", "here")
 
 
+def test_a_site_that_sends_byte_by_byte_is_left_in_time(monkeypatch):
+    """Each byte comes in time, the whole does not: within the headers, where nothing is read that could be counted."""
+
+    def dribble(server):
+        client, _ = server.accept()
+        with client, contextlib.suppress(OSError):
+            client.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+            for _ in range(50):
+                time.sleep(0.1)
+                client.sendall(b"a")
+
+    monkeypatch.setattr(requests, "_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=dribble, args=(server,), daemon=True).start()
+        begun = time.monotonic()
+        with pytest.raises(ValueError, match=r"or 0\.5 s; send it as a data: URL"):
+            image_of(f"http://127.0.0.1:{server.getsockname()[1]}/a", "here", private=True)
+        assert time.monotonic() - begun < 3
+
+
 @pytest.mark.parametrize("url", ["ftp://example.com/a", "/etc/passwd", "http://", "http://[::1", "http://a:99999/"])
 def test_other_urls_are_refused(url):
     with pytest.raises(ValueError, match="^here: "):
@@ -236,6 +261,21 @@ def test_pieces_are_sent_when_they_are_certain():
     assert told([0, 1, 2, 8], until=("lo wo",)) == (["Hel"], "stop", 2)
     assert told([0, 6, 7, 8]) == (["Hello", "é"], "stop", 4)
     assert told([3, 8]) == ([], "stop", 2)
+
+
+def test_a_generation_that_ends_by_itself_ends_its_answers(embedded, monkeypatch):
+    """A `max_time` in the checkpoint's generation config: nobody else would."""
+    model, processor, samples = embedded
+    monkeypatch.setattr(model.generation_config, "max_time", 1e-9)
+
+    async def run():
+        answer = Batches(model, processor, 4).ask(Asked(samples[0], Answering(20, GREEDY, ()), None))
+        pieces = [piece async for piece in answer]
+        return "".join(pieces), answer
+
+    text, answer = asyncio.run(asyncio.wait_for(run(), 30))
+    assert answer.finish == "length" and len(answer.tokens) < 20
+    assert text == processor.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
 
 
 def test_nobody_listening_ends_an_answer():

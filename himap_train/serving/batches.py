@@ -58,7 +58,15 @@ class Answer:
         stops = [at for stop in answering.until if (at := text.find(stop)) >= 0]
         ended = token in self._ends or bool(stops)
         finish = "stop" if ended else "length" if len(self.tokens) >= answering.max_new_tokens else ""
-        text = text[: min(stops)] if stops else text if finish else self._certain(text)
+        self._give(text[: min(stops)] if stops else text if finish else self._certain(text), finish)
+
+    def end(self) -> None:
+        """Where generation has ended for a reason that is not this answer's, such as a `max_time`."""
+        if not self.finish:
+            self._give(self._tokenizer.decode(self.tokens, skip_special_tokens=True).lstrip(), "length")
+
+    def _give(self, text: str, finish: str) -> None:
+        """What of an answer's text was not sent yet; its end too, where there is a reason to finish."""
         piece = text.rstrip()[self._sent :]
         self._sent += len(piece)
         self.finish = finish
@@ -135,6 +143,8 @@ class Batches:
                 if first.seed is not None:
                     torch.manual_seed(first.seed)
                 answer_batch(self._model, self._processor, batch, most, search)
+            for answer in answers:
+                answer.end()
         except Exception as error:  # whatever one request does to the model, the next one is answered
             if len(answers) > 1 and not any(answer.tokens for answer in answers):  # it may be one that spoils the rest
                 for answer in answers:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import socket
 import ssl
-import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock, Timer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -54,7 +54,7 @@ def image_of(image: Any, where: str, folder: Path | None = None, private: bool =
 
 
 def _fetched(url: str, private: bool) -> bytes:
-    parts, until = urlsplit(url), time.monotonic() + _SECONDS
+    parts, too_much = urlsplit(url), f"more than {MOST_BYTES >> 20} MiB or {_SECONDS:g} s; send it as a data: URL"
     kind = {"http": HTTPConnection, "https": HTTPSConnection}.get(parts.scheme)
     if kind is None or not parts.hostname:
         raise ValueError(f"{url[:60]!r} is no data:, file:// or http(s):// URL")
@@ -63,7 +63,11 @@ def _fetched(url: str, private: bool) -> bytes:
     if not private and not _public(address):
         raise ValueError(f"{parts.hostname} has no public address; the server asks others with --private-addresses")
     # The address that was judged is the one that is asked: a second look-up could give another.
-    connection.sock = socket.create_connection((address, connection.port), timeout=_SECONDS / 2)
+    connection.sock = asked = socket.create_connection((address, connection.port), timeout=_SECONDS / 2)
+    # A timeout is of each read, and a site may send a byte at a time.
+    late = Event()
+    timer = Timer(_SECONDS, _cut, (asked, late))
+    timer.start()
     try:
         if parts.scheme == "https":
             connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=parts.hostname)
@@ -76,11 +80,24 @@ def _fetched(url: str, private: bool) -> bytes:
         body = bytearray()
         while part := answer.read1(2**16):
             body += part
-            if len(body) > MOST_BYTES or time.monotonic() > until:
-                raise ValueError(f"more than {MOST_BYTES >> 20} MiB or {_SECONDS:g} s; send it as a data: URL")
+            if len(body) > MOST_BYTES:
+                raise ValueError(too_much)
+        if late.is_set():  # what has come so far may be half of it
+            raise ValueError(too_much)
         return bytes(body)
+    except (OSError, HTTPException) as error:
+        if late.is_set():
+            raise ValueError(too_much) from error
+        raise
     finally:
+        timer.cancel()
         connection.close()
+
+
+def _cut(asked: socket.socket, late: Event) -> None:
+    late.set()
+    with suppress(OSError):  # it is closed by now
+        asked.shutdown(socket.SHUT_RDWR)
 
 
 def _public(address: str) -> bool:
@@ -92,13 +109,23 @@ def _public(address: str) -> bool:
 
 _READ = ("model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature",
          "top_p", "stop", "seed")  # fmt: skip
-_NAMES_ONLY = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-_ONE_VALUE = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "logit_bias": {}, "tools": [],
-              "response_format": {"type": "text"}}  # fmt: skip
+_NAMES_ONLY = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
+)
+_ONE_VALUE = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "top_logprobs": 0,
+              "logit_bias": {}, "tools": [], "modalities": ["text"], "response_format": {"type": "text"}}  # fmt: skip
 """What is understood as long as it changes nothing: what would be ignored is refused instead."""
 
 _COLDEST = 0.01
 """Below, logits over temperature are no numbers any more: the answer is greedy."""
+_NARROWEST = 1e-6
+"""The likeliest token alone, which 0 stands for."""
 
 
 class UnknownModelError(ValueError):
@@ -149,10 +176,11 @@ class Reader:
                 raise ValueError(f"{key!r} can only be {only!r} here")
         length = number(given, "max_completion_tokens", 1, 2**31) or number(given, "max_tokens", 1, 2**31)
         temperature = number(given, "temperature", 0, 100, float) or 0
-        top_p = number(given, "top_p", 1e-6, 1, float) or 1
+        top_p = number(given, "top_p", 0, 1, float)
         search: dict[str, Any] = {"do_sample": False}
-        if temperature >= _COLDEST:  # the two alone decide, whatever the checkpoint's generation config has
-            search = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": 0}
+        if temperature >= _COLDEST:  # whatever else the checkpoint's generation config narrows the choice by
+            search = {"do_sample": True, "temperature": float(temperature), "top_k": 0, "min_p": None, "typical_p": 1.0}
+            search["top_p"] = 1.0 if top_p is None else max(float(top_p), _NARROWEST)
         stop = given.get("stop", [])
         stops = [stop] if isinstance(stop, str) else stop
         if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):

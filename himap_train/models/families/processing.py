@@ -7,6 +7,7 @@ not. Files of the stock processor are handed on as they are, so that what is exp
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class PartsProcessor:
     ) -> None:
         self.family, self.source = family, source
         self.tokenizer, self.image_processor = tokenizer, image_processor
+        self._as_read = _settings_of(image_processor)
         self.image_token, self.settings = image_token, settings or {}
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(image_token)
         self.chat_template: str | None = _template(source) or tokenizer.chat_template
@@ -71,8 +73,31 @@ class PartsProcessor:
             found = stock_file(self.source, name)
             if found is not None:
                 shutil.copyfile(found, Path(folder) / name)
+        now = _settings_of(self.image_processor)
+        _write_changed(Path(folder), {key: now[key] for key in now if now[key] != self._as_read.get(key)})
         if self.chat_template:  # over the tokenizer's own, which everyone would read first
             (Path(folder) / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+
+def _settings_of(image_processor: Any) -> dict[str, Any]:
+    """As they are written."""
+    found: dict[str, Any] = json.loads(image_processor.to_json_string())
+    return found
+
+
+def _write_changed(folder: Path, changed: dict[str, Any]) -> None:
+    """Into the files of a stock processor, what was set anew since they were read: the size of pictures, say."""
+    for name in ("processor_config.json", "preprocessor_config.json") if changed else ():
+        if (file := folder / name).exists():
+            written = read_json(file)
+            part_is_all = name == "preprocessor_config.json"
+            part = written if part_is_all else written.get("image_processor")
+            if isinstance(part, dict):
+                if "size" in changed:  # older names of the same, which would overrule it
+                    part = {key: value for key, value in part.items() if key not in ("min_pixels", "max_pixels")}
+                part |= changed
+                written = part if part_is_all else {**written, "image_processor": part}
+                file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def load_tokenizer(source: str) -> Any:
