@@ -177,6 +177,16 @@ def test_what_leaves_before_the_first_layer_is_given() -> None:
     assert frozen.cost(CONFIG, **TOKENS).flops_ratio == pytest.approx(0.4, rel=0.01)
 
 
+@pytest.mark.parametrize("tolerance", [0.02, 0.3])
+def test_what_is_frozen_meets_the_budget_where_little_is_left_to_remove(tolerance: float) -> None:
+    """The given stage nearly meets it: all that is learned differs by less than the tolerance."""
+    within = flops(torch.full((12,), 0.6, dtype=torch.float64))
+    ratios = learner(within - 0.03, start=PruningSchedule((GIVEN, PruningStage(6, "image", 0.58))))
+    frozen = ratios.freeze(tolerance)
+    assert frozen.stages[0] == GIVEN and len(frozen.stages) > 1
+    assert frozen.cost(CONFIG, **TOKENS).flops_ratio <= within - 0.03 + 0.006
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

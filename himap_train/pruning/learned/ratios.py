@@ -25,6 +25,8 @@ from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.stage import PruningStage
 
 _HALVINGS, _STEEPEST = 60, 1e4
+_FINEST, _OFF = 1e-4, 0.005
+"""A tolerance below which all layers differ, and how far above its target a frozen schedule may be: a few tokens."""
 _ELSEWHERE = 0.1
 """Share of the tokens that a start spreads over all layers: what is zero would never grow."""
 _MEAN_DECAY, _SQUARE_DECAY = 0.9, 0.99
@@ -166,8 +168,19 @@ class KeepRatios:
 
         Args:
             tolerance: Neighbouring layers whose ratios differ by less than this fraction of the original image tokens
-                run on the same tokens, their mean; the whole is then scaled to the target again.
+                run on the same tokens, their mean; the whole is then scaled to the target again. Where so few leave
+                that the target cannot be met so (a stage that is given may leave little to remove), a smaller one.
         """
+        found = self._frozen(tolerance)
+        while tolerance > _FINEST and self._cost(found) > self.target + _OFF:
+            tolerance /= 2
+            found = self._frozen(tolerance)
+        return found
+
+    def _cost(self, schedule: PruningSchedule) -> float:
+        return schedule.cost(self.config, self.image_tokens, self.text_tokens).flops_ratio
+
+    def _frozen(self, tolerance: float) -> PruningSchedule:
         runs: list[list[float]] = [[self._entering]]
         starts = [0]
         for layer, ratio in enumerate(self.ratios().tolist()[self.first_layer :], self.first_layer):
