@@ -166,20 +166,23 @@ def test_bounds_are_those_of_the_cost_model() -> None:
     assert ratio == pytest.approx((1 + cost.kv_bytes_ratio) / 2)
 
 
-@pytest.mark.parametrize("measure", ["prefill", "training_step"])
-def test_a_causal_bound_leaves_out_what_is_hidden(measure: str) -> None:
-    """Pair by pair of query and key, for one layer after the other."""
+@pytest.mark.parametrize(
+    ("measure", "eager", "products"), [("prefill", False, 2), ("training_step", False, 7), ("training_step", True, 6)]
+)
+def test_a_causal_bound_leaves_out_what_is_hidden(measure: str, eager: bool, products: int) -> None:
+    """Pair by pair of query and key, for one layer after the other: products of scores and values, of which a flash
+    kernel's backward has five, and eager attention's four.
+    """
     config, workload = LLAVA_7B, Workload(image_tokens=20, text_before=3, text_after=6)
     text = config.text_config
     schedule = PruningSchedule((PruningStage(2, "stride", 0.5), PruningStage(20, "stride", 0.1)))
     full, causal = (
-        step_flops(measure, schedule, config, workload, lora_parameters=[0] * 32, causal=causal)
+        step_flops(measure, schedule, config, workload, lora_parameters=[0] * 32, causal=causal, eager=eager)
         for causal in (False, True)
     )
     pairs = 0
     for tokens in [29] * 2 + [19] * 18 + [11] * 12:
         pairs += sum(1 for query in range(tokens) for key in range(tokens) if key > query)
-    products = 2 if measure == "prefill" else 7  # of scores and values; a flash kernel's backward has five
     assert full - causal == pytest.approx(products * 2 * pairs * text.hidden_size)
 
 

@@ -28,6 +28,13 @@ from himap_train.training.run.rehearsal import rehearse
 from himap_train.training.run.strategy_names import refuse_together, strategy_name
 from himap_train.training.schedules.settings import MODES
 
+_MORE = {
+    "learnable": ", up to a quarter more while ratios get a gradient",
+    "elastic": ", and a forward pass more where there is a teacher",
+    "dense_steps": ", and the forward pass of the pruned teacher",
+}
+"""What a step takes beside that of a dense one, by mode."""
+
 
 class PlanCLI(FinetuneCLI):
     """Parses what `finetune.py` would run with, and plans it.
@@ -127,7 +134,7 @@ class PlanCLI(FinetuneCLI):
                 source = None
             if source is not None:
                 records = min(len(source), self.data.limits["train"] or len(source))
-        if records is not None and (limit := trainer.limit_train_batches) is not None:
+        if records is not None and (limit := trainer.overfit_batches or trainer.limit_train_batches) is not None:
             records = (
                 int(records * limit) if isinstance(limit, float) and limit <= 1 else min(records, int(limit) * batch)
             )
@@ -139,10 +146,7 @@ class PlanCLI(FinetuneCLI):
         """What steps under other schedules than model.schedule mean for the numbers."""
         modes = [name for name in MODES if self.config.pruning[name] is not None]
         return tuple(
-            f"pruning.{name}: some steps run up to dense, and so at the dense column's time and memory"
-            + {"learnable": "; what gives ratios their gradient takes up to a quarter more"}.get(name, "")
-            + {"elastic": ", those with a teacher its forward pass more"}.get(name, "")
-            + {"dense_steps": ", with the pruned forward pass of their teacher"}.get(name, "")
+            f"pruning.{name}: some steps run up to dense, so the dense column's memory and time{_MORE.get(name, '')}"
             for name in modes
         )
 

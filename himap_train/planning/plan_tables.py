@@ -122,7 +122,7 @@ def _assumptions(plan: Plan) -> list[str]:
         f"{run.accumulate} x {run.devices} = {run.effective_batch} samples (--effective_batch N sets accumulation)",
         "all rows of a batch have the length shown; a peak in brackets does not fit",
         f"{RESERVE / GIB:g} GiB of a GPU are left to CUDA's context, workspaces and fragmentation",
-        "ZeRO with Lightning's and DeepSpeed's default buckets; gathered weights of stage 3 are an upper bound",
+        "ZeRO with ZeroStrategy's default buckets of 50 M elements; gathered weights of stage 3 are an upper bound",
     ]
 
 
