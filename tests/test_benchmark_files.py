@@ -352,6 +352,11 @@ def test_pictures_in_other_columns_are_shown_or_named(tmp_path):
     alone = [{"question": "?", "answer": "a", "image_1": picture(1)}]
     numbered = str(files.save(tmp_path / "one", alone, image_1=files.IMAGE))
     assert open_task(numbered, prompt="{question}").source[0].images == (png(1),)
+    assert open_task(numbered, prompt="{question}", image="image_1").source[0].images == (png(1),)
+    named = str(
+        files.save(tmp_path / "named", [{"question": "?", "answer": "a", "picture": picture(1)}], picture=files.IMAGE)
+    )
+    assert open_task(named, prompt="{question}", image="picture").source[0].images == (png(1),)
     both = str(files.save(tmp_path / "two", rows, left=files.IMAGE, right=files.IMAGE))
     with pytest.raises(ValueError, match="give --image-column left,right"):
         open_task(both, prompt="{question}")

@@ -165,6 +165,10 @@ def test_a_ranking_before_the_first_layer_learns_beside_the_ratios(tiny_path: st
     untrained = scorers_of(text_decoder(fresh.peft_model))[0].state_dict()
     assert list(ranking) == [0] and any(not w.equal(untrained[name]) for name, w in ranking[0].state_dict().items())
     again = Learnable(0.85, 1, start=settings["start"])
+    early = tuner(tiny_path, schedule=None)
+    early.configure_model()  # before anybody knows what is given
+    fit_windows(early, tmp_path / "early", [LearnKeepRatios(again, lambda measured: TOKENS)])
+    assert early.schedule.stages[0].criterion == "learned"
     more = tuner(tiny_path, schedule=None, init_adapter=str(run / "adapter"))
     fit_windows(more, tmp_path / "more", [LearnKeepRatios(again, lambda measured: TOKENS)])
     taken = scorers_of(text_decoder(more.peft_model))[0].state_dict()

@@ -17,7 +17,7 @@ from training_toys import finetune
 from himap_train.checkpoints.load import load_checkpoint
 from himap_train.models.install import pruning_of
 from himap_train.training.run.finetune_cli import FinetuneCLI
-from himap_train.training.run.rehearsal import _short_training
+from himap_train.training.run.rehearsal import _scale_learnable, _short_training
 
 ELASTIC = {"budgets": [0.9, 0.95], "self_distillation": {"share": 0.5}}
 
@@ -100,6 +100,15 @@ def test_print_config_shows_every_key(tiny_path: str, tmp_path: Path, capsys: py
     }
 
 
+def test_dense_steps_behind_phases_keep_all(tiny_path: str, tmp_path: Path) -> None:
+    """Of a run whose model is dense in the end: the log says so, and not what the last pruned step kept."""
+    phase = {"stages": [{"layer": 1, "criterion": "uniform", "keep_ratio": 0.5}]}
+    groups = {"curriculum": {"share": 0.5, "phases": [phase]}}
+    file = config(tiny_path, tmp_path, groups, model={"schedule": None}, evaluation={"after": False})
+    assert finetune("--config", file) == 0
+    assert logged(tmp_path / "run", "image tokens kept") == [0.5] * 3 + [1.0] * 3
+
+
 @pytest.mark.parametrize("mode", ["elastic", "curriculum"])
 def test_rehearsal_keeps_the_mode(
     tiny_path: str, tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]
@@ -127,6 +136,17 @@ def test_rehearsal_of_what_only_a_deep_decoder_has(tiny_path: str, tmp_path: Pat
     written = yaml.safe_load((tmp_path / "run-rehearsal" / "config.yaml").read_text())
     assert written["pruning"]["curriculum"]["phases"][0]["stages"][0]["layer"] == 7
     assert written["model"]["schedule"]["stages"][0]["layer"] == 7
+
+
+@pytest.mark.parametrize(("first", "layers"), [(2, [1]), (3, [2]), (12, [12, 38]), (2, [0, 1, 20])])
+def test_what_is_given_stays_before_what_learns(first: int, layers: list[int]) -> None:
+    """In a rehearsal, whatever rounding does to their layers."""
+    stages = [{"layer": at, "criterion": "uniform", "keep_ratio": 0.9 - n / 10} for n, at in enumerate(layers)]
+    learnable = Namespace(first_layer=first, switch_layer=None, start={"stages": stages})
+    _scale_learnable(learnable, 8)
+    found = [stage["layer"] for stage in learnable.start["stages"]]
+    assert [at < learnable.first_layer for at in found] == [at < first for at in layers]
+    assert found == sorted(set(found)) and found[-1] < 8
 
 
 def test_rehearsal_under_torchrun_keeps_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:

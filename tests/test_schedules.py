@@ -77,6 +77,8 @@ def test_every_layer_has_a_place_at_another_depth(layers: int) -> None:
     for layer in range(32):
         scaled = PruningSchedule((PruningStage(layer, "uniform", 0.5),)).scaled_to(layers)
         assert scaled.stages[0].layer < layers
+    late = PruningSchedule((PruningStage(31, "last_token", 0.5),), enter=30).scaled_to(layers)
+    assert late.enter < late.stages[0].layer < layers
 
 
 @pytest.mark.parametrize(("name", "first", "average"), [("hidrop", 215, 64), ("hidrop-48", 87, 48)])

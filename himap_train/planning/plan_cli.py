@@ -154,12 +154,13 @@ class PlanCLI(FinetuneCLI):
         self, facts: ModelFacts, run: RunSettings, schedule: PruningSchedule, sample: Sample
     ) -> tuple[str, ...]:
         """What a batch of the longest rows that `data.max_length` lets through would take."""
-        limit = self.data.max_length
-        text = (limit or 0) - sample.images * sample.image_tokens
-        if text <= sample.longest_text:
-            return ()
-        notes: list[str] = []
-        for kind, rows in (("", {"longest_text": text}), (" without images", {"longest_alone": limit})):
+        limit = self.data.max_length or 0
+        text, notes, kinds = limit - sample.images * sample.image_tokens, list[str](), dict[str, dict[str, Any]]()
+        if text > sample.longest_text:
+            kinds[""] = {"longest_text": text}
+        if 0 < sample.longest_alone < limit:
+            kinds[" without images"] = {"longest_alone": limit}
+        for kind, rows in kinds.items():
             full = make_plan(facts, run, schedule, replace(sample, **rows))
             peaks = ", ".join(f"{side.name} {full.peak(run.strategy, side) / GIB:.2f}" for side in full.sides)
             notes.append(f"rows{kind} of data.max_length {limit} need, in GiB on {run.strategy}: {peaks}")

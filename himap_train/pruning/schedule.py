@@ -166,7 +166,8 @@ class PruningSchedule:
             found = max(min(layer, 1), int(layer * num_layers / reference_layers + 0.5))
             return min(found, num_layers - 1) if layer < reference_layers else found  # rounding must not lead out
 
-        enter = scaled_layer(self.enter)
+        behind = any(stage.layer > self.enter for stage in self.stages)
+        enter = min(scaled_layer(self.enter), max(num_layers - 1 - behind, 0))
         stages, one_each = list[PruningStage](), dict[int, PruningStage]()
         for stage in self.stages:
             earliest, wish = enter + (stage.layer > self.enter), scaled_layer(stage.layer)

@@ -63,10 +63,10 @@ def _fetched(url: str, private: bool) -> bytes:
     if not private and not _public(address):
         raise ValueError(f"{parts.hostname} has no public address; the server asks others with --private-addresses")
     # The address that was judged is the one that is asked: a second look-up could give another.
-    connection.sock = asked = socket.create_connection((address, connection.port), timeout=_SECONDS / 2)
-    # A timeout is of each read, and a site may send a byte at a time.
-    late = Event()
-    timer = Timer(_SECONDS, _cut, (asked, late))
+    connection.sock = socket.create_connection((address, connection.port), timeout=_SECONDS / 2)
+    # A timeout is of each read, and a site may send a byte at a time. TLS takes the socket away, not its duplicate.
+    watched, late = connection.sock.dup(), Event()
+    timer = Timer(_SECONDS, _cut, (watched, late))
     timer.start()
     try:
         if parts.scheme == "https":
@@ -91,6 +91,7 @@ def _fetched(url: str, private: bool) -> bytes:
         raise
     finally:
         timer.cancel()
+        watched.close()
         connection.close()
 
 
@@ -180,6 +181,7 @@ class Reader:
         search: dict[str, Any] = {"do_sample": False}
         if temperature >= _COLDEST:  # whatever else the checkpoint's generation config narrows the choice by
             search = {"do_sample": True, "temperature": float(temperature), "top_k": 0, "min_p": None, "typical_p": 1.0}
+            search |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
             search["top_p"] = 1.0 if top_p is None else max(float(top_p), _NARROWEST)
         stop = given.get("stop", [])
         stops = [stop] if isinstance(stop, str) else stop

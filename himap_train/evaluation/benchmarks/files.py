@@ -37,6 +37,7 @@ class Table:
         facts: The same without images, which then are not read.
         folder: Where paths of images start.
         pictures: Columns that hold images by their type.
+        alias: That of them which `image` stands for too.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Table:
     facts: Callable[[int], dict[str, Any]]
     folder: Path
     pictures: tuple[str, ...] = ()
+    alias: str = ""
 
 
 def open_table(spec: str, benchmark: Benchmark) -> Table:
@@ -191,8 +193,8 @@ def _dataset_table(dataset: Any, name: str, path: Path) -> Table:
         return read
 
     folder = path if path.is_dir() else path.parent
-    columns = [c for c in dataset.column_names if c not in images] + ["image"] if own_name else dataset.column_names
-    return Table(name, columns, len(dataset), reading(whole), reading(light), folder, tuple(images))
+    columns, alias = [*dataset.column_names, *(["image"] if own_name else [])], images[0] if own_name else ""
+    return Table(name, columns, len(dataset), reading(whole), reading(light), folder, tuple(images), alias)
 
 
 def _joined(table: Table, images: Table, column: str) -> Table:

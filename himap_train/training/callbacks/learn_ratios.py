@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from himap_train.checkpoints.adapter import CHECKPOINT_KEY
+from himap_train.models.foresight import make_scorers
 from himap_train.pruning.learned.ratios import KeepRatios
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.adapter_module import Step
@@ -50,8 +51,12 @@ class LearnKeepRatios(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """What is given before the first layer that learns is there from the start, with a ranking that learns."""
+        given = self.settings.given(model_config(pl_module).text_config.num_hidden_layers)
         if pl_module.llava is None:
-            pl_module.schedule = self.settings.given(model_config(pl_module).text_config.num_hidden_layers)
+            pl_module.schedule = given
+        elif pl_module.schedule.stages[: len(given.stages)] != given.stages:  # else of an earlier fit
+            make_scorers(pl_module.peft_model, given)
+            pl_module.adopt(given)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Here the number of steps is known, and every process is there."""

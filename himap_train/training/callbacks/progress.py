@@ -60,6 +60,7 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
+        self._pruned = False  # whether a step was
         self._kept: list[int] = []
         self._samples = 0
         self._since: float | None = None
@@ -88,12 +89,13 @@ class Throughput(Callback):
         pruning = pruning_of(pl_module.peft_model)
         counts = pruning.last if pruning else None
         if counts and counts.kept and counts.image_tokens:
+            self._pruned = True
             pl_module.log("image tokens kept", counts.kept[-1] / counts.image_tokens, prog_bar=True)
             if len(self._kept) != len(counts.kept):  # also where the schedule has changed since
                 self._kept, self._samples = [0] * len(counts.kept), 0
             self._kept = [old + new for old, new in zip(self._kept, counts.kept, strict=True)]
             self._samples += int((counts.image_rows > 0).sum())
-        elif pruning and counts is None and pl_module.schedule.stages:
+        elif pruning and counts is None and (self._pruned or pl_module.schedule.stages):
             pl_module.log("image tokens kept", 1.0, prog_bar=True)  # a dense step of a pruned run
         if self._samples and logs_now(trainer, batch_idx):
             for stage, kept in enumerate(self._kept):

@@ -105,17 +105,31 @@ def _learnable(config: Namespace, small: Any, text: int, scaled: bool) -> None:
     learnable, layers = config.pruning.learnable, small.text_config.num_hidden_layers
     if learnable is None:
         return
-    for key in ("first_layer", "switch_layer") if scaled else ():
-        if learnable[key] is not None:
-            learnable[key] = min(max(1, round(learnable[key] * layers / PRESET_LAYERS)), layers - 1)
-    if scaled and learnable.start is not None:
-        learnable.start = _scaled(learnable.start, layers)
+    if scaled:
+        _scale_learnable(learnable, layers)
     if 1 <= learnable.first_layer < layers and 0.0 < learnable.budget < 1.0:  # else refused later, with a message
         nothing = PruningSchedule((PruningStage(learnable.first_layer, "uniform", 0.0),))
         least = nothing.cost(small, tokens_of_image(small), text).flops_ratio
         if learnable.budget < least:
             learnable.budget = math.ceil(100 * least) / 100
             say(f"the small model cannot go below a budget of {learnable.budget}: rehearsing that")
+
+
+def _scale_learnable(learnable: Any, layers: int) -> None:
+    """One scale for all of it, and what is given stays before what learns, whatever rounding does."""
+    start = PruningSchedule() if learnable.start is None else read_schedule(learnable.start)
+    depth = max(PRESET_LAYERS, learnable.first_layer + 1, *(stage.layer + 1 for stage in start.stages))
+    given = sum(stage.layer < learnable.first_layer for stage in start.stages)
+    found = start.scaled_to(layers, depth).stages
+    least = found[given - 1].layer + 1 if given else 1
+    first = min(max(least, round(learnable.first_layer * layers / depth)), layers - 1)
+    if learnable.start is not None:
+        moved = (stage.at(max(stage.layer, first + later)) for later, stage in enumerate(found[given:]))
+        inside = (stage for stage in moved if stage.layer < layers)
+        learnable.start = PruningSchedule((*found[:given], *inside), start.positions, start.enter).to_dict()
+    if learnable.switch_layer is not None:
+        learnable.switch_layer = min(max(first, round(learnable.switch_layer * layers / depth)), layers - 1)
+    learnable.first_layer = first
 
 
 def _embedded_data(data: Any) -> None:
