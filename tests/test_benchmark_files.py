@@ -13,6 +13,7 @@ from recipes_cli import run_recipe
 from training_toys import save_tiny
 
 from himap_train.data.records import RecordError
+from himap_train.data.sources import open_source
 from himap_train.evaluation.benchmarks.export import export
 from himap_train.evaluation.benchmarks.opening import Task, open_task
 from himap_train.evaluation.benchmarks.table import BENCHMARKS
@@ -293,6 +294,8 @@ def test_rows_of_question_and_answer_need_no_more_than_a_csv(tmp_path):
     record = task.source[0]
     assert record.images == (tmp_path / "0.png",) and record.turns[0].text.endswith("What?")
     assert (json.loads(record.meta["answers"]), task.metrics) == (["cat"], ("exact",))
+    with pytest.raises(ValueError, match=r"files \*.csv are not read"):  # to train on
+        open_source(str(tmp_path / "a.csv"))
     (tmp_path / "b.csv").write_text("image,q,a\n0.png,What?,cat\n")
     with pytest.raises(ValueError, match="expected also 'question', 'answer'"):
         open_task(str(tmp_path / "b.csv"))

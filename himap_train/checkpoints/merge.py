@@ -134,7 +134,8 @@ class Merger:
             found = [f"{name}: {wanted[name]} here, {shapes.get(name, 'none')} in the base" for name in wrong[:5]]
             more = [f"and {len(wrong) - 5} more"] if len(wrong) > 5 else []
             resized = [name for name in wrong if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
-            way_out = [f"Its embeddings were resized; {_WITH_PEFT}" if resized == wrong else _WITH_PEFT]
+            way_out = [f"Its embeddings were resized; {_WITH_PEFT}"] if resized == wrong else []
+            way_out += [_WITH_PEFT] if not any(name in shapes for name in wrong) else []  # names of another layout
             raise ValueError(f"the adapter does not fit {self.base}: {'; '.join([*found, *more, *way_out])}")
 
     def value(self, info: TensorInfo) -> Tensor:
