@@ -167,9 +167,10 @@ def test_bounds_are_those_of_the_cost_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("measure", "eager", "products"), [("prefill", False, 2), ("training_step", False, 7), ("training_step", True, 6)]
+    ("measure", "attention", "products"),
+    [("prefill", "sdpa", 2), ("training_step", "sdpa", 7), ("training_step", "eager", 6)],
 )
-def test_a_causal_bound_leaves_out_what_is_hidden(measure: str, eager: bool, products: int) -> None:
+def test_a_causal_bound_leaves_out_what_is_hidden(measure: str, attention: str, products: int) -> None:
     """Pair by pair of query and key, for one layer after the other: products of scores and values, of which a flash
     kernel's backward has five, and eager attention's four.
     """
@@ -177,7 +178,7 @@ def test_a_causal_bound_leaves_out_what_is_hidden(measure: str, eager: bool, pro
     text = config.text_config
     schedule = PruningSchedule((PruningStage(2, "stride", 0.5), PruningStage(20, "stride", 0.1)))
     full, causal = (
-        step_flops(measure, schedule, config, workload, lora_parameters=[0] * 32, causal=causal, eager=eager)
+        step_flops(measure, schedule, config, workload, lora_parameters=[0] * 32, causal=causal, attention=attention)
         for causal in (False, True)
     )
     pairs = 0

@@ -31,7 +31,7 @@ from himap_train.benchmark.timing import Clock, Spread, Task, time_pairs
 from himap_train.benchmark.workload import Batch, Workload, make_batch
 from himap_train.models.families import family_of_config
 from himap_train.models.lora import attach_lora
-from himap_train.models.training_cost import FLASH_BACKWARD, training_flops
+from himap_train.models.training_cost import backward_of_attention, training_flops
 from himap_train.models.versions import checkpoint_activations
 from himap_train.pruning.cost import schedule_cost
 from himap_train.pruning.schedule import PruningSchedule
@@ -158,7 +158,7 @@ class Bench:
             return None
         lora = lora_parameters(self.model) if measure == "training_step" else [0] * self.settings.size.layers
         how: dict[str, Any] = {"whole": self.settings.whole, "checkpointing": self.settings.checkpointing}
-        how |= {"lora_parameters": lora, "causal": causal, "eager": self.settings.attention == "eager"}
+        how |= {"lora_parameters": lora, "causal": causal, "attention": self.settings.attention}
         dense, pruned = (
             statistics.fmean(step_flops(measure, kind, self.config, sample, **how) for sample in self.workload.samples)
             for kind in (PruningSchedule(), schedule)
@@ -184,7 +184,7 @@ def step_flops(
     whole: bool = False,
     checkpointing: bool = False,
     causal: bool = False,
-    eager: bool = False,
+    attention: str = "sdpa",
 ) -> float:
     """FLOPs of a training step or a prefill of one sample; the vision tower is in it if the model is `whole`.
 
@@ -197,7 +197,7 @@ def step_flops(
         whole: Whether images go through the tower.
         checkpointing: Whether layers run again in the backward pass.
         causal: Leave out what the causal mask hides.
-        eager: Whether attention's backward has its probabilities, which other kernels compute again.
+        attention: Its implementation, which decides what its backward costs.
     """
     images = workload.image_tokens / TOKENS_PER_IMAGE if whole else 0
     if measure == "prefill":
@@ -213,7 +213,7 @@ def step_flops(
         images=images,
         checkpointing=checkpointing,
         lm_head_passes=2,
-        attention_backward=2 if eager else FLASH_BACKWARD,
+        attention_backward=backward_of_attention(attention),
         causal=causal,
     )
     return step.total

@@ -5,7 +5,6 @@ Each check gives some rows of a table. Weights are random.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from himap_train.benchmark.tasks import cache_bytes, peak_bytes
-from himap_train.benchmark.timing import Task, time_once, time_pairs
+from himap_train.benchmark.timing import Task, free_memory, time_once, time_pairs
 from himap_train.models.families import family_of
 from himap_train.models.features import hidden_states, prompt_inputs
 from himap_train.models.install import install_pruning, record_pruning, remove_pruning, running
@@ -67,9 +66,7 @@ def run_checks(checks: Mapping[str, Callable[[], Iterable[Check]]]) -> Iterator[
             yield name, Check("not run", str(error).splitlines()[0])
         except Exception as error:  # whatever a kernel raises: the other checks still say something
             yield name, Check("broken", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", holds=False)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
 
 def close(what: str, found: Tensor, expected: Tensor, other: str) -> Check:

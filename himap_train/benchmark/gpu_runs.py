@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from himap_train.analysis.report import read_curves
 from himap_train.benchmark.gpu_checks import HALF, PRECISION, Check, close
 from himap_train.benchmark.sizes import Size, build_model
+from himap_train.benchmark.timing import free_memory
 from himap_train.embedded.build import build_processor
 from himap_train.experiments import fine_tune_all
 
@@ -24,9 +24,7 @@ def runs(size: Size, folder: Path, device: str, steps: int, settings: Mapping[st
     folder is for the model and its runs.
     """
     build_model(size, whole=True, dtype=HALF, device=device).save_pretrained(folder / "model")
-    gc.collect()
-    if torch.cuda.is_available():  # what this process keeps of it, those that train on the same GPU lack
-        torch.cuda.empty_cache()
+    free_memory()  # those that train on the same GPU need it
     build_processor((), image_size=336, patch_size=14).save_pretrained(folder / "model")
     common = [*_OPTIONS.split(), PRECISION, "--model.path", str(folder / "model"), "--trainer.max_steps", str(steps)]
     first: tuple[str, torch.Tensor] | None = None

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from himap_train.bar import progress_bar
 from himap_train.benchmark.bench import Bench, Settings
 from himap_train.benchmark.contenders import DENSE, MEASURES, find_method
 from himap_train.benchmark.sizes import TOKENS_PER_IMAGE
+from himap_train.benchmark.timing import free_memory
 from himap_train.benchmark.workload import Workload
 from himap_train.pruning.names import nearest
 
@@ -120,8 +118,6 @@ def run_all(points: Sequence[Point]) -> list[tuple[Point, dict[str, Any]]]:
                     place = f"{point.axis} {point.value}, " if point.axis else ""
                     told = f"{place}{measure}, {method}: {row['ratio'].median:.3f} of dense"
                     print(told, file=sys.stderr, flush=True)
-            del bench  # two models at a time may not fit
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            del bench
+            free_memory()
     return found

@@ -113,3 +113,10 @@ def time_pairs(
             gc.enable()
         gc.collect()
     return Pairs(*times)
+
+
+def free_memory() -> None:
+    """Give back what nobody holds any more: a second model may not fit, nor another process beside this one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

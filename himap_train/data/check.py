@@ -118,6 +118,12 @@ class DataReport:
         return "\n".join(shown + ([f"    and {more} more"] if more else []))
 
 
+def spread_over(source: Source, size: int, limit: int | None) -> np.ndarray:
+    """Indices of at most `limit` of the first `size` samples that an epoch takes, spread evenly over them."""
+    places = np.linspace(0, size - 1, size if limit is None else min(limit, size)).astype(int)
+    return source.draw(0, 0)[places] if isinstance(source, MixedRecords) else places
+
+
 def check_source(
     source: Source,
     processor: Any,
@@ -144,8 +150,7 @@ def check_source(
     size = len(source) if records is None else min(records, len(source))
     report = DataReport(name or type(source).__name__, max_length, size)
     report.sets = str(source) if isinstance(source, MixedRecords) else ""
-    spread = np.linspace(0, size - 1, size if limit is None else min(limit, size)).astype(int)
-    examined = Counter((source.draw(0, 0)[spread] if isinstance(source, MixedRecords) else spread).tolist())
+    examined = Counter(spread_over(source, size, limit).tolist())
     stored = getattr(source, "stored", lambda _: hasattr(source, "length_hint"))
     encoder = Encoder(processor, max_length, image_aspect_ratio)
     tokenize = ConversationTokenizer(processor, max_length)

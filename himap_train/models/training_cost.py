@@ -59,6 +59,11 @@ class TrainingFlops:
         return self.decoder + self.lm_head + self.vision + self.projector
 
 
+def backward_of_attention(implementation: str) -> float:
+    """Attention's backward in units of its forward: eager attention has its probabilities, a kernel makes them anew."""
+    return 2 if implementation == "eager" else FLASH_BACKWARD
+
+
 def training_flops(
     schedule: PruningSchedule,
     config: Any,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from himap_train.models.training_cost import FLASH_BACKWARD, TrainingFlops, training_flops
+from himap_train.models.training_cost import TrainingFlops, backward_of_attention, training_flops
 from himap_train.planning.activations import ActivationModel
 from himap_train.planning.device_memory import GIB, STRATEGIES, StaticMemory, largest_batch, static_memory
 from himap_train.planning.facts import Activations, Batch, ModelFacts, Numerics
@@ -47,6 +47,11 @@ class Sample:
     most_supervised: int
     kinds: tuple[Kind, ...] = ()
     longest_alone: int = 0
+
+    @property
+    def kind(self) -> Kind:
+        """This one, as if all were alike."""
+        return Kind(1.0, self.images, self.images * self.image_tokens, self.text_tokens, self.supervised)
 
 
 @dataclass(frozen=True)
@@ -211,9 +216,7 @@ def _side(
 
 def _mean_flops(facts: ModelFacts, run: RunSettings, schedule: PruningSchedule, sample: Sample) -> TrainingFlops:
     """Of all conversations: those without images count, and those with several."""
-    image_tokens = sample.images * sample.image_tokens
-    typical = Kind(1.0, sample.images, image_tokens, sample.text_tokens, sample.supervised)
-    kinds = sample.kinds or (typical,)
+    kinds = sample.kinds or (sample.kind,)
     total: dict[str, float] = {}
     for kind in kinds:
         found = training_flops(
@@ -225,7 +228,7 @@ def _mean_flops(facts: ModelFacts, run: RunSettings, schedule: PruningSchedule, 
             ends_adapted=facts.ends_adapted,
             checkpointing=run.checkpointing,
             lm_head_passes=3 if 0 < run.loss_chunk < kind.supervised * run.batch_size else 2,
-            attention_backward=2 if run.attention == "eager" else FLASH_BACKWARD,
+            attention_backward=backward_of_attention(run.attention),
         )  # fmt: skip
         for name, value in asdict(found).items():
             total[name] = total.get(name, 0.0) + kind.share * value

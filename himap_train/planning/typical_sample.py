@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
+from himap_train.data.check import spread_over
 from himap_train.data.encode import Encoder
 from himap_train.data.images import image_size
-from himap_train.data.mixing import MixedRecords
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import RecordError
 from himap_train.data.tokens import ConversationTokenizer
@@ -95,10 +95,9 @@ def _from_data(data: LlavaDataModule, processor: Any, usual: int) -> tuple[Sampl
     source = data.source("train")
     assert source is not None
     size = min(data.limits["train"] or len(source), len(source))
-    drawn = source.draw(0, 0)[:size] if isinstance(source, MixedRecords) else np.arange(size)
     tokenize, encoder = ConversationTokenizer(processor), Encoder(processor, None, data.image_aspect_ratio)
     rows = []
-    for index in drawn[np.unique(np.linspace(0, size - 1, min(size, _READ)).astype(int))]:
+    for index in spread_over(source, size, _READ):
         try:
             conversation = source[int(index)]
             exchanges = tokenize(conversation)
