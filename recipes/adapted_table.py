@@ -40,6 +40,7 @@ FORMS = {
     "coverage-vtw": _form((0, "coverage", 0.4), (READ, "uniform", 0.0)),
     "learned": _form((0, "learned", 0.3)),
     "learned-vtw": _form((0, "learned", 0.4), (READ, "uniform", 0.0)),
+    "learned-image": _form((0, "learned", 0.416), (READ, "image", 0.079)),
     "dart": _form((1, "dart", 0.3)),
     "sparsevlm": _form((1, "sparsevlm", 0.3)),
     "last_token": _form((1, "last_token", 0.3)),
