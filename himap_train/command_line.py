@@ -67,7 +67,7 @@ def end_with(parser: ArgumentParser, message: str) -> NoReturn:
     """
     if not parser.exit_on_error:
         raise ArgumentError(None, message)
-    print(f"error: {' '.join(message.split())}; --help lists all options", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}; --help lists the options", file=sys.stderr)
     raise SystemExit(2)
 
 

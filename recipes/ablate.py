@@ -10,6 +10,10 @@ Rows that are there already are not run again: the same command goes on where it
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import sys
 from functools import partial
 from pathlib import Path

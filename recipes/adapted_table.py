@@ -9,6 +9,10 @@ there already are not repeated, so an interrupted table goes on where it stopped
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import json
 import sys
 from collections.abc import Iterator

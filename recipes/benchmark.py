@@ -11,6 +11,10 @@ Weights are random; of times and memory that changes nothing. Every method is ti
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import sys
 from dataclasses import asdict
 from pathlib import Path

@@ -10,6 +10,10 @@ python recipes/evaluate.py --checkpoint llava-hf/llava-1.5-7b-hf --dtype bfloat1
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import json
 import sys
 from pathlib import Path

@@ -9,6 +9,10 @@ python recipes/export.py --checkpoint exported/mine --output half --dtype float1
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import sys
 from pathlib import Path
 from typing import Literal

@@ -10,6 +10,10 @@ torchrun --nproc-per-node 8 recipes/finetune.py --config ...                 # s
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import sys
 from collections.abc import Sequence
 

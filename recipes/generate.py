@@ -8,6 +8,10 @@ python recipes/generate.py --data my/test.json --record 7
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import sys
 from pathlib import Path
 from typing import Any

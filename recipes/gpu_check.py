@@ -8,6 +8,10 @@ Weights are random, in the shapes of the models: nothing is downloaded. What is 
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import sys
 import tempfile
 from collections.abc import Callable, Iterable

@@ -10,6 +10,10 @@ docs/information_flow.md says what the numbers mean, and what they said on the e
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import sys
 from pathlib import Path
 from typing import Any

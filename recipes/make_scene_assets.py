@@ -12,6 +12,10 @@ picture.
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import argparse
 import json
 from pathlib import Path

@@ -9,6 +9,10 @@ over seeds, the first), and an oracle that keeps what the question is about, whi
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import json
 import sys
 from collections.abc import Callable

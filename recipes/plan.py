@@ -9,6 +9,10 @@ python recipes/plan.py --verify                      # runs two small models: pr
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -10,6 +10,10 @@ Every candidate meets the budget; the one with the lowest loss on the answers wi
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import sys
 import time
 from pathlib import Path

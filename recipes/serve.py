@@ -7,6 +7,10 @@ python recipes/serve.py --checkpoint runs/mine --schedule himap --batch-size 16
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import sys
 from pathlib import Path
 from typing import Any

@@ -39,6 +39,10 @@ A stage whose result is already in the work folder is not repeated.
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import argparse
 from pathlib import Path
 

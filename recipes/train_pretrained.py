@@ -12,6 +12,10 @@ their logs lie beside them. What is there already is not made again. docs/pretra
 
 from __future__ import annotations
 
+from himap_train.quick_help import answer_help
+
+answer_help(__file__)
+
 import json
 import sys
 from pathlib import Path
