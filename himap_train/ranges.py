@@ -47,6 +47,7 @@ RANGES: dict[str, tuple[str, Test]] = {
     "data.batch_size": _whole(1),
     "data.eval_batch_size": _whole(1),
     "data.max_length": _whole(1),
+    "data.max_image_tokens": _whole(1),
     "data.num_workers": _whole(0),
     "data.max_skipped": _from(0),
     "data.train_limit": _whole(1),

@@ -21,7 +21,7 @@ from himap_train.data.sampling import BatchOrder, check_same_order
 from himap_train.data.skips import SkipLog
 from himap_train.data.sources import open_source
 from himap_train.models.families.base import AspectRatio, Background
-from himap_train.models.families.image_form import ImageForm, image_form, take_form
+from himap_train.models.families.image_form import ImageForm, image_form, limit_images, take_form
 from himap_train.ranges import require_possible
 
 
@@ -40,6 +40,8 @@ class LlavaDataModule(LightningDataModule):
         eval_batch_size: in a validation or test batch; by default batch_size.
         max_length: most tokens of a conversation, image tokens included. Longer ones lose their last questions with
             their answers, never part of an image.
+        max_image_tokens: most image tokens of one image, which is made smaller for it; by default as the checkpoint has
+            it. For families whose images have a number of tokens of their own (Qwen-VL, InternVL).
         num_workers: processes that read images and tokenize; 0 does it between the training steps.
         group_by_length: make batches of conversations with as many images and of similar length, which saves padding.
         max_skipped: how many broken records may be skipped: a number, or below 1 a fraction of the records.
@@ -72,6 +74,7 @@ class LlavaDataModule(LightningDataModule):
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int | None = 2048,
+        max_image_tokens: int | None = None,
         num_workers: int = 0,
         group_by_length: bool = False,
         max_skipped: int | float = 0.01,
@@ -87,7 +90,8 @@ class LlavaDataModule(LightningDataModule):
     ) -> None:
         require_possible({f"data.{name}": value for name, value in locals().items()})
         super().__init__()
-        self.processor = processor
+        self.processor = limit_images(processor, max_image_tokens)
+        self.max_image_tokens = max_image_tokens
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         form = ImageForm() if processor is None else image_form(processor)
         self.max_length, self.image_aspect_ratio = max_length, image_aspect_ratio or form.image_aspect_ratio

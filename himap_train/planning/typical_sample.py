@@ -6,6 +6,7 @@ Neither needs weights. Where no hub can be reached, this package knows the archi
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from himap_train.data.images import image_size
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import RecordError
 from himap_train.data.tokens import ConversationTokenizer
+from himap_train.models.families.image_form import limit_images
 from himap_train.models.families.processing import FILES
 from himap_train.models.loading import load_config, load_processor, resolve_model
 from himap_train.models.training_cost import tokens_of_image
@@ -69,12 +71,12 @@ def read_sample(
     Raises:
         ValueError: The model's folder has a processor that cannot be used.
     """
-    image_tokens = tokens_of_image(config)
+    image_tokens = min(tokens_of_image(config), data.max_image_tokens or sys.maxsize)
     here = any((Path(path) / name).is_file() for name in (*FILES, "tokenizer.json", "tokenizer_config.json"))
-    processor = load_processor(path, config) if here else None
+    processor = limit_images(load_processor(path, config), data.max_image_tokens) if here else None
     if text_tokens is None:
         try:
-            processor = processor or load_processor(resolve_model(path), config)
+            processor = processor or limit_images(load_processor(resolve_model(path), config), data.max_image_tokens)
             sample, where = _from_data(data, processor, image_tokens)
             if supervised is not None:
                 kinds = tuple(replace(kind, supervised=supervised) for kind in sample.kinds)

@@ -191,6 +191,10 @@ class Family(ABC):
         """Image tokens of each image of one conversation by its (width, height), without decoding one."""
         return [self.tokens_of_size(processor, size, aspect_ratio) for size in sizes]
 
+    def limit_image_tokens(self, processor: Any, most: int) -> None:
+        """Let a processor make no image larger than so many image tokens; raises ValueError where it cannot."""
+        raise ValueError(f"images of family {self.name} have as many tokens as its weights say; prune them instead")
+
     def placeholder(self, processor: Any, tokens: int) -> list[int]:
         """Token ids in the place of the one that the chat template writes for an image of so many image tokens."""
         return [processor.image_token_id] * tokens

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from himap_train.models.families import family_of_processor
 from himap_train.models.families.base import AspectRatio, Background
 from himap_train.models.families.processing import stock_file
 from himap_train.structured import Rule, read_json
@@ -44,6 +45,20 @@ def image_form(processor: Any) -> ImageForm:
 def take_form(processor: Any, form: ImageForm) -> None:
     """Let a processor stand for pictures that are made ready so."""
     processor.himap_image_form = form
+
+
+def limit_images(processor: Any, most: int | None) -> Any:
+    """A processor, made to make no image larger than so many image tokens; None: as it is.
+
+    Raises:
+        ValueError: Its images cannot be of so few.
+    """
+    if processor is not None and most is not None:
+        try:
+            family_of_processor(processor).limit_image_tokens(processor, most)
+        except ValueError as error:
+            raise ValueError(f"data.max_image_tokens is {most}: {error}") from None
+    return processor
 
 
 def read_form(processor: Any, source: str) -> None:

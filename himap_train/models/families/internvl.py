@@ -77,6 +77,15 @@ class InternVL(Family):
         rows, columns = _tiles(processor.image_processor, size)
         return int(processor.settings["tile_tokens"]) * (rows * columns + (rows * columns > 1))
 
+    def limit_image_tokens(self, processor: Any, most: int) -> None:
+        """By the most tiles (`max_patches`), beside which several have a thumbnail."""
+        tile, images = int(processor.settings["tile_tokens"]), processor.image_processor
+        if most < tile:
+            raise ValueError(f"the smallest image of this checkpoint, one tile, has {tile}")
+        crops = most // tile
+        images.max_patches = min(images.max_patches, crops - 1 if crops > 2 else 1)
+        images.min_patches = min(images.min_patches, images.max_patches)
+
     def placeholder(self, processor: Any, tokens: int) -> list[int]:
         """`<img>`, the image tokens of all tiles, `</img>`."""
         inside = super().placeholder(processor, tokens)

@@ -87,6 +87,13 @@ class Qwen2VL(Family):
         images, (width, height) = processor.image_processor, size
         return int(images.get_number_of_image_patches(height, width)) // int(images.merge_size) ** 2
 
+    def limit_image_tokens(self, processor: Any, most: int) -> None:
+        """By the most pixels of an image, which is what Qwen's own recipes set (`max_pixels`)."""
+        images = processor.image_processor
+        pixels, size = most * (images.patch_size * images.merge_size) ** 2, images.size
+        limits = {edge: min(int(size[edge]), pixels) for edge in ("shortest_edge", "longest_edge")}
+        images.size = type(size)(**limits)
+
     def token_blocks(self, processor: Any, image: Images, picture: Image.Image) -> list[TokenBlock]:
         """One grid over the whole picture."""
         _, rows, columns = (image["image_grid_thw"][0] // processor.image_processor.merge_size).tolist()

@@ -187,6 +187,7 @@ class FinetuneCLI(LightningCLI):
         self.settings: EvaluationSettings = self.config_init.evaluation
         self.pruning: PruningSettings = self.config_init.pruning
         self.pruning.check(self.model.schedule)
+        self.model.processor = self.datamodule.processor  # asked about pictures as it is trained on them
         learns_ratios = self.pruning.learnable is not None
         self.measured = MeasuredRows(self.model, self.datamodule, self.settings, learns_ratios)
 

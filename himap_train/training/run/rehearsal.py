@@ -48,6 +48,7 @@ def rehearse(config: Namespace) -> None:
         if curriculum is not None and isinstance(curriculum.phases, list):
             curriculum.phases = [_scaled(phase, layers) for phase in curriculum.phases]
     config.model.path = EMBEDDED
+    config.data.max_image_tokens = None  # its images are of one size
     if config.model.quantize is not None and not torch.cuda.is_available():
         say(f"no CUDA device: rehearsing without model.quantize={config.model.quantize}")
         config.model.quantize = None
