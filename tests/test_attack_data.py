@@ -74,7 +74,7 @@ RECORDS: dict[str, tuple[str | bytes, str]] = {
     "blanks": (shown("  "), "the image path is '  '"),
     "not there": (shown("gone.png"), "gone.png does not exist; check image_folder"),
     "URL": (shown("https://host/a.png"), "read from files alone"),
-    "file URL": (shown("file:///etc/passwd"), "read from files alone"),
+    "file URL": (shown("file:///etc/passwd"), "leaves the image folder"),
     "link out": (shown("out/a.png"), "leaves the image folder .*follow_links: true"),
     "link to itself": (shown("loop.png"), "loop.png"),
     "text as an image": (shown("text.png"), "text.png is not an image"),

@@ -153,11 +153,11 @@ def check_source(
     examined = Counter(spread_over(source, size, limit).tolist())
     stored = getattr(source, "stored", lambda _: hasattr(source, "length_hint"))
     encoder = Encoder(processor, max_length, image_aspect_ratio)
-    tokenize = ConversationTokenizer(processor, max_length)
+    tokenize, outline = ConversationTokenizer(processor, max_length), getattr(source, "outline", source.__getitem__)
     for index in (i for i in range(size) if i in examined or stored(i)):
         report.scanned += 1
         try:
-            conversation = source[index]
+            conversation = (source.__getitem__ if index in examined else outline)(index)
             _count(conversation, report)
             for _ in range(examined[index]):  # as often as training would have it among so many
                 report.examined += 1

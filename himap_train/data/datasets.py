@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from torch.utils.data import Dataset
 
@@ -11,14 +12,13 @@ from himap_train.data.records import Conversation, RecordError, Source, changes_
 from himap_train.data.skips import SkipLog
 
 Encode = Callable[[Conversation], Sample]
-SUBSTITUTE = "substitute_for"
-"""Key in a sample's `meta`: the index of the broken record in whose place it stands."""
-REPEATED = "repeated"
-"""Key in a sample's `meta`: it only gives this process as many batches as the others have, and must not count."""
+SUBSTITUTE: Final = "substitute_for"
+REPEATED: Final = "repeated"
+"""Keys that mark a sample which stands for another, or must not count; no record of a user has a say in them."""
 
 
 class EncodedRecords(Dataset[Sample]):
-    """Samples by number. A record that cannot be used is replaced by the next one that can, marked in its `meta`.
+    """Samples by number. A record that cannot be used is replaced by the next one that can, marked as such.
 
     Args:
         source: the records. If it changes with the epoch, its `epoch` is set from the key.
@@ -40,7 +40,7 @@ class EncodedRecords(Dataset[Sample]):
         epoch, wanted = key
         if wanted < 0:
             sample = self[epoch, ~wanted]
-            return {**sample, "meta": {**sample["meta"], REPEATED: str(~wanted)}}
+            return {**sample, REPEATED: ~wanted}
         if changes_with_epoch(self._source):
             self._source.epoch = epoch  # type: ignore[attr-defined]
         for step in range(self._length):
@@ -50,5 +50,5 @@ class EncodedRecords(Dataset[Sample]):
             except RecordError as error:
                 self._skips.add(index, error)
                 continue
-            return {**sample, "meta": {**sample["meta"], SUBSTITUTE: str(wanted)}} if step else sample
+            return {**sample, SUBSTITUTE: wanted} if step else sample
         raise RuntimeError(f"none of the {self._length} records can be used")

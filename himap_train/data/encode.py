@@ -41,6 +41,8 @@ class Sample(TypedDict):
     labels: NotRequired[torch.Tensor]  # (S,)
     dropped_exchanges: NotRequired[int]  # questions with their answers that did not fit into max_length
     answer: NotRequired[str]
+    substitute_for: NotRequired[int]  # the index of the broken record in whose place it stands
+    repeated: NotRequired[int]  # its own index, where it only gives a process as many batches as the others have
 
 
 class SampleTooLongError(RecordError):

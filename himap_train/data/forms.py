@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import reprlib
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from himap_train.data.images import image_source
-from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Role, Turn
+from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Role, Turn, blank
+from himap_train.data.refusals import IMAGE_KEYS, refuse_other_tasks, refuse_unread
 
 ROLES: dict[str, Role] = {
     "human": "user",
@@ -34,11 +34,8 @@ _TURN = {"conversations": ("from", "value"), "messages": ("role", "content")}
 """Who speaks and what is said, in a turn of each."""
 TURN_KEYS = tuple(_TURN)
 TEXT_KEYS = (*TURN_KEYS, *_PROMPTED)
-IMAGE_KEYS = ("images", "image")
-_PICTURES = re.compile(r"(image|img|picture|photo)s?(_?(path|file|name|url|bytes|[0-9]+))?", re.IGNORECASE)
-PAIR_KEYS = ("rejected", "rejected_response", "rejected_messages", "non_preferred_output")
-"""Where TRL, LLaMA-Factory, ms-swift and OpenAI keep the answer that is not to be given."""
-ONLY_CHOSEN = "only answers to be given are trained on: make each the last turn of a record that has no other"
+_SYSTEM = ("system", "system_prompt")
+"""Where LLaMA-Factory and ms-swift keep what stands before the turns."""
 _ANY_FORM = ("answer", "answers", "options", "choices")  # judged when they are needed
 _TRAINED = ("loss", "weight")
 _INLINE = ("image", "image_url", "url", "path")
@@ -51,15 +48,6 @@ _SHORT.maxlist = 12
 def has_turns(keys: Collection[str]) -> bool:
     """Whether records with these keys have what is said."""
     return not set(TURN_KEYS).isdisjoint(keys) or _PROMPTED.keys() <= set(keys)
-
-
-def unread_pictures(
-    keys: Collection[str], read: Collection[str] = IMAGE_KEYS, typed: Collection[str] = ()
-) -> list[str]:
-    """Keys that look like pictures, or are `typed` so, and are not `read`; beside one that is, only numbered ones."""
-    beside = not set(read).isdisjoint(keys)
-    looks = [key for key in keys if key not in read and (key in typed or _PICTURES.fullmatch(key))]
-    return [key for key in looks if key[-1].isdigit() or not beside]
 
 
 def read_record(
@@ -77,16 +65,12 @@ def read_record(
     Raises:
         RecordError: it cannot be used (names record, key, what was found), or an image path leaves the folder.
     """
-    _refuse_preferences(record, where)
+    refuse_other_tasks(record, where)
     key = _name(record.get("id"), index, where)
     where = f"{where} (id {key!r:.60})"
     turns, shown = turns_of(record, where)
-    images = stored_images(record)
-    other = unread_pictures([name for name in record if record[name]])
-    if other and (images or not shown):
-        raise RecordError(
-            f"{where}: images are read from `image` or `images`, found `{', '.join(other)}`: rename or remove it"
-        )
+    turns, images = (*_system(record, turns, where), *turns), stored_images(record)
+    refuse_unread(record, turns, shown, where)
     numbers = {number for number in shown if isinstance(number, int)}
     if numbers and max(numbers) >= len(images):
         raise RecordError(f"{where}: a turn shows image {max(numbers)}, but there are {len(images)} in `images`")
@@ -95,15 +79,6 @@ def read_record(
     values = [images[image] if isinstance(image, int) else image for image in shown]
     sources = tuple(image_source(value, image_folder, where, follow_links) for value in values)
     return Conversation(key, sources, turns, _meta(record, where), where)
-
-
-def _refuse_preferences(record: Mapping[str, Any], where: str) -> None:
-    """Raises RecordError for a record that also has an answer not to be given (DPO), or may be one (KTO)."""
-    if pair := next((key for key in PAIR_KEYS if record.get(key) is not None), None):
-        raise RecordError(f"{where} is a preference pair (`{pair}`), as DPO trains on; {ONLY_CHOSEN}")
-    for judgement in ("kto_tag", *(["label"] if "conversations" not in record else [])):
-        if isinstance(record.get(judgement), bool):
-            raise RecordError(f"{where} is judged good or bad (`{judgement}`), as KTO trains on; {ONLY_CHOSEN}")
 
 
 def turns_of(record: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], list[Any]]:
@@ -127,6 +102,18 @@ def turns_of(record: Mapping[str, Any], where: str) -> tuple[tuple[Turn, ...], l
         return turns, shown
     asked = Turn("user", f"{IMAGE_PLACEHOLDER}\n" * images + turns[first].text)
     return (*turns[:first], asked, *turns[first + 1 :]), list(range(images))
+
+
+def _system(record: Mapping[str, Any], turns: tuple[Turn, ...], where: str) -> tuple[Turn, ...]:
+    """The system turn that stands beside the turns; none where they have the same."""
+    key = next((key for key in _SYSTEM if isinstance(record.get(key), str) and not blank(record[key])), None)
+    if key is None:
+        return ()
+    text = checked_text(record[key], f"{where}: `{key}`")
+    own = [turn.text for turn in turns if turn.role == "system"]
+    if own and own != [text]:
+        raise RecordError(f"{where}: `{key}` is {text!r:.60}, and a system turn says {own[0]!r:.60}; leave one of them")
+    return () if own else (Turn("system", text),)
 
 
 def stored_images(record: Mapping[str, Any]) -> list[Any]:
@@ -238,7 +225,7 @@ def _meta(record: Mapping[str, Any], where: str) -> dict[str, str]:
     for key, value in record.items():
         items = value if isinstance(value, list) else [value]
         any_form = key in _ANY_FORM and not isinstance(value, str | None)
-        known = key in (*TEXT_KEYS, *IMAGE_KEYS, "id")
+        known = key in (*TEXT_KEYS, *IMAGE_KEYS, *_SYSTEM, "id")
         if any_form or (not known and all(isinstance(item, str | int | float) for item in items)):
             listed = any_form or items is value
             meta[key] = json.dumps(items, ensure_ascii=False, default=str) if listed else str(value)

@@ -6,11 +6,13 @@ Understood columns: `messages`, or `prompt` and `completion`, or `conversations`
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from himap_train.data.forms import IMAGE_KEYS, ONLY_CHOSEN, PAIR_KEYS, TEXT_KEYS, has_turns, read_record, turns_of
+from himap_train.data.forms import TEXT_KEYS, has_turns, read_record, turns_of
 from himap_train.data.records import Conversation, RecordError
+from himap_train.data.refusals import IMAGE_KEYS, ONLY_CHOSEN, PAIR_KEYS
 
 
 class HuggingFaceRecords:
@@ -43,6 +45,7 @@ class HuggingFaceRecords:
             )
         self._dataset = dataset.with_format("arrow")  # rows as they are stored: images as {"bytes", "path"}
         self._texts = self._dataset.select_columns([c for c in TEXT_KEYS if c in columns])
+        self._no_bytes = self._dataset.remove_columns([c for c in typed if c in IMAGE_KEYS])
         self.name, self.image_folder, self.follow_links = name, image_folder, follow_links
 
     def __len__(self) -> int:
@@ -51,15 +54,24 @@ class HuggingFaceRecords:
 
     def __getitem__(self, index: int) -> Conversation:
         """Record `index`; RecordError if it cannot be used."""
+        return self._read(index, {}, self._dataset)
+
+    def outline(self, index: int) -> Conversation:
+        """The same without reading the images that the data set holds: nothing stands for each."""
+        held = self._dataset.num_columns > self._no_bytes.num_columns
+        return self._read(index, {"images": [b""] * self._images(index)} if held else {}, self._no_bytes)
+
+    def _read(self, index: int, images: dict[str, Any], rows: Any) -> Conversation:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: record {index} of {len(self)}")
         where = f"data set {self.name}, row {index}"
-        return read_record(plain_row(self._dataset[index], where), index, where, self.image_folder, self.follow_links)
+        row = plain_row(rows, index, where) | images
+        return read_record(row, index, where, self.image_folder, self.follow_links)
 
     def length_hint(self, index: int) -> tuple[int, int]:
         """(characters, images) of a record without reading its images; (0, 0) for one that cannot be used."""
         try:
-            row = plain_row(self._texts[index], self.name)
+            row = plain_row(self._texts, index, self.name)
             turns, shown = turns_of({**row, "images": [None] * self._images(index)}, self.name)
         except RecordError:
             return 0, 0
@@ -74,13 +86,34 @@ class HuggingFaceRecords:
 
 def image_columns(dataset: Any) -> list[str]:
     """Columns that hold images, or lists of them, by their type."""
-    return [column for column, kind in dataset.features.items() if "Image(" in str(kind)]
+    return [column for column, kind in dataset.features.items() if _is_image(kind) or _is_image(_item(kind))]
 
 
-def plain_row(table: Any, where: str) -> dict[str, Any]:
-    """The only row of an Arrow table; RecordError for what Python cannot hold."""
+def _is_image(kind: Any) -> bool:
+    return type(kind).__name__ == "Image"
+
+
+def _item(kind: Any) -> Any:
+    """The type of a list's items; None where it is no list."""
+    return kind[0] if isinstance(kind, list) else getattr(kind, "feature", None)
+
+
+def plain_row(rows: Any, index: int, where: str) -> dict[str, Any]:
+    """A row of a data set in Arrow's format; RecordError for what Python cannot hold."""
     try:
-        row: dict[str, Any] = table.to_pylist()[0]
-        return row
+        row: dict[str, Any] = rows[index].to_pylist()[0]
+        return {name: _decoded(value, rows.features[name]) for name, value in row.items()}
     except (ValueError, OverflowError) as error:  # bytes that are not UTF-8, a date that Python does not have
         raise RecordError(f"{where}: {error}") from error
+
+
+def _decoded(value: Any, kind: Any) -> Any:
+    """A value of which some parts are stored as JSON: where rows differ in form, as texts beside lists of parts do."""
+    if value is None or "Json(" not in str(kind):
+        return value
+    if type(kind).__name__ == "Json":
+        return json.loads(value) if isinstance(value, str) else value
+    if isinstance(kind, dict):
+        return {name: _decoded(part, kind[name]) for name, part in value.items()}
+    item = _item(kind)
+    return value if item is None else [_decoded(part, item) for part in value]

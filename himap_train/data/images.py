@@ -17,9 +17,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from himap_train.data.pixel_modes import as_rgb
+from himap_train.data.pixel_modes import as_rgb, orientation
 from himap_train.data.records import ImageSource, RecordError
 from himap_train.models.families.base import Background
 
@@ -42,6 +42,7 @@ def resolve_image_path(name: str, folder: Path, where: str, follow_links: bool =
         RecordError: no path, or one that leaves the folder (`..`, absolute, or through a symbolic link). Nothing is
             opened.
     """
+    name = name.removeprefix("file://")
     shown = repr(name if len(name) <= 80 else name[:77] + "...")
     if not name.strip() or "\0" in name:
         raise RecordError(f"{where}: the image path is {shown}; give a file below {folder}, or leave `image` out")
@@ -131,7 +132,7 @@ def _lies_on_its_side(image: Image.Image) -> bool:
     said = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys()
     if image.format == "TIFF" or (image.format == "PNG" and not said):
         return False
-    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return orientation(image) in (5, 6, 7, 8)
 
 
 def content_digest(source: ImageSource, where: str) -> str:

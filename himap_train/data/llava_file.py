@@ -116,9 +116,11 @@ class LlavaFile:
         except RecursionError:
             raise RecordError(f"{where}: lists or objects within one another too deep to be read") from None
         except ValueError as error:  # of JSON, of UTF-8, or a number of more digits than Python takes
-            raise RecordError(f"{where}: not JSON ({error})") from error
+            whole = "; is the file one JSON list? Then name it *.json" if line.lstrip().startswith(b"[") else ""
+            raise RecordError(f"{where}: not JSON ({error}){whole}") from error
         if not isinstance(record, dict):
             found = f"{type(record).__name__} {record!r:.60}"
+            found += "; name a file that is one JSON list *.json" if isinstance(record, list) else ""
             raise RecordError(f"{where}: expected an object with `conversations` or `messages`, found {found}")
         return record
 

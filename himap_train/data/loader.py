@@ -92,7 +92,7 @@ class Collate:
         return collate(own, self.pad_token_id, pad_to_multiple_of=self.pad_to_multiple_of)
 
     def _counts(self, sample: Sample) -> bool:
-        return REPEATED not in sample["meta"] and (self.keep_substitutes or SUBSTITUTE not in sample["meta"])
+        return REPEATED not in sample and (self.keep_substitutes or SUBSTITUTE not in sample)
 
 
 def _unsupervised(sample: Sample) -> Sample:

@@ -103,6 +103,11 @@ class MixedRecords:
         """(characters, images) of a record; see `estimate_lengths`."""
         return hint(*self._place(index))
 
+    def outline(self, index: int) -> Conversation:
+        """The record at `index`, without its images where its source can."""
+        source, place = self._place(index)
+        return getattr(source, "outline", source.__getitem__)(place)
+
     def stored(self, index: int) -> bool:
         """Whether a record lies somewhere; others are made when they are asked for."""
         return hasattr(self._place(index)[0], "length_hint")

@@ -9,18 +9,29 @@ from __future__ import annotations
 from typing import Any, get_args
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from himap_train.models.families.base import Background
 
 _WHITES = {"I": (255.0, 65535.0, 2.0**31), "F": (1.0, 255.0, 65535.0)}  # the first that no pixel is above is white
 _BITS_PER_SAMPLE = 258  # tag of TIFF
+_TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
+"""What turns a picture upright, by its EXIF orientation from 2 to 8: Pillow's own, without writing the tags anew, which
+fails for good pictures with one odd tag."""
 
 
 def check_background(background: str) -> None:
     """Raises ValueError for what is no `Background`."""
     if background not in get_args(Background):
         raise ValueError(f"image_background is {background!r}; expected one of {', '.join(get_args(Background))}")
+
+
+def orientation(image: Image.Image) -> int:
+    """As EXIF has it, 1 to 8; 1, upright, where that cannot be read."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Pillow raises many kinds for damaged tags, of which no pixel depends
+        return 1
 
 
 def as_rgb(image: Image.Image, background: Background = "white") -> Image.Image:
@@ -35,7 +46,9 @@ def as_rgb(image: Image.Image, background: Background = "white") -> Image.Image:
             RGB (LAB).
     """
     bits = _bits(image)
-    image = ImageOps.exif_transpose(image)
+    image.load()  # a TIFF turns itself then
+    if (turned := _TURNS.get(orientation(image))) is not None:
+        image = image.transpose(turned)
     if image.mode.startswith("I;16"):
         values, clear = _values(image), image.info.get("transparency")
         grey = _grey(values, 2**bits - 1)

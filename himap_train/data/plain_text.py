@@ -1,4 +1,5 @@
-"""Special tokens that stand in what people wrote are text: only a chat template's own may end an answer or pad a row.
+"""Special tokens that stand in what people wrote are text, but those that a family writes around places in a picture:
+only a chat template's own may end an answer or pad a row.
 
 A template renders both into one string, so those of the text are marked before (`hide`) and told apart after (`ids`).
 What has none is encoded by the tokenizer as it is.
@@ -16,6 +17,8 @@ from tokenizers import AddedToken
 from himap_train.data.forms import checked_text
 from himap_train.data.records import RecordError
 
+_CONTENT = re.compile(r"</?(box|ref|quad)>|<\|(box|object_ref|quad)_(start|end)\|>")
+"""Special tokens that InternVL and Qwen-VL write in answers themselves, around places and what lies there."""
 _MARK = "\ufdd0"  # no character, and in nobody's text: Unicode keeps it for uses like this one
 
 
@@ -38,6 +41,8 @@ class PlainText:
         self._ids = {number for number, _ in self._special.values()} - {tokenizer.unk_token_id}
         longest_first = sorted(self._special, key=len, reverse=True)
         written, marked = ([re.escape(form(s)) for s in longest_first] for form in (str, _marked))
+        hidden = [re.escape(special) for special in longest_first if not _CONTENT.fullmatch(special)]
+        self._hidden = re.compile("|".join(hidden) or "(?!)")
         self._written = re.compile("|".join(written) or "(?!)")
         self._either = re.compile("|".join([*marked, *written]) or "(?!)")
 
@@ -54,8 +59,8 @@ class PlainText:
         checked_text(text, f"{where}: the text")
         if _MARK in text:
             raise RecordError(f"{where}: the text holds U+FDD0, which is no character; take it out")
-        while self._written.search(text):
-            text = self._written.sub(lambda match: _marked(match[0]), text)
+        while self._hidden.search(text):
+            text = self._hidden.sub(lambda match: _marked(match[0]), text)
         return text
 
     def ids(self, text: str, add_special_tokens: bool = False) -> list[int]:

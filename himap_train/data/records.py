@@ -63,8 +63,8 @@ class Conversation:
 
     @property
     def answer(self) -> str:
-        """Text of the last assistant turn, the reference answer in evaluation; empty if there is none."""
-        return next((turn.text for turn in reversed(self.turns) if turn.role == "assistant"), "")
+        """The last turn where it is the assistant's, the reference answer in evaluation; else empty."""
+        return self.turns[-1].text if self.turns and self.turns[-1].role == "assistant" else ""
 
 
 class Source(Protocol):

@@ -17,7 +17,7 @@ HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")
 _SCENE_OPTIONS = ("scenes", "seed", "questions_per_scene", "turns", "fixed", "decoys")
 _FORMS = (
     "a LLaVA file *.json, *.jsonl or *.ndjson (also *.gz), a folder or *.parquet file with a Hugging Face data set "
-    "(folder:split for one of its splits), the name of one on the hub (owner/name or owner/name:split), or "
+    "or the name of one on the hub (owner/name), each also with :split or :config:split behind it, or "
     "embedded:[fine-]train|validation|test"
 )
 
@@ -35,7 +35,8 @@ def open_source(
             folder (from `save_to_disk`, or with parquet or JSON files) or `*.parquet` file with a Hugging Face data
             set; the name of one on the hub; `embedded:train|validation|test`, or `embedded:fine-train` and so on, for
             the scenes in the package, with options as in `embedded:train?scenes=5000&turns=2` (`fixed=1`: the same in
-            every epoch). A Hugging Face split stands after a colon: `owner/name:test`.
+            every epoch). A split of a Hugging Face data set stands after a colon, a
+            config before it: `owner/name:test`, `owner/name:config:test`.
         image_folder: where image paths start; by default the folder of the data file.
         split: split of a Hugging Face data set when spec names none.
         follow_links: images may lie elsewhere, where symbolic links in the image folder lead.
@@ -48,12 +49,14 @@ def open_source(
     text = str(spec)
     if text.startswith("embedded:"):
         return _scenes(text)
-    path, split = _path_and_split(text, split)
+    path, config, split = _parts(text, split)
     if is_llava_file(path) and not path.is_dir():
+        if str(path) != text:
+            raise ValueError(f"data {text!r}: a file of records has no splits; give {path} alone")
         return LlavaFile(path, image_folder, follow_links)
     root = Path(image_folder) if image_folder else None
     if path.is_dir() or path.suffix.lower() == ".parquet":
-        dataset = local_dataset(path, split)
+        dataset = local_dataset(path, split, config)
         root = root or (path if path.is_dir() else path.parent)
     elif path.exists():
         kind = f"*{path.suffix}" if path.suffix else "without an ending"
@@ -62,7 +65,7 @@ def open_source(
             f"*.jsonl; expected {_FORMS}"
         )
     elif HUB_NAME.fullmatch(str(path)):
-        dataset = load_from_hub(str(path), split)
+        dataset = load_from_hub(str(path), split, config)
     else:
         raise FileNotFoundError(f"data {text!r} is not there (current folder: {Path.cwd()}); expected {_FORMS}")
     return HuggingFaceRecords(dataset, text, root, follow_links)
@@ -80,14 +83,15 @@ def _scenes(spec: str) -> Source:
     return SceneQuestions(split, **{key: int(value) for key, value in options.items()})
 
 
-def _path_and_split(text: str, split: str) -> tuple[Path, str]:
-    if ":" in text and not Path(text).exists():
-        name, _, split = text.partition(":")
-        return Path(name), split
-    return Path(text), split
+def _parts(text: str, split: str) -> tuple[Path, str | None, str]:
+    """What `path`, `path:split` and `path:config:split` name."""
+    if Path(text).exists() or ":" not in text:
+        return Path(text), None, split
+    path, *config, split = text.rsplit(":", 2)
+    return Path(path), next(iter(config), None), split
 
 
-def local_dataset(path: Path, split: str) -> Any:
+def local_dataset(path: Path, split: str, config: str | None = None) -> Any:
     """A split of a Hugging Face data set in a folder, or a parquet file.
 
     Raises:
@@ -109,7 +113,7 @@ def local_dataset(path: Path, split: str) -> Any:
             pyarrow.parquet.read_schema(path)  # names what is wrong; `datasets` would log a traceback first
             return datasets.load_dataset("parquet", data_files=str(path), split="train")
         if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
-            return datasets.load_dataset(str(path), split=split)
+            return datasets.load_dataset(str(path), config, split=split)
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever the libraries meet in files that they do not check
         what = f"{type(error).__name__}: {error}"

@@ -146,12 +146,9 @@ class LlavaFineTuner(AdapterModule):
         start = read_start(self.init_adapter, self.path) if self.init_adapter else None
         # Frozen weights in the trainer's precision; what is trained stays in fp32 (see `attach_lora`), spread as such.
         whole = self.trains_in_place and self._trainer and getattr(self.trainer.strategy, "zero_stage_3", False)
-        model, processor = load_llava(
-            self.path,
-            dtype=weights_dtype(str(self.trainer.precision) if self._trainer and not whole else ""),
-            attn_implementation=self.attn_implementation,
-            quantize=self.quantize,
-        )
+        dtype = weights_dtype(str(self.trainer.precision) if self._trainer and not whole else "")
+        how: dict[str, Any] = {"attn_implementation": self.attn_implementation, "quantize": self.quantize}
+        model, processor = load_llava(self.path, dtype=dtype, **how)
         self.processor = self.processor or processor
         with torch.random.fork_rng(devices=[]):  # LoRA starts the same however the weights were loaded
             torch.manual_seed(torch.initial_seed())

@@ -186,8 +186,8 @@ def _dataset_table(dataset: Any, name: str, path: Path) -> Table:
 
     def reading(rows: Any) -> Callable[[int], dict[str, Any]]:
         def read(index: int) -> dict[str, Any]:
-            row = plain_row(rows[index], f"data set {name}, row {index}")
-            row = {c: labels[c][v] if c in labels and v is not None else v for c, v in row.items()}
+            row = plain_row(rows, index, f"data set {name}, row {index}")
+            row = {c: _label(labels[c], v) if c in labels else v for c, v in row.items()}
             return {"image": row[images[0]], **row} if own_name and rows is whole else row
 
         return read
@@ -195,6 +195,11 @@ def _dataset_table(dataset: Any, name: str, path: Path) -> Table:
     folder = path if path.is_dir() else path.parent
     columns, alias = [*dataset.column_names, *(["image"] if own_name else [])], images[0] if own_name else ""
     return Table(name, columns, len(dataset), reading(whole), reading(light), folder, tuple(images), alias)
+
+
+def _label(names: list[str], number: int | None) -> str | None:
+    """None, too, where a number says that there is none: -1, as in test splits."""
+    return None if number is None or number < 0 else names[number]
 
 
 def _joined(table: Table, images: Table, column: str) -> Table:

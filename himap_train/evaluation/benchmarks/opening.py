@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from himap_train.data.forms import TURN_KEYS, unread_pictures
+from himap_train.data.forms import TURN_KEYS
 from himap_train.data.records import Source
+from himap_train.data.refusals import unread_pictures
 from himap_train.data.sources import open_source
 from himap_train.evaluation.benchmarks.files import SEPARATED, Table, open_table
 from himap_train.evaluation.benchmarks.llava_files import AskedForLetters, is_question_file, with_answers
