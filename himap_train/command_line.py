@@ -142,13 +142,16 @@ def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> 
     return 0
 
 
-def new_output_folder(folder: Path, files: Sequence[str], overwrite: bool) -> None:
+def new_output_folder(folder: Path, files: Sequence[str], overwrite: bool) -> Callable[[], None]:
     """Make a folder for results, and refuse one that holds some.
 
     Args:
         folder: Made with its parents.
         files: Names that count as results.
-        overwrite: Take the old ones away instead.
+        overwrite: They may be replaced instead.
+
+    Returns:
+        What takes the old ones away. Call it when the first new result is there: nothing is lost by a run that fails.
 
     Raises:
         FileExistsError: There are some.
@@ -159,9 +162,13 @@ def new_output_folder(folder: Path, files: Sequence[str], overwrite: bool) -> No
             f"{folder} already holds results ({', '.join(path.name for path in found)}); choose another --output, "
             "or pass --overwrite=true"
         )
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
+
+    def clear() -> None:
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    return clear
 
 
 def require_free_port(host: str, port: int) -> None:

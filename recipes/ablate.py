@@ -21,10 +21,10 @@ from typing import Any
 
 from himap_train.benchmark.ablation import CONTROLS, read_grids, schedules_of
 from himap_train.benchmark.ablation_results import ablation_table, draw_heat_maps, lines_of, panels_of
-from himap_train.benchmark.ablation_rows import ROWS, measured, require_rankings, run_all, runs_of, timed_batch
+from himap_train.benchmark.ablation_rows import ROWS, as_of, measured, require_rankings, run_all, runs_of, timed_batch
 from himap_train.benchmark.timing import Clock
 from himap_train.checkpoints.load import load_with_schedule
-from himap_train.command_line import new_output_folder, run_command
+from himap_train.command_line import run_command
 from himap_train.data.sources import open_source
 from himap_train.evaluation.metrics import make_metrics
 from himap_train.models.families.base import AspectRatio
@@ -49,6 +49,7 @@ def main(
     batch_size: int = 64,
     max_new_tokens: int = 16,
     limit: int | None = None,
+    max_skipped: int | float = 0.01,
     rounds: int = 5,
     timed_prompts: int = 8,
     clock: Clock = "wall",
@@ -75,11 +76,12 @@ def main(
         batch_size: Questions in a batch.
         max_new_tokens: Where an answer is cut.
         limit: Only the first so many records.
+        max_skipped: Unusable records that are tolerated: a number, or a fraction below 1. They are not scored.
         rounds: Pairs with dense that each time is the median of.
         timed_prompts: Prompts in the batch that is timed.
         clock: On a CPU, "wall", or "cpu" for the time of this process alone (one thread, on a machine that is shared).
         output: Folder for rows.json, ablation.md and heat_maps.png.
-        overwrite: Take the rows that are there away first: after a change of what a checkpoint or data name stands for.
+        overwrite: Measure anew what is there; weights and data files that have changed since are measured anew anyway.
         **loading: Options of `load_with_schedule`.
     """
     make_metrics(metrics)  # a misspelt name fails before anything is loaded
@@ -87,8 +89,8 @@ def main(
         raise ValueError(f"metrics {metrics}, seeds {seeds}: an ablation compares scores, over one seed or more")
     grids = read_grids(preset, layers=layers, ratios=ratios, criteria=criteria)
     schedules_of(grids, controls, None, False, skip_impossible)
-    if overwrite:
-        new_output_folder(output, (ROWS, TABLE, PICTURE), overwrite)
+    if min(rounds, timed_prompts) < 1:
+        raise ValueError(f"rounds {rounds}, timed_prompts {timed_prompts}: both must be at least 1")
     source = open_source(data, image_folder, split="test")
     model, processor = load_with_schedule(schedule="none", **loading)
     remove_pruning(model)
@@ -96,16 +98,21 @@ def main(
     schedules = schedules_of(grids, controls, depth, layers is None, skip_impossible)
     require_rankings(model, schedules)
     evaluation = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "metrics": metrics, "limit": limit}
-    evaluation |= {"image_aspect_ratio": image_aspect_ratio}
-    batch = timed_batch(model, processor, source, timed_prompts, image_aspect_ratio=image_aspect_ratio)
+    evaluation |= {"image_aspect_ratio": image_aspect_ratio, "max_skipped": max_skipped}
+    batch = timed_batch(model, processor, source, timed_prompts, limit, image_aspect_ratio=image_aspect_ratio)
     facts = {**loading, "data": data, "image_folder": image_folder}
+    facts["as_of"] = {"data": as_of(data), "checkpoint": as_of(loading.get("checkpoint", ""), "**/*.safetensors")}
     settings: dict[str, Any] = {**facts, "timed_prompts": timed_prompts, "rounds": rounds, "clock": clock, **evaluation}
     runs = runs_of(schedules, seeds)
     how: dict[str, Any] = {"model": model, "processor": processor, "source": source, "batch": batch, **evaluation}
+    output.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        (output / ROWS).unlink(missing_ok=True)
     try:
         rows = run_all(runs, partial(measured, rounds=rounds, clock=clock, **how), output, settings)
     except KeyboardInterrupt:
-        print(f"interrupted; {output / ROWS} has what was measured: the same command goes on", file=sys.stderr)
+        how_on = "the same command" + (" without --overwrite" if overwrite else "")
+        print(f"interrupted; {output / ROWS} has what was measured: {how_on} goes on", file=sys.stderr)
         sys.exit(130)
     lines = lines_of(rows)
     text = ablation_table(lines)

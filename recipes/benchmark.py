@@ -116,18 +116,20 @@ def main(
     points = planned(settings, workload, methods, measures) if methods and not job else []
     for axis in series:
         points += planned(settings, workload, series_methods, series_measures, axis, series_values)
-    new_output_folder(output, JOB_FILES if job else FILES, overwrite)
+    clear = new_output_folder(output, JOB_FILES if job else FILES, overwrite)
 
     shown = {"size": size, **asdict(workload), "dtype": dtype, "attention": attention, "rounds": rounds, "clock": clock}
     shown |= {"layers": layers, "whole_model": whole_model, "gradient_checkpointing": gradient_checkpointing}
     facts: dict[str, Any] = {"command": command_line(), "environment": environment(place), "settings": shown}
     if job:
+        clear()  # jobs write into folders of their own there
         done = run_job(job_methods, settings, workload, output, threads, **jobs)
         facts |= {"load_after": load_average(), "settings": shown | jobs}
         print(save_job(facts, done, output))
         return
     found = run_all(points)
     facts["load_after"] = load_average()
+    clear()
     print(save(facts, found, output))
     print(f"saved in {output}")
 

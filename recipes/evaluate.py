@@ -95,7 +95,7 @@ def main(
     columns = {"answer": answer_column, "options": options_column, "image": image_column, "type": type_column}
     task = open_task(data, benchmark, answers, image_folder, follow_links, prompt=prompt, **columns)
     if output is not None:
-        new_output_folder(output, (*FILES, PREDICTIONS, *SUBMISSIONS), overwrite)
+        clear = new_output_folder(output, (*FILES, PREDICTIONS, *SUBMISSIONS), overwrite)
     elif task.metrics == ("none",):
         raise ValueError(f"{data} has no answers, so they are only written down: name a folder with --output")
     model, processor = load_with_schedule(checkpoint, schedule, dtype, device)
@@ -115,6 +115,8 @@ def main(
         progress=True,
         **settings,
     )
+    if output is not None:
+        clear()
     facts = {"checkpoint": checkpoint, "data": data, "benchmark": benchmark, "seed": seed}
     report(row, task, output, {**facts, "dtype": dtype, "device": device})
 

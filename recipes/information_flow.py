@@ -15,6 +15,7 @@ from himap_train.quick_help import answer_help
 answer_help(__file__)
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import yaml
 
 from himap_train.analysis.flow_report import FLOW, KNOCKOUTS, MAP, PICTURE, print_cuts, save_flow, save_map
 from himap_train.analysis.flow_table import cut_rows, flow_rows, image_over_instruction
-from himap_train.analysis.knockout import KnockedOut, knock_out, passes, windows
+from himap_train.analysis.knockout import knock_out, passes, windows
 from himap_train.analysis.saliency import Formula, measure
 from himap_train.bar import progress_bar
 from himap_train.command_line import new_output_folder, run_command
@@ -65,21 +66,19 @@ def main(
         **opened: Options of `open_samples`.
     """
     files = (FLOW, KNOCKOUTS, FACTS, PICTURE, MAP, schedule_file(budget))
-    new_output_folder(output, files, overwrite)
+    clear = new_output_folder(output, files, overwrite)
     model, _, drawn = open_samples(samples=samples, batch_size=batch_size, seed=seed, each_turn=True, **opened)
     config: Any = base_model(model).config
     layers = windows(config.text_config.num_hidden_layers, window) if knockouts else []
-    space = Space(config, budget, drawn.tokens["image_tokens"], drawn.tokens["text_tokens"])
+    if drawn.too_long:
+        print(f"{drawn.too_long} turns are left out: with all before them they are longer than the context")
     with progress_bar("saliency", drawn.count) as advance:
         flows = measure(model, drawn, formula, advance)
-    cuts: list[KnockedOut] = []
-    if knockouts:
-        with progress_bar("knock-outs", len(drawn.batches) * passes(layers)) as advance:
-            cuts = knock_out(model, drawn, layers, renormalise, seed, advance)
-    rows, cut, given = flow_rows(flows, formula), cut_rows(cuts, flows), mean_image_to_text(flows)
+    clear()
+    rows, given = flow_rows(flows, formula), mean_image_to_text(flows)
     ratios = image_over_instruction(rows)
-    save_flow(output, rows, cut, cuts)
-    facts = {**opened, "samples": drawn.count, **drawn.tokens, "formula": formula}
+    save_flow(output, rows, [], [])
+    facts = {**opened, "samples": drawn.count, **drawn.tokens, "too_long": drawn.too_long, "formula": formula}
     facts |= {"renormalise": renormalise, "seed": seed, "image_to_text": given, "image_over_instruction": ratios}
     write_json(output / FACTS, facts)
     try:
@@ -87,16 +86,36 @@ def main(
     except ValueError as error:
         print(f"no {MAP}: {error}", file=sys.stderr)
     print_flow(given)
-    if knockouts:
-        print_cuts(cut)
     told = ", ".join(f"{ratio:.3g} (normalised by {name})" for name, ratio in ratios.items())
     print(f"S_img / S_ins, what image tokens give over what the instruction gives: {told}")
+    write_suggestion(given, config, budget, drawn.tokens, output)
+    if knockouts:
+        try:
+            with progress_bar("knock-outs", len(drawn.batches) * passes(layers)) as advance:
+                cuts = knock_out(model, drawn, layers, renormalise, seed, advance)
+        except KeyboardInterrupt:
+            print(f"interrupted; {output} has all but the knock-outs", file=sys.stderr)
+            sys.exit(130)
+        cut = cut_rows(cuts, flows)
+        save_flow(output, rows, cut, cuts)
+        print_cuts(cut)
+    print(f"saved in {output}")
+
+
+def write_suggestion(given: Sequence[float], config: Any, budget: float, tokens: dict[str, int], output: Path) -> None:
+    """A schedule for a budget, by what image tokens give at each layer, where one can meet it."""
+    try:
+        space = Space(config, budget, tokens["image_tokens"], tokens["text_tokens"])
+    except ValueError as error:
+        print(f"no schedule is suggested for --budget {budget}: {error}", file=sys.stderr)
+        return
     schedule = space.schedule(suggest(given, space))
     if schedule is not None:
         why, file = reason(given, space, schedule), output / schedule_file(budget)
         file.write_text(f"# {why}\n{yaml.safe_dump(schedule.to_dict(), sort_keys=False)}", encoding="utf-8")
         print(f"suggested in {file}: it {why}")
-    print(f"saved in {output}")
+    else:
+        print(f"no schedule is suggested for --budget {budget}: whole tokens miss it by more than 1 %", file=sys.stderr)
 
 
 if __name__ == "__main__":

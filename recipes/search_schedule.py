@@ -23,7 +23,8 @@ from himap_train.analysis.saliency import measure
 from himap_train.bar import progress_bar
 from himap_train.command_line import new_output_folder, run_command
 from himap_train.evaluation.samples import open_samples
-from himap_train.models.stock import base_model
+from himap_train.models.installed import scorers_of
+from himap_train.models.stock import base_model, text_decoder
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.flow import mean_image_to_text
 from himap_train.search.proposals import Method, search_budget
@@ -64,14 +65,14 @@ def main(
     if (budget is None) == (not budgets):
         raise ValueError(f"budget is {budget} and budgets is {budgets}; give --budget 0.4 or --budgets [0.25,0.4]")
     wanted = list(dict.fromkeys(budgets or [budget or 0.0]))
-    new_output_folder(output, (*map(schedule_file, wanted), TRIALS, FACTS), overwrite)
+    clear = new_output_folder(output, (*map(schedule_file, wanted), TRIALS, FACTS), overwrite)
     start = time.perf_counter()
     model, _, drawn = open_samples(seed=seed, each_turn=False, **opened)
     config = base_model(model).config
-    spaces = [
-        Space(config, one, **drawn.tokens, stages=stages, criteria=criteria, free_criteria=free_criteria)
-        for one in wanted
-    ]
+    searched: dict[str, Any] = {"stages": stages, "criteria": criteria, "free_criteria": free_criteria}
+    ranked = frozenset(scorers_of(text_decoder(model)))
+    image, text = drawn.tokens["image_tokens"], drawn.tokens["text_tokens"]
+    spaces = [Space(config, one, image, text, **searched, ranked=ranked) for one in wanted]
     print(f"{drawn.count} samples, {drawn.image_tokens:.0f} image and {drawn.text_tokens:.0f} text tokens on average")
     flow, objective = mean_image_to_text(measure(model, drawn)), Objective(model, drawn, seed)
     print_flow(flow)
@@ -90,11 +91,15 @@ def main(
             **opened,
             "method": method,
             "seed": seed,
+            **searched,
+            "most_trials": trials,
             "objective": "mean next-token loss of the answers, teacher-forced",
             "dense_loss": dense,
             "seconds": time.perf_counter() - start,
             "forward_passes": objective.forward_passes + len(drawn.batches),
         }
+        if len(found) == 1:
+            clear()
         save_search(found, output, facts, drawn, flow)
         if found[-1].interrupted:
             stop(output)

@@ -20,6 +20,7 @@ from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder, Sample
 from himap_train.data.records import RecordError, Source
 from himap_train.evaluation.compare import evaluate_row
+from himap_train.evaluation.questions import source_length
 from himap_train.evaluation.tables import json_ready, write_json
 from himap_train.models.features import prompt_inputs
 from himap_train.models.foresight import learned_layers
@@ -107,15 +108,27 @@ def measured(
     return found
 
 
-def timed_batch(model: nn.Module, processor: Any, source: Source, count: int, **how: Any) -> Batch:
-    """At most `count` prompts with images from the start of a source, padded to the left; images are read as `Encoder`
-    is told.
+def as_of(name: str, files: str = "**/*") -> list[Any]:
+    """Sizes and times of the files that a name stands for, so that rows of others are not taken for theirs; [] where it
+    is none of a file or folder here.
+    """
+    path = Path(name) if Path(name).exists() else Path(name.split(":")[0])
+    found = [path] if path.is_file() else sorted(path.glob(files)) if name and path.is_dir() else []
+    states = ((str(file.relative_to(path)), file.stat()) for file in found if file.is_file())
+    return [[inside, state.st_size, state.st_mtime] for inside, state in states]
+
+
+def timed_batch(
+    model: nn.Module, processor: Any, source: Source, count: int, limit: int | None = None, **how: Any
+) -> Batch:
+    """At most `count` prompts with images from the start of a source, of its first `limit` records, padded to the left;
+    images are read as `Encoder` is told.
 
     Raises:
         ValueError: No usable record has an image.
     """
     encoder, samples = Encoder(processor, None, **how), list[Sample]()
-    for index in range(len(source)):
+    for index in range(source_length(source, limit)):
         try:
             samples.append(encoder.encode_prompt(source[index]))
         except RecordError:
@@ -124,7 +137,7 @@ def timed_batch(model: nn.Module, processor: Any, source: Source, count: int, **
         if len(samples) == count:
             break
     if not samples:
-        raise ValueError("no usable record has an image, so there is nothing to prune")
+        raise ValueError("no usable record that is evaluated has an image, so there is nothing to prune")
     given = prompt_inputs(base_model(model), collate(samples, pad_token_id_of(processor.tokenizer), "left"))
     ids = given.pop("input_ids")
     return Batch(ids, ids, given=given)

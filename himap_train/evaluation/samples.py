@@ -71,6 +71,7 @@ class EncodedSamples:
         image_tokens: Image tokens of a sample, mean.
         text_tokens: Text tokens of a sample's prompt, mean: without its last answer, which a prefill has not.
         supervised: Positions that are predicted, of all samples.
+        too_long: Turns that are left out, as the context has no room for all before them.
         first: A record that is among them.
         first_place: Which sample it is, counted through the batches; ids may be the same.
         encoder: What encoded them.
@@ -81,6 +82,7 @@ class EncodedSamples:
     image_tokens: float
     text_tokens: float
     supervised: int
+    too_long: int
     first: Conversation
     first_place: int
     encoder: Encoder
@@ -149,17 +151,18 @@ def read_samples(
     """
     if min(samples, batch_size) < 1:
         raise ValueError(f"{samples} samples in batches of {batch_size}: both must be at least 1")
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
-    drawn: Any = Subset(cast(Any, source), sorted(order[:samples].tolist()))
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
+    shown = itertools.islice((index for index in order if _may_show(source, index)), samples)
+    drawn: Any = Subset(cast(Any, source), sorted(shown))
     base: Any = base_model(model)
     encoder = Encoder(processor, base.config.text_config.max_position_embeddings, image_aspect_ratio)
     skipped = SkipLog(source_length(drawn, samples), max_skipped)
     questions = itertools.chain.from_iterable(question_batches(drawn, batch_size, samples, skipped.add))
-    encoded, without_image, first = _encoded(questions, encoder, skipped, each_turn)
+    encoded, too_long, first = _encoded(questions, encoder, skipped, each_turn)
     if first is None:
         raise ValueError(
-            f"none of the {without_image + skipped.count} samples that were read can be searched on ({without_image} "
-            f"without an image, {skipped.count} unusable); give conversations with images and answers"
+            f"none of {len(order)} records can be searched on ({len(drawn)} of {samples} wanted may have an image, "
+            f"{skipped.count} of these are unusable); give conversations with images and answers"
         )
     encoded.sort(key=lambda sample: len(sample["input_ids"]))
     pad = pad_token_id_of(processor.tokenizer)
@@ -173,6 +176,7 @@ def read_samples(
         image_tokens=image / len(encoded),
         text_tokens=(prompts - image) / len(encoded),
         supervised=sum(int((sample["labels"][1:] != IGNORED).sum()) for sample in encoded),
+        too_long=too_long,
         first=first[0],
         first_place=next(place for place, sample in enumerate(encoded) if sample is first[1]),
         encoder=encoder,
@@ -182,15 +186,16 @@ def read_samples(
 def _encoded(
     questions: Iterable[Question], encoder: Encoder, skipped: SkipLog, each_turn: bool
 ) -> tuple[list[Sample], int, tuple[Conversation, Sample] | None]:
-    """Samples with an image, the number of those without, and the first record that has one, with its sample."""
-    samples: list[Sample] = []
+    """Samples with an image, how many turns were too long, and the first record that has one, with its sample."""
+    samples, too_long = list[Sample](), 0
     first: tuple[Conversation, Sample] | None = None
     for question in questions:
         before = len(samples)
         try:
             if each_turn:
-                turns = (encoder.encode(turn) for turn in _turns(question.conversation))
-                samples += [_last_answer_alone(sample) for sample in turns if not sample["dropped_exchanges"]]
+                turns = [encoder.encode(turn) for turn in _turns(question.conversation)]
+                whole = [_last_answer_alone(sample) for sample in turns if not sample["dropped_exchanges"]]
+                samples, too_long = samples + whole, too_long + len(turns) - len(whole)
             else:
                 samples.append(encoder.encode(question.conversation))
         except RecordError as error:
@@ -199,8 +204,13 @@ def _encoded(
         shown = next((sample for sample in samples[before:] if sample["images"]), None)
         if first is None and shown is not None:
             first = question.conversation, shown
-    with_image = [sample for sample in samples if sample["images"]]
-    return with_image, len(samples) - len(with_image), first
+    return [sample for sample in samples if sample["images"]], too_long, first
+
+
+def _may_show(source: Source, index: int) -> bool:
+    """Whether a record has an image, as far as can be told without checking it: broken ones are to be reported."""
+    characters, images = source.length_hint(index) if hasattr(source, "length_hint") else (0, 0)
+    return images > 0 or not characters
 
 
 def _turns(conversation: Conversation) -> Iterator[Conversation]:

@@ -6,6 +6,7 @@ That is from the information flow alone, or by coordinate search; both first try
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -50,7 +51,8 @@ def search_budget(
 def preset_at_budget(space: Space) -> PruningSchedule | None:
     """Preset himap at its relative depths with ratios for the budget; None where it cannot meet that."""
     try:
-        preset = fit_preset(PruningSchedule.from_preset("himap"), space.num_layers)
+        with warnings.catch_warnings(action="ignore"):  # that a search should choose: this one does
+            preset = fit_preset(PruningSchedule.from_preset("himap"), space.num_layers)
         return preset.at_budget(space.config, space.budget, **space.tokens)
     except ValueError:
         return None

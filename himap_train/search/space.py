@@ -8,7 +8,8 @@ Degenerate shapes are inside: equal layers or a split of 1 give fewer stages, a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +51,7 @@ class Space:
             first, `image` at the others, as HiMAP has it. Where one of them reads nothing of the layer before, stages
             before the decoder (layer 0) are searched too.
         free_criteria: Search the criteria too.
+        ranked: Layers at which the model has a learned ranking, the only ones where that can choose.
 
     Raises:
         ValueError: Unknown criterion or wrong number of them, more stages than the decoder has places for, or a budget
@@ -65,8 +67,9 @@ class Space:
         stages: int = 2,
         criteria: Sequence[str] | None = None,
         free_criteria: bool = False,
+        ranked: Collection[int] = (),
     ) -> None:
-        self.config = config
+        self.config, self.ranked = config, ranked
         self.budget, self.tokens = budget, {"image_tokens": image_tokens, "text_tokens": text_tokens}
         self.num_layers: int = getattr(config, "text_config", config).num_hidden_layers
         if not 1 <= stages < self.num_layers:
@@ -78,6 +81,8 @@ class Space:
         self._known: dict[PruningSchedule, PruningSchedule | None] = {}  # methods propose the same again and again
         self.criteria = tuple(criteria or ("instruction", *["image"] * (stages - 1)))
         _check_criteria(self.criteria, stages, free_criteria)
+        if not ranked and any(read_method(name).learns for name in self.criteria):
+            raise ValueError("this checkpoint has no learned ranking; leave the criterion learned out of --criteria")
         self.earliest = 1 if all(_reads_before(criterion) for criterion in self.criteria) else 0
         check_budget(budget, self.least(self.earliest), first_layer=self.earliest)
         if budget == 1.0:
@@ -87,19 +92,25 @@ class Space:
         )
 
     def point(self, layers: Sequence[int], splits: Sequence[float], criteria: Sequence[str] | None = None) -> Point:
-        """A point; where criteria are free and none are given, every stage has the first of them."""
-        chosen = criteria or (self.criteria[:1] * self.stages if self.free_criteria else self.criteria)
-        return Point(tuple(layers), tuple(splits), tuple(chosen))
+        """A point; where criteria are free and none are given, each stage has the first that can choose there."""
+        if not criteria and self.free_criteria:
+            fits = [[one for one in self.criteria if self._chooses_at(at, one)] for at in sorted(layers)]
+            criteria = [(fitting or self.criteria)[0] for fitting in fits]
+        return Point(tuple(layers), tuple(splits), tuple(criteria or self.criteria))
+
+    def _chooses_at(self, layer: int, criterion: str) -> bool:
+        return not (layer == 0 and _reads_before(criterion)) and (
+            layer in self.ranked or not read_method(criterion).learns
+        )
 
     def schedule(self, point: Point) -> PruningSchedule | None:
         """The schedule at the budget, ratios to four digits, stages that remove nothing left out.
 
         Returns:
-            None where the first layer is too deep for the budget, has nothing before it that its criterion could read,
-            or whole tokens miss the budget by more than `TOLERANCE`.
+            None where the first layer is too deep for the budget, a criterion has nothing there that it could read or
+            rank by, or whole tokens miss the budget by more than `TOLERANCE`.
         """
-        before_decoder = sum(layer == 0 for layer in point.layers)
-        if any(_reads_before(criterion) for criterion in point.criteria[:before_decoder]):
+        if not all(itertools.starmap(self._chooses_at, zip(sorted(point.layers), point.criteria, strict=True))):
             return None
         shape = _shape(point)
         if shape not in self._known:
