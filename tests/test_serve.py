@@ -427,8 +427,13 @@ class TestServed:
     pytestmark = needs_server
 
     def test_models(self, client):
+        import openai
+
         [card] = client.models.list().data
         assert card.id == "embedded" and [stage["layer"] for stage in card.pruning["stages"]] == [1, 2]
+        assert client.models.retrieve("embedded") == card
+        with pytest.raises(openai.NotFoundError, match="model 'owner/other' is not served here; this is 'embedded'"):
+            client.models.retrieve("owner/other")
 
     def test_answers_whole_and_streamed_are_those_of_evaluation(self, client, embedded):
         model, processor, samples = embedded
@@ -472,7 +477,10 @@ class TestServed:
         with pytest.raises(openai.BadRequestError, match="Expecting"):
             client.post("/chat/completions", content=b"{", cast_to=object)
 
-    def test_who_hangs_up_ends_the_answer(self, client, monkeypatch):
+    @pytest.mark.parametrize("stream", [True, False])
+    def test_who_hangs_up_ends_the_answer(self, client, monkeypatch, stream):
+        import openai
+
         taken, ended = [], threading.Event()
 
         def endless(model, processor, batch, most, search):
@@ -485,8 +493,12 @@ class TestServed:
 
         monkeypatch.setattr(batches_module, "answer_batch", endless)
         asked = {"model": "embedded", "messages": scene(0), "max_tokens": 1800}
-        with client.chat.completions.create(**asked, stream=True) as stream:
-            assert len([chunk for chunk, _ in zip(stream, range(5), strict=False)]) == 5
+        if stream:
+            with client.chat.completions.create(**asked, stream=True) as chunks:
+                assert len([chunk for chunk, _ in zip(chunks, range(5), strict=False)]) == 5
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                client.with_options(timeout=0.7, max_retries=0).chat.completions.create(**asked)
         assert ended.wait(15) and 5 <= len(taken) < 1000
 
     def test_an_answer_that_breaks_is_an_error_of_the_stream_and_the_server_lives(self, client, monkeypatch):

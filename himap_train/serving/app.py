@@ -34,6 +34,11 @@ def build_app(reader: Reader, batches: Batches, about: Mapping[str, Any]) -> Any
     async def models(_: Any) -> Any:
         return JSONResponse({"object": "list", "data": [card]})
 
+    async def model(request: Any) -> Any:
+        if (name := request.path_params["name"]) != reader.name:
+            raise UnknownModelError(f"model {name!r:.80} is not served here; this is {reader.name!r}")
+        return JSONResponse(card)
+
     async def health(_: Any) -> Any:
         return JSONResponse({"status": "ok"})
 
@@ -44,7 +49,7 @@ def build_app(reader: Reader, batches: Batches, about: Mapping[str, Any]) -> Any
             options = body.get("stream_options")
             usage = isinstance(options, Mapping) and options.get("include_usage") is True
             return StreamingResponse(_events(answer, reader.name, usage), media_type="text/event-stream")
-        message = {"role": "assistant", "content": "".join([piece async for piece in answer])}
+        message = {"role": "assistant", "content": await _whole(answer, request)}
         choices = [{"index": 0, "message": message, "finish_reason": answer.finish}]
         return JSONResponse(_reply("chat.completion", reader.name, choices=choices, usage=_usage(answer)))
 
@@ -53,7 +58,8 @@ def build_app(reader: Reader, batches: Batches, about: Mapping[str, Any]) -> Any
         return JSONResponse(_told(error), 500 if isinstance(error, RuntimeError) else known)
 
     chats = Route("/v1/chat/completions", chat, methods=["POST"])
-    routes = [Route("/v1/models", models), Route("/health", health), chats]
+    named = Route("/v1/models/{name:path}", model)
+    routes = [Route("/v1/models", models), named, Route("/health", health), chats]
     return Starlette(routes=routes, exception_handlers={ValueError: wrong, RuntimeError: wrong})
 
 
@@ -64,6 +70,17 @@ async def _body(request: Any) -> Any:
         if len(data) > 2 * MOST_BYTES:
             raise ValueError(f"the request has more than {2 * MOST_BYTES >> 20} MiB")
     return json.loads(data)
+
+
+async def _whole(answer: Answer, request: Any) -> str:
+    """The text of an answer, which ends where nobody waits for it any more."""
+    pieces, said = aiter(answer), list[str]()
+    async for piece in pieces:
+        said.append(piece)
+        if await request.is_disconnected():
+            await pieces.aclose()  # type: ignore[attr-defined]
+            break
+    return "".join(said)
 
 
 async def _events(answer: Answer, model: str, usage: bool) -> AsyncIterator[str]:
