@@ -192,11 +192,11 @@ def resolve_model(path: str | Path) -> str:
         if not (Path(path) / "config.json").is_file():
             found = sorted(entry.name for entry in Path(path).iterdir())[:8]
             raise FileNotFoundError(
-                f"{path} has no config.json (it holds {', '.join(found) or 'nothing'}); {_WAYS_OUT}"
+                f"{path} has no config.json (it holds {', '.join(found) or 'nothing'}); {_ways_out()}"
             )
         return str(path)
     if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
-        raise FileNotFoundError(f"there is no folder {path}, and it is no hub id of the form owner/name; {_WAYS_OUT}")
+        raise FileNotFoundError(f"there is no folder {path}, and it is no hub id of the form owner/name; {_ways_out()}")
     try:
         if not isinstance(try_to_load_from_cache(str(path), "config.json"), str):
             # One attempt: the client itself tries again for half a minute where there is no network.
@@ -205,11 +205,13 @@ def resolve_model(path: str | Path) -> str:
     except (GatedRepoError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(
             f"the hub does not give {path} ({type(error).__name__}); check the name, or log in with "
-            f"`hf auth login` if it is gated; {_WAYS_OUT}"
+            f"`hf auth login` if it is gated; {_ways_out(path)}"
         ) from error
     except Exception as error:  # huggingface_hub raises many kinds for "no network"; all mean the same here
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise FileNotFoundError(f"{path} is neither in the local cache nor reachable{offline}; {_WAYS_OUT}") from error
+        raise FileNotFoundError(
+            f"{path} is neither in the local cache nor reachable{offline}; {_ways_out(path)}"
+        ) from error
     return str(path)
 
 
@@ -225,7 +227,8 @@ def local_folder(path: str | Path) -> Path:
     return Path(snapshot_download(found, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.onnx"]))
 
 
-_WAYS_OUT = (
-    "give a local folder with the weights (download it elsewhere with `hf download llava-hf/llava-1.5-7b-hf "
-    "--local-dir DIR`), or try the model in this package: python recipes/finetune.py --config configs/quickstart.yaml"
-)
+def _ways_out(wanted: str | Path = "llava-hf/llava-1.5-7b-hf") -> str:
+    return (
+        f"give a local folder with the weights (download it elsewhere with `hf download {wanted} --local-dir DIR`), or "
+        "try the model in this package: python recipes/finetune.py --config configs/quickstart.yaml"
+    )
