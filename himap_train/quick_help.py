@@ -55,7 +55,8 @@ def help_text(recipe: Path, columns: int = 80) -> str:
         lines.append(f"  --{option.name} {option.value}".rstrip())
         lines += textwrap.wrap(option.text, columns - 6, initial_indent=" " * 6, subsequent_indent=" " * 6)
     if _command_line(source):
-        lines.append("  --trainer.max_steps ... and all that Lightning's Trainer takes; --config, --print_config")
+        lines.append("  --trainer.max_steps ... and all that Lightning's Trainer takes")
+        lines.append("  --config FILE, --print_config, --seed_everything 0")
     return "\n".join([*lines, *(["", *textwrap.wrap(MORE, columns)] if options else [])])
 
 
@@ -65,6 +66,8 @@ def options_of(recipe: Path) -> list[Option]:
     if found := _command_line(source):
         return list(_of_command_line(*found))
     main = source.named("main")
+    if isinstance(main, ast.FunctionDef) and not main.args.args:
+        return list(_added(source, main))
     found_first = reversed(list(_of_function(source, main)) if isinstance(main, ast.FunctionDef) else [])
     return list({option.name: option for option in found_first}.values())[::-1]
 
@@ -80,9 +83,14 @@ class _Source:
         return ast.get_docstring(self.tree) or ""
 
     def named(self, name: str) -> ast.stmt | None:
-        """The function or class of a name, if it is defined here."""
-        found = (node for node in self.tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef))
-        return next((node for node in found if node.name == name), None)
+        """The function, class or value of a name, if it is defined here."""
+        for node in self.tree.body:
+            target = node.targets[0] if isinstance(node, ast.Assign) else None
+            if (isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name) or (
+                isinstance(target, ast.Name) and target.id == name
+            ):
+                return node
+        return None
 
     def find(self, name: str) -> tuple[_Source, ast.stmt] | None:
         """Where something of this package, defined here or imported from another file of it, is written."""
@@ -111,14 +119,20 @@ def _of_command_line(source: _Source, cls: ast.ClassDef) -> Iterator[Option]:
     for base in cls.bases:
         if isinstance(base, ast.Name) and (found := source.find(base.id)) and isinstance(found[1], ast.ClassDef):
             yield from _of_command_line(found[0], found[1])
-    for call in calls:
-        if _attribute(call) == "add_argument":
-            given = {word.arg: word.value for word in call.keywords}
-            value = _value(given.get("default"), given.get("type") or given.get("action"))
-            yield Option(_literal(call.args[0]).lstrip("-"), value, _literal(given["help"]))
+    yield from _added(source, cls)
     for node, prefix in groups:
         if isinstance(node, ast.Name) and (found := source.find(node.id)) and isinstance(found[1], ast.ClassDef):
             yield from (option for option in _of_class(*found, f"{prefix}.") if option.name not in linked)
+
+
+def _added(source: _Source, node: ast.AST) -> Iterator[Option]:
+    """What is added to a parser option by option."""
+    for call in ast.walk(node):
+        if isinstance(call, ast.Call) and _attribute(call) == "add_argument":
+            given = {word.arg: word.value for word in call.keywords}
+            kind = given.get("type") or given.get("action")
+            text = _literal(given["help"]) if "help" in given else ""
+            yield Option(_literal(call.args[0]).lstrip("-"), _value(source, given.get("default"), kind), text)
 
 
 def _of_class(source: _Source, cls: ast.stmt, prefix: str) -> Iterator[Option]:
@@ -126,7 +140,7 @@ def _of_class(source: _Source, cls: ast.stmt, prefix: str) -> Iterator[Option]:
     made = next((node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None)
     texts = _texts(cls)
     if made is not None:
-        yield from (Option(prefix + name, value, texts.get(name, "")) for name, value in _arguments(made))
+        yield from (Option(prefix + name, value, texts.get(name, "")) for name, value in _arguments(source, made))
         return
     for field in cls.body:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
@@ -134,7 +148,7 @@ def _of_class(source: _Source, cls: ast.stmt, prefix: str) -> Iterator[Option]:
                 field.target.id,
                 [node.id for node in ast.walk(field.annotation) if isinstance(node, ast.Name)],
             )
-            yield Option(prefix + name, _value(field.value, field.annotation), texts.get(name, ""))
+            yield Option(prefix + name, _value(source, field.value, field.annotation), texts.get(name, ""))
             for found in filter(None, map(source.find, types)):
                 if isinstance(found[1], ast.ClassDef):
                     yield from _of_class(*found, f"{prefix}{name}.")
@@ -143,25 +157,27 @@ def _of_class(source: _Source, cls: ast.stmt, prefix: str) -> Iterator[Option]:
 def _of_function(source: _Source, function: ast.FunctionDef, given: frozenset[str] = frozenset()) -> Iterator[Option]:
     """The arguments of a function but those that are `given`, and those of the function that takes its `**more`."""
     texts, more = _texts(function), function.args.kwarg
-    yield from (Option(name, value, texts.get(name, "")) for name, value in _arguments(function) if name not in given)
+    yield from (
+        Option(name, value, texts.get(name, "")) for name, value in _arguments(source, function) if name not in given
+    )
     for call in ast.walk(function):
         if more is None or not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             continue
         spread = [word.value.id for word in call.keywords if word.arg is None and isinstance(word.value, ast.Name)]
         found = source.find(call.func.id)
         if more.arg in spread and found and isinstance(found[1], ast.FunctionDef):
-            names = [name for name, _ in _arguments(found[1])]
+            names = [name for name, _ in _arguments(found[0], found[1])]
             passed = {*names[: len(call.args)], *(word.arg for word in call.keywords if word.arg)}
             yield from _of_function(found[0], found[1], given | passed)
 
 
-def _arguments(function: ast.FunctionDef) -> list[tuple[str, str]]:
+def _arguments(source: _Source, function: ast.FunctionDef) -> list[tuple[str, str]]:
     """Names and values of arguments that can be given by name."""
     given = function.args
     usual = [*given.posonlyargs, *given.args]
     defaults = [*[None] * (len(usual) - len(given.defaults)), *given.defaults, *given.kw_defaults]
     both = zip([*usual, *given.kwonlyargs], defaults, strict=True)
-    return [(arg.arg, _value(default, arg.annotation)) for arg, default in both if arg.arg != "self"]
+    return [(arg.arg, _value(source, default, arg.annotation)) for arg, default in both if arg.arg != "self"]
 
 
 def _texts(node: ast.FunctionDef | ast.ClassDef) -> dict[str, str]:
@@ -181,13 +197,18 @@ def _literal(node: ast.expr) -> str:
     return str(ast.literal_eval(node))
 
 
-def _value(default: ast.expr | None, annotation: ast.expr | None) -> str:
-    """A default as YAML has it; the type in capitals where there is none, or where it is not written there."""
+def _value(source: _Source, default: ast.expr | None, annotation: ast.expr | None) -> str:
+    """A default as YAML has it, or the type in capitals where none is written there; and all choices, where few are."""
     try:
         value = None if default is None else ast.literal_eval(default)
     except ValueError:  # a name or a call
         value = None
-    if value is not None:
-        return str(value).lower() if isinstance(value, bool) else str(value)
-    kind = "" if annotation is None else ast.unparse(annotation).replace(" | None", "")
-    return "|".join(re.findall(r"'([^']+)'", kind)) if kind.startswith("Literal") else kind.upper()
+    kind, choices = "" if annotation is None else ast.unparse(annotation).replace(" | None", ""), list[str]()
+    if found := source.find(kind):
+        kind = ast.unparse(found[1].value) if isinstance(found[1], ast.Assign) else kind
+    if kind.startswith("Literal"):
+        choices = re.findall(r"'([^']+)'", kind)
+    if value is None and not choices:
+        return kind.upper()
+    written = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return f"{written} ({'|'.join(choices)})" if choices else written

@@ -101,7 +101,8 @@ def main(
     evaluation |= {"image_aspect_ratio": image_aspect_ratio, "max_skipped": max_skipped}
     batch = timed_batch(model, processor, source, timed_prompts, limit, image_aspect_ratio=image_aspect_ratio)
     facts = {**loading, "data": data, "image_folder": image_folder}
-    facts["as_of"] = {"data": as_of(data), "checkpoint": as_of(loading.get("checkpoint", ""), "**/*.safetensors")}
+    facts["data_as_of"] = as_of(data, "*.parquet", "*.arrow", "*.jsonl")
+    facts["checkpoint_as_of"] = as_of(loading.get("checkpoint", ""), "*.safetensors")
     settings: dict[str, Any] = {**facts, "timed_prompts": timed_prompts, "rounds": rounds, "clock": clock, **evaluation}
     runs = runs_of(schedules, seeds)
     how: dict[str, Any] = {"model": model, "processor": processor, "source": source, "batch": batch, **evaluation}

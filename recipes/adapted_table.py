@@ -55,7 +55,7 @@ FORMS = {
 """What each method's budgets scale. Layers were chosen on fine validation; `-vtw`: all leave for good (VTW)."""
 LAYER_IN_FULL = 0.2
 """The lowest budget of what chooses behind a layer that has all tokens: an eighth is spent by then."""
-DRAWN = ("learned", "coverage-vtw", "divprune", "coverage", "visionzip", "instruction", "himap", "uniform")
+DRAWN = ("learned-image", "learned", "coverage-vtw", "divprune", "coverage", "instruction", "himap", "uniform")
 
 
 def main(

@@ -13,7 +13,9 @@ from himap_train.quick_help import answer_help
 answer_help(__file__)
 
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from transformers import TextStreamer
 from himap_train.analysis.answered import answer_question, prompt_encoder
 from himap_train.checkpoints.load import AS_SAVED, installed_schedule, load_with_schedule
 from himap_train.command_line import run_command
+from himap_train.data.plain_text import answer_text
 from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, Turn
 from himap_train.data.sources import open_source
 from himap_train.evaluation.budgeted import check_budget_argument, run_at_budget
@@ -74,7 +77,8 @@ def main(
     asked = conversation.turns[-1].text.replace(IMAGE_PLACEHOLDER, "").strip()
     print(f"USER: {asked}\nASSISTANT: ", end="", flush=True)
     torch.manual_seed(seed)
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    written: Any = SimpleNamespace(decode=partial(answer_text, processor.tokenizer))
+    streamer = TextStreamer(written, skip_prompt=True)
     found = answer_question(model, encoder, conversation, runs, max_new_tokens, {"streamer": streamer})
     if show_kept is not None:
         if not found.pictures:

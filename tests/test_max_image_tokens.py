@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from recipes_cli import recipe_module
+from recipes_cli import recipe_module, run_recipe
 from tiny_qwen import KINDS, save_qwen
 from tiny_tiles import EVERY, SIDE
 
@@ -17,6 +17,7 @@ from himap_train.data.encode import Encoder
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.families.image_form import limit_images
 from himap_train.models.loading import load_config, load_processor
+from himap_train.training.init_adapter import processor_of
 
 SIZES = [(16, 16), (40, 25), (64, 64), (200, 130), (300, 300), (31, 90)]
 
@@ -83,8 +84,18 @@ def test_what_was_trained_on_small_images_is_asked_about_small_ones(tmp_path: Pa
     rows = json.loads((tmp_path / "run/metrics.json").read_text())["rows"]
     assert [row["image_tokens"] for row in rows] == [4.0, 4.0]
     assert max(_tokens(_processor(folder), size) for size in SIZES) > 6
-    processor = load_checkpoint(tmp_path / "run/adapter")[1]
-    assert _tokens(processor, (300, 300)) == 4 < 6
+    exported = tmp_path / "exported"
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    assert (
+        run_recipe("export", "--checkpoint", last, "--format", "adapter", "--output", exported, "--base", folder) == 0
+    )
+    merged = tmp_path / "merged"
+    assert run_recipe("export", "--checkpoint", last, "--output", merged, "--base", folder) == 0
+    for checkpoint in (tmp_path / "run/adapter", last, exported, merged):
+        processor = load_checkpoint(checkpoint, base=None if checkpoint == merged else folder)[1]
+        assert _tokens(processor, (300, 300)) == 4, checkpoint
+    for start in (tmp_path / "run", last):
+        assert _tokens(processor_of(folder, str(start)), (300, 300)) == 4, start
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
@@ -97,3 +108,5 @@ def test_a_plan_knows_of_it(tmp_path: Path) -> None:
         assert recipe_module("plan").main(argv) == 0
         planned[most] = json.loads(file.read_text())["sides"][0]["flops"]["vision"]
     assert planned["64"] < planned["null"] / 4
+    llava = str(Path(__file__).parents[1] / "configs/llava_himap.yaml")
+    assert recipe_module("plan").main(["--config", llava, "--data.max_image_tokens", "64", "--text-tokens", "9"]) == 2

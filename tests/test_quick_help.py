@@ -7,7 +7,6 @@ import io
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from recipes_cli import RECIPES, recipe_module, run_recipe
@@ -67,7 +66,9 @@ def test_quick_help_imports_nothing_heavy(tmp_path):
         "jsonargparse",
     }
     assert "--model.lora_r 128\n      Rank of LoRA." in done.stdout
-    assert "--rehearse embedded|mine" in done.stdout
+    assert "--rehearse null (embedded|mine)" in done.stdout
+    assert "--keep last (last|best)" in done.stdout
+    assert "--data.image_aspect_ratio null (as_processor|pad)" in done.stdout
     assert "--data.processor" not in done.stdout
 
 
@@ -87,9 +88,12 @@ def test_all_options_are_left_to_the_parser(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["pytest", "--help"])
     answer_help(recipe)  # imported by something else
     assert capsys.readouterr().out == ""
-    alone = str(RECIPES / "train_embedded.py")  # has no parser, and would begin to train
-    monkeypatch.setattr(sys, "argv", [alone, "--help", "all"])
-    with pytest.raises(SystemExit) as end:
-        answer_help(alone)
-    assert end.value.code == 0
-    assert Path(alone).name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train_embedded", "make_scene_assets"])
+def test_options_of_a_parser_of_its_own(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit):
+        recipe_module(name).main()
+    theirs = set(re.findall(r"^  --([\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert theirs == set(_ours(name)) and len(theirs) > 1

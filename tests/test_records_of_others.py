@@ -19,11 +19,12 @@ from transformers import AddedToken
 from himap_train.data.check import check_source
 from himap_train.data.encode import Encoder
 from himap_train.data.forms import read_record
+from himap_train.data.huggingface import HuggingFaceRecords
 from himap_train.data.images import image_size, open_image, resolve_image_path
 from himap_train.data.loader import Collate
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.pixel_modes import orientation
-from himap_train.data.plain_text import PlainText
+from himap_train.data.plain_text import PlainText, answer_text
 from himap_train.data.records import RecordError
 from himap_train.data.sources import open_source
 from himap_train.evaluation.benchmarks.files import _label
@@ -103,6 +104,31 @@ def test_a_config_of_a_data_set_stands_before_its_split(tmp_path: Path) -> None:
         open_source(f"{tmp_path}/one/train.jsonl:test")
 
 
+def test_slices_of_splits_and_relative_paths_are_names(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/train.jsonl").write_text("".join(json.dumps({"conversations": LLAVA}) + "\n" for _ in range(3)))
+    monkeypatch.chdir(tmp_path)
+    for split, size in (("train[:2]", 2), ("train[1:2]", 1), ("default:train[:50%]", 2), ("train", 3)):
+        assert len(open_source(f"d:{split}")) == size
+    for path in ("./d/train.jsonl", "d//train.jsonl", "./d", "d/"):
+        assert len(open_source(path)) == 3
+    with pytest.raises(FileNotFoundError, match="none.json does not exist"):
+        open_source("./none.json")
+    with pytest.raises(ValueError, match="has 3 parts behind its name; expected"):
+        open_source("owner/name:a:b:c")
+
+
+def test_an_outline_has_the_paths_of_images_that_lie_elsewhere(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {"messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+         "images": datasets.List(datasets.Image())}
+    )  # fmt: skip
+    rows = {"messages": [ASKED] * 3, "images": [[{"bytes": None, "path": "gone.png"}]] * 3}
+    source = HuggingFaceRecords(datasets.Dataset.from_dict(rows, features=features), "elsewhere", tmp_path)
+    assert source.outline(0).images == source[0].images == (tmp_path / "gone.png",)
+    assert len(check_source(source, tiny_processor(), limit=1).skipped) == 3
+
+
 def test_images_in_messages_are_no_column_of_images(tmp_path: Path) -> None:
     part = {"type": datasets.Value("string"), "text": datasets.Value("string"), "image": datasets.Image()}
     features = datasets.Features({"messages": [{"role": datasets.Value("string"), "content": [part]}]})
@@ -164,7 +190,7 @@ def test_a_system_text_beside_the_turns_comes_before_them(key: str) -> None:
 @pytest.mark.parametrize(
     "key",
     ["image_paths", "image_urls", "image_files", "img_paths", "image_file_name", "image_base64", "image_list", "media",
-     "image_path", "image_2", "Images_List"],
+     "image_path", "image_2", "Images_List", "image_b64"],
 )  # fmt: skip
 def test_pictures_under_another_name_are_refused(key: str) -> None:
     with pytest.raises(RecordError, match=f"images are read from `image` or `images`, found `{key}`"):
@@ -178,13 +204,37 @@ def test_facts_about_pictures_are_no_pictures(key: str) -> None:
     assert _read(conversations=LLAVA, **{key: "7"}).meta == {key: "7"}
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"image_base64": "abc"}, {"image_b64": "abc"}, {"video": "v.mp4"}, {"videos": ["v.mp4"]},
+        {"media": "newspaper"}, {"tools": {}}, {"tools": ["hammer"]}, {"tools": "[]"},
+        {"objects": {"bbox": [[1, 2, 3, 4]]}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_facts_beside_images_that_are_shown_are_taken(facts: dict[str, Any]) -> None:
+    assert len(_read(messages=ASKED, images=["a.jpg"], **facts).images) == 1
+
+
+def test_a_word_about_media_and_a_system_turn_with_a_line_break_are_taken() -> None:
+    assert _read(conversations=LLAVA, media="newspaper").meta == {"media": "newspaper"}
+    own = [{"from": "system", "value": "Be brief.\n"}, *LLAVA]
+    assert _read(conversations=own, system="Be brief.").turns == _read(conversations=own).turns
+
+
 def test_what_no_turn_would_get_is_refused_by_name() -> None:
     boxes = {"ref": ["dog"], "bbox": [[1, 2, 3, 4]]}
     found = [{"role": "user", "content": "Find <ref-object>"}, {"role": "assistant", "content": "<bbox>"}]
     refused = [
         ({"messages": found, "objects": boxes}, "<ref-object> stands for what `objects` holds"),
-        ({"messages": ASKED, "images": ["a.jpg"], "tools": "[{}]"}, "has `tools`, of which no turn would be told"),
-        ({"conversations": LLAVA, "videos": ["a.mp4"]}, "has `videos`, and only images are read"),
+        (
+            {"messages": ASKED, "images": ["a.jpg"], "tools": '[{"name": "f"}]'},
+            "has `tools`, of which no turn would be",
+        ),
+        ({"messages": ASKED, "images": ["a.jpg"], "tools": [{"name": "f"}]}, "has `tools`, of which no turn would be"),
+        ({"conversations": LLAVA, "videos": ["a.mp4"]}, "has `videos` and no image, and only images are read"),
+        ({"conversations": LLAVA, "audio": {"bytes": b"abc"}}, "has `audio` and no image, and only images are read"),
         (
             {"conversations": [{"from": "human", "value": "<img>a.jpg</img>What?"}, LLAVA[1]]},
             "'<img>a.jpg</img>' names",
@@ -217,6 +267,8 @@ def test_tokens_around_places_are_the_tokenizers_own_and_all_others_text() -> No
         ids = plain.ids(plain.hide(text, "here"))
         assert ids.count(start) == ids.count(end) == 1 and odd not in ids
         assert ids[0] == start and ids[-1] == end
+        assert answer_text(tokenizer, [*ids, tokenizer.eos_token_id]) == text
+    assert answer_text(tiny_processor().tokenizer, [*ids[1:2], tokenizer.eos_token_id]) == tokenizer.decode(ids[1:2])
 
 
 def _jpeg(directory: bytes) -> bytes:
@@ -231,7 +283,8 @@ def test_an_odd_tag_beside_the_orientation_breaks_no_picture() -> None:
     odd = struct.pack(">HHII", 0x0213, 4, 1, 700000)  # YCbCrPositioning, which is a SHORT
     photo = _jpeg(struct.pack(">H", 2) + turned + odd + bytes(4))
     assert image_size(photo, "here") == (4, 8)
-    assert open_image(photo, "here").size == (4, 8)
+    upright = open_image(photo, "here")
+    assert upright.size == open_image(upright, "here").size == (4, 8)
 
 
 @pytest.mark.parametrize("number", range(1, 9))

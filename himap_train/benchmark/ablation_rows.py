@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -108,14 +109,17 @@ def measured(
     return found
 
 
-def as_of(name: str, files: str = "**/*") -> list[Any]:
-    """Sizes and times of the files that a name stands for, so that rows of others are not taken for theirs; [] where it
-    is none of a file or folder here.
+def as_of(name: str, *files: str) -> str:
+    """A digest of names, sizes and times of the files that a name stands for, so that rows of others are not taken for
+    theirs; "" where it is no file or folder here. Of a folder those count that are like `files`.
     """
     path = Path(name) if Path(name).exists() else Path(name.split(":")[0])
-    found = [path] if path.is_file() else sorted(path.glob(files)) if name and path.is_dir() else []
-    states = ((str(file.relative_to(path)), file.stat()) for file in found if file.is_file())
-    return [[inside, state.st_size, state.st_mtime] for inside, state in states]
+    if not name or not path.exists():
+        return ""
+    found = [path] if path.is_file() else sorted(file for pattern in files for file in path.rglob(pattern))
+    states = [(file.relative_to(path).as_posix(), file.stat()) for file in found]
+    told = "".join(f"{inside} {state.st_size} {state.st_mtime_ns}\n" for inside, state in states)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def timed_batch(

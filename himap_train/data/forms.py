@@ -111,7 +111,7 @@ def _system(record: Mapping[str, Any], turns: tuple[Turn, ...], where: str) -> t
         return ()
     text = checked_text(record[key], f"{where}: `{key}`")
     own = [turn.text for turn in turns if turn.role == "system"]
-    if own and own != [text]:
+    if own and [said.strip() for said in own] != [text.strip()]:
         raise RecordError(f"{where}: `{key}` is {text!r:.60}, and a system turn says {own[0]!r:.60}; leave one of them")
     return () if own else (Turn("system", text),)
 

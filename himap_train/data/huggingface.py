@@ -59,7 +59,8 @@ class HuggingFaceRecords:
     def outline(self, index: int) -> Conversation:
         """The same without reading the images that the data set holds: nothing stands for each."""
         held = self._dataset.num_columns > self._no_bytes.num_columns
-        return self._read(index, {"images": [b""] * self._images(index)} if held else {}, self._no_bytes)
+        shown = {"images": [_stand_in(image) for image in self._images(index)]} if held else {}
+        return self._read(index, shown, self._no_bytes)
 
     def _read(self, index: int, images: dict[str, Any], rows: Any) -> Conversation:
         if not 0 <= index < len(self):
@@ -72,16 +73,26 @@ class HuggingFaceRecords:
         """(characters, images) of a record without reading its images; (0, 0) for one that cannot be used."""
         try:
             row = plain_row(self._texts, index, self.name)
-            turns, shown = turns_of({**row, "images": [None] * self._images(index)}, self.name)
+            turns, shown = turns_of({**row, "images": [None] * len(self._images(index))}, self.name)
         except RecordError:
             return 0, 0
         return sum(len(turn.text) for turn in turns), len(shown)
 
-    def _images(self, index: int) -> int:
-        """How many images a row has, without a copy of them."""
+    def _images(self, index: int) -> list[Any]:
+        """The images of a row as Arrow has them, without a copy of them."""
         row = self._dataset[index]
         values = [row.column(name)[0] for name in IMAGE_KEYS if name in row.column_names]
-        return next((len(value) if hasattr(value.type, "value_type") else 1 for value in values if value.is_valid), 0)
+        first = next((value for value in values if value.is_valid), None)
+        if first is None:
+            return []
+        return list(first) if hasattr(first.type, "value_type") else [first]
+
+
+def _stand_in(image: Any) -> Any:
+    """Nothing for what the data set holds itself, the path of what lies elsewhere."""
+    if not image.is_valid:
+        return None
+    return b"" if image["bytes"].is_valid else {"bytes": None, "path": image["path"].as_py()}
 
 
 def image_columns(dataset: Any) -> list[str]:

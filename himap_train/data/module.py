@@ -41,7 +41,7 @@ class LlavaDataModule(LightningDataModule):
         max_length: most tokens of a conversation, image tokens included. Longer ones lose their last questions with
             their answers, never part of an image.
         max_image_tokens: most image tokens of one image, which is made smaller for it; by default as the checkpoint has
-            it. For families whose images have a number of tokens of their own (Qwen-VL, InternVL).
+            it. For Qwen-VL, where very long thin images may have a few more, and InternVL.
         num_workers: processes that read images and tokenize; 0 does it between the training steps.
         group_by_length: make batches of conversations with as many images and of similar length, which saves padding.
         max_skipped: how many broken records may be skipped: a number, or below 1 a fraction of the records.
@@ -91,13 +91,13 @@ class LlavaDataModule(LightningDataModule):
         require_possible({f"data.{name}": value for name, value in locals().items()})
         super().__init__()
         self.processor = limit_images(processor, max_image_tokens)
-        self.max_image_tokens = max_image_tokens
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         form = ImageForm() if processor is None else image_form(processor)
         self.max_length, self.image_aspect_ratio = max_length, image_aspect_ratio or form.image_aspect_ratio
         self.num_workers, self.group_by_length, self.max_skipped = num_workers, group_by_length, max_skipped
         self.seed, self.pad_to_multiple_of = seed, pad_to_multiple_of
         self.image_background = image_background or form.image_background
+        self.max_image_tokens = max_image_tokens or form.max_image_tokens
         self.cache_image_features = cache_image_features
         self._share = validation if isinstance(validation, float) else None
         self._parts = read_parts(train, self._share)
@@ -139,7 +139,7 @@ class LlavaDataModule(LightningDataModule):
         if self.processor is None:
             raise RuntimeError("LlavaDataModule needs the checkpoint's processor: LlavaDataModule(..., processor=...)")
         # Saved with what is trained, which is then asked about pictures that were made ready in the same way.
-        take_form(self.processor, ImageForm(self.image_aspect_ratio, self.image_background))
+        take_form(self.processor, ImageForm(self.image_aspect_ratio, self.image_background, self.max_image_tokens))
         self._encoder = Encoder(self.processor, self.max_length)
         self._cached_encoder = CachedEncoder(self.processor, self.max_length) if self.cache_image_features else None
         for split in ("train", "validation") if stage == "fit" else ():
@@ -207,6 +207,7 @@ class LlavaDataModule(LightningDataModule):
             "global_batch": self.batch_size * accumulate * processes,
             "image_aspect_ratio": self.image_aspect_ratio,
             "image_background": self.image_background,
+            "max_image_tokens": self.max_image_tokens,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

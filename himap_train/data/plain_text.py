@@ -8,8 +8,9 @@ What has none is encoded by the tokenizer as it is.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from copy import deepcopy
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from tokenizers import AddedToken
@@ -96,6 +97,24 @@ class PlainText:
             tokenizer.add_tokens([AddedToken(stand_ins[content], special=False, **how)])
             numbers[tokenizer.convert_tokens_to_ids(stand_ins[content])] = number
         return tokenizer, stand_ins, numbers
+
+
+def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """What an answer's ids say: without special tokens, but those that its writer means."""
+    dropped = _dropped(tokenizer)
+    if dropped is None:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+    written: str = tokenizer.decode([number for number in ids if number not in dropped])
+    return written
+
+
+@lru_cache(maxsize=8)
+def _dropped(tokenizer: Any) -> frozenset[int] | None:
+    """Special tokens that are no content; None where all are none."""
+    special = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    content = {number for number, token in special.items() if _CONTENT.fullmatch(token)}
+    return frozenset(special.keys() - content) if content else None
 
 
 def _marked(token: str) -> str:

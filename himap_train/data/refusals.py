@@ -16,10 +16,10 @@ PAIR_KEYS = ("rejected", "rejected_response", "rejected_messages", "non_preferre
 """Where TRL, LLaMA-Factory, ms-swift and OpenAI keep the answer that is not to be given."""
 ONLY_CHOSEN = "only answers to be given are trained on: make each the last turn of a record that has no other"
 _PICTURES = re.compile(
-    r"(image|img|picture|photo)s?(_?(path|file|name|url|bytes|base64|b64|list|[0-9]+)s?)*|medias?", re.IGNORECASE
+    r"(image|img|picture|photo)s?(_?(path|file|name|url|bytes|base64|b64|list|[0-9]+)s?)*", re.IGNORECASE
 )
-_OTHER_MEDIA = ("video", "videos", "audio", "audios")
-_TOOLS = ("tools", "functions")
+_NUMBERED = re.compile(r"(?<!base)(?<!b)(?<![0-9])[0-9]+$", re.IGNORECASE)
+_OTHER_MEDIA = ("video", "audio")
 _BOXES = re.compile(r"<(?:bbox|ref-object)>")
 _NAMED_IN_TEXT = re.compile(r"<img>[^<>\n]+</img>")
 
@@ -30,7 +30,7 @@ def unread_pictures(
     """Keys that look like pictures, or are `typed` so, and are not `read`; beside one that is, only numbered ones."""
     beside = not set(read).isdisjoint(keys)
     looks = [key for key in keys if key not in read and (key in typed or _PICTURES.fullmatch(key))]
-    return [key for key in looks if key[-1].isdigit() or not beside]
+    return [key for key in looks if not beside or _NUMBERED.search(key)]
 
 
 def refuse_other_tasks(record: Mapping[str, Any], where: str) -> None:
@@ -40,20 +40,26 @@ def refuse_other_tasks(record: Mapping[str, Any], where: str) -> None:
     for judgement in ("kto_tag", *(["label"] if "conversations" not in record else [])):
         if isinstance(record.get(judgement), bool):
             raise RecordError(f"{where} is judged good or bad (`{judgement}`), as KTO trains on; {ONLY_CHOSEN}")
-    if tools := next((key for key in _TOOLS if record.get(key) not in (None, "", "[]", [])), None):
-        raise RecordError(f"{where} has `{tools}`, of which no turn would be told; write them into a system turn")
+    tools = record.get("tools")
+    if (isinstance(tools, list) and any(isinstance(tool, Mapping) for tool in tools)) or (
+        isinstance(tools, str) and tools.strip().strip("[]{} ")
+    ):
+        raise RecordError(f"{where} has `tools`, of which no turn would be told; write them into a system turn")
 
 
 def refuse_unread(record: Mapping[str, Any], turns: Sequence[Turn], shown: Sequence[Any], where: str) -> None:
     """Raises RecordError for pictures, boxes, videos or sound that a record has and no turn would get."""
     images = any(record.get(key) not in (None, []) for key in IMAGE_KEYS)
     other = unread_pictures([name for name in record if record[name]])
+    other += ["media"] * (isinstance(record.get("media"), list | dict) and bool(record["media"]) and not images)
     if other and (images or not shown or any(isinstance(image, int) for image in shown)):
         raise RecordError(
             f"{where}: images are read from `image` or `images`, found `{', '.join(other)}`: rename or remove it"
         )
-    if media := next((key for key in _OTHER_MEDIA if isinstance(record.get(key), str | list) and record[key]), None):
-        raise RecordError(f"{where} has `{media}`, and only images are read; take the record out")
+    for kind in _OTHER_MEDIA if not shown else ():
+        found = next((key for key in (kind, f"{kind}s") if isinstance(record.get(key), str | list | dict)), None)
+        if found and record[found]:
+            raise RecordError(f"{where} has `{found}` and no image, and only images are read; take the record out")
     for turn in turns:
         if record.get("objects") and (mark := _BOXES.search(turn.text)):
             raise RecordError(f"{where}: {mark[0]} stands for what `objects` holds; write that into the text itself")

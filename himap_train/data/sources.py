@@ -49,9 +49,10 @@ def open_source(
     text = str(spec)
     if text.startswith("embedded:"):
         return _scenes(text)
-    path, config, split = _parts(text, split)
+    path, config, named = parts_of(text)
+    split = named or split
     if is_llava_file(path) and not path.is_dir():
-        if str(path) != text:
+        if named:
             raise ValueError(f"data {text!r}: a file of records has no splits; give {path} alone")
         return LlavaFile(path, image_folder, follow_links)
     root = Path(image_folder) if image_folder else None
@@ -83,12 +84,18 @@ def _scenes(spec: str) -> Source:
     return SceneQuestions(split, **{key: int(value) for key, value in options.items()})
 
 
-def _parts(text: str, split: str) -> tuple[Path, str | None, str]:
-    """What `path`, `path:split` and `path:config:split` name."""
-    if Path(text).exists() or ":" not in text:
-        return Path(text), None, split
-    path, *config, split = text.rsplit(":", 2)
-    return Path(path), next(iter(config), None), split
+def parts_of(text: str) -> tuple[Path, str | None, str | None]:
+    """Path, config and split that `path`, `path:split` and `path:config:split` name; a split may be `train[:1000]`.
+
+    Raises:
+        ValueError: more parts than these.
+    """
+    name, *given = [text] if Path(text).exists() else re.split(r":(?![^\[]*\])", text)
+    if len(given) > 2:
+        raise ValueError(
+            f"data {text!r} has {len(given)} parts behind its name; expected name:split or name:config:split"
+        )
+    return Path(name), given[0] if len(given) == 2 else None, given[-1] if given else None
 
 
 def local_dataset(path: Path, split: str, config: str | None = None) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from himap_train.data.batches import pad_token_id_of
 from himap_train.data.encode import IGNORED
 from himap_train.data.end_of_answer import end_token_ids
+from himap_train.data.plain_text import answer_text
 from himap_train.evaluation.result import SampleTokens
 from himap_train.models.features import (
     encode_nothing,
@@ -79,7 +80,7 @@ def answer_batch(
         )
     image_tokens = inputs["input_ids"] == base.config.image_token_id
     new = output[:, inputs["input_ids"].shape[1] :]
-    answers = [text.strip() for text in processor.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    answers = [answer_text(processor.tokenizer, row).strip() for row in new.tolist()]
     return answers, _tokens_run(model, before, image_tokens, inputs["attention_mask"].bool(), how["num_beams"])
 
 

@@ -15,6 +15,7 @@ from transformers import StoppingCriteriaList
 
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.end_of_answer import end_token_ids
+from himap_train.data.plain_text import answer_text
 from himap_train.evaluation.answering import answer_batch, evaluation_mode
 from himap_train.models.stock import base_model
 from himap_train.serving.requests import Asked
@@ -54,7 +55,7 @@ class Answer:
             return
         self.tokens.append(token)
         answering = self.asked.answering
-        text = self._tokenizer.decode(self.tokens, skip_special_tokens=True).lstrip()
+        text = answer_text(self._tokenizer, self.tokens).lstrip()
         stops = [at for stop in answering.until if (at := text.find(stop)) >= 0]
         ended = token in self._ends or bool(stops)
         finish = "stop" if ended else "length" if len(self.tokens) >= answering.max_new_tokens else ""
@@ -63,7 +64,7 @@ class Answer:
     def end(self) -> None:
         """Where generation has ended for a reason that is not this answer's, such as a `max_time`."""
         if not self.finish:
-            self._give(self._tokenizer.decode(self.tokens, skip_special_tokens=True).lstrip(), "length")
+            self._give(answer_text(self._tokenizer, self.tokens).lstrip(), "length")
 
     def _give(self, text: str, finish: str) -> None:
         """What of an answer's text was not sent yet; its end too, where there is a reason to finish."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from himap_train.data.huggingface import image_columns, plain_row
 from himap_train.data.records import RecordError
-from himap_train.data.sources import HUB_NAME, load_from_hub, local_dataset
+from himap_train.data.sources import HUB_NAME, load_from_hub, local_dataset, parts_of
 from himap_train.evaluation.benchmarks.table import Benchmark
 
 _JSON = (".json", ".jsonl", ".ndjson")
@@ -58,15 +58,15 @@ def open_table(spec: str, benchmark: Benchmark) -> Table:
         ValueError: Not a form that is read, or no such split or config.
         ConnectionError: The hub cannot be reached.
     """
-    name, *given = [spec] if Path(spec).exists() else spec.split(":")
-    path, ending = Path(name), Path(name).suffix.lower()
+    path, config, split = parts_of(spec)
+    ending = path.suffix.lower()
     if path.is_file() and ending in (*_JSON, *SEPARATED):
         rows = _csv_rows(path, SEPARATED[ending]) if ending in SEPARATED else read_json(path)
         return rows_table(str(path), rows, path.parent)
-    *config, split = given or [benchmark.split]
-    table = _dataset_table(_dataset(path, config[0] if config else benchmark.config, split, bool(config)), spec, path)
+    split = split or benchmark.split
+    table = _dataset_table(_dataset(path, config or benchmark.config, split, bool(config)), spec, path)
     if benchmark.images and "image" not in table.columns:
-        images = _dataset_table(_dataset(path, benchmark.images, split, True), f"{name}:{benchmark.images}", path)
+        images = _dataset_table(_dataset(path, benchmark.images, split, True), f"{path}:{benchmark.images}", path)
         table = _joined(table, images, benchmark.group)
     return table
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from himap_train.models.families import family_of_processor
-from himap_train.models.families.base import AspectRatio, Background
+from himap_train.models.families.base import AspectRatio, Background, Family
 from himap_train.models.families.processing import stock_file
 from himap_train.structured import Rule, read_json
 
@@ -24,17 +24,25 @@ class ImageForm:
     Attributes:
         image_aspect_ratio: "pad" makes them square first, "as_processor" leaves their shape to the processor.
         image_background: Colour under transparent ones.
+        max_image_tokens: Most image tokens of one, which is made smaller for it; None: as the processor has it.
     """
 
     image_aspect_ratio: AspectRatio = "as_processor"
     image_background: Background = "white"
+    max_image_tokens: int | None = None
 
 
 def _one_of(kind: Any) -> Rule:
     return Rule(f"one of {', '.join(get_args(kind))}", str, lambda found: found in get_args(kind))
 
 
-_SHAPE = {"image_aspect_ratio": _one_of(AspectRatio), "image_background": _one_of(Background)}
+_SHAPE = {
+    "image_aspect_ratio": _one_of(AspectRatio),
+    "image_background": _one_of(Background),
+    "max_image_tokens?": Rule(
+        "a number of tokens from 1 on, or null", int | None, lambda found: found is None or found > 0
+    ),
+}
 
 
 def image_form(processor: Any) -> ImageForm:
@@ -43,19 +51,20 @@ def image_form(processor: Any) -> ImageForm:
 
 
 def take_form(processor: Any, form: ImageForm) -> None:
-    """Let a processor stand for pictures that are made ready so."""
+    """Let a processor stand for pictures that are made ready so; raises as `limit_images` does."""
+    limit_images(processor, form.max_image_tokens)
     processor.himap_image_form = form
 
 
-def limit_images(processor: Any, most: int | None) -> Any:
+def limit_images(processor: Any, most: int | None, family: Family | None = None) -> Any:
     """A processor, made to make no image larger than so many image tokens; None: as it is.
 
     Raises:
         ValueError: Its images cannot be of so few.
     """
-    if processor is not None and most is not None:
+    if most is not None and not (processor is None and family is None):
         try:
-            family_of_processor(processor).limit_image_tokens(processor, most)
+            (family or family_of_processor(processor)).limit_image_tokens(processor, most)
         except ValueError as error:
             raise ValueError(f"data.max_image_tokens is {most}: {error}") from None
     return processor
