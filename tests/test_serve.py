@@ -248,6 +248,7 @@ def test_other_urls_are_refused(url):
 class Words:
     """A tokenizer of a few words."""
 
+    added_tokens_decoder: dict = {}
     words = (" Hello", " wor", "ld", "\n", "END", "E", "\ufffd", "é", "</s>")
 
     def decode(self, ids, skip_special_tokens):
