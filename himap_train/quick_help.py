@@ -43,7 +43,7 @@ def answer_help(recipe: str) -> None:
     if given == ["--help", "all"] and options_of(Path(recipe)):
         sys.argv.pop()
         return
-    print(help_text(Path(recipe), shutil.get_terminal_size().columns))
+    print(help_text(Path(recipe), max(shutil.get_terminal_size().columns, 40)))
     raise SystemExit(0)
 
 
@@ -144,11 +144,9 @@ def _of_class(source: _Source, cls: ast.stmt, prefix: str) -> Iterator[Option]:
         return
     for field in cls.body:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            name, types = (
-                field.target.id,
-                [node.id for node in ast.walk(field.annotation) if isinstance(node, ast.Name)],
-            )
+            name = field.target.id
             yield Option(prefix + name, _value(source, field.value, field.annotation), texts.get(name, ""))
+            types = [node.id for node in ast.walk(field.annotation) if isinstance(node, ast.Name)]
             for found in filter(None, map(source.find, types)):
                 if isinstance(found[1], ast.ClassDef):
                     yield from _of_class(*found, f"{prefix}{name}.")

@@ -112,6 +112,13 @@ def test_slices_of_splits_and_relative_paths_are_names(tmp_path: Path, monkeypat
         assert len(open_source(f"d:{split}")) == size
     for path in ("./d/train.jsonl", "d//train.jsonl", "./d", "d/"):
         assert len(open_source(path)) == 3
+    datasets.Dataset.from_list([{"conversations": LLAVA}] * 3).to_parquet("d.parquet")
+    assert [len(open_source(f"d.parquet{split}", split="test")) for split in ("", ":train", ":train[:2]")] == [3, 3, 2]
+    with pytest.raises(ValueError, match="Unknown split"):
+        open_source("d.parquet:test")
+    datasets.Dataset.from_list([{"conversations": LLAVA}] * 3).save_to_disk("saved")
+    with pytest.raises(ValueError, match="knows no configs; give saved:train"):
+        open_source("saved:one:train")
     with pytest.raises(FileNotFoundError, match="none.json does not exist"):
         open_source("./none.json")
     with pytest.raises(ValueError, match="has 3 parts behind its name; expected"):

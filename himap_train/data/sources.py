@@ -50,14 +50,13 @@ def open_source(
     if text.startswith("embedded:"):
         return _scenes(text)
     path, config, named = parts_of(text)
-    split = named or split
     if is_llava_file(path) and not path.is_dir():
         if named:
             raise ValueError(f"data {text!r}: a file of records has no splits; give {path} alone")
         return LlavaFile(path, image_folder, follow_links)
     root = Path(image_folder) if image_folder else None
     if path.is_dir() or path.suffix.lower() == ".parquet":
-        dataset = local_dataset(path, split, config)
+        dataset = local_dataset(path, named or split, config, named is not None)
         root = root or (path if path.is_dir() else path.parent)
     elif path.exists():
         kind = f"*{path.suffix}" if path.suffix else "without an ending"
@@ -66,7 +65,7 @@ def open_source(
             f"*.jsonl; expected {_FORMS}"
         )
     elif HUB_NAME.fullmatch(str(path)):
-        dataset = load_from_hub(str(path), split, config)
+        dataset = load_from_hub(str(path), named or split, config)
     else:
         raise FileNotFoundError(f"data {text!r} is not there (current folder: {Path.cwd()}); expected {_FORMS}")
     return HuggingFaceRecords(dataset, text, root, follow_links)
@@ -98,8 +97,14 @@ def parts_of(text: str) -> tuple[Path, str | None, str | None]:
     return Path(name), given[0] if len(given) == 2 else None, given[-1] if given else None
 
 
-def local_dataset(path: Path, split: str, config: str | None = None) -> Any:
-    """A split of a Hugging Face data set in a folder, or a parquet file.
+def local_dataset(path: Path, split: str, config: str | None = None, named: bool = False) -> Any:
+    """A split of a Hugging Face data set in a folder, or a parquet file, which is a split itself.
+
+    Args:
+        path: the folder or file.
+        split: one of its splits.
+        config: one of its configs, where it has several.
+        named: a user has named the split, so that it is asked of a file too.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -118,13 +123,15 @@ def local_dataset(path: Path, split: str, config: str | None = None) -> Any:
     try:
         if path.suffix.lower() == ".parquet":
             pyarrow.parquet.read_schema(path)  # names what is wrong; `datasets` would log a traceback first
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+            return datasets.load_dataset("parquet", data_files=str(path), split=split if named else "train")
         if not any((path / name).exists() for name in ("dataset_info.json", "dataset_dict.json", "state.json")):
             return datasets.load_dataset(str(path), config, split=split)
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever the libraries meet in files that they do not check
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} cannot be read as a Hugging Face data set ({what}); expected {_FORMS}") from error
+    if config is not None:
+        raise ValueError(f"{path} was written by save_to_disk, which knows no configs; give {path}:{split}")
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise ValueError(
