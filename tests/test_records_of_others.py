@@ -119,6 +119,9 @@ def test_slices_of_splits_and_relative_paths_are_names(tmp_path: Path, monkeypat
     datasets.Dataset.from_list([{"conversations": LLAVA}] * 3).save_to_disk("saved")
     with pytest.raises(ValueError, match="knows no configs; give saved:train"):
         open_source("saved:one:train")
+    assert len(open_source("saved")) == len(open_source("saved:train")) == 3
+    with pytest.raises(ValueError, match="as one split, unnamed: give it alone"):
+        open_source("saved:validation")
     with pytest.raises(FileNotFoundError, match="none.json does not exist"):
         open_source("./none.json")
     with pytest.raises(ValueError, match="has 3 parts behind its name; expected"):

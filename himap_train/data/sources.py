@@ -138,6 +138,8 @@ def local_dataset(path: Path, split: str, config: str | None = None, named: bool
                 f"{path} has no split {split!r}; it has {', '.join(loaded)}. Name one: {path}:{next(iter(loaded))}"
             )
         return loaded[split]
+    if named and split != str(loaded.split or "train"):
+        raise ValueError(f"{path} was written by save_to_disk as one split, {loaded.split or 'unnamed'}: give it alone")
     return loaded
 
 

@@ -78,7 +78,7 @@ class PruningStage:
             raise ValueError(
                 f"the stage at layer 0 is before the decoder, where criterion {self.criterion!r}, which reads "
                 f"{self.method.reads.value}, has nothing to read; give a layer of 1 or more, or a criterion that reads "
-                f"no attention: {', '.join(_without_attention())}"
+                f"neither attention nor keys: {', '.join(_without_attention())}"
             )
         attention = self.method.reads is Reads.ATTENTION
         if isinstance(self.keep, Mass) and not (attention and self.method.ranks):
