@@ -86,7 +86,7 @@ def test_overlay_sets_the_strategy_of_its_name(overlay: Path, tmp_path: Path, mo
 def test_overlay_rehearses_in_two_processes(overlay: Path, tmp_path: Path) -> None:
     """Lightning starts the second process with the command line of the first, so this one is run as it is."""
     options, log = command(overlay), tmp_path / "log"
-    assert f"configs/deepspeed/{overlay.name}" in options and options[-2:] == ["--trainer.devices", "8"]
+    assert f"configs/deepspeed/{overlay.name}" in options and "--trainer.devices 8" in " ".join(options)
     made = ["--rehearse", "--output", tmp_path / "run", *SMALL]
     process = start([sys.executable, RECIPES / "finetune.py", *options, *made], log, cwd=ROOT)
     assert finish([process], [log], 400) == [0], tails([log])
