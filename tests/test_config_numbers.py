@@ -11,12 +11,12 @@ import yaml
 from training_toys import finetune
 
 from himap_train.data.module import LlavaDataModule
-from himap_train.models import loading
 from himap_train.ranges import RANGES
 from himap_train.structured import plain_yaml
 from himap_train.training.callbacks.accuracy import EvaluationSettings
 from himap_train.training.callbacks.checkpoints import SaveLast
 from himap_train.training.module import LlavaFineTuner
+from himap_train.training.run import finetune_cli
 
 WRONG = {
     "seed_everything": ["-1"],
@@ -35,6 +35,7 @@ WRONG = {
     "data.batch_size": ["0", "-2"],
     "data.eval_batch_size": ["0"],
     "data.max_length": ["0"],
+    "data.max_image_tokens": ["0", "-1"],
     "data.num_workers": ["-1"],
     "data.max_skipped": ["-1", ".nan"],
     "data.train_limit": ["0"],
@@ -73,7 +74,7 @@ def test_every_range_is_tried() -> None:
 def test_refused(
     key: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loading, "resolve_model", None)  # nothing is looked for
+    monkeypatch.setattr(finetune_cli, "resolve_model", None)  # nothing is looked for
     *groups, last = key.split(".")
     content: object = {last: yaml.safe_load(value)}
     for group in reversed(groups):

@@ -161,8 +161,9 @@ def read_samples(
     encoded, too_long, first = _encoded(questions, encoder, skipped, each_turn)
     if first is None:
         raise ValueError(
-            f"none of {len(order)} records can be searched on ({len(drawn)} of {samples} wanted may have an image, "
-            f"{skipped.count} of these are unusable); give conversations with images and answers"
+            f"none of {len(order)} records can be searched on: {len(drawn)} may have an image and were read, "
+            f"{len(drawn) - skipped.count} without an image and {skipped.count} unusable; give conversations with "
+            "images and answers"
         )
     encoded.sort(key=lambda sample: len(sample["input_ids"]))
     pad = pad_token_id_of(processor.tokenizer)
