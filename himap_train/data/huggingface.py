@@ -7,6 +7,7 @@ Understood columns: `messages`, or `prompt` and `completion`, or `conversations`
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ class HuggingFaceRecords:
             )
         self._dataset = dataset.with_format("arrow")  # rows as they are stored: images as {"bytes", "path"}
         self._texts = self._dataset.select_columns([c for c in TEXT_KEYS if c in columns])
+        self._packed = json_columns(dataset)
         self._no_bytes = self._dataset.remove_columns([c for c in typed if c in IMAGE_KEYS])
         self.name, self.image_folder, self.follow_links = name, image_folder, follow_links
 
@@ -66,13 +68,13 @@ class HuggingFaceRecords:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: record {index} of {len(self)}")
         where = f"data set {self.name}, row {index}"
-        row = plain_row(rows, index, where) | images
+        row = plain_row(rows[index], where, self._packed) | images
         return read_record(row, index, where, self.image_folder, self.follow_links)
 
     def length_hint(self, index: int) -> tuple[int, int]:
         """(characters, images) of a record without reading its images; (0, 0) for one that cannot be used."""
         try:
-            row = plain_row(self._texts, index, self.name)
+            row = plain_row(self._texts[index], self.name, self._packed)
             turns, shown = turns_of({**row, "images": [None] * len(self._images(index))}, self.name)
         except RecordError:
             return 0, 0
@@ -109,22 +111,28 @@ def _item(kind: Any) -> Any:
     return kind[0] if isinstance(kind, list) else getattr(kind, "feature", None)
 
 
-def plain_row(rows: Any, index: int, where: str) -> dict[str, Any]:
-    """A row of a data set in Arrow's format; RecordError for what Python cannot hold."""
+def json_columns(dataset: Any) -> dict[str, Any]:
+    """Types of the columns of which some parts are stored as JSON: where rows differ in form, as texts beside lists of
+    parts do.
+    """
+    return {column: kind for column, kind in dataset.features.items() if "Json(" in str(kind)}
+
+
+def plain_row(table: Any, where: str, packed: Mapping[str, Any]) -> dict[str, Any]:
+    """The only row of an Arrow table, what `json_columns` found read; RecordError for what Python cannot hold."""
     try:
-        row: dict[str, Any] = rows[index].to_pylist()[0]
-        return {name: _decoded(value, rows.features[name]) for name, value in row.items()}
+        row: dict[str, Any] = table.to_pylist()[0]
+        return row | {name: _unpacked(row[name], kind) for name, kind in packed.items() if name in row}
     except (ValueError, OverflowError) as error:  # bytes that are not UTF-8, a date that Python does not have
         raise RecordError(f"{where}: {error}") from error
 
 
-def _decoded(value: Any, kind: Any) -> Any:
-    """A value of which some parts are stored as JSON: where rows differ in form, as texts beside lists of parts do."""
-    if value is None or "Json(" not in str(kind):
-        return value
+def _unpacked(value: Any, kind: Any) -> Any:
+    if value is None:
+        return None
     if type(kind).__name__ == "Json":
         return json.loads(value) if isinstance(value, str) else value
     if isinstance(kind, dict):
-        return {name: _decoded(part, kind[name]) for name, part in value.items()}
+        return {name: _unpacked(part, kind[name]) for name, part in value.items()}
     item = _item(kind)
-    return value if item is None else [_decoded(part, item) for part in value]
+    return value if item is None else [_unpacked(part, item) for part in value]

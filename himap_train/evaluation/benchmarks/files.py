@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from himap_train.data.huggingface import image_columns, plain_row
+from himap_train.data.huggingface import image_columns, json_columns, plain_row
 from himap_train.data.records import RecordError
 from himap_train.data.sources import HUB_NAME, load_from_hub, local_dataset, parts_of
 from himap_train.evaluation.benchmarks.table import Benchmark
@@ -178,7 +178,7 @@ def _dataset(path: Path, config: str, split: str, named: bool) -> Any:
 
 
 def _dataset_table(dataset: Any, name: str, path: Path) -> Table:
-    images = image_columns(dataset)
+    images, packed = image_columns(dataset), json_columns(dataset)
     labels = {column: kind.names for column, kind in dataset.features.items() if hasattr(kind, "names")}
     own_name = len(images) == 1 and not {"image", "images"} & set(dataset.column_names)  # of the column of images
     whole = dataset.with_format("arrow")
@@ -186,7 +186,7 @@ def _dataset_table(dataset: Any, name: str, path: Path) -> Table:
 
     def reading(rows: Any) -> Callable[[int], dict[str, Any]]:
         def read(index: int) -> dict[str, Any]:
-            row = plain_row(rows, index, f"data set {name}, row {index}")
+            row = plain_row(rows[index], f"data set {name}, row {index}", packed)
             row = {c: _label(labels[c], v) if c in labels else v for c, v in row.items()}
             return {"image": row[images[0]], **row} if own_name and rows is whole else row
 
