@@ -24,7 +24,7 @@ from himap_train.benchmark.ablation_results import ablation_table, draw_heat_map
 from himap_train.benchmark.ablation_rows import ROWS, as_of, measured, require_rankings, run_all, runs_of, timed_batch
 from himap_train.benchmark.timing import Clock
 from himap_train.checkpoints.load import load_with_schedule
-from himap_train.command_line import run_command
+from himap_train.command_line import new_output_folder, run_command
 from himap_train.data.sources import open_source
 from himap_train.evaluation.metrics import make_metrics
 from himap_train.models.families.base import AspectRatio
@@ -106,9 +106,8 @@ def main(
     settings: dict[str, Any] = {**facts, "timed_prompts": timed_prompts, "rounds": rounds, "clock": clock, **evaluation}
     runs = runs_of(schedules, seeds)
     how: dict[str, Any] = {"model": model, "processor": processor, "source": source, "batch": batch, **evaluation}
-    output.mkdir(parents=True, exist_ok=True)
     if overwrite:
-        (output / ROWS).unlink(missing_ok=True)
+        new_output_folder(output, (ROWS, TABLE, PICTURE), overwrite)()
     try:
         rows = run_all(runs, partial(measured, rounds=rounds, clock=clock, **how), output, settings)
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from himap_train.benchmark.workload import Batch
 from himap_train.data.batches import collate, pad_token_id_of
 from himap_train.data.encode import Encoder, Sample
 from himap_train.data.records import RecordError, Source
+from himap_train.data.sources import parts_of
 from himap_train.evaluation.compare import evaluate_row
 from himap_train.evaluation.questions import source_length
 from himap_train.evaluation.tables import json_ready, write_json
@@ -113,7 +114,7 @@ def as_of(name: str, *files: str) -> str:
     """A digest of names, sizes and times of the files that a name stands for, so that rows of others are not taken for
     theirs; "" where it is no file or folder here. Of a folder those count that are like `files`.
     """
-    path = Path(name) if Path(name).exists() else Path(name.split(":")[0])
+    path, _, _ = parts_of(name)
     if not name or not path.exists():
         return ""
     found = [path] if path.is_file() else sorted(file for pattern in files for file in path.rglob(pattern))

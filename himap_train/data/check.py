@@ -17,7 +17,7 @@ import numpy as np
 from himap_train.data.encode import Encoder
 from himap_train.data.images import image_size
 from himap_train.data.mixing import MixedRecords
-from himap_train.data.records import Conversation, RecordError, Source
+from himap_train.data.records import Conversation, RecordError, Source, outline
 from himap_train.data.skips import TooManySkippedError, skip_limit
 from himap_train.data.tokens import ConversationTokenizer, TokenizedExchange
 from himap_train.data.turns import check_turns
@@ -153,11 +153,11 @@ def check_source(
     examined = Counter(spread_over(source, size, limit).tolist())
     stored = getattr(source, "stored", lambda _: hasattr(source, "length_hint"))
     encoder = Encoder(processor, max_length, image_aspect_ratio)
-    tokenize, outline = ConversationTokenizer(processor, max_length), getattr(source, "outline", source.__getitem__)
+    tokenize = ConversationTokenizer(processor, max_length)
     for index in (i for i in range(size) if i in examined or stored(i)):
         report.scanned += 1
         try:
-            conversation = (source.__getitem__ if index in examined else outline)(index)
+            conversation = source[index] if index in examined else outline(source, index)
             _count(conversation, report)
             for _ in range(examined[index]):  # as often as training would have it among so many
                 report.examined += 1

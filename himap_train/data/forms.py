@@ -70,7 +70,7 @@ def read_record(
     where = f"{where} (id {key!r:.60})"
     turns, shown = turns_of(record, where)
     turns, images = (*_system(record, turns, where), *turns), stored_images(record)
-    refuse_unread(record, turns, shown, where)
+    refuse_unread(record, images, turns, shown, where)
     numbers = {number for number in shown if isinstance(number, int)}
     if numbers and max(numbers) >= len(images):
         raise RecordError(f"{where}: a turn shows image {max(numbers)}, but there are {len(images)} in `images`")

@@ -19,7 +19,7 @@ from typing import Any, get_args
 
 from PIL import Image, UnidentifiedImageError
 
-from himap_train.data.pixel_modes import as_rgb, orientation
+from himap_train.data.pixel_modes import SAY_HOW_IT_LIES, as_rgb, orientation
 from himap_train.data.records import ImageSource, RecordError
 from himap_train.models.families.base import Background
 
@@ -129,8 +129,7 @@ def _lies_on_its_side(image: Image.Image) -> bool:
     """Whether width and height change places when it is turned upright. Of a PNG what stands before its pixels says it,
     as Pillow would decode them to look behind; a TIFF turns itself.
     """
-    said = {"exif", "Raw profile type exif", "XML:com.adobe.xmp"} & image.info.keys()
-    if image.format == "TIFF" or (image.format == "PNG" and not said):
+    if image.format == "TIFF" or (image.format == "PNG" and SAY_HOW_IT_LIES.isdisjoint(image.info)):
         return False
     return orientation(image) in (5, 6, 7, 8)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from himap_train.data.lengths import hint
-from himap_train.data.records import Conversation, Source, changes_with_epoch
+from himap_train.data.records import Conversation, Source, changes_with_epoch, outline
 from himap_train.data.sources import open_source
 from himap_train.pruning.names import check_keys, field_names
 from himap_train.structured import Rule, check_shape
@@ -105,8 +105,7 @@ class MixedRecords:
 
     def outline(self, index: int) -> Conversation:
         """The record at `index`, without its images where its source can."""
-        source, place = self._place(index)
-        return getattr(source, "outline", source.__getitem__)(place)
+        return outline(*self._place(index))
 
     def stored(self, index: int) -> bool:
         """Whether a record lies somewhere; others are made when they are asked for."""

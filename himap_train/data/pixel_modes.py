@@ -15,7 +15,8 @@ from himap_train.models.families.base import Background
 
 _WHITES = {"I": (255.0, 65535.0, 2.0**31), "F": (1.0, 255.0, 65535.0)}  # the first that no pixel is above is white
 _BITS_PER_SAMPLE = 258  # tag of TIFF
-_SAY_HOW_IT_LIES = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+SAY_HOW_IT_LIES = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}
+"""What a picture's `info` may hold of its orientation."""
 _TURNS = dict(enumerate(map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), 2))
 """What turns a picture upright, by its EXIF orientation from 2 to 8: Pillow's own, without writing the tags anew, which
 fails for good pictures with one odd tag."""
@@ -50,7 +51,7 @@ def as_rgb(image: Image.Image, background: Background = "white") -> Image.Image:
     image.load()  # a TIFF turns itself then
     if (turned := _TURNS.get(orientation(image))) is not None:
         image = image.transpose(turned)
-        image.info = {name: value for name, value in image.info.items() if name not in _SAY_HOW_IT_LIES}
+        image.info = {name: value for name, value in image.info.items() if name not in SAY_HOW_IT_LIES}
     if image.mode.startswith("I;16"):
         values, clear = _values(image), image.info.get("transparency")
         grey = _grey(values, 2**bits - 1)

@@ -82,3 +82,9 @@ class Source(Protocol):
 def changes_with_epoch(source: object) -> bool:
     """Whether a source has other records in each epoch: then its attribute `epoch` must be set to the one wanted."""
     return hasattr(source, "epoch") and not getattr(source, "fixed", False)
+
+
+def outline(source: Source, index: int) -> Conversation:
+    """The record at `index`, without what its images hold where its source can; RecordError as the source raises it."""
+    found: Conversation = getattr(source, "outline", source.__getitem__)(index)
+    return found

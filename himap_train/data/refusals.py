@@ -47,9 +47,10 @@ def refuse_other_tasks(record: Mapping[str, Any], where: str) -> None:
         raise RecordError(f"{where} has `tools`, of which no turn would be told; write them into a system turn")
 
 
-def refuse_unread(record: Mapping[str, Any], turns: Sequence[Turn], shown: Sequence[Any], where: str) -> None:
+def refuse_unread(
+    record: Mapping[str, Any], images: Sequence[Any], turns: Sequence[Turn], shown: Sequence[Any], where: str
+) -> None:
     """Raises RecordError for pictures, boxes, videos or sound that a record has and no turn would get."""
-    images = any(record.get(key) not in (None, []) for key in IMAGE_KEYS)
     other = unread_pictures([name for name in record if record[name]])
     other += ["media"] * (isinstance(record.get("media"), list | dict) and bool(record["media"]) and not images)
     if other and (images or not shown or any(isinstance(image, int) for image in shown)):

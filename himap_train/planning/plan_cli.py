@@ -14,7 +14,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 from himap_train.command_line import with_underscores
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.attention import ATTENTION_IMPLEMENTATIONS
-from himap_train.models.families.image_form import limit_images
 from himap_train.planning.device_memory import GIB, configured_strategy
 from himap_train.planning.facts import ModelFacts, model_facts
 from himap_train.planning.run_plan import Duration, Plan, RunSettings, Sample, make_plan
@@ -117,8 +116,7 @@ class PlanCLI(FinetuneCLI):
             missing = " and ".join(name for name, lacks in needed.items() if lacks)
             return replace(plan, notes=(*plan.notes, f"for hours and cost give {missing}"))
         if self.config.measured:
-            self.data.processor = limit_images(processor_of(self.config.model.path), self.data.max_image_tokens)
-            self.data.cache_image_features = None
+            self.data.processor, self.data.cache_image_features = processor_of(self.config.model.path), None
             self.data.group_by_length = False  # the longest come first there, and these few are to be of any length
             seconds = seconds_a_sample(self.tuner, self.data, self.config.trainer)
             ran = make_plan(plan.facts, replace(plan.run, cached=False), plan.sides[-1].schedule, plan.sample)

@@ -21,8 +21,7 @@ from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import RecordError
 from himap_train.data.tokens import ConversationTokenizer
 from himap_train.models.families import family_of_config
-from himap_train.models.families.base import Family
-from himap_train.models.families.image_form import limit_images
+from himap_train.models.families.image_form import check_limit, limit_images
 from himap_train.models.families.processing import FILES
 from himap_train.models.loading import load_config, load_processor, resolve_model
 from himap_train.models.training_cost import tokens_of_image
@@ -73,9 +72,7 @@ def read_sample(
     Raises:
         ValueError: The model's folder has a processor that cannot be used.
     """
-    family = family_of_config(config)
-    if type(family).limit_image_tokens is Family.limit_image_tokens:
-        limit_images(None, data.max_image_tokens, family)  # which it refuses
+    check_limit(family_of_config(config), data.max_image_tokens)
     image_tokens = min(tokens_of_image(config), data.max_image_tokens or sys.maxsize)
     here = any((Path(path) / name).is_file() for name in (*FILES, "tokenizer.json", "tokenizer_config.json"))
     processor = limit_images(load_processor(path, config), data.max_image_tokens) if here else None

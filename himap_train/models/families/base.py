@@ -73,6 +73,7 @@ class Family(ABC):
         towers: `model_type` of the vision configs that `read_tower` reads.
         caches_features: Whether what the tower gives can be kept on disk: one fixed shape an image, then the projector.
         takes_padding: Whether `image_aspect_ratio: pad` means anything to its processor.
+        resizes_images: Whether images may be made smaller, for fewer image tokens.
         counts_images: Whether an image is cut otherwise where its conversation has several.
     """
 
@@ -93,6 +94,7 @@ class Family(ABC):
     towers: ClassVar[tuple[str, ...]] = ()
     caches_features: ClassVar[bool] = False
     takes_padding: ClassVar[bool] = False
+    resizes_images: ClassVar[bool] = False
     counts_images: ClassVar[bool] = False
 
     # The model.
@@ -192,8 +194,8 @@ class Family(ABC):
         return [self.tokens_of_size(processor, size, aspect_ratio) for size in sizes]
 
     def limit_image_tokens(self, processor: Any, most: int) -> None:
-        """Let a processor make no image larger than so many image tokens; raises ValueError where it cannot."""
-        raise ValueError(f"images of family {self.name} have as many tokens as its weights say; prune them instead")
+        """Let a processor make no image larger than so many image tokens; ValueError where none is so small."""
+        raise TypeError(f"family {self.name} makes no image smaller")
 
     def placeholder(self, processor: Any, tokens: int) -> list[int]:
         """Token ids in the place of the one that the chat template writes for an image of so many image tokens."""

@@ -56,17 +56,25 @@ def take_form(processor: Any, form: ImageForm) -> None:
     processor.himap_image_form = form
 
 
-def limit_images(processor: Any, most: int | None, family: Family | None = None) -> Any:
+def check_limit(family: Family, most: int | None) -> None:
+    """Raise ValueError for a limit where images of a family are not made smaller."""
+    if most is not None and not family.resizes_images:
+        raise ValueError(
+            f"data.max_image_tokens is {most}: images of family {family.name} have as many tokens as its weights say; "
+            "prune them instead"
+        )
+
+
+def limit_images(processor: Any, most: int | None) -> Any:
     """A processor, made to make no image larger than so many image tokens; None: as it is.
 
     Raises:
         ValueError: Its images cannot be of so few.
     """
-    if most is not None and not (processor is None and family is None):
-        try:
-            (family or family_of_processor(processor)).limit_image_tokens(processor, most)
-        except ValueError as error:
-            raise ValueError(f"data.max_image_tokens is {most}: {error}") from None
+    if processor is not None and most is not None:
+        family = family_of_processor(processor)
+        check_limit(family, most)
+        family.limit_image_tokens(processor, most)
     return processor
 
 

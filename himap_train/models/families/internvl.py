@@ -31,6 +31,7 @@ class InternVL(Family):
     name: ClassVar[str] = "internvl"
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
     processor_class: ClassVar[type[Any]] = PartsProcessor
+    resizes_images: ClassVar[bool] = True
 
     def empty_images(self, model: Any) -> dict[str, Tensor]:
         """One blank tile."""
@@ -81,7 +82,9 @@ class InternVL(Family):
         """By the most tiles (`max_patches`), beside which several have a thumbnail."""
         tile, images = int(processor.settings["tile_tokens"]), processor.image_processor
         if most < tile:
-            raise ValueError(f"the smallest image of this checkpoint, one tile, has {tile}")
+            raise ValueError(
+                f"data.max_image_tokens is {most}: the smallest image of this checkpoint, one tile, has {tile}"
+            )
         crops = most // tile
         images.max_patches = min(images.max_patches, crops - 1 if crops > 2 else 1)
         images.min_patches = min(images.min_patches, images.max_patches)

@@ -29,6 +29,7 @@ class Qwen2VL(Family):
     vision_name: ClassVar[str] = "model.visual"
     projector_names: ClassVar[tuple[str, ...]] = ("model.visual.merger",)
     processor_class: ClassVar[type[Any]] = PartsProcessor
+    resizes_images: ClassVar[bool] = True
     renumbers: ClassVar[bool] = False
     weight_renames: ClassVar[tuple[tuple[str, str], ...]] = (
         (r"^visual\.", "model.visual."),
