@@ -17,7 +17,7 @@ from himap_train.checkpoints.adapter_parts import adapter_processor, resized_tok
 from himap_train.checkpoints.card import model_card
 from himap_train.checkpoints.finite import NonFiniteError, not_finite, require_finite
 from himap_train.checkpoints.load import adapter_source
-from himap_train.checkpoints.merge import Merger, parameter_name
+from himap_train.checkpoints.merge import Merger, embeddings_name, parameter_name
 from himap_train.checkpoints.ranking import read_ranking, require_ranking, write_ranking
 from himap_train.checkpoints.run_facts import run_facts
 from himap_train.checkpoints.same_base import require_same_base
@@ -167,7 +167,7 @@ def _tied(config: Any, infos: list[TensorInfo]) -> bool:
         return False
     family = family_of_config(config)
     held = {parameter_name(info.name, family): info for info in infos}
-    head, embeddings = held.get("lm_head.weight"), held.get("model.language_model.embed_tokens.weight")
+    head, embeddings = held.get("lm_head.weight"), held.get(embeddings_name(family))
     return head is None or embeddings is None or torch.equal(head.read(), embeddings.read())
 
 

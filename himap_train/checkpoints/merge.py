@@ -33,7 +33,6 @@ _UNDERSTOOD = {key.removesuffix("?") for key in PEFT_SHAPE} | {
     "megatron_core",
 }
 
-_EMBEDDINGS = "model.language_model.embed_tokens.weight"
 _WITH_PEFT = (
     "merge it with PEFT itself, schedule included: model, processor = load_checkpoint(ADAPTER); "
     "model.merge_and_unload().save_pretrained(FOLDER); processor.save_pretrained(FOLDER); "
@@ -48,6 +47,11 @@ def parameter_name(name: str, family: Family) -> str:
         if changed:
             return name
     return name
+
+
+def embeddings_name(family: Family) -> str:
+    """Name of the decoder's embeddings, as `parameter_name` gives it."""
+    return f"{family.decoder_name}.embed_tokens.weight"
 
 
 def require_mergeable(peft: dict[str, Any]) -> None:
@@ -149,8 +153,9 @@ class Merger:
             if name in self.magnitudes:
                 merged *= (self.magnitudes[name].float() / torch.linalg.norm(merged, dim=1))[:, None]
             return merged
-        if self.tied_head and name == "lm_head.weight" and _EMBEDDINGS in self.whole:
-            return self.whole[_EMBEDDINGS]
+        embeddings = embeddings_name(self.family)
+        if self.tied_head and name == "lm_head.weight" and embeddings in self.whole:
+            return self.whole[embeddings]
         if name in self.low_rank or name in self.whole:
             raise ValueError(f"{self.base} holds {name} twice, under two names")
         return info.read()

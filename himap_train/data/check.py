@@ -183,13 +183,14 @@ def _examine(
     conversation: Conversation, exchanges: list[TokenizedExchange], encoder: Encoder, report: DataReport
 ) -> None:
     """Length and image tokens of one record, and whether it fits; RecordError if it cannot be used."""
-    counts = encoder.image_tokens(*(image_size(image, conversation.where) for image in conversation.images))
+    places = encoder.places(conversation)
+    counts = [place.count(encoder.processor.image_token_id) for place in places]
     for count in counts:
         report.image_tokens[count] = report.image_tokens.get(count, 0) + 1
     for exchange in exchanges:
         report.token_ids.update(exchange.prompt, exchange.answer)
         report.answer_ids.update(exchange.answer)
-    ends = encoder.ends(exchanges, counts)
+    ends = encoder.ends(exchanges, places)
     report.lengths.append((conversation.id, ends[-1]))
     kept = encoder.fitting(conversation, ends)
     image = sum(counts[: encoder.shown(exchanges[:kept])])

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from typing import Any, NotRequired, TypedDict
 
 import torch
+from PIL import Image
 
 from himap_train.data.images import image_size, open_image
 from himap_train.data.pixel_modes import check_background
 from himap_train.data.records import Conversation, RecordError
 from himap_train.data.tokens import ConversationTokenizer, TokenizedExchange
+from himap_train.data.turns import first_exchanges
 from himap_train.models.families import family_of_processor
 from himap_train.models.families.base import AspectRatio, Background
 from himap_train.models.families.image_form import image_form
@@ -97,19 +98,19 @@ class Encoder:
             SampleTooLongError: not even the first question with its answer fits.
         """
         exchanges = self._tokenizer(conversation)
-        images, counts = self._images(conversation)
-        kept = self.fitting(conversation, self.ends(exchanges, counts))
+        images, places = self._images(conversation)
+        kept = self.fitting(conversation, self.ends(exchanges, places))
         ids: list[int] = []
         labels: list[int] = []
         shown = 0
         for exchange in exchanges[:kept]:
             used = self.shown([exchange])
-            prompt = self._expand(exchange.prompt, counts[shown : shown + used])
+            prompt = _expanded(exchange.prompt, places[shown : shown + used], self._image_id)
             ids += prompt + exchange.answer
             labels += [IGNORED] * len(prompt) + exchange.answer
             shown += used
         if shown < len(images) and self.family.counts_images:
-            sample = self.encode(_first(conversation, kept, shown))
+            sample = self.encode(first_exchanges(conversation, kept, shown))
             return {**sample, "dropped_exchanges": len(exchanges) - kept + sample["dropped_exchanges"]}
         return {
             "id": conversation.id,
@@ -126,8 +127,8 @@ class Encoder:
         Raises:
             RecordError: the conversation or one of its images cannot be used, or the prompt is longer than max_length.
         """
-        images, counts = self._images(conversation)
-        ids = self._prompt_ids(conversation, counts)
+        images, places = self._images(conversation)
+        ids = self._prompt_ids(conversation, places)
         if self.max_length is not None and len(ids) > self.max_length:
             raise SampleTooLongError(self._too_long(conversation, "the prompt takes", len(ids)))
         return {
@@ -144,8 +145,7 @@ class Encoder:
         Raises:
             RecordError: the conversation or one of its images cannot be used.
         """
-        sizes = (image_size(image, conversation.where) for image in conversation.images)
-        ids = self._prompt_ids(conversation, self.image_tokens(*sizes))
+        ids = self._prompt_ids(conversation, self.places(conversation))
         images = ids.count(self._image_id)
         return images, len(ids) - images
 
@@ -160,20 +160,26 @@ class Encoder:
                 self._image_tokens[sizes] = self.family.tokens_of_sizes(self.processor, sizes, self.image_aspect_ratio)
         return self._image_tokens[sizes]
 
-    def ends(self, exchanges: list[TokenizedExchange], counts: list[int]) -> list[int]:
+    def places(self, conversation: Conversation) -> list[list[int]]:
+        """Token ids in the place of each image, reading no more than the headers of images.
+
+        Raises:
+            RecordError: one of the images cannot be used.
+        """
+        sizes = [image_size(image, conversation.where) for image in conversation.images]
+        return list(map(self._place, self.image_tokens(*sizes), sizes))
+
+    def ends(self, exchanges: list[TokenizedExchange], places: list[list[int]]) -> list[int]:
         """Length of the sample up to the end of each exchange.
 
         Args:
             exchanges: from the tokenizer.
-            counts: image tokens of each image.
+            places: token ids in the place of each image.
         """
-        remaining, total, ends = iter(counts), 0, []
-        around = len(self.family.placeholder(self.processor, 0))
+        remaining, total, ends = iter(places), 0, []
         for exchange in exchanges:
             images = self.shown([exchange])
-            total += (
-                len(exchange.prompt) + len(exchange.answer) + (around - 1) * images + sum(islice(remaining, images))
-            )
+            total += len(exchange.prompt) + len(exchange.answer) - images + sum(map(len, islice(remaining, images)))
             ends.append(total)
         return ends
 
@@ -196,31 +202,39 @@ class Encoder:
             raise SampleTooLongError(self._too_long(conversation, "the first question and answer take", ends[0]))
         return fit
 
-    def _images(self, conversation: Conversation) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
-        """Each image as the model takes it, and its number of image tokens."""
-        where, family = conversation.where, self.family
-        opened = (open_image(image, where, self.image_background) for image in conversation.images)
+    def _images(self, conversation: Conversation) -> tuple[list[dict[str, torch.Tensor]], list[list[int]]]:
+        """Each image as the model takes it, and the token ids in its place."""
+        where, family, sizes = conversation.where, self.family, list[tuple[int, int]]()
+
+        def opened() -> Iterator[Image.Image]:
+            for image in conversation.images:
+                picture = open_image(image, where, self.image_background)
+                sizes.append(picture.size)
+                yield picture
+
         with _refused(where):
-            images = family.encode_conversation(self.processor, opened, self.image_aspect_ratio)
-        return images, [family.image_tokens(self.processor, image) for image in images]
+            images = family.encode_conversation(self.processor, opened(), self.image_aspect_ratio)
+        counts = [family.image_tokens(self.processor, image) for image in images]
+        return images, list(map(self._place, counts, sizes))
 
-    def _prompt_ids(self, conversation: Conversation, counts: list[int]) -> list[int]:
+    def _place(self, tokens: int, size: tuple[int, int]) -> list[int]:
+        return self.family.placeholder(self.processor, tokens, size)
+
+    def _prompt_ids(self, conversation: Conversation, places: list[list[int]]) -> list[int]:
         exchanges = self._tokenizer(conversation, prompt=True)
-        return self._expand([token for one in exchanges for token in one.prompt + one.answer], counts)
-
-    def _expand(self, ids: list[int], counts: list[int]) -> list[int]:
-        remaining = iter(counts)
-        expanded: list[int] = []
-        for token in ids:
-            is_image = token == self._image_id
-            expanded += self.family.placeholder(self.processor, next(remaining)) if is_image else [token]
-        return expanded
+        return _expanded([token for one in exchanges for token in one.prompt + one.answer], places, self._image_id)
 
     def _too_long(self, conversation: Conversation, what: str, length: int) -> str:
         return (
             f"{conversation.where}: {what} {length} tokens, image tokens included, and max_length is "
             f"{self.max_length}; set a larger max_length or shorten the sample"
         )
+
+
+def _expanded(ids: list[int], places: list[list[int]], image_id: int) -> list[int]:
+    """Token ids with those of `places` where the images are."""
+    remaining = iter(places)
+    return [token for given in ids for token in (next(remaining) if given == image_id else [given])]
 
 
 @contextmanager
@@ -234,11 +248,3 @@ def _refused(what: str) -> Iterator[None]:
         raise RecordError(f"{what}: {error}") from error
     except MemoryError as error:
         raise RecordError(f"{what}: an image does not fit into memory; scale it down") from error
-
-
-def _first(conversation: Conversation, exchanges: int, images: int) -> Conversation:
-    """The first exchanges of a conversation, with the images that they show."""
-    system = conversation.turns[0].role == "system"
-    return replace(
-        conversation, turns=conversation.turns[: system + 2 * exchanges], images=conversation.images[:images]
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Turn, blank
@@ -72,3 +73,11 @@ def _parts(turn: Turn) -> list[dict[str, str]]:
         for piece in pieces
         if piece.strip()
     ]
+
+
+def first_exchanges(conversation: Conversation, exchanges: int, images: int) -> Conversation:
+    """The first questions of a conversation with their answers, and the images that they show."""
+    system = conversation.turns[0].role == "system"
+    return replace(
+        conversation, turns=conversation.turns[: system + 2 * exchanges], images=conversation.images[:images]
+    )

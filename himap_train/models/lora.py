@@ -29,7 +29,6 @@ Projector = Literal["train", "lora", "freeze"]
 Part = Projector
 
 DECODER_LINEAR = "decoder-linear"
-_DECODER = r"(?:.*\.)?language_model\.layers\.\d+\."
 
 
 def attach_lora(
@@ -106,15 +105,17 @@ def attach_lora(
 
 def _target_pattern(model: nn.Module, targets: str | list[str]) -> str:
     """One regular expression over whole module names, checked against the model."""
+    decoder = family_of(model).decoder_name.rsplit(".", 1)[-1]
+    inside = rf"(?:.*\.)?{decoder}\.layers\.\d+\."
     linear = [name for name, module in model.named_modules() if is_linear(module)]
-    in_decoder = [name for name in linear if re.match(_DECODER, name)]
+    in_decoder = [name for name in linear if re.match(inside, name)]
     if isinstance(targets, str) and targets != DECODER_LINEAR:
         pattern = targets
     else:
         endings = {name.rsplit(".", 1)[-1] for name in in_decoder} if targets == DECODER_LINEAR else set(targets)
-        pattern = _ending_pattern(endings)
+        pattern = _ending_pattern(inside, endings)
         unmatched = [
-            ending for ending in endings if not any(re.fullmatch(_ending_pattern({ending}), n) for n in linear)
+            ending for ending in endings if not any(re.fullmatch(_ending_pattern(inside, {ending}), n) for n in linear)
         ]
         if unmatched:
             raise ValueError(f"LoRA targets {sorted(unmatched)} match nothing; {_available(in_decoder)}")
@@ -125,11 +126,11 @@ def _target_pattern(model: nn.Module, targets: str | list[str]) -> str:
         raise ValueError(f"LoRA targets {targets!r} are not a valid regular expression: {error}") from error
     if not hits:
         raise ValueError(f"LoRA targets {targets!r} match nothing; {_available(in_decoder)}")
-    outside = [name for name in hits if not re.match(_DECODER, name) and not name.endswith("lm_head")]
+    outside = [name for name in hits if not re.match(inside, name) and not name.endswith("lm_head")]
     if outside:
         raise ValueError(
             f"LoRA targets {targets!r} reach {len(outside)} layers outside the decoder, the first is {outside[0]!r}; "
-            "start the expression with `.*language_model.*`. For the projector use projector='lora'."
+            f"start the expression with `.*{decoder}.*`. For the projector use projector='lora'."
         )
     return pattern
 
@@ -140,9 +141,9 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (all(type(size) is int for size in sizes) and not any(module.children()))
 
 
-def _ending_pattern(endings: Iterable[str]) -> str:
+def _ending_pattern(inside: str, endings: Iterable[str]) -> str:
     """Modules below the decoder's layers whose name ends with one of `endings`."""
-    return rf"{_DECODER}(?:[\w.]+\.)?(?:{'|'.join(re.escape(ending) for ending in sorted(endings))})"
+    return rf"{inside}(?:[\w.]+\.)?(?:{'|'.join(re.escape(ending) for ending in sorted(endings))})"
 
 
 def _available(in_decoder: list[str]) -> str:
@@ -178,7 +179,7 @@ def parameter_group(name: str, family: Family) -> str:
         return "vision tower"
     if "lora_" in name:
         return "lora"
-    return "decoder" if "language_model" in name or ".lm_head." in name else "other"
+    return "decoder" if f"{family.decoder_name}." in name or ".lm_head." in name else "other"
 
 
 def _elements(parameter: nn.Parameter) -> int:

@@ -23,7 +23,7 @@ from himap_train.models.loading import load_llava
 from himap_train.models.lora import DECODER_LINEAR, Part, Projector, attach_lora
 from himap_train.models.loss import calls_needed, distilled_loss, supervised_loss
 from himap_train.models.quantize import Quantize
-from himap_train.models.stock import base_model
+from himap_train.models.stock import base_model, text_decoder
 from himap_train.models.versions import checkpoint_activations
 from himap_train.pruning.reading import fit_preset, is_preset, read_schedule
 from himap_train.pruning.schedule import PruningSchedule
@@ -155,7 +155,7 @@ class LlavaFineTuner(AdapterModule):
             self.llava = self.attach(model)
         if start is not None:
             start_from(self.llava, start, str(self.init_adapter))
-        decoder = base_model(self.llava).model.language_model
+        decoder = text_decoder(self.llava)
         if self.gradient_checkpointing:
             checkpoint_activations(decoder)
         self.schedule = self.fitted_schedule(decoder.config.num_hidden_layers)

@@ -64,6 +64,7 @@ class Family(ABC):
         name: As the docs call it.
         model_types: `model_type` of the configs that it opens.
         decoder_types: `model_type` of the text configs that run in the layer loop.
+        decoder_name: Path of the text decoder below the model.
         vision_name: Path of the vision tower below the model.
         projector_names: Paths of what stands between tower and decoder, and is trained and saved as the projector.
         weight_renames: How names in published files, and in adapters of earlier releases of transformers, become those
@@ -80,6 +81,7 @@ class Family(ABC):
     name: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
     decoder_types: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
+    decoder_name: ClassVar[str] = "model.language_model"
     vision_name: ClassVar[str] = "model.vision_tower"
     projector_names: ClassVar[tuple[str, ...]] = ("model.multi_modal_projector",)
     weight_renames: ClassVar[tuple[tuple[str, str], ...]] = (
@@ -101,7 +103,7 @@ class Family(ABC):
 
     def decoder(self, model: nn.Module) -> Any:
         """The text decoder."""
-        return model.model.language_model  # type: ignore[union-attr]
+        return model.get_submodule(self.decoder_name)
 
     def vision(self, model: nn.Module) -> Any:
         """The vision tower."""
@@ -197,8 +199,10 @@ class Family(ABC):
         """Let a processor make no image larger than so many image tokens; ValueError where none is so small."""
         raise TypeError(f"family {self.name} makes no image smaller")
 
-    def placeholder(self, processor: Any, tokens: int) -> list[int]:
-        """Token ids in the place of the one that the chat template writes for an image of so many image tokens."""
+    def placeholder(self, processor: Any, tokens: int, size: tuple[int, int]) -> list[int]:
+        """Token ids in the place of the one that the chat template writes for an image of so many image tokens and this
+        (width, height) in pixels.
+        """
         return [processor.image_token_id] * tokens
 
     # Pictures of what is kept.

@@ -89,9 +89,9 @@ class InternVL(Family):
         images.max_patches = min(images.max_patches, crops - 1 if crops > 2 else 1)
         images.min_patches = min(images.min_patches, images.max_patches)
 
-    def placeholder(self, processor: Any, tokens: int) -> list[int]:
+    def placeholder(self, processor: Any, tokens: int, size: tuple[int, int]) -> list[int]:
         """`<img>`, the image tokens of all tiles, `</img>`."""
-        inside = super().placeholder(processor, tokens)
+        inside = super().placeholder(processor, tokens, size)
         return [processor.settings["start_image_id"], *inside, processor.settings["end_image_id"]]
 
     def token_blocks(self, processor: Any, image: Images, picture: Image.Image) -> list[TokenBlock]:
