@@ -158,7 +158,7 @@ class CachedEncoder(Encoder):
         features = [image[_FEATURES] for image in sample["images"]]
         return {**sample, "images": [], "image_features": torch.stack(features) if features else self._filled().none()}
 
-    def _images(self, conversation: Conversation) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
+    def _images(self, conversation: Conversation) -> tuple[list[dict[str, torch.Tensor]], list[list[int]]]:
         store, where = self._filled(), conversation.where
         found: list[dict[str, torch.Tensor]] = []
         for image in conversation.images:
@@ -171,7 +171,8 @@ class CachedEncoder(Encoder):
                     f"{where}: an image has no features in {store.folder}; it has changed since the run started, or "
                     "files were deleted there. Resume the run (--resume): it computes what is missing"
                 ) from None
-        return found, [store.shape[0]] * len(found)
+        # features of one shape stand for images of any size
+        return found, [self._place(store.shape[0], (0, 0)) for _ in found]
 
     def _filled(self) -> FeatureStore:
         if self._store is None:
