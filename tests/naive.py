@@ -77,7 +77,7 @@ def naive_row(
     forced: list[Tensor] | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """One row (T, D) without padding -> final states (T, D) and, per stage, which tokens are alive after it (T,)."""
-    decoder = model.model.language_model
+    decoder = model.get_decoder()
     positions, alive = torch.arange(len(hidden)), torch.ones(len(hidden), dtype=torch.bool)
     weights, keys, before, history, given = torch.zeros(0), torch.zeros(0), hidden, [], hidden
     for index, layer in enumerate(decoder.layers):

@@ -21,7 +21,7 @@ from himap_train.training.zero.strategy import ZeroStrategy
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-COUNT = 15
+COUNT = 16
 OVERLAYS = sorted((ROOT / "configs" / "deepspeed").glob("*.yaml"))
 OVERLAY_COUNT = 4
 RUN = "zero3"

@@ -48,9 +48,18 @@ def test_qwen_images_have_no_more_tokens_and_small_ones_as_many_as_before(kind: 
     assert max(now) > most // 2 or now == before  # no smaller than they must be
 
 
-@pytest.mark.parametrize(("tiles", "expected"), [(1, 1), (2, 1), (3, 3), (4, 4), (99, 7)])
-def test_internvl_has_as_many_tiles_as_fit_with_their_thumbnail(tiles: int, expected: int, tmp_path: Path) -> None:
-    folder = EVERY["internvl"].folder(tmp_path, 2)
+@pytest.mark.parametrize(
+    ("name", "tiles", "expected"),
+    [
+        *[("internvl", *fit) for fit in ((1, 1), (2, 1), (3, 3), (4, 4), (99, 7))],
+        *[("smolvlm", *fit) for fit in ((1, 1), (4, 1), (5, 5), (9, 5), (10, 10), (99, 10))],
+        ("idefics3", 9, 5),
+    ],
+)
+def test_there_are_as_many_tiles_as_fit_with_their_thumbnail(
+    name: str, tiles: int, expected: int, tmp_path: Path
+) -> None:
+    folder = EVERY[name].folder(tmp_path, 2)
     processor = _processor(folder)
     one = int(processor.settings["tile_tokens"])
     limit_images(processor, tiles * one + one - 1)

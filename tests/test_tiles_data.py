@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +14,19 @@ from data_examples import talk
 from PIL import Image
 from tiny_tiles import EVERY, IMAGE_ID, PATCH, PLAIN, SIDE, TILED, Tiny, byte_tokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 from himap_train.data.batches import collate
 from himap_train.data.check import check_source
 from himap_train.data.encode import Encoder, SampleTooLongError
 from himap_train.data.lengths import estimate_lengths
 from himap_train.data.records import Conversation
+from himap_train.models.families.smolvlm import SmolVLM
 from himap_train.models.features import hidden_states
 from himap_train.models.loading import load_llava
 
@@ -62,11 +69,21 @@ def stock_internvl(processor: Any, config: Any) -> Any:
     return stock
 
 
+def stock_smolvlm(name: str) -> Any:
+    stock: Any = object.__new__(SmolVLMProcessor if name == "smolvlm" else Idefics3Processor)
+    stock.image_seq_len, stock.image_token, stock.image_token_id = 4, "<image>", IMAGE_ID
+    stock.fake_image_token, stock.global_image_token = "<fake_token_around_image>", "<global-img>"
+    stock.global_image_tag = "<global-img>"
+    return stock
+
+
 def stock_text(name: str, model: Any, processor: Any, images: list[Image.Image]) -> list[str]:
     """What the stock processor's own code puts in the place of each image of one conversation."""
     parts = processor.image_processor
     if name == "internvl":
         stock, made = stock_internvl(processor, model.config), parts(images, crop_to_patches=True, return_tensors="pt")
+    elif TILED[name].family == "smolvlm":
+        stock, made = stock_smolvlm(name), parts([images], return_tensors="pt", return_row_col_info=True)
     elif name == "llava_onevision":
         stock, made = stock_onevision(processor, model.config), parts([images], return_tensors="pt")
     else:
@@ -194,7 +211,7 @@ def test_onevision_counts_the_images_of_what_is_left(loaded: Any) -> None:
 
 @pytest.mark.parametrize("name", TILED)
 def test_padding_is_refused_by_the_familys_name(name: str, loaded: Any) -> None:
-    with pytest.raises(ValueError, match=f"'pad' does not go with family {name}"):
+    with pytest.raises(ValueError, match=f"'pad' does not go with family {TILED[name].family}"):
         Encoder(loaded[name][1], image_aspect_ratio="pad")
 
 
@@ -212,7 +229,7 @@ def test_check_and_lengths_know_the_tokens_without_decoding(name: str, loaded: A
     expected = [len(encoder.encode(sample)["input_ids"]) for sample in (*source, both)]
     assert [length for _, length in report.lengths] == expected
     _, image_tokens = estimate_lengths(source, encoder)  # type: ignore[arg-type]
-    assert image_tokens.tolist() == [encoder.image_tokens((40, 25))[0]] * 2
+    assert image_tokens.tolist() == [max(encoder.image_tokens((40, 25)) + encoder.image_tokens((16, 16)))] * 2
 
 
 @pytest.mark.parametrize("name", TILED)
@@ -237,6 +254,41 @@ def test_a_tower_without_a_class_token_keeps_its_zero(name: str, loaded: Any) ->
     assert found == [SIDE**2 - ("default" in name)] and tiny.family == "llava"
 
 
+@pytest.mark.parametrize("kind", [SmolVLMImageProcessorPil, Idefics3ImageProcessorPil])
+@pytest.mark.parametrize(("longest", "tile"), [(48, 16), (56, 14), (40, 16), (16, 16), (4200, 2100)])
+def test_smolvlm_cuts_a_picture_as_its_image_processor_does(kind: Any, longest: int, tile: int) -> None:
+    """Of all shapes, of sizes just at and beside whole tiles, and of edges longer than it takes at all."""
+    processor = SimpleNamespace(
+        image_processor=kind(size={"longest_edge": longest}, max_image_size={"longest_edge": tile})
+    )
+    draw = random.Random(longest)
+    shapes = [(draw.randint(1, 150), draw.randint(1, 150)) for _ in range(60)]
+    shapes += [(a, b) for a in (1, 16, 17, 47, 48, 49) for b in (1, 15, 16, 17, 32, 33, 48)]
+    for size in shapes if longest < 4096 else [(100, 51), (49, 100)]:
+        made = processor.image_processor([Image.new("RGB", size)], return_tensors="pt", return_row_col_info=True)
+        expected = made["rows"][0][0] or 1, made["cols"][0][0] or 1
+        assert SmolVLM().tiles(processor, size) == expected, size
+
+
+def test_a_smolvlm_picture_that_is_not_cut_is_one_tile(loaded: Any) -> None:
+    _, processor = loaded["smolvlm"]
+    whole = copy.copy(processor)
+    whole.image_processor = copy.copy(processor.image_processor)
+    whole.image_processor.do_image_splitting = False
+    sample = Encoder(whole).encode(asked((40, 25)))
+    assert sample["images"][0]["pixel_values"].shape[0] == 1 and (sample["input_ids"] == IMAGE_ID).sum() == 4
+    text = processor.tokenizer.decode(sample["input_ids"])
+    assert "<fake_token_around_image><global-img>" + "<image>" * 4 + "<fake_token_around_image>" in text
+
+
+def test_a_smolvlm_tokenizer_without_its_marks_is_refused(loaded: Any, tmp_path: Path) -> None:
+    model, processor = loaded["smolvlm"]
+    byte_tokenizer("<image>", "</s>").save_pretrained(tmp_path)
+    processor.image_processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no <fake_token_around_image>, which stands around a tile"):
+        Encoder(processor).family.load_processor(str(tmp_path), model.config)
+
+
 def test_an_internvl_tokenizer_without_its_marks_is_refused(loaded: Any, tmp_path: Path) -> None:
     model, processor = loaded["internvl"]
     byte_tokenizer("<IMG_CONTEXT>", "</s>").save_pretrained(tmp_path)
@@ -253,7 +305,7 @@ class _Seeing(torch.nn.Module):
         self.class_token = class_token
 
     def forward(self, pixel_values: torch.Tensor, **options: Any) -> Any:
-        features = torch.nn.functional.avg_pool2d(pixel_values, PATCH).flatten(2).transpose(1, 2)
+        features = torch.nn.functional.avg_pool2d(pixel_values, PATCH).flatten(2).transpose(1, 2).contiguous()
         if self.class_token:
             features = torch.nn.functional.pad(features, (0, 0, 1, 0))
         return BaseModelOutputWithPooling(last_hidden_state=features, hidden_states=(features,) * 3)
@@ -271,7 +323,12 @@ class _Passing(torch.nn.Module):
 def test_blocks_lie_where_their_tokens_look(name: str, size: tuple[int, int], loaded: Any) -> None:
     """A picture whose red tells how far right and whose green tells how far down it is."""
     model, processor = copy.deepcopy(loaded[name][0]), loaded[name][1]
-    model.model.vision_tower, model.model.multi_modal_projector = _Seeing(name != "llava_onevision"), _Passing()
+    tower, projector = _Seeing(name not in ("llava_onevision", "smolvlm", "idefics3")), _Passing()
+    setattr(model.model, TILED[name].tower, tower)
+    if TILED[name].family == "smolvlm":
+        model.model.connector.modality_projection = projector  # the connector joins patches itself
+    else:
+        model.model.multi_modal_projector = projector
     encoder, (width, height) = Encoder(processor), size
     red = torch.linspace(0, 255, width).expand(height, -1)
     green = torch.linspace(0, 255, height).unsqueeze(1).expand(-1, width)

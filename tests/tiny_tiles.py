@@ -13,6 +13,8 @@ from tiny import TEXT_CONFIGS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
     LlavaConfig,
@@ -26,15 +28,19 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
     VipLlavaConfig,
     VipLlavaForConditionalGeneration,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 TILE, PATCH, SIDE = 16, 4, 4
 """Pixels of a tile and of a patch, patches along a tile."""
@@ -68,6 +74,13 @@ INTERNVL_TEMPLATE = (
     "{{ '<IMG_CONTEXT>\n' }}{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+SMOLVLM_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
 LLAVA_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
@@ -90,13 +103,13 @@ def byte_tokenizer(image: str, end: str, **named: str) -> PreTrainedTokenizerFas
     )  # fmt: skip
 
 
-def text_config(text: str, layers: int) -> Any:
+def text_config(text: str, layers: int, vocabulary: int = 272) -> Any:
     """A small decoder."""
     kinds = {**TEXT_CONFIGS, "qwen3": Qwen3Config}
     extra: dict[str, Any] = {"sliding_window": None} if text == "mistral" else {}
     extra |= {"head_dim": 8} if text == "qwen3" else {}
     return kinds[text](
-        vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, initializer_range=0.3, pad_token_id=0, bos_token_id=1,
         eos_token_id=2, tie_word_embeddings=False, **extra,
     )  # fmt: skip
@@ -144,6 +157,24 @@ def _internvl(text: str, layers: int) -> Any:
         InternVLConfig(
             vision_config=vision, text_config=text_config(text, layers), image_token_id=IMAGE_ID, image_seq_length=4,
             tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+def _smolvlm(text: str, layers: int) -> Any:
+    return SmolVLMForConditionalGeneration(
+        SmolVLMConfig(
+            vision_config=_TOWER, text_config=text_config(text, layers, 288), image_token_id=IMAGE_ID, scale_factor=2,
+            pad_token_id=0, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+def _idefics3(text: str, layers: int) -> Any:
+    return Idefics3ForConditionalGeneration(
+        Idefics3Config(
+            vision_config=_TOWER, text_config=text_config(text, layers, 288), image_token_id=IMAGE_ID, scale_factor=2,
+            pad_token_id=0, tie_word_embeddings=False,
         )
     )  # fmt: skip
 
@@ -209,6 +240,21 @@ def _save_internvl(folder: Path) -> None:
     _save_parts(folder, tokenizer, images, INTERNVL_TEMPLATE, settings)
 
 
+def _save_smolvlm(kind: str) -> Callable[[Path], None]:
+    def save(folder: Path) -> None:
+        images = {"SmolVLM": SmolVLMImageProcessorPil, "Idefics3": Idefics3ImageProcessorPil}[kind](
+            size={"longest_edge": 3 * TILE}, max_image_size={"longest_edge": TILE}
+        )
+        named = {"fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"}
+        named |= {"end_of_utterance_token": "<end_of_utterance>"}
+        rows = {f"row_{r}_{c}": f"<row_{r}_col_{c}>" for r in range(1, 4) for c in range(1, 4)}
+        settings = {"processor_class": f"{kind}Processor", "image_seq_len": 4}
+        tokenizer = byte_tokenizer("<image>", "<end_of_utterance>", **named, **rows)
+        _save_parts(folder, tokenizer, images, SMOLVLM_TEMPLATE, settings)
+
+    return save
+
+
 def _save_vipllava(folder: Path) -> None:
     images = CLIPImageProcessorPil(size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE})
     LlavaProcessor(
@@ -237,20 +283,27 @@ class Tiny:
         make: Of a decoder's kind and number of layers, with random weights that are still to be drawn anew.
         save: Writes its processor.
         texts: Kinds of decoder, the usual one first.
+        tower: Name of the vision tower within the inner model.
+        projector: That of the projector.
+        decoder: That of the text decoder.
     """
 
     family: str
     make: Callable[[str, int], Any]
     save: Callable[[Path], None]
     texts: tuple[str, ...]
+    tower: str = "vision_tower"
+    projector: str = "multi_modal_projector"
+    decoder: str = "language_model"
 
     def model(self, text: str | None = None, layers: int = 6, attn: str = "sdpa") -> Any:
         """Random weights, fp32, evaluation mode; generation does not stop by chance."""
         torch.manual_seed(0)
         model = self.make(text or self.texts[0], layers)
         with torch.no_grad():  # towers start nearly blind: position embeddings of zeros, weights of 0.02
-            for parameter in [*model.model.vision_tower.parameters(), *model.model.multi_modal_projector.parameters()]:
-                parameter.add_(0.2 * torch.randn_like(parameter))
+            for name in (self.tower, self.projector):
+                for parameter in model.model.get_submodule(name).parameters():
+                    parameter.add_(0.2 * torch.randn_like(parameter))
         model.set_attn_implementation(attn)
         model.generation_config.pad_token_id = 0
         model.generation_config.eos_token_id = None
@@ -263,10 +316,13 @@ class Tiny:
         return str(folder)
 
 
+_SMOLVLM_PARTS = ("vision_model", "connector", "text_model")
 TILED = {
     "llava_next": Tiny("llava_next", _next, _save_next, ("mistral", "llama")),
     "llava_onevision": Tiny("llava_onevision", _onevision, _save_onevision, ("qwen2",)),
     "internvl": Tiny("internvl", _internvl, _save_internvl, ("qwen2", "qwen3", "llama")),
+    "smolvlm": Tiny("smolvlm", _smolvlm, _save_smolvlm("SmolVLM"), ("llama",), *_SMOLVLM_PARTS),
+    "idefics3": Tiny("smolvlm", _idefics3, _save_smolvlm("Idefics3"), ("llama",), *_SMOLVLM_PARTS),
 }
 PLAIN = {
     "vipllava": Tiny("llava", _vipllava, _save_vipllava, ("llama",)),

@@ -41,7 +41,7 @@ class LlavaDataModule(LightningDataModule):
         max_length: most tokens of a conversation, image tokens included. Longer ones lose their last questions with
             their answers, never part of an image.
         max_image_tokens: most image tokens of one image, which is made smaller for it; by default as the checkpoint has
-            it. For Qwen-VL, where very long thin images may have a few more, and InternVL.
+            it. For Qwen-VL, where very long thin images may have a few more, InternVL and SmolVLM.
         num_workers: processes that read images and tokenize; 0 does it between the training steps.
         group_by_length: make batches of conversations with as many images and of similar length, which saves padding.
         max_skipped: how many broken records may be skipped: a number, or below 1 a fraction of the records.

@@ -13,8 +13,9 @@ from himap_train.models.families.llava_next import LlavaNext
 from himap_train.models.families.llava_onevision import LlavaOnevision
 from himap_train.models.families.qwen2_vl import Qwen2VL
 from himap_train.models.families.qwen3_vl import Qwen3VL
+from himap_train.models.families.smolvlm import SmolVLM
 
-FAMILIES: tuple[Family, ...] = (Llava(), LlavaNext(), LlavaOnevision(), InternVL(), Qwen2VL(), Qwen3VL())
+FAMILIES: tuple[Family, ...] = (Llava(), LlavaNext(), LlavaOnevision(), InternVL(), Qwen2VL(), Qwen3VL(), SmolVLM())
 
 
 def family_of_config(config: Any) -> Family:
