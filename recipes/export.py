@@ -21,7 +21,7 @@ from himap_train.checkpoints.agreement import check_agreement
 from himap_train.checkpoints.export import ExportDtype, export_adapter, export_merged
 from himap_train.checkpoints.hub import push_to_hub as push
 from himap_train.checkpoints.hub import require_hub
-from himap_train.checkpoints.load import Weights, adapter_source
+from himap_train.checkpoints.source import Weights, adapter_source
 from himap_train.command_line import run_command
 
 

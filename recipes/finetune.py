@@ -51,7 +51,8 @@ def run(cli: FinetuneCLI) -> None:
     check_data(cli)
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.resume_from, weights_only=True)
     if cli.config.rehearse and is_first_process():
-        merged = export_merged(cli.output / "adapter", cli.output / "merged")
+        # in fp32: what so few steps change may be lost by rounding
+        merged = export_merged(cli.output / "adapter", cli.output / "merged", dtype="float32")
         agreement = check_agreement(cli.output / "adapter", merged)
         say(f"rehearsed: trained, saved, evaluated, exported; {agreement}")
 

@@ -19,6 +19,7 @@ from recipes_cli import run_recipe
 from tiny import tiny_processor
 from training_toys import save_tiny
 
+from himap_train.checkpoints.export import export_merged
 from himap_train.checkpoints.hub import push_to_hub, require_hub
 from himap_train.checkpoints.load import save_adapter
 
@@ -66,6 +67,9 @@ class Requests(BaseHTTPRequestHandler):
         self.answer({})
 
     def do_GET(self) -> None:
+        if "/tree/main" in self.path:
+            listed = [{"type": "file", "path": name, "oid": "0", "size": 1} for name in self.server.files]
+            return self.answer(listed)
         self.answer({"error": "Repository not found"}, 404)
 
     def do_POST(self) -> None:
@@ -102,6 +106,8 @@ class Requests(BaseHTTPRequestHandler):
                 self.server.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 self.server.files[value["path"]] = self.server.large[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del self.server.files[value["path"]]
         self.answer({"commitUrl": f"{self.server.url}/me/model/commit/abc", "commitOid": "abc", "success": True})
 
 
@@ -139,6 +145,18 @@ def test_export_uploads_every_file(hub: Hub, adapter: Path, tmp_path: Path, caps
     assert sent == content(tmp_path / "out")
     assert len([name for name in sent if name.endswith(".safetensors")]) == 4
     assert hub.private == {"me/model": True}
+
+
+def test_a_second_upload_leaves_nothing_of_the_first_that_loaders_would_take(
+    hub: Hub, adapter: Path, tmp_path: Path
+) -> None:
+    push_to_hub(export_merged(adapter, tmp_path / "one"), "me/model", private=False)
+    hub.files |= {"notes.md": b"mine", "himap/ranking.safetensors": b"old"}
+    shards = export_merged(adapter, tmp_path / "two", max_shard_size="100KB")
+    push_to_hub(shards, "me/model", private=False)
+    assert "model.safetensors" not in hub.files and "himap/ranking.safetensors" not in hub.files
+    kept = {name: value for name, value in hub.files.items() if name != ".gitattributes"}
+    assert kept == {"notes.md": b"mine", **content(shards)}
 
 
 def test_public_unless_asked(hub: Hub, adapter: Path) -> None:

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from himap_train.checkpoints.finite import require_finite
 from himap_train.checkpoints.ranking import ranking_of, read_ranking, write_ranking
-from himap_train.checkpoints.same_base import base_facts, plain
+from himap_train.checkpoints.same_base import base_facts, plain, recorded_name
 from himap_train.data.end_of_answer import write_end_tokens
-from himap_train.embedded.model import EMBEDDED_MODELS, embedded_folder
 from himap_train.models.families.image_form import write_form
+from himap_train.models.model_files import check_files
 from himap_train.models.stock import base_model
 from himap_train.models.whole import trained_in_place
 from himap_train.pruning.reading import schedule_file, schedule_in
@@ -75,6 +75,7 @@ class Adapter:
         schedule: As it was trained.
         base_facts: What the base model's config was (see `same_base`); None where the folder does not say.
         ranking: Weights of what ranks at learned stages, see `ranking`.
+        says_schedule: Whether the schedule was saved with it; PEFT alone saves none.
     """
 
     weights: dict[str, Tensor]
@@ -82,6 +83,7 @@ class Adapter:
     schedule: PruningSchedule
     base_facts: dict[str, Any] | None
     ranking: dict[str, Tensor] = field(default_factory=dict)
+    says_schedule: bool = True
 
     @property
     def base(self) -> str:
@@ -137,7 +139,7 @@ def adapter_facts(model: PeftModel, schedule: PruningSchedule) -> dict[str, Any]
         "peft": peft
         | {
             "auto_mapping": {"base_model_class": base.__name__, "parent_library": base.__module__},
-            "base_model_name_or_path": portable_name(str(config.base_model_name_or_path)),
+            "base_model_name_or_path": recorded_name(str(config.base_model_name_or_path)),
             "inference_mode": True,
             "peft_version": __version__,
         },
@@ -166,13 +168,14 @@ def read_adapter(path: Path) -> Adapter:
     if path.is_file():
         return _from_checkpoint(path)
     check_complete(path)
+    check_files(path)
     facts, schedule = path / BASE_FILE, path / SCHEDULE_FILE
     peft = read_json(path / CONFIG_FILE, PEFT_SHAPE)
     with named(path / WEIGHTS_FILE, "is damaged", _OTHER_WAYS):
         weights = load_file(path / WEIGHTS_FILE)
     saved = schedule_file(schedule) if schedule.is_file() else PruningSchedule()
     base = read_json(facts, {"config": FACTS_SHAPE["base"]})["config"] if facts.is_file() else None
-    return Adapter(weights, peft, saved, base, read_ranking(path, saved))
+    return Adapter(weights, peft, saved, base, read_ranking(path, saved), schedule.is_file())
 
 
 def check_complete(folder: Path) -> None:
@@ -237,11 +240,6 @@ def file_name(parameter: str) -> str:
     name = parameter.removeprefix("llava.").replace(".modules_to_save.default.", ".")
     name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
     return name.replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
-
-
-def portable_name(base: str) -> str:
-    """The name of a base model as another machine understands it."""
-    return next((name for name in EMBEDDED_MODELS if Path(base) == embedded_folder(name)), base)
 
 
 def _write_json(file: Path, content: Any) -> None:

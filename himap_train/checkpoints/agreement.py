@@ -19,12 +19,14 @@ from peft import PeftModel
 from PIL import Image
 from torch import Tensor
 
-from himap_train.checkpoints.load import adapter_source, load_checkpoint
+from himap_train.checkpoints.load import load_checkpoint
+from himap_train.checkpoints.source import adapter_source
+from himap_train.checkpoints.weight_files import read_infos
 from himap_train.data.encode import Encoder
 from himap_train.data.records import Conversation, Turn
 from himap_train.models.features import prompt_inputs
 from himap_train.models.install import pruning_of, record_pruning, remove_pruning
-from himap_train.models.loading import stock_model
+from himap_train.models.loading import local_folder, stock_model
 from himap_train.models.stock import base_model
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
@@ -36,8 +38,9 @@ EXCHANGED = 0.25
 
 @dataclass(frozen=True)
 class Outputs:
-    """Results of one model on the example: dtype of its weights, logits (1, S, V) dense and pruned, columns kept by
-    stage, whether their number follows the scores; of an adapter also the dense logits of its base.
+    """Results of one model on the example: dtype of its weights, or a narrower one of its files, logits (1, S, V) dense
+    and pruned, columns kept by stage, whether their number follows the scores; of an adapter also the dense logits of
+    its base.
     """
 
     dtype: str
@@ -120,8 +123,11 @@ def outputs(path: Path | str, base: str | None = None) -> Outputs:
     if isinstance(model, PeftModel):
         with model.disable_adapter():
             untrained = model(**inputs).logits.float()
-    dtype = next(model.parameters()).dtype
-    return Outputs(str(dtype).removeprefix("torch."), dense, pruned, kept, by_mass, untrained)
+    dtypes = {next(model.parameters()).dtype}
+    if adapter_source(path) is None:  # files may be narrower than what config.json says to load them as
+        dtypes |= {info.dtype for info in read_infos(local_folder(path)) if info.dtype.is_floating_point}
+    named = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return Outputs(max(named, key=lambda name: TOLERANCE.get(name, 0.0)), dense, pruned, kept, by_mass, untrained)
 
 
 def require_stock_keys(folder: Path | str) -> None:

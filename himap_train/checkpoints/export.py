@@ -16,11 +16,11 @@ from himap_train.checkpoints.adapter import CONFIG_FILE, Adapter, read_adapter
 from himap_train.checkpoints.adapter_parts import adapter_processor, resized_tokens
 from himap_train.checkpoints.card import model_card
 from himap_train.checkpoints.finite import NonFiniteError, not_finite, require_finite
-from himap_train.checkpoints.load import adapter_source
-from himap_train.checkpoints.merge import Merger, embeddings_name, parameter_name
+from himap_train.checkpoints.merge import Merger, as_saved_here, embeddings_name, parameter_name
 from himap_train.checkpoints.ranking import read_ranking, require_ranking, write_ranking
 from himap_train.checkpoints.run_facts import run_facts
-from himap_train.checkpoints.same_base import require_same_base
+from himap_train.checkpoints.same_base import place_of_base, require_same_base
+from himap_train.checkpoints.source import adapter_source
 from himap_train.checkpoints.weight_files import TensorInfo, plan_shards, read_infos, write_shards
 from himap_train.data.end_of_answer import write_end_tokens
 from himap_train.models.families import family_of_config
@@ -42,7 +42,7 @@ def _empty(folder: Path) -> Path:
 def _base_folder(source: Path | str, adapter: Adapter, base: str | None) -> Path:
     """Where the base model's files are on this machine."""
     try:
-        return local_folder(base or adapter.base)
+        return local_folder(place_of_base(adapter.peft, base))
     except OSError as error:
         raise FileNotFoundError(
             f"{source} was trained on {adapter.base!r}, and that is not here: {error}. Give its folder with --base"
@@ -63,6 +63,7 @@ def export_adapter(path: Path | str, folder: Path | str, *, base: str | None = N
     place = _base_folder(source, adapter, base)
     config = load_config(place)
     require_same_base(adapter.base_facts, config, str(place), adapter.base)
+    adapter = as_saved_here(adapter, config, place)
     card = model_card(adapter.base, adapter.schedule, config, run_facts(source))
     adapter.write(target, card, adapter_processor(source, place, config, resized_tokens(adapter, config)))
     return target
@@ -108,6 +109,7 @@ def export_merged(
     merger = None
     if adapter is not None:
         require_same_base(adapter.base_facts, config, str(source), adapter.base)
+        adapter = as_saved_here(adapter, config, source)
         merger = Merger(adapter, family_of_config(config), _tied(config, infos), str(source))
         merger.check_shapes(infos)
         config.himap = adapter.schedule.to_dict()
@@ -128,7 +130,11 @@ def export_merged(
         ranking = adapter.ranking if adapter else read_ranking(source, schedule)
         require_ranking(ranking, schedule, path)
         write_ranking(temporary, ranking)
-        (temporary / "README.md").write_text(model_card(name, schedule, config, run, merged=True), encoding="utf-8")
+        card = model_card(name, schedule, config, run, merged=True)
+        if adapter is None and (source / "README.md").is_file():  # the same model in another form
+            card = (source / "README.md").read_text(encoding="utf-8")
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        _empty(target)  # hours may have passed
     return target
 
 

@@ -8,6 +8,18 @@ from huggingface_hub import HfApi, get_token
 
 from himap_train.data.sources import HUB_NAME
 
+_REPLACED = [
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "base_model.json",
+    "pruning.yaml",
+    "himap/*",
+]
+"""What an earlier upload left goes where the new one has none: loaders would take its weights."""
+
 
 def require_hub(repository: str) -> None:
     """Before hours are spent on an export: is the name one, and is somebody logged in?
@@ -42,7 +54,9 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
     api = HfApi()
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)  # None: as its owner has set
-        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload with himap-train")
+        commit = api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message="Upload with himap-train", delete_patterns=_REPLACED
+        )
     except Exception as error:  # errors of its HTTP library too, which another release may replace
         reason = " ".join([f"{type(error).__name__}:", *str(error).split()])[:300]
         raise ConnectionError(

@@ -8,6 +8,7 @@ and the processor. A *merged* model is a stock Hugging Face folder whose `config
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -17,12 +18,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from himap_train.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE, adapter_of, read_adapter
+from himap_train.checkpoints.adapter import CONFIG_FILE, adapter_of, read_adapter
 from himap_train.checkpoints.adapter_parts import adapter_processor, check_adapter, check_patterns, resized_tokens
 from himap_train.checkpoints.card import model_card
+from himap_train.checkpoints.merge import as_saved_here
 from himap_train.checkpoints.ranking import give_ranking, read_ranking, require_ranking
 from himap_train.checkpoints.run_facts import run_facts
-from himap_train.checkpoints.same_base import require_same_base
+from himap_train.checkpoints.same_base import place_of_base, require_same_base
+from himap_train.checkpoints.source import adapter_source
 from himap_train.data.end_of_answer import end_token_ids
 from himap_train.models.install import install_pruning, pruning_of
 from himap_train.models.loading import load_config, load_llava, resolve_model
@@ -32,10 +35,6 @@ from himap_train.pruning.reading import ScheduleArgument, read_schedule, schedul
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.storage import atomic_file
 from himap_train.structured import named, read_json
-
-Weights = Literal["adapter", "last", "best"]
-"""Weights of a run: the adapter that it kept, or one of its training checkpoints."""
-
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 AS_SAVED: Final = "as-saved"
@@ -118,23 +117,27 @@ def load_checkpoint(
         return _pruned(model, saved, read_ranking(path, saved), schedule, path), processor
     adapter = read_adapter(source)
     adapter.require_finite(str(source))
-    base = base or adapter.base
+    place = place_of_base(adapter.peft, base)
     try:
         # before weights are read: another family has other modules, and minutes may be lost
-        config = load_config(resolve_model(base))
-        require_same_base(adapter.base_facts, config, base, adapter.base)
+        config = load_config(resolve_model(place))
+        require_same_base(adapter.base_facts, config, place, adapter.base)
+        read, adapter = adapter, as_saved_here(adapter, config, Path(resolve_model(place)))
         tokens = resized_tokens(adapter, config)
-        processor = adapter_processor(source, resolve_model(base), config, tokens)
-        model, _ = load_llava(base, processor=processor, **how)
+        processor = adapter_processor(source, resolve_model(place), config, tokens)
+        model, _ = load_llava(place, processor=processor, **how)
     except OSError as error:
+        place_named = ", which" if base is None else f", and base={base!r}"
         raise FileNotFoundError(
-            f"the adapter {source} was trained on {base!r}, which cannot be loaded here: {error}. "
-            "Pass base=<local folder>"
+            f"the adapter {source} was trained on {adapter.base!r}{place_named} cannot be loaded here: {error}. "
+            "Pass base=<local folder>, or write where it is into its adapter_config.json as `base_model_name_or_path`"
         ) from error
+    if schedule == AS_SAVED and not adapter.says_schedule and adapter.schedule.dense:
+        warnings.warn(f"{source} has no pruning.yaml, as PEFT alone writes it: it runs dense", stacklevel=2)
     if tokens is not None:  # every new row is in the adapter
         model.resize_token_embeddings(tokens, mean_resizing=False)
     model.config.himap = adapter.schedule.to_dict()  # so that it stays where the adapter is merged and saved by PEFT
-    if source.is_file():
+    if source.is_file() or read.weights.keys() != adapter.weights.keys():
         with tempfile.TemporaryDirectory() as folder:
             adapter.write(Path(folder) / "adapter", card="")
             peft_model = _with_adapter(model, Path(folder) / "adapter", source)
@@ -205,28 +208,3 @@ def _with_adapter(model: PreTrainedModel, folder: Path, source: Path) -> PeftMod
         peft_model = PeftModel.from_pretrained(model, str(folder))
     check_adapter(peft_model, folder)
     return peft_model
-
-
-def adapter_source(path: Path | str, weights: Weights = "adapter") -> Path | None:
-    """The adapter folder or training checkpoint that `path` stands for; None for a whole model.
-
-    Args:
-        path: A run folder, an adapter folder, a training checkpoint, or a whole model.
-        weights: What is taken of a run folder: its `adapter`, or the `last` or `best` training checkpoint.
-
-    Raises:
-        FileNotFoundError: A run without these weights.
-    """
-    path = Path(path)
-    if path.is_file() or any((path / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE)):
-        return path
-    if not (path / "checkpoints").is_dir() and not (path / "adapter").is_dir():
-        return None
-    source = path / ("adapter" if weights == "adapter" else f"checkpoints/{weights}.ckpt")
-    if not source.exists():
-        there = sorted((path / "checkpoints").glob("*.ckpt"))
-        raise FileNotFoundError(
-            f"{path} has no {source.relative_to(path)}: the run did not end, or files were removed. "
-            + (f"Give {there[-1]} instead" if there else "There are no training checkpoints in it either")
-        )
-    return source

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +21,11 @@ from torch import Tensor
 
 from himap_train.checkpoints.adapter import PEFT_SHAPE, Adapter
 from himap_train.checkpoints.adapter_parts import check_patterns
+from himap_train.checkpoints.ranking import read_ranking
 from himap_train.checkpoints.weight_files import TensorInfo
+from himap_train.models.families import family_of_config
 from himap_train.models.families.base import Family
+from himap_train.pruning.reading import schedule_in
 from himap_train.structured import check_shape
 
 # Entries of a PEFT config that are understood here or change nothing about the merged weights.
@@ -33,6 +38,7 @@ _UNDERSTOOD = {key.removesuffix("?") for key in PEFT_SHAPE} | {
     "megatron_core",
 }
 
+_PREFIX = "base_model.model."
 _WITH_PEFT = (
     "merge it with PEFT itself, schedule included: model, processor = load_checkpoint(ADAPTER); "
     "model.merge_and_unload().save_pretrained(FOLDER); processor.save_pretrained(FOLDER); "
@@ -47,6 +53,23 @@ def parameter_name(name: str, family: Family) -> str:
         if changed:
             return name
     return name
+
+
+def as_saved_here(adapter: Adapter, config: Any, base: Path) -> Adapter:
+    """An adapter under the present names of its weights; where PEFT alone wrote it, with the schedule and the ranking
+    that its base was merged with, if it was.
+
+    Args:
+        adapter: As it was read.
+        config: The base model's.
+        base: The base model's folder.
+    """
+    family = family_of_config(config)
+    weights = {_PREFIX + parameter_name(key.removeprefix(_PREFIX), family): t for key, t in adapter.weights.items()}
+    if adapter.says_schedule:
+        return replace(adapter, weights=weights)
+    schedule = schedule_in(getattr(config, "himap", None), f"{base}, `himap` of config.json")
+    return replace(adapter, weights=weights, schedule=schedule, ranking=read_ranking(base, schedule))
 
 
 def embeddings_name(family: Family) -> str:
@@ -97,7 +120,7 @@ class Merger:
         self.magnitudes: dict[str, Tensor] = {}
         self.whole: dict[str, Tensor] = {}
         for key, tensor in adapter.weights.items():
-            name = self._name(key.removeprefix("base_model.model."))
+            name = self._name(key.removeprefix(_PREFIX))
             module, _, end = name.rpartition(".lora_")
             if end in ("A.weight", "B.weight"):
                 self.low_rank.setdefault(f"{module}.weight", {})[end[0]] = tensor
@@ -120,6 +143,13 @@ class Merger:
             raise ValueError(
                 f"the adapter changes lm_head, which is tied to the embeddings in {base}: merging would change them "
                 "too. Use the adapter unmerged, or train without lm_head among model.lora_targets"
+            )
+        copied = any(name.endswith("embed_tokens") for name in adapter.peft.get("modules_to_save") or ())
+        if tied_head and copied and embeddings_name(family) in self.whole:
+            raise ValueError(
+                f"the adapter has a copy of the embeddings, to which lm_head is tied in {base}: PEFT leaves it on the "
+                "old ones, and a tied model cannot. Use the adapter unmerged, or leave embed_tokens out of "
+                "`modules_to_save`"
             )
         check_patterns(adapter.peft, [name.removesuffix(".weight") for name in self.low_rank], "the adapter")
         self.unused = self.low_rank.keys() | self.whole.keys()

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
+from himap_train.embedded.model import EMBEDDED_MODELS, embedded_folder
 from himap_train.models.families import FAMILIES
 
 _TEXT = (
@@ -129,3 +131,26 @@ def require_same_base(trained_on: Mapping[str, Any] | None, config: Any, base: s
 def _family(model_type: Any) -> str:
     """The family of a model type, or the type itself where none has it."""
     return next((family.name for family in FAMILIES if model_type in family.model_types), str(model_type))
+
+
+def recorded_name(base: str) -> str:
+    """The name of a base model as an adapter records it: as another machine understands it, and a folder by its whole
+    path, since elsewhere a relative one is another folder or a repository on the hub.
+    """
+    embedded = next((name for name in EMBEDDED_MODELS if Path(base) == embedded_folder(name)), None)
+    return embedded or (str(Path(base).resolve()) if Path(base).is_dir() else base)
+
+
+def place_of_base(peft: Mapping[str, Any], base: str | None) -> str:
+    """Where an adapter's base model is: what is given, or what its `adapter_config.json` names.
+
+    Raises:
+        ValueError: It names another revision than the newest, which is not looked for here.
+    """
+    name, revision = str(peft["base_model_name_or_path"]), peft.get("revision")
+    if base is None and revision not in (None, "main"):
+        raise ValueError(
+            f"the adapter was trained on revision {revision} of {name}, and revisions are not looked for here: "
+            f"`hf download {name} --revision {revision} --local-dir DIR`, and give DIR as the base"
+        )
+    return base or name

@@ -24,14 +24,14 @@ def promised_tensors(folder: Path) -> dict[str, str]:
         FileNotFoundError: There are no safetensors, or a shard is gone.
         ValueError: The index is malformed, or names files outside.
     """
+    if (folder / SINGLE).is_file():  # which transformers takes where there are both
+        return {}
     if (folder / INDEX).is_file():
         promised: dict[str, str] = read_json(folder / INDEX, _INDEX_SHAPE)["weight_map"]
         gone = sorted({name for name in promised.values() if not (folder / name).is_file()})
         if gone:
             raise FileNotFoundError(f"{folder} lacks {len(gone)} of its weight files, the first is {gone[0]}")
         return promised
-    if (folder / SINGLE).is_file():
-        return {}
     pickled = sorted(folder.glob("*.bin"))
     way_out = (
         f"its weights are pickled ({pickled[0].name}), which are not read here. Convert them once, with a "

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
 from himap_train.checkpoints.adapter import Adapter, file_name, read_adapter
-from himap_train.checkpoints.adapter_parts import take_trained_form
-from himap_train.checkpoints.load import adapter_source
-from himap_train.checkpoints.merge import parameter_name
+from himap_train.checkpoints.adapter_parts import adapter_processor
+from himap_train.checkpoints.merge import as_saved_here
 from himap_train.checkpoints.ranking import give_ranking, require_ranking
 from himap_train.checkpoints.same_base import plain, require_same_base
-from himap_train.models.families import family_of
+from himap_train.checkpoints.source import adapter_source
 from himap_train.models.loading import load_config, load_processor, resolve_model
-from himap_train.models.stock import base_model
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.zero.gather import set_full_value
 
@@ -24,7 +23,6 @@ _SETTINGS = {
     "use_dora": "model.use_dora",
     "use_rslora": "model.use_rslora",
 }
-_PREFIX = "base_model.model."
 
 
 def read_start(path: str, base: str) -> Adapter:
@@ -44,8 +42,9 @@ def read_start(path: str, base: str) -> Adapter:
     adapter = read_adapter(source)
     adapter.require_finite(f"model.init_adapter: {source}")
     require_ranking(adapter.ranking, adapter.schedule, f"model.init_adapter: {source}")
-    require_same_base(adapter.base_facts, load_config(resolve_model(base)), base, adapter.base)
-    return adapter
+    config = load_config(resolve_model(base))
+    require_same_base(adapter.base_facts, config, base, adapter.base)
+    return as_saved_here(adapter, config, Path(resolve_model(base)))
 
 
 def rank_from(model: PeftModel, adapter: Adapter, schedule: PruningSchedule, path: str) -> None:
@@ -76,8 +75,7 @@ def start_from(model: PeftModel, adapter: Adapter, path: str) -> None:
             f"model.init_adapter: {path} was trained with {', '.join([*differing, *patterns])}. Set the same here, or "
             "merge it (recipes/export.py) and train the merged model anew"
         )
-    family = family_of(base_model(model))
-    values = {_PREFIX + parameter_name(key.removeprefix(_PREFIX), family): t for key, t in adapter.weights.items()}
+    values = adapter.weights
     trained = {file_name(name): weight for name, weight in model.named_parameters() if weight.requires_grad}
     shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in trained.items()}
     wrong = sorted(
@@ -97,9 +95,8 @@ def start_from(model: PeftModel, adapter: Adapter, path: str) -> None:
 
 
 def processor_of(path: str, adapter: str | None = None) -> Any:
-    """A model's processor alone, with an adapter's way to make pictures ready; the weights come later."""
+    """The processor that an adapter was trained with, or the model's own, alone; the weights come later."""
     folder = resolve_model(path)
-    processor = load_processor(folder, load_config(folder))
-    if adapter is not None and (source := adapter_source(adapter)) is not None:
-        take_trained_form(processor, source)
-    return processor
+    config = load_config(folder)
+    source = None if adapter is None else adapter_source(adapter)
+    return load_processor(folder, config) if source is None else adapter_processor(source, folder, config)
