@@ -37,7 +37,7 @@ from himap_train.training.callbacks.checkpoints import read_checkpoint
 from himap_train.training.callbacks.interrupt import Interrupted
 from himap_train.training.run.feature_cache import fill_feature_cache
 from himap_train.training.run.finetune_cli import FinetuneCLI
-from himap_train.training.run.folder import record_run, record_schedule, set_aside_table
+from himap_train.training.run.folder import record_run, record_schedule, release_folder, set_aside_table
 from himap_train.training.run.launch import end_children, is_first_process, report_error, say
 from himap_train.training.run.loggers import describe_run
 from himap_train.training.run.measured_rows import Schedules, model_config
@@ -166,6 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; the same command with --resume auto goes on", file=sys.stderr)  # Lightning's own way to end
         return 130
     except (*USER_ERRORS, MisconfigurationException) as error:
+        if cli is not None and is_first_process():
+            release_folder(cli.output)
         report_error(error)
         return 2
     finally:

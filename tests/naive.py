@@ -199,7 +199,7 @@ def dropped_tokens(
         tokens = [p for p in range(prompt) if is_image[p] and turn[p] == group]
         current = [p for p in tokens if alive[p]]
         in_turn = [p for p in range(prompt) if turn[p] == group and not supervised[p]]
-        text = [p for p in in_turn if not is_image[p] and p > tokens[0]] or [in_turn[-1]]
+        text = [p for p in in_turn if not is_image[p] and p > tokens[-1]] or [in_turn[-1]]
         protected = [p for p in current if (supervised[p + 1] if p + 1 < prompt else labels is None)]
         if stage.attention_below is not None:
             share = sum(float(weights[row, p]) for row in text for p in current) / len(text)

@@ -311,6 +311,13 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
 }
 ENDLESS = "{% for i in range(99999) %}" * 3 + "x" + "{% endfor %}" * 3
+
+
+def indexed(content: str) -> Any:
+    """Shards in place of the one file, which comes before them."""
+    return after(gone("model/model.safetensors"), written("model/model.safetensors.index.json", content))
+
+
 MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
     "config a list": (written("model/config.json", "[]"), r"config.json is list \[\]; expected a mapping"),
     "config no JSON": (written("model/config.json", "model_type: llava"), "config.json is not JSON"),
@@ -428,26 +435,26 @@ MODELS: dict[str, tuple[Callable[[Path], None], str]] = {
         after(gone("model/model.safetensors"), written("model/pytorch_model.bin", pickle.dumps(Runs()))),
         "its weights are pickled",
     ),
-    "index a list": (written("model/model.safetensors.index.json", "[]"), "index.json is list"),
-    "index without": (written("model/model.safetensors.index.json", "{}"), "index.json: no key `weight_map`"),
+    "index a list": (indexed("[]"), "index.json is list"),
+    "index without": (indexed("{}"), "index.json: no key `weight_map`"),
     "index of numbers": (
-        written("model/model.safetensors.index.json", '{"weight_map": {"a": 5}}'),
+        indexed('{"weight_map": {"a": 5}}'),
         "index.json: `weight_map.a` is int 5",
     ),
     "index outside": (
-        written("model/model.safetensors.index.json", '{"weight_map": {"a": "../x.safetensors"}}'),
+        indexed('{"weight_map": {"a": "../x.safetensors"}}'),
         "`weight_map.a` is str '../x.safetensors'; expected the name of a ",
     ),
     "index absolute": (
-        written("model/model.safetensors.index.json", '{"weight_map": {"a": "/x.safetensors"}}'),
+        indexed('{"weight_map": {"a": "/x.safetensors"}}'),
         "`weight_map.a` is str '/x.safetensors'; expected the name of a ",
     ),
     "index of a pickle": (
-        written("model/model.safetensors.index.json", '{"weight_map": {"a": "a.bin"}}'),
+        indexed('{"weight_map": {"a": "a.bin"}}'),
         "`weight_map.a` is str 'a.bin'",
     ),
     "shard gone": (
-        written("model/model.safetensors.index.json", '{"weight_map": {"a": "a.safetensors"}}'),
+        indexed('{"weight_map": {"a": "a.safetensors"}}'),
         "lacks 1 of its weight files, the first is a.safetensors",
     ),
     "text out": (linked("model/chat_template.jinja", "/etc/hostname"), "chat_template.jinja is a link out of its"),

@@ -23,7 +23,8 @@ from himap_train.checkpoints.adapter import CHECKPOINT_KEY
 from himap_train.checkpoints.export import export_adapter, export_merged
 from himap_train.checkpoints.finite import NonFiniteError
 from himap_train.checkpoints.load import load_checkpoint, save_adapter
-from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO, last_and_best
+from himap_train.training.callbacks.best import last_and_best
+from himap_train.training.callbacks.checkpoints import AtomicCheckpointIO
 from himap_train.training.callbacks.finite import PATIENCE, GradientNorm
 from himap_train.training.run.launch import FineTuneTrainer
 

@@ -29,6 +29,7 @@ from himap_train.data.records import Conversation
 from himap_train.models.families.smolvlm import SmolVLM
 from himap_train.models.features import hidden_states
 from himap_train.models.loading import load_llava
+from himap_train.pruning.layout import build_layout
 
 pytestmark = pytest.mark.core
 
@@ -279,6 +280,21 @@ def test_a_smolvlm_picture_that_is_not_cut_is_one_tile(loaded: Any) -> None:
     assert sample["images"][0]["pixel_values"].shape[0] == 1 and (sample["input_ids"] == IMAGE_ID).sum() == 4
     text = processor.tokenizer.decode(sample["input_ids"])
     assert "<fake_token_around_image><global-img>" + "<image>" * 4 + "<fake_token_around_image>" in text
+
+
+def test_marks_between_tiles_and_text_between_images_rank_nothing(loaded: Any) -> None:
+    """They see only what is before them, so the first tiles and images would be ranked by more rows than the last."""
+    _, processor = loaded["smolvlm"]
+    images = (noise((40, 25)), noise((16, 50)))
+    sample = Encoder(processor).encode(
+        talk("One: <image> two: <image>\nWhich?", "This.", "And?", "That.", images=images)
+    )
+    ids, image = sample["input_ids"], sample["input_ids"] == IMAGE_ID
+    layout, counts = build_layout(image[None], None, (sample["labels"] != -100)[None])
+    text = processor.tokenizer.decode(ids[layout.ranking[0]])
+    assert text.replace("\n", "").startswith("<fake_token_around_image>Which?") and "This" not in text
+    assert "row_" not in text and "two" not in text and counts.unread == 0
+    assert int(layout.ranking[0].nonzero()[0]) == int(image.nonzero()[-1]) + 1
 
 
 def test_a_smolvlm_tokenizer_without_its_marks_is_refused(loaded: Any, tmp_path: Path) -> None:

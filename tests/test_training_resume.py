@@ -17,10 +17,10 @@ from tiny import tiny_processor
 from training_toys import quiet_trainer, tuner
 
 from himap_train.data.module import LlavaDataModule
+from himap_train.training.callbacks.best import last_and_best
 from himap_train.training.callbacks.checkpoints import (
     AtomicCheckpointIO,
     RememberConfig,
-    last_and_best,
     refuse_other_config,
 )
 from himap_train.training.callbacks.interrupt import Interrupted, SaveOnInterrupt

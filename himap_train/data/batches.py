@@ -25,7 +25,7 @@ class Batch(TypedDict):
     answers: NotRequired[list[str]]
     dropped_exchanges: NotRequired[int]  # questions with their answers that did not fit into max_length
     window_tokens: NotRequired[int]  # training: supervised tokens of the whole accumulation window, see `Windows`
-    window_batches: NotRequired[int]  # training: micro-batches of that window
+    window_batches: NotRequired[int]  # training: micro-batches of that window that supervise something
     waited_seconds: NotRequired[float]  # training: how long the process waited for the batch
 
 

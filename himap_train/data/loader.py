@@ -27,7 +27,7 @@ from himap_train.data.skips import TooManySkippedError
 WINDOW_TOKENS = "window_tokens"
 """Key in a training batch: supervised tokens in its whole window on this process, an int."""
 WINDOW_BATCHES = "window_batches"
-"""Key in a training batch: micro-batches of its window, an int."""
+"""Key in a training batch: micro-batches of its window that supervise something on this process, an int."""
 WAITED = "waited_seconds"
 """Key in a training batch: how long this process waited for it, a float."""
 
@@ -70,8 +70,9 @@ def _timed(batches: Iterable[Any]) -> Iterator[Any]:
 
 def _with_tokens(window: list[Any]) -> Iterator[Any]:
     # The first column is never a target: no row predicts it.
-    tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in window)
-    return ({**batch, WINDOW_TOKENS: tokens, WINDOW_BATCHES: len(window)} for batch in window)
+    tokens = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in window]
+    counts = {WINDOW_TOKENS: sum(tokens), WINDOW_BATCHES: sum(map(bool, tokens))}
+    return ({**batch, **counts} for batch in window)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from himap_train.models.versions import checkpoint_activations
 from himap_train.planning.facts import Batch
 from himap_train.planning.typical_sample import SUPERVISED, TEXT_TOKENS, find_config
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.training.module import LlavaFineTuner, weights_dtype
+from himap_train.training.module import LlavaFineTuner
+from himap_train.training.precision import weights_dtype
 
 
 @dataclass(frozen=True)

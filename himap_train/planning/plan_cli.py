@@ -25,7 +25,7 @@ from himap_train.training.module import LlavaFineTuner
 from himap_train.training.run.finetune_cli import FinetuneCLI
 from himap_train.training.run.parser import set_epochs
 from himap_train.training.run.rehearsal import rehearse
-from himap_train.training.run.strategy_names import refuse_together, strategy_name
+from himap_train.training.run.strategy_names import refuse_together, settle_trainer, strategy_name
 from himap_train.training.schedules.settings import MODES
 
 _MORE = {
@@ -69,6 +69,7 @@ class PlanCLI(FinetuneCLI):
     def before_instantiate_classes(self) -> None:
         """No folder is claimed, nothing is resumed."""
         model, trainer = self.config.model, self.config.trainer
+        settle_trainer(trainer)
         refuse_together(trainer.strategy, model, self.config.data.cache_image_features, trainer.precision)
         if model.vision_tower != "freeze" or model.decoder != "lora":
             raise ValueError("plan.py plans LoRA on the decoder: without model.vision_tower and model.decoder")

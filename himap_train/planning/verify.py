@@ -28,7 +28,7 @@ from himap_train.planning.cases import Case, build_model, embedded_case, inputs_
 from himap_train.planning.device_memory import static_memory
 from himap_train.planning.facts import ModelFacts, Numerics, model_facts
 from himap_train.pruning.schedule import PruningSchedule
-from himap_train.training.module import weights_dtype
+from himap_train.training.precision import weights_dtype
 
 
 @dataclass(frozen=True)

@@ -141,9 +141,14 @@ def build_layout(
 
 
 def _ranking_rows(image: Tensor, prompt: Tensor, group: Tensor) -> Tensor:
-    """Prompt text after its group's first image token; the last prompt token where a group has no such text. (B, S)."""
-    seen = _running_in_group(image, group)
-    text = prompt & ~image & (seen > 0)
+    """Prompt text after its group's last image token; the last prompt token where a group has no such text. (B, S).
+
+    Text between images, and the marks between the tiles of one, sees only those before it: with it the first would be
+    ranked by more rows than the last.
+    """
+    images = _running_in_group(image, group)
+    ahead = _running_in_group(image.flip(1), group.flip(1)).flip(1)
+    text = prompt & ~image & (images > 0) & (ahead == 0)
     # A prompt that ends with its image (`<image>` alone, as in caption pre-training) is ranked by its last token.
     last_prompt = prompt & (_running_in_group(prompt.flip(1), group.flip(1)).flip(1) == 1)
     has_text = _running_in_group(text, group) > 0

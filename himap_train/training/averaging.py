@@ -21,12 +21,12 @@ class WindowMean:
 
     Attributes:
         tokens: Supervised tokens of the window on all ranks, at least 1.
+        batches: Micro-batches of the window on all ranks that supervise something, at least 1.
         begun: Whether it runs. A checkpoint may lie within one: what is left of it is a window then.
     """
 
     def __init__(self) -> None:
-        self.tokens, self.begun = 1.0, False
-        self._batches = 1
+        self.tokens, self.batches, self.begun = 1.0, 1.0, False
         self._sums: dict[str, Tensor] = {}
 
     def begin(self, batch: dict[str, Any], trainer: Trainer, device: torch.device) -> None:
@@ -37,10 +37,9 @@ class WindowMean:
         """
         if WINDOW_TOKENS not in batch:
             raise ValueError(f"the batch has no {WINDOW_TOKENS!r}: let `himap_train.data.loader.Windows` count it")
-        self.begun, self._batches = True, batch[WINDOW_BATCHES]
-        tokens = torch.tensor(float(batch[WINDOW_TOKENS]), device=device)
-        self.tokens = max(float(trainer.strategy.reduce(tokens, reduce_op="sum")), 1.0)
-        self._sums = {}
+        self.begun, self._sums = True, {}
+        counts = torch.tensor([batch[WINDOW_TOKENS], batch[WINDOW_BATCHES]], dtype=torch.float, device=device)
+        self.tokens, self.batches = trainer.strategy.reduce(counts, reduce_op="sum").clamp(min=1).tolist()
 
     def add(self, **sums: Tensor) -> None:
         """Take in the summed losses of a micro-batch, each under its name."""
@@ -58,5 +57,5 @@ class WindowMean:
         return trainer.accumulate_grad_batches * trainer.world_size / self.tokens
 
     def weight_of_mean(self, trainer: Trainer) -> float:
-        """Factor of a micro-batch's mean loss: Lightning divides by as many as a full window has."""
-        return trainer.accumulate_grad_batches / self._batches
+        """Factor of a micro-batch's mean loss: Lightning divides as for `weight`, also where some supervise nothing."""
+        return trainer.accumulate_grad_batches * trainer.world_size / self.batches

@@ -88,7 +88,8 @@ def start_from(model: PeftModel, adapter: Adapter, path: str) -> None:
             f"{lacking[:2]}, {len(further)} are not trained here {further[:2]}, "
             f"{len(wrong) - len(lacking) - len(further)} have another shape. It has target_modules "
             f"{plain(adapter.peft.get('target_modules'))!r:.200} and modules_to_save "
-            f"{plain(adapter.peft.get('modules_to_save'))}: set model.lora_targets and model.projector alike"
+            f"{plain(adapter.peft.get('modules_to_save'))}: set model.lora_targets and model.projector alike, or merge "
+            "it (recipes/export.py) and give the merged model as model.path"
         )
     for name, weight in trained.items():
         set_full_value(weight, values[name])

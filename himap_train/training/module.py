@@ -33,13 +33,7 @@ from himap_train.training.averaging import WindowMean
 from himap_train.training.callbacks.progress import step_ended
 from himap_train.training.init_adapter import rank_from, read_start, start_from
 from himap_train.training.optim import cosine_with_warmup, parameter_groups
-
-_WEIGHTS = {"bf16": torch.bfloat16, "16": torch.float16}
-
-
-def weights_dtype(precision: str) -> torch.dtype:
-    """Dtype of the frozen weights under one of Lightning's precisions."""
-    return _WEIGHTS.get(precision.split("-")[0], torch.float32)
+from himap_train.training.precision import weights_dtype
 
 
 class LlavaFineTuner(AdapterModule):

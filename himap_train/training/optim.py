@@ -32,7 +32,7 @@ def parameter_groups(model: nn.Module, rates: Mapping[str, float], weight_decay:
         part = parameter_group(name, family)
         if part not in rates:
             raise ValueError(f"{name} is trainable but belongs to none of {', '.join(rates)}; it has no learning rate")
-        decays = parameter.ndim > 1
+        decays = len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # ZeRO-3 leaves a spread weight flat
         key = part if decays else f"{part}-no-decay"
         empty = {"params": [], "lr": rates[part], "weight_decay": weight_decay if decays else 0.0, "name": key}
         groups.setdefault(key, empty)["params"].append(parameter)

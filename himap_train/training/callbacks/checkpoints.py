@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from himap_train.checkpoints.adapter import CHECKPOINT_KEY
@@ -20,6 +20,7 @@ from himap_train.ranges import require_possible
 from himap_train.storage import atomic_file
 from himap_train.structured import check_shape
 from himap_train.training.callbacks.progress import between_steps, step_ended, stops
+from himap_train.training.precision import full_precision
 
 logger = logging.getLogger(__name__)
 
@@ -106,43 +107,6 @@ class SaveLast(Checkpoint):
             trainer.save_checkpoint(self.file)
 
 
-def last_and_best(folder: Path, every_n_steps: int | None, monitor: str, mode: str) -> list[Callback]:
-    """`best.ckpt` by a validation metric, then `last.ckpt`, which remembers which the best was."""
-    best = ModelCheckpoint(
-        dirpath=folder,
-        filename="best",
-        monitor=monitor,
-        mode=mode,
-        save_on_train_epoch_end=False,
-        enable_version_counter=False,
-    )
-    return [best, SaveLast(folder / "last.ckpt", every_n_steps)]
-
-
-def require_best(validation: Any, learnable: Any, batches: float | None) -> None:
-    """Refuse to keep the best weights where nothing says which these are, or where they go with no saved schedule.
-
-    Args:
-        validation: `data.validation`.
-        learnable: `pruning.learnable`.
-        batches: `trainer.limit_val_batches`.
-
-    Raises:
-        ValueError: Naming both keys and the way out.
-    """
-    if validation is None or batches == 0:
-        nothing = "data.validation is null" if validation is None else "trainer.limit_val_batches is 0"
-        raise ValueError(
-            f"keep is best, but {nothing}, so nothing says which weights are best: give validation "
-            "data (a share of the training data: --data.validation 0.05), or keep: last"
-        )
-    if learnable is not None:
-        raise ValueError(
-            "keep is best, but pruning.learnable freezes its keep ratios at the end, and the best weights may be "
-            "of earlier ones: give keep: last"
-        )
-
-
 class RememberConfig(Callback):
     """Puts the resolved config into every checkpoint. On resume it was compared, never taken over."""
 
@@ -215,6 +179,7 @@ def refuse_other_config(checkpoint: Path, config: Mapping[str, Any]) -> None:
     if saved is None:
         raise ValueError(f"{checkpoint} holds no config; it was not written by finetune.py")
     then, now = _flat(saved), _flat(config)
+    then["trainer.precision"] = full_precision(then.get("trainer.precision"))  # which earlier versions kept as given
     differing = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key) and _matters(key)]
     if differing:
         lines = [f"  {key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in differing]

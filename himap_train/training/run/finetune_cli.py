@@ -27,13 +27,12 @@ from himap_train.models.loading import resolve_model
 from himap_train.ranges import require_possible
 from himap_train.storage import remove_leftovers
 from himap_train.training.callbacks.accuracy import EvaluationSettings, GenerationAccuracy
+from himap_train.training.callbacks.best import last_and_best, require_best
 from himap_train.training.callbacks.checkpoints import (
     AtomicCheckpointIO,
     RememberConfig,
-    last_and_best,
     newest_good,
     refuse_other_config,
-    require_best,
 )
 from himap_train.training.callbacks.finite import GradientNorm
 from himap_train.training.callbacks.interrupt import SaveOnInterrupt
@@ -50,10 +49,12 @@ from himap_train.training.run.measured_rows import MeasuredRows
 from himap_train.training.run.parser import SuggestingParser, set_epochs
 from himap_train.training.run.rehearsal import rehearsal_folder, rehearse
 from himap_train.training.run.strategy_names import (
-    refuse_callbacks,
+    as_list,
+    own_callbacks,
     refuse_together,
     register_strategies,
     require_known,
+    settle_trainer,
 )
 from himap_train.training.schedules.per_step import Measured, SchedulePerStep
 from himap_train.training.schedules.settings import PruningSettings
@@ -146,6 +147,7 @@ class FinetuneCLI(LightningCLI):
         """Refuse what cannot work before anything is loaded."""
         trainer = self.config.trainer
         require_known(trainer.strategy)
+        settle_trainer(trainer)
         refuse_together(trainer.strategy, self.config.model, self.config.data.cache_image_features, trainer.precision)
         require_installed(self.config.loggers)
         if self.config.keep == "best":
@@ -197,11 +199,10 @@ class FinetuneCLI(LightningCLI):
         settings: EvaluationSettings = self._get(self.config_init, "evaluation")
         generates = settings.during > 0 and self.config.data.validation is not None
         seed, pruning = int(self.config.seed_everything), self._get(self.config_init, "pruning")
-        refuse_callbacks(given.get("callbacks") or [])
         logged = given.get("logger") is not False and bool(given.get("logger") or self.config.loggers)
         callbacks: list[Any] = [
             *([AroundTraining(*(partial(do, self) for do in self.around))] if self.around else []),
-            *(given.pop("callbacks", None) or []),
+            *own_callbacks(given.pop("callbacks", None), sys.stderr.isatty()),
             StepSeeds(seed),
             *_other_schedules(pruning, seed, lambda: self.datamodule.prompt_tokens),
             *([LearnRanking(ranking)] if (ranking := pruning.ranking(self.model.schedule)) else []),
@@ -222,7 +223,7 @@ class FinetuneCLI(LightningCLI):
             given["logger"] = make_loggers(self.config.loggers, self.output)
         if not sys.stderr.isatty():
             given["enable_progress_bar"] = False
-        given["plugins"] = [*(given.pop("plugins", None) or []), AtomicCheckpointIO()]
+        given["plugins"] = [*as_list(given.pop("plugins", None)), AtomicCheckpointIO()]
         given["default_root_dir"] = str(self.output)
         return FineTuneTrainer(**{**given, **kwargs, "callbacks": callbacks})
 

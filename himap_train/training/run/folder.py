@@ -27,17 +27,22 @@ def claim_folder(folder: Path, resuming: bool) -> None:
     Raises:
         FileExistsError: It holds a run and this is not its continuation.
     """
-    held = (
-        (folder / CONFIG).exists()
-        or (folder / "adapter").exists()
-        or any(file.is_file() for file in folder.glob("checkpoints/*.ckpt"))
-    )
-    if held and not resuming:
+    if ((folder / CONFIG).exists() or _holds_weights(folder)) and not resuming:
         raise FileExistsError(
             f"{folder} already holds a run. Go on with it by adding --resume (from a checkpoint of its own), or choose "
             "another --output, or remove it"
         )
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def release_folder(folder: Path) -> None:
+    """Let the next start have the folder of a run that ended before anything of it was saved."""
+    if not _holds_weights(folder):
+        (folder / CONFIG).unlink(missing_ok=True)
+
+
+def _holds_weights(folder: Path) -> bool:
+    return (folder / "adapter").exists() or any(file.is_file() for file in folder.glob("checkpoints/*.ckpt"))
 
 
 def record_run(folder: Path, config: Mapping[str, Any], schedule: PruningSchedule) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ProgressBar, WeightAveraging
 from lightning.pytorch.strategies import StrategyRegistry
 
+from himap_train.training.precision import full_precision
 from himap_train.training.zero.strategy import ZeroStrategy
 
 _CLASSES = {"DDPStrategy": "ddp", "SingleDeviceStrategy": "single_device"}
@@ -39,17 +41,52 @@ def require_known(strategy: Any) -> None:
         hint = f"; did you mean {near[0]!r}?" if near else "."
         usual = "auto, ddp, deepspeed_stage_1, deepspeed_stage_2, deepspeed_stage_3, deepspeed_stage_3_offload"
         raise ValueError(f"trainer.strategy={strategy!r} is unknown{hint} Usual ones: {usual}")
+    if any(way in strategy_name(strategy) for way in ("spawn", "fork", "notebook")):
+        raise ValueError(
+            f"trainer.strategy={strategy_name(strategy)!r} starts processes by copying this one, which its objects do "
+            "not survive: give ddp"
+        )
 
 
-def refuse_callbacks(callbacks: Any) -> None:
-    """Raises ValueError for one that changes how many micro-batches make a step, which the loader must know ahead."""
-    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+def as_list(given: Any) -> list[Any]:
+    """`trainer.callbacks` or `trainer.plugins`, of which Lightning takes one alone too."""
+    return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+
+
+def own_callbacks(given: Any, terminal: bool) -> list[Callback]:
+    """The user's `trainer.callbacks`; without a terminal no progress bars, which Lightning would refuse.
+
+    Raises:
+        ValueError: One changes how many micro-batches make a step, which the loader must know ahead, or trains other
+            weights than those that are validated and saved.
+    """
+    callbacks = as_list(given)
+    for callback in callbacks:
         if isinstance(callback, GradientAccumulationScheduler):
             raise ValueError(
                 "trainer.callbacks: GradientAccumulationScheduler changes the global batch within a run, over whose "
                 "tokens losses are averaged: set trainer.accumulate_grad_batches, and start another run with "
                 "--model.init_adapter where it is to change"
             )
+        if isinstance(callback, WeightAveraging):
+            raise ValueError(
+                f"trainer.callbacks: {type(callback).__name__} keeps a second model, base weights and all, in every "
+                "checkpoint, from which no run could go on: leave it out; a lower model.lora_lr steadies training too"
+            )
+    return [callback for callback in callbacks if terminal or not isinstance(callback, ProgressBar)]
+
+
+def settle_trainer(trainer: Any) -> None:
+    """Give `trainer.precision` its full name, and refuse what a run here cannot do without.
+
+    Raises:
+        ValueError: Names the key and the way out.
+    """
+    trainer.precision = full_precision(trainer.precision)
+    if trainer.fast_dev_run:
+        raise ValueError("trainer.fast_dev_run trains a run that nobody wants to keep: give --rehearse in its place")
+    if trainer.enable_checkpointing is False:
+        raise ValueError("trainer.enable_checkpointing=false: a run keeps last.ckpt to go on from; leave it out")
 
 
 def refuse_together(strategy: Any, model: Any, cache_image_features: Any, precision: Any) -> None:

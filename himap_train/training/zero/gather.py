@@ -83,6 +83,13 @@ def load_optimizer_state(zero: Any, groups: list[list[nn.Parameter]], saved: Map
     from deepspeed.utils import safe_set_full_optimizer_state
 
     parameters = sum(groups, [])
+    lengths = [len(group) for group in groups], [len(group["params"]) for group in saved["param_groups"]]
+    if lengths[0] != lengths[1]:
+        raise ValueError(
+            f"the checkpoint's optimizer has groups of {lengths[1]} weights, this run's of {lengths[0]}: other parts "
+            "are trained, or an older version trained weights in place under ZeRO-3, and then start anew from its "
+            "adapter (model.init_adapter)"
+        )
     for now, then in zip(zero.optimizer.param_groups, saved["param_groups"], strict=True):
         now.update(_settings(then))
     if not saved["state"]:
