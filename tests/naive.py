@@ -92,8 +92,9 @@ def naive_row(
                 alive = forced[number] | (torch.arange(len(hidden)) >= prompt)
             else:
                 drop, means = dropped_tokens(
-                    stage, weights.detach(), hidden, is_image, labels, prompt, alive, keys, before, given
-                )
+                    stage, weights.detach(), hidden, is_image, labels, prompt, alive, keys, before, given,
+                    marks=hasattr(model.model, "connector"),  # SmolVLM
+                )  # fmt: skip
                 hidden = torch.stack([mean_of(hidden, means.get(p, [p])) for p in range(len(hidden))])
                 alive = alive & ~drop
             if schedule.positions == "renumber":
@@ -185,6 +186,7 @@ def dropped_tokens(
     keys: Tensor | None = None,
     before: Tensor | None = None,
     given: Tensor | None = None,
+    marks: bool = False,
 ) -> tuple[Tensor, dict[int, Any]]:
     """Which tokens (T,) leave at this stage, and of which tokens those that stay become the mean.
 
@@ -199,7 +201,8 @@ def dropped_tokens(
         tokens = [p for p in range(prompt) if is_image[p] and turn[p] == group]
         current = [p for p in tokens if alive[p]]
         in_turn = [p for p in range(prompt) if turn[p] == group and not supervised[p]]
-        text = [p for p in in_turn if not is_image[p] and p > tokens[-1]] or [in_turn[-1]]
+        behind = tokens[-1] if marks else tokens[0]  # where marks stand between tiles, those rank nothing
+        text = [p for p in in_turn if not is_image[p] and p > behind] or [in_turn[-1]]
         protected = [p for p in current if (supervised[p + 1] if p + 1 < prompt else labels is None)]
         if stage.attention_below is not None:
             share = sum(float(weights[row, p]) for row in text for p in current) / len(text)

@@ -69,11 +69,11 @@ def best_of(image: list[int], scores: Tensor) -> list[int]:
 
 
 def prompt(case: Case, row: int) -> tuple[list[int], list[int]]:
-    """Columns of the first turn's image tokens and of the text behind the last of them, up to its answer."""
+    """Columns of the first turn's image tokens and of the text behind the first of them, up to its answer."""
     answers = (case.labels[row] != -100).nonzero()[:, 0].tolist()
     columns = [c for c in case.columns(row).tolist() if not answers or c < answers[0]]
     image = [c for c in columns if case.input_ids[row, c] == 4]
-    return image, [c for c in columns if image and c > image[-1]]
+    return image, [c for c in columns if image and c > image[0] and c not in image]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -151,7 +151,7 @@ def marginal(
     end = next((p for p in range(last, len(labels)) if supervised[p]), len(labels))
     begin = max((p + 1 for p in range(tokens[0]) if supervised[p]), default=0)
     prompt = [p for p in range(begin, end) if not supervised[p]]
-    text = [p for p in prompt if p > tokens[-1]] or [prompt[-1]]
+    text = [p for p in prompt if p not in tokens and p > tokens[0]] or [prompt[-1]]
     current = [p for p in tokens if before[p]]
     scores = naive_scores(stage.criterion, weights, current, text, len(present))
     protected = {p for p in tokens if p + 1 < len(labels) and supervised[p + 1]}

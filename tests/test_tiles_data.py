@@ -282,19 +282,37 @@ def test_a_smolvlm_picture_that_is_not_cut_is_one_tile(loaded: Any) -> None:
     assert "<fake_token_around_image><global-img>" + "<image>" * 4 + "<fake_token_around_image>" in text
 
 
-def test_marks_between_tiles_and_text_between_images_rank_nothing(loaded: Any) -> None:
-    """They see only what is before them, so the first tiles and images would be ranked by more rows than the last."""
+def test_marks_between_tiles_rank_nothing(loaded: Any) -> None:
+    """They outnumber a short question, and see only the tiles before them."""
     _, processor = loaded["smolvlm"]
     images = (noise((40, 25)), noise((16, 50)))
     sample = Encoder(processor).encode(
         talk("One: <image> two: <image>\nWhich?", "This.", "And?", "That.", images=images)
     )
     ids, image = sample["input_ids"], sample["input_ids"] == IMAGE_ID
-    layout, counts = build_layout(image[None], None, (sample["labels"] != -100)[None])
+    layout, counts = build_layout(image[None], None, (sample["labels"] != -100)[None], marks_tiles=True)
     text = processor.tokenizer.decode(ids[layout.ranking[0]])
     assert text.replace("\n", "").startswith("<fake_token_around_image>Which?") and "This" not in text
     assert "row_" not in text and "two" not in text and counts.unread == 0
     assert int(layout.ranking[0].nonzero()[0]) == int(image.nonzero()[-1]) + 1
+    assert SmolVLM().marks_tiles and not Encoder(loaded["internvl"][1]).family.marks_tiles
+    whole, _ = build_layout(image[None], None, (sample["labels"] != -100)[None])
+    assert "row_1_col_2" in processor.tokenizer.decode(ids[whole.ranking[0]])
+
+
+@pytest.mark.parametrize("tokens", ["resize", "edge"])
+def test_smolvlm_image_processors_of_another_kind_are_refused(tokens: str, loaded: Any, tmp_path: Path) -> None:
+    model, processor = loaded["smolvlm"]
+    images = copy.copy(processor.image_processor)
+    if tokens == "resize":
+        images.do_resize = False
+        with pytest.raises(ValueError, match="do_resize false"):
+            SmolVLM().limit_tiles(images, 4)
+    else:
+        processor.tokenizer.save_pretrained(tmp_path)
+        type(images)(size={"height": 16, "width": 16}, max_image_size={"longest_edge": 16}).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="no longest_edge"):
+            SmolVLM().load_processor(str(tmp_path), model.config)
 
 
 def test_a_smolvlm_tokenizer_without_its_marks_is_refused(loaded: Any, tmp_path: Path) -> None:

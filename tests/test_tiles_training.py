@@ -29,6 +29,8 @@ from himap_train.models.tower import check_frozen, tower_facts
 from himap_train.models.training_cost import tokens_of_image
 from himap_train.planning.typical_sample import find_config
 from himap_train.pruning.reading import read_schedule
+from himap_train.pruning.schedule import PruningSchedule
+from himap_train.pruning.stage import PruningStage
 
 pytestmark = pytest.mark.core
 
@@ -235,3 +237,20 @@ def test_kept_tokens_are_drawn_over_the_picture(name: str, folders: Any, tmp_pat
     assert run_recipe("generate", *options, "--max-new-tokens", 2, "--schedule", schedule, "--show-kept", drawn) == 0
     width, height = Image.open(drawn).size
     assert width == 12 + 2 * (336 + 12) and height == 12 + 2 * (210 + 12 + 30)  # two views, one stage
+
+
+@pytest.mark.parametrize("trained", ["vision", "decoder"])
+@pytest.mark.parametrize("name", ["smolvlm", "idefics3"])
+def test_a_part_that_is_trained_in_place_meets_the_others_in_one_dtype(name: str, trained: str, folders: Any) -> None:
+    """Their stock forward gives image features the tower's dtype; frozen weights are bf16 under bf16-mixed."""
+    model, processor = load_llava(folders[name], dtype="bfloat16")
+    peft_model = attach_lora(model, r=2, alpha=4, **{trained: "train"})
+    install_pruning(peft_model, PruningSchedule((PruningStage(1, "instruction", 0.5),)))
+    sample = Encoder(processor).encode(Conversation("a", (noise((40, 25)),), _TALK))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = peft_model.train()(
+            input_ids=sample["input_ids"][None], labels=sample["labels"][None], **sample["images"][0]
+        ).loss
+    loss.backward()
+    part = {"vision": model.model.vision_model, "decoder": model.model.text_model}[trained]
+    assert any(p.grad is not None and bool(p.grad.any()) for p in part.parameters())

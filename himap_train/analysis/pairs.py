@@ -10,17 +10,21 @@ from torch import Tensor, nn
 
 from himap_train.data.encode import IGNORED
 from himap_train.evaluation.samples import EncodedBatch
+from himap_train.models.families import family_of
 from himap_train.models.stock import base_model, text_decoder
 
 SYSTEM, IMAGE, INSTRUCTION, ANSWER = KINDS = (0, 1, 2, 3)
-"""Text before the first image; image tokens; other text of the prompt; what is predicted."""
+"""Text before the first image, and marks between tiles; image tokens; other text of the prompt; what is predicted."""
 
 
 def kinds_of(model: nn.Module, batch: EncodedBatch) -> Tensor:
     """Which token is of which kind, (B, 4, L) of 0 and 1; padding is of none."""
     ids, valid = batch.texts["input_ids"], batch.texts["attention_mask"].bool()
-    image = (ids == base_model(model).config.image_token_id) & valid
+    base = base_model(model)
+    image = (ids == base.config.image_token_id) & valid
     text, before = valid & ~image, image.cumsum(1) == 0
+    if family_of(base).marks_tiles:
+        before = before | (image.flip(1).cumsum(1).flip(1) > 0)
     answer = text & (batch.labels != IGNORED)
     return torch.stack([text & ~answer & before, image, text & ~answer & ~before, answer], 1).float()
 

@@ -113,7 +113,7 @@ def pruned_forward(
     else:
         where = check_image_mask(image_token_mask, inputs_embeds)
         answers = known_prompt(supervised_mask, self, inputs_embeds, where)
-        layout, counts = build_layout(where, attention_mask, answers)
+        layout, counts = build_layout(where, attention_mask, answers, pruning.family.marks_tiles)
         layout = with_facts(layout, counts, pruning.schedule, image_grids, tower_readings)
         if answers is not None:
             warn_of_labels(counts)

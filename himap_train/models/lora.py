@@ -95,6 +95,9 @@ def attach_lora(
         family_of(model).vision(base_model(peft_model)).float()  # also its layers behind the one that is read
     if decoder == "train":
         train_decoder(base_model(peft_model))
+    if family_of(model).casts_features and "train" in (vision, decoder):  # what meets there is of one dtype
+        family_of(model).vision(base_model(peft_model)).float()
+        base_model(peft_model).get_input_embeddings().float()
     # PEFT casts LoRA weights of a half-precision model to fp32 by itself, but not the projector's copy: with weights in
     # bfloat16 a step of 2e-5 would be rounded away.
     for parameter in peft_model.parameters():

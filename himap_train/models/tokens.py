@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 
 from himap_train.models.cache import StageFacts, as_stored, mark_stage
-from himap_train.models.families.base import LayerInputs
+from himap_train.models.families.positions import LayerInputs
 from himap_train.pruning.layout import TokenLayout
 from himap_train.pruning.learned.marginal import Marginal
 from himap_train.pruning.token_map import TokenMap, scatter_back

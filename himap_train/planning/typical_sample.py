@@ -16,7 +16,6 @@ from transformers import AutoConfig
 
 from himap_train.data.check import spread_over
 from himap_train.data.encode import Encoder
-from himap_train.data.images import image_size
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import RecordError
 from himap_train.data.tokens import ConversationTokenizer
@@ -109,10 +108,11 @@ def _from_data(data: LlavaDataModule, processor: Any, usual: int) -> tuple[Sampl
             continue
         images = len(conversation.images)
         try:
-            shown = sum(encoder.image_tokens(*(image_size(image, conversation.where) for image in conversation.images)))
+            places = encoder.places(conversation)
         except RecordError:
-            shown = images * usual
-        text = sum(len(one.prompt) + len(one.answer) for one in exchanges) - images
+            places = [[processor.image_token_id] * usual] * images
+        shown = sum(place.count(processor.image_token_id) for place in places)
+        text = sum(len(one.prompt) + len(one.answer) for one in exchanges) - images + sum(map(len, places)) - shown
         room = text if data.max_length is None else max(data.max_length - shown, 0)
         answers = sum(len(one.answer) for one in exchanges)
         rows.append((images, shown, min(text, room), min(answers, room)))

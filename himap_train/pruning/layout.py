@@ -107,7 +107,10 @@ class TokenCounts:
 
 
 def build_layout(
-    image_token_mask: Tensor, attention_mask: Tensor | None = None, supervised_mask: Tensor | None = None
+    image_token_mask: Tensor,
+    attention_mask: Tensor | None = None,
+    supervised_mask: Tensor | None = None,
+    marks_tiles: bool = False,
 ) -> tuple[TokenLayout, TokenCounts]:
     """Describe a batch as the caller passed it in.
 
@@ -116,6 +119,7 @@ def build_layout(
         attention_mask: (B, S), 0 at padding; None where nothing is padding.
         supervised_mask: (B, S) bool, positions whose token is predicted in training (`labels != -100`), which image
             tokens never are; None where all is prompt.
+        marks_tiles: Whether text between image tokens are marks of tiles, which ask for nothing.
 
     Returns:
         The layout, and the counts read from it with a single transfer to the host.
@@ -135,20 +139,20 @@ def build_layout(
     starts = supervised & ~torch.nn.functional.pad(supervised[:, :-1], (1, 0))
     group = starts.cumsum(1)
     prompt = valid & ~supervised
-    ranking = _ranking_rows(image, prompt, group)
+    ranking = _ranking_rows(image, prompt, group, marks_tiles)
     layout = TokenLayout(torch.stack([columns, group]), torch.stack([valid, image, ranking, protected & image]))
     return layout, _count(layout, None if supervised_mask is None else supervised_mask & image)
 
 
-def _ranking_rows(image: Tensor, prompt: Tensor, group: Tensor) -> Tensor:
-    """Prompt text after its group's last image token; the last prompt token where a group has no such text. (B, S).
+def _ranking_rows(image: Tensor, prompt: Tensor, group: Tensor, marks_tiles: bool) -> Tensor:
+    """Prompt text after its group's first image token; the last prompt token where a group has no such text. (B, S).
 
-    Text between images, and the marks between the tiles of one, sees only those before it: with it the first would be
-    ranked by more rows than the last.
+    Where marks stand between tiles it is the text after the last image token: the marks outnumber a short question, and
+    each sees only the tiles before it.
     """
-    images = _running_in_group(image, group)
-    ahead = _running_in_group(image.flip(1), group.flip(1)).flip(1)
-    text = prompt & ~image & (images > 0) & (ahead == 0)
+    text = prompt & ~image & (_running_in_group(image, group) > 0)
+    if marks_tiles:
+        text &= _running_in_group(image.flip(1), group.flip(1)).flip(1) == 0
     # A prompt that ends with its image (`<image>` alone, as in caption pre-training) is ranked by its last token.
     last_prompt = prompt & (_running_in_group(prompt.flip(1), group.flip(1)).flip(1) == 1)
     has_text = _running_in_group(text, group) > 0

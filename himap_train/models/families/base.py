@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from himap_train.models.families.blocks import TokenBlock
+from himap_train.models.families.positions import LayerInputs, Positions
 from himap_train.models.families.sizes import VisionSizes
 from himap_train.models.versions import feature_layers
 from himap_train.pruning.places import TokenGrid
@@ -29,32 +29,6 @@ Images = Mapping[str, Tensor]
 """Images as a model's forward takes them, by its keyword: `pixel_values`, `image_sizes`, `image_grid_thw`, ...; of no
 images empty. Of one image every tensor's first dimension is what is put one behind the other in a batch.
 """
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Position numbers of a forward pass.
-
-    Attributes:
-        rotary: What the decoder's rotary embedding takes: (B, S) or (1, S), in M-RoPE (3, B, S).
-        text: What masks and layers take, (B, S) or (1, S); None where the stock decoder gives them none.
-    """
-
-    rotary: Tensor
-    text: Tensor | None
-
-
-@dataclass(frozen=True)
-class LayerInputs:
-    """What is added to the image tokens between decoder layers (DeepStack, arXiv 2406.04334).
-
-    Attributes:
-        planes: (B, S, D) each, zero at text; plane `l` is added behind layer `l`.
-        image: (B, S) bool, where.
-    """
-
-    planes: tuple[Tensor, ...]
-    image: Tensor
 
 
 class Family(ABC):
@@ -76,6 +50,8 @@ class Family(ABC):
         takes_padding: Whether `image_aspect_ratio: pad` means anything to its processor.
         resizes_images: Whether images may be made smaller, for fewer image tokens.
         counts_images: Whether an image is cut otherwise where its conversation has several.
+        casts_features: Whether the stock forward gives image features the tower's dtype, not that of the embeddings.
+        marks_tiles: Whether text that asks for nothing stands between the tiles of an image.
     """
 
     name: ClassVar[str]
@@ -98,6 +74,8 @@ class Family(ABC):
     takes_padding: ClassVar[bool] = False
     resizes_images: ClassVar[bool] = False
     counts_images: ClassVar[bool] = False
+    casts_features: ClassVar[bool] = False
+    marks_tiles: ClassVar[bool] = False
 
     # The model.
 

@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from himap_train.models.families.base import AspectRatio, Family, Images, Positions
+from himap_train.models.families.base import AspectRatio, Family, Images
 from himap_train.models.families.blocks import TokenBlock
+from himap_train.models.families.positions import Positions
 from himap_train.models.families.processing import PartsProcessor, load_tokenizer
 from himap_train.models.families.sizes import VisionSizes
 from himap_train.pruning.places import TokenGrid

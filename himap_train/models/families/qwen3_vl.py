@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from himap_train.models.families.base import LayerInputs, Positions
+from himap_train.models.families.positions import LayerInputs, Positions
 from himap_train.models.families.qwen2_vl import Qwen2VL
 
 

@@ -25,6 +25,8 @@ class SmolVLM(Tiled):
     vision_name: ClassVar[str] = "model.vision_model"
     projector_names: ClassVar[tuple[str, ...]] = ("model.connector",)
     weight_renames: ClassVar[tuple[tuple[str, str], ...]] = ()
+    casts_features: ClassVar[bool] = True
+    marks_tiles: ClassVar[bool] = True
     class_token: ClassVar[bool] = False
 
     def joined(self, config: Any) -> int:
@@ -45,11 +47,16 @@ class SmolVLM(Tiled):
         }
         if tokenizer.convert_tokens_to_ids(marks["around"]) in (None, tokenizer.unk_token_id):
             raise ValueError(f"its tokenizer has no {marks['around']}, which stands around a tile")
+        images = kind.from_pretrained(folder)
+        if not images.size.get("longest_edge") or not images.max_image_size.get("longest_edge"):
+            raise ValueError(
+                f"its image processor has no longest_edge: size {images.size}, tile {images.max_image_size}"
+            )
         return PartsProcessor(
             family=self.name,
             source=folder,
             tokenizer=tokenizer,
-            image_processor=kind.from_pretrained(folder),
+            image_processor=images,
             image_token=tokenizer.convert_ids_to_tokens(config.image_token_id),
             settings={"tile_tokens": self.tile_tokens(config), **marks},
         )
@@ -79,6 +86,11 @@ class SmolVLM(Tiled):
 
     def limit_tiles(self, image_processor: Any, most: int) -> None:
         """By the longest edge: so many tiles of a square picture, fewer of others."""
+        if image_processor.do_image_splitting and not image_processor.do_resize:
+            raise ValueError(
+                "data.max_image_tokens makes images smaller before they are cut, and this checkpoint's image processor "
+                "leaves their size as it is (do_resize false): set do_resize, or do_image_splitting to false"
+            )
         edge = math.isqrt(most) * image_processor.max_image_size["longest_edge"]
         image_processor.size = {"longest_edge": min(image_processor.size["longest_edge"], edge)}
 
