@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch.distributed as dist
@@ -14,3 +15,12 @@ def from_all(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def require_one_process() -> None:
+    """Raise ValueError where a launcher has started several: each would do everything, and write the same files."""
+    if (number := int(os.environ.get("WORLD_SIZE") or 1)) > 1:
+        raise ValueError(
+            f"this runs in one process, and {number} were started; for several GPUs: accelerate launch -m lmms_eval "
+            "--model himap ... (docs/benchmarks.md)"
+        )

@@ -30,6 +30,7 @@ from himap_train.evaluation.compare import Row, evaluate_row
 from himap_train.evaluation.metrics import make_metrics
 from himap_train.evaluation.tables import FILES, json_ready, print_table, save_table
 from himap_train.models.families.base import AspectRatio
+from himap_train.processes import require_one_process
 from himap_train.pruning.reading import ScheduleArgument
 
 PREDICTIONS = "predictions.jsonl"
@@ -90,6 +91,7 @@ def main(
         device: "auto", "cpu", "cuda", "cuda:1", ...
         **settings: Options of `himap_train.evaluation.evaluate.evaluate`.
     """
+    require_one_process()
     check_budget_argument(budget, schedule)
     make_metrics(metrics or ["exact"])  # a misspelt name fails before anything is loaded
     columns = {"answer": answer_column, "options": options_column, "image": image_column, "type": type_column}
@@ -108,7 +110,7 @@ def main(
         model,
         processor,
         task.source,
-        max_new_tokens=max_new_tokens or task.max_new_tokens,
+        max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,
         metrics=metrics or task.metrics,
         limit=limit,
         image_aspect_ratio=image_aspect_ratio,
@@ -139,7 +141,8 @@ def report(row: Row, task: Task, output: Path | None, facts: dict[str, object]) 
         for answer in row.result.predictions:
             file.write(json.dumps(json_ready(answer), ensure_ascii=False) + "\n")
     if task.export:
-        print(f"for the judge or server: {export(task.export, row.result.predictions, task.facts, output)}")
+        own = task.own(row.result.predictions)
+        print(f"for the judge or server: {export(task.export, own, task.facts, output)}")
     print(f"saved in {output}")
 
 

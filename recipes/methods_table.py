@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from himap_train.analysis.oracle import oracle_accuracy
-from himap_train.benchmark.ablation_rows import runs_of
+from himap_train.benchmark.ablation_rows import as_of, runs_of
 from himap_train.command_line import run_command
 from himap_train.data.sources import open_source
 from himap_train.embedded.scene_text import FINE_GRID
@@ -72,7 +72,7 @@ def main(
         folder.mkdir(parents=True, exist_ok=True)
         asked = open_source(f"embedded:{kind}{split}?scenes={scenes}&seed=11")
         chosen_on = open_source(f"embedded:{kind}validation?scenes={scenes // 2}&seed=5")
-        run = partial(measured, folder / "measured.json", f"{model}, {scenes} scenes")
+        run = partial(measured, folder / "measured.json", f"{model}{as_of(model, '*.safetensors')}, {scenes} scenes")
         tokens = prompt_tokens(asked, processor)
         scores: Scores = {}
         with torch.autocast("cpu", torch.bfloat16):

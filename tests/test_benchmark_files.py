@@ -14,11 +14,12 @@ from training_toys import save_tiny
 
 from himap_train.data.records import RecordError
 from himap_train.data.sources import open_source
+from himap_train.evaluation.benchmarks.cells import options_in
 from himap_train.evaluation.benchmarks.export import export
 from himap_train.evaluation.benchmarks.opening import Task, open_task
 from himap_train.evaluation.benchmarks.table import BENCHMARKS
 from himap_train.evaluation.metrics import METRICS, make_metrics
-from himap_train.evaluation.questions import Question
+from himap_train.evaluation.questions import Question, source_length
 from himap_train.evaluation.result import Prediction
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -279,7 +280,7 @@ def test_free_form(tmp_path):
     row = {"q": "Which <image>?", "right": "bee", "of": ["ant", "bee"], "image": "0.png", "nested": {"kind": 4}}
     path = lines(tmp_path / "own.jsonl", [row])
     task = open_task(str(path), prompt="{q}\n{options}", answer="right", options="of", type="nested.kind")
-    assert asked(task) == ["<image>\nWhich ?\nA. ant\nB. bee"]
+    assert asked(task) == ["Which <image>?\nA. ant\nB. bee"]  # where it says
     assert task.metrics == ("choice",) and figures(task, "(b)") == {"choice": 1.0, "choice/4": 1.0}
     photo = files.save(tmp_path / "photo", [{"photo": picture(2), "question": "?", "answer": "a"}], photo=files.IMAGE)
     assert open_task(str(photo), answer="answer").source[0].images == (png(2),)  # whatever the column is called
@@ -425,7 +426,7 @@ def test_broken_files_are_named(tmp_path):
         open_task(str(tmp_path / "m.tsv"), "mmbench")
     with pytest.raises(FileNotFoundError, match="no/such/folder"):
         open_task("no/such/folder", "pope")
-    bad = files.save(tmp_path / "ai2d", [{"question": "?", "options": ["a", "b"], "answer": "4", "image": None}])
+    bad = files.save(tmp_path / "ai2d", [{"question": "?", "options": ["a", "b"], "answer": "4", "image": picture(2)}])
     with pytest.raises(RecordError, match=r"row 0: the answer is '4'; expected one of the options \['a', 'b'\]"):
         open_task(str(bad), "ai2d").source[0]
     empty = files.save(tmp_path / "empty", [{"question": "?", "image": None, "answer": None, "type": "a"}])
@@ -441,7 +442,7 @@ def submission(task: Task, folder: Path, *said: str) -> str:
         Prediction(index, conversation.id, "", conversation.turns[0].text, text, [], 0.0)
         for index, (conversation, text) in enumerate(zip(task.source, said, strict=True))
     ]
-    return export(task.export, predictions, task.facts, folder).read_text()
+    return export(task.export, task.own(predictions), task.facts, folder).read_text()
 
 
 def test_submissions(tmp_path):
@@ -515,3 +516,69 @@ def test_what_a_server_scores_is_written_down(checkpoint, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"][0]["overall"]["score"] is None
     assert run_recipe("evaluate", *options, "--output", tmp_path / "out") == 2
     assert "already holds results" in capsys.readouterr().err
+
+
+# ---- what would be scored wrongly without a word ----
+
+
+def test_rows_with_nothing_to_see_or_to_ask_are_skipped_by_name(tmp_path):
+    rows = [
+        {"question": "Is it?", "answer": "yes", "image": picture(1), "question_id": 1, "category": "a"},
+        {"question": "Is it?", "answer": "yes", "image": None, "question_id": 2, "category": "a"},
+        {"question": None, "answer": "yes", "image": picture(1), "question_id": 3, "category": "a"},
+    ]
+    task = open_task(str(files.save(tmp_path / "pope", rows)), "pope")
+    assert task.source[0].images
+    with pytest.raises(RecordError, match=r"row 1: there is nothing in `image\|images`; expected an image"):
+        task.source[1]
+    with pytest.raises(RecordError, match="row 2: `question` is empty"):
+        task.source[2]
+
+
+def test_a_split_behind_a_file_that_has_none_is_refused(tmp_path):
+    path = lines(tmp_path / "a.jsonl", [{"question": "?", "answer": "a"}])
+    (tmp_path / "a.tsv").write_text("question\tanswer\n?\ta\n")
+    table = files.save(tmp_path / "set", [{"question": "?", "answer": "a"}])
+    for spec in (f"{path}:dev", f"{path}:config:dev", f"{tmp_path / 'a.tsv'}:dev"):
+        with pytest.raises(ValueError, match="a file has no configs, and one of text no splits; give"):
+            open_task(spec, prompt="{question}", answer="answer")
+    parquet = next(table.rglob("*.parquet"), None)
+    if parquet is not None:
+        assert len(open_task(str(parquet), prompt="{question}", answer="answer").source) == 1
+        for spec in (f"{parquet}:nosuch", f"{parquet}:config:train"):
+            with pytest.raises(ValueError):
+                open_task(spec, prompt="{question}", answer="answer")
+
+
+@pytest.mark.parametrize(
+    ("cell", "accepted"),
+    [
+        ("[0.1, 0.2, 0.3]", ["[0.1, 0.2, 0.3]"]),  # a box is one answer
+        ('["a", "b"]', ["a", "b"]),
+        (["1", "2"], ["1", "2"]),
+        (2.0, ["2"]),  # a column with gaps
+        (2.5, ["2.5"]),
+    ],
+)
+def test_a_list_of_numbers_is_one_answer(cell, accepted, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{"question": "?", "answer": cell}]))
+    assert answers(open_task(str(tmp_path / "rows.json"), prompt="{question}", answer="answer")) == [accepted]
+
+
+def test_a_limit_cuts_no_question_in_two(tmp_path):
+    """Two questions of three and two options: the first alone is three rotations."""
+    source = open_task(str(files.mmbench(tmp_path / "dev")), "mmbench").source
+    assert [source_length(source, limit) for limit in (1, 2, 9, None)] == [3, 5, 5, 5]
+
+
+def test_options_are_in_the_order_of_their_numbers_and_no_more_than_letters():
+    numbered = {str(number): f"o{number}" for number in range(1, 12)}
+    assert list(options_in(dict(sorted(numbered.items())), "x").values()) == [f"o{n}" for n in range(1, 12)]
+    with pytest.raises(RecordError, match="30 options; there are letters for 26"):
+        options_in([str(number) for number in range(30)], "x")
+
+
+def test_several_processes_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_recipe("evaluate", "--checkpoint", "embedded") == 2
+    assert "runs in one process, and 2 were started; for several GPUs: accelerate" in capsys.readouterr().err

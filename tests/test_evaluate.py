@@ -27,6 +27,7 @@ from himap_train.data.records import Conversation, RecordError, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.data.skips import TooManySkippedError
 from himap_train.embedded.scene_text import TYPES
+from himap_train.evaluation.budgeted import prompt_tokens
 from himap_train.evaluation.compare import Row, compare, evaluate_row
 from himap_train.evaluation.evaluate import evaluate
 from himap_train.evaluation.questions import Question, question_batches
@@ -248,6 +249,21 @@ def test_prompts_are_counted_without_decoding_images(processor, source, monkeypa
     counts = [Encoder(processor).prompt_tokens(conversation) for conversation in source]
     assert counts == [(image, len(ids) - image) for image, ids in zip(images, encoded, strict=True)]
     assert {image for image, _ in counts} == {0, 16, 32}
+
+
+def test_a_budget_is_of_prompts_with_images_wherever_they_stand(processor, source):
+    """Text alone has nothing to save: with it in the mean a mixed benchmark would be pruned more than was asked."""
+    shown = [one for one in source if one.images]
+    alone = [conversation(number, "What is this, then?") for number in range(300)]
+    alone = [replace(one, images=(), turns=(Turn("user", "What?"), one.turns[-1])) for one in alone]
+    counts = [Encoder(processor).prompt_tokens(one) for one in shown]
+    expected = tuple(round(sum(part) / len(counts)) for part in zip(*counts, strict=True))
+    for mixed in (shown, [*shown, *alone[:5]], [*alone[:5], *shown]):
+        assert prompt_tokens(Source(mixed), processor) == expected
+    late = prompt_tokens(Source([*alone, *shown * 40]), processor)  # beyond the first 256
+    assert late[0] > 0
+    with pytest.raises(ValueError, match="none of the usable records that were looked at has an image"):
+        prompt_tokens(Source(alone), processor)
 
 
 def test_a_prompt_longer_than_the_context_is_not_cut(model, processor, source):

@@ -64,6 +64,9 @@ def test_answers_end_where_the_task_says_but_not_at_the_filler_of_the_harness():
     assert Answering.of({"until": "stop"}).cut("a stop") == "a"
     with pytest.raises(ValueError, match="'max_new_token'; did you mean 'max_new_tokens'"):
         Answering.of({"max_new_token": 5})
+    for length in (0, -1):
+        with pytest.raises(ValueError, match=f"max_new_tokens is {length}; expected 1 or more"):
+            Answering.of({"max_new_tokens": length})
 
 
 def test_messages_become_turns_with_images_at_their_places(tmp_path):

@@ -99,6 +99,14 @@ def test_cached_features_take_the_tower_out_of_the_steps(tmp_path: Path, monkeyp
     assert all(side["flops"]["vision"] > 0 for side in planned(tmp_path, *EMBEDDED)["sides"])
 
 
+def test_steps_at_the_end_of_epochs_have_what_is_left(tmp_path: Path) -> None:
+    """20 records are three batches of 8: a step of four micro-batches ends with the epoch."""
+    given = ("--tflops", "1", "--data.batch_size", "8", "--trainer.accumulate_grad_batches", "4")
+    steps = ("--trainer.max_steps", "10", "--trainer.max_epochs", "-1")
+    assert planned(tmp_path, *LLAVA_7B, *given, *steps, "--records", "20")["duration"]["samples"] == 200
+    assert planned(tmp_path, *LLAVA_7B, *given, *steps, "--records", "64000")["duration"]["samples"] == 320
+
+
 @pytest.mark.parametrize(("limit", "samples"), [("2", 64), ("0.5", 500)])
 def test_limited_batches_limit_the_hours(tmp_path: Path, limit: str, samples: int) -> None:
     given = ("--records", "1000", "--tflops", "1", "--data.batch_size", "32", "--trainer.max_steps", "-1")

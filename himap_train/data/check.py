@@ -73,13 +73,12 @@ class DataReport:
         return int(np.percentile([n for _, n in self.lengths], percent, method="higher")) if self.lengths else 0
 
     def prompt_tokens(self) -> tuple[int, int] | None:
-        """Image tokens and other tokens of a prompt on average: what a prefill runs, and so what a budget is of.
-
-        None where none was examined.
+        """Image tokens and other tokens of a prompt with images on average: what a prefill runs, and so what a budget
+        is of. Of any prompt where none has images; None where none was examined.
         """
         if not self.prompts:
             return None
-        image, text = np.mean(self.prompts, axis=0)
+        image, text = np.mean([prompt for prompt in self.prompts if prompt[0]] or self.prompts, axis=0)
         return round(image), round(text)
 
     def longest(self, count: int = 5) -> list[tuple[str, int]]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from himap_train.checkpoints.load import AS_SAVED, installed_schedule
+from himap_train.data.check import spread_over
 from himap_train.data.encode import Encoder
 from himap_train.data.records import RecordError, Source
 from himap_train.evaluation.questions import source_length
@@ -16,7 +17,7 @@ from himap_train.models.stock import base_model
 from himap_train.pruning.reading import ScheduleArgument, read_schedule
 
 SAMPLES = 256
-"""Prompts whose mean length a budget is for."""
+"""Records of which those with images tell the mean length that a budget is for."""
 
 
 def require_budget(key: str, budget: float) -> None:
@@ -73,7 +74,7 @@ def prompt_tokens(
     image_aspect_ratio: AspectRatio | None = None,
     limit: int | None = None,
 ) -> tuple[int, int]:
-    """Image tokens and other tokens of a prompt on average, over the first `SAMPLES` that can be used.
+    """Image tokens and other tokens of a prompt with images on average, over `SAMPLES` records spread over the source.
 
     Args:
         source: Conversations.
@@ -86,15 +87,16 @@ def prompt_tokens(
     """
     encoder = Encoder(processor, None, image_aspect_ratio)
     image = text = count = 0
-    for index in range(min(source_length(source, limit), SAMPLES)):
+    for index in spread_over(source, source_length(source, limit), SAMPLES):
         try:
-            images, others = encoder.prompt_tokens(source[index])
+            images, others = encoder.prompt_tokens(source[int(index)])
         except RecordError:
             continue  # the evaluation reports it
-        image, text, count = image + images, text + others, count + 1
-    if not image:
+        if images:
+            image, text, count = image + images, text + others, count + 1
+    if not count:
         raise ValueError(
-            f"a budget is a share of what samples with images cost, and none of the first {count} usable records has "
-            "an image; leave the budget out for this data"
+            "a budget is a share of what samples with images cost, and none of the usable records that were looked at "
+            "has an image; leave the budget out for this data"
         )
     return round(image / count), round(text / count)

@@ -108,6 +108,8 @@ def question_batches(
 
 def source_length(source: Source, limit: int | None) -> int:
     """Number of records that will be read."""
+    if limit is not None and hasattr(source, "up_to"):  # rows of a benchmark, of which several questions may be made
+        return int(source.up_to(limit))
     return len(source) if limit is None else min(len(source), limit)
 
 

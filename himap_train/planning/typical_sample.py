@@ -28,7 +28,7 @@ from himap_train.planning.run_plan import Kind, Sample
 
 _BUILT_IN = Path(__file__).parents[1] / "assets/configs"
 TEXT_TOKENS, SUPERVISED = 115, 60
-"""Numbers of an average conversation of LLaVA-1.5's data, where none can be read."""
+"""Of a question and an answer under LLaVA-1.5's system prompt, where no data can be read."""
 _READ = 400
 
 

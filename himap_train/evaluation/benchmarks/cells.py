@@ -25,7 +25,10 @@ def options_in(found: Any, where: str) -> dict[str, str]:
     if isinstance(found, Mapping) and {"text", "label"} <= found.keys():
         found = dict(zip(map(str, found["label"]), found["text"], strict=False))
     elif isinstance(found, Mapping):
-        found = {str(label).strip("() ."): text for label, text in sorted(found.items(), key=lambda item: str(item[0]))}
+        found = {str(label).strip("() ."): text for label, text in found.items()}
+        found = dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0])))  # 2 before 10
+    elif isinstance(found, list | tuple) and len(found) > len(ascii_uppercase):
+        raise RecordError(f"{where} holds {len(found)} options; there are letters for {len(ascii_uppercase)}")
     elif isinstance(found, list | tuple):
         found = dict(zip(ascii_uppercase, found, strict=False))
     else:
@@ -46,9 +49,11 @@ def options_in(found: Any, where: str) -> dict[str, str]:
 def as_list(answer: Any) -> list[Any]:
     """Accepted answers: a list, also as text as in a cell of a table, or one."""
     listed = _written_out(answer) if isinstance(answer, str) and answer.startswith("[") else answer
-    if isinstance(listed, list) and all(isinstance(one, str | int | float) for one in listed):
-        return listed
-    return answer if isinstance(answer, list) else [] if answer is None else [answer]
+    if isinstance(answer, str) and not (isinstance(listed, list) and all(isinstance(one, str) for one in listed)):
+        listed = [answer]  # a text that is a list of numbers is one answer: a box
+    if not isinstance(listed, list):
+        listed = [] if answer is None else [answer]
+    return [int(one) if isinstance(one, float) and one.is_integer() else one for one in listed]
 
 
 def _written_out(value: Any) -> Any:

@@ -36,7 +36,7 @@ def export(kind: str, predictions: Sequence[Prediction], facts: Callable[[int], 
 
     Args:
         kind: `export` of a benchmark.
-        predictions: All answers.
+        predictions: The answers to what the file asks itself.
         facts: The row of a question, by its index.
         folder: That exists.
 
@@ -47,9 +47,8 @@ def export(kind: str, predictions: Sequence[Prediction], facts: Callable[[int], 
     if kind == "mmbench":
         import pandas
 
-        own = [row for row, one in zip(content, predictions, strict=True) if str(row.get("index", one.id)) == one.id]
         path = folder / ("submission.xlsx" if find_spec("openpyxl") else "submission.tsv")
-        sheet = pandas.DataFrame(own)  # without the rotations that were made here
+        sheet = pandas.DataFrame(content)
         sheet.to_excel(path, index=False) if path.suffix == ".xlsx" else sheet.to_csv(path, sep="\t", index=False)
         return path
     path = folder / ("submission.jsonl" if kind == "llava-bench" else "submission.json")

@@ -60,11 +60,17 @@ def open_table(spec: str, benchmark: Benchmark) -> Table:
     """
     path, config, split = parts_of(spec)
     ending = path.suffix.lower()
-    if path.is_file() and ending in (*_JSON, *SEPARATED):
+    is_text = path.is_file() and ending in (*_JSON, *SEPARATED)
+    if config and path.is_file() or split and is_text:
+        raise ValueError(f"{spec}: a file has no configs, and one of text no splits; give {path} alone")
+    if is_text:
         rows = _csv_rows(path, SEPARATED[ending]) if ending in SEPARATED else read_json(path)
         return rows_table(str(path), rows, path.parent)
-    split = split or benchmark.split
-    table = _dataset_table(_dataset(path, config or benchmark.config, split, bool(config)), spec, path)
+    named, split = bool(split), split or benchmark.split
+    if path.is_file():
+        table = _dataset_table(local_dataset(path, split, named=named), spec, path)
+    else:
+        table = _dataset_table(_dataset(path, config or benchmark.config, split, bool(config)), spec, path)
     if benchmark.images and "image" not in table.columns:
         images = _dataset_table(_dataset(path, benchmark.images, split, True), f"{path}:{benchmark.images}", path)
         table = _joined(table, images, benchmark.group)

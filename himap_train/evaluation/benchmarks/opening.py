@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from himap_train.evaluation.benchmarks.files import SEPARATED, Table, open_table
 from himap_train.evaluation.benchmarks.llava_files import AskedForLetters, is_question_file, with_answers
 from himap_train.evaluation.benchmarks.records import BenchmarkRecords
 from himap_train.evaluation.benchmarks.table import BENCHMARKS, Benchmark
+from himap_train.evaluation.result import Prediction
 from himap_train.pruning.names import check_keys
 
 
@@ -31,6 +33,11 @@ class Task:
     def facts(self, index: int) -> dict[str, Any]:
         """The row of a question without images; empty where the source has none."""
         return self.source.facts(index) if isinstance(self.source, BenchmarkRecords) else {}
+
+    def own(self, predictions: Sequence[Prediction]) -> list[Prediction]:
+        """Answers to what the file asks itself, without those to rotations that were made of it."""
+        made = self.source.is_rotation if isinstance(self.source, BenchmarkRecords) else lambda _: False
+        return [one for one in predictions if not made(one.index)]
 
 
 def open_task(

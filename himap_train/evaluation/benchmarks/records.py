@@ -75,14 +75,17 @@ class BenchmarkRecords:
         labelled = self._labelled(row)
         texts = list(labelled.values())
         options = dict(zip(ascii_uppercase, texts[turn:] + texts[:turn], strict=False))
+        self._require(row, bool(images), where)
         question = str(value_in(row, benchmark.question) or "").replace(benchmark.without or "\0", "")
         made = {
             "question": question.strip(),
             "options": "\n".join(f"{letter}. {text}" for letter, text in options.items()),
             "options_in_line": " ".join(f"({letter}) {text}" for letter, text in options.items()),
         }
-        text = self._prompt.fill({**row, **made}).replace(IMAGE_PLACEHOLDER, "")
-        turns = (Turn("user", "".join([f"{IMAGE_PLACEHOLDER}\n"] * len(images)) + text),)
+        text = self._prompt.fill({**row, **made})
+        if text.count(IMAGE_PLACEHOLDER) != len(images):  # else it says itself where they belong
+            text = "".join([f"{IMAGE_PLACEHOLDER}\n"] * len(images)) + text.replace(IMAGE_PLACEHOLDER, "")
+        turns = (Turn("user", text),)
         meta = options | self._meta(row, bool(images))
         if self.scored:
             meta["answers"] = self._answers(value_in(row, benchmark.answer), labelled, turn, where)
@@ -91,6 +94,23 @@ class BenchmarkRecords:
             meta["index"] = str(self._index(place) + turn * CIRCULAR_OFFSET)
         name = meta.get("index", value_in(row, benchmark.key))
         return Conversation(str(place if name is None else name), tuple(images), turns, meta, where)
+
+    def up_to(self, limit: int) -> int:
+        """Number of questions that the first `limit` rows make: rotations of one are asked together or not at all."""
+        rows = list(dict.fromkeys(row for row, _ in self._places))[:limit]
+        return sum(row in set(rows) for row, _ in self._places)
+
+    def is_rotation(self, index: int) -> bool:
+        """Whether a question was made here of a row's own."""
+        return self._places[index][1] > 0
+
+    def _require(self, row: Mapping[str, Any], shown: bool, where: str) -> None:
+        """RecordError for a row that has nothing to ask, or nothing to ask about: it would be answered blindly."""
+        benchmark = self._benchmark
+        if "question" in self._prompt.names and value_in(row, benchmark.question) is None:
+            raise RecordError(f"{where}: `{column_in(row, benchmark.question)}` is empty; expected a question")
+        if not shown and benchmark.needs_image and benchmark.type != "with_image":
+            raise RecordError(f"{where}: there is nothing in `{benchmark.image}`; expected an image")
 
     def _check_columns(self) -> None:
         benchmark, columns = self._benchmark, self._table.columns
@@ -110,7 +130,7 @@ class BenchmarkRecords:
 
     def _index(self, place: int) -> int:
         """MMBench's number of a question; its row where the file has none."""
-        index = str(self._table.facts(place).get("index", place))
+        index = str(self._table.facts(place).get("index", place)).removesuffix(".0")  # as pandas writes it beside gaps
         return int(index) if index.isdecimal() else place
 
     def _labelled(self, row: Mapping[str, Any]) -> dict[str, str]:

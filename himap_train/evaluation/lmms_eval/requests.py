@@ -40,9 +40,12 @@ class Answering:
         names = (*_SAMPLING, *_SEARCH) if sample else _SEARCH
         search = {name: options[name] for name in names if options.get(name) is not None}
         until = options.get("until") or []
+        most = options.get("max_new_tokens")
+        if most is not None and int(most) < 1:
+            raise ValueError(f"generation_kwargs, or --gen_kwargs: max_new_tokens is {most}; expected 1 or more")
         stops = [until] if isinstance(until, str) else until
         return cls(
-            int(options.get("max_new_tokens") or 1024),
+            1024 if most is None else int(most),
             {"do_sample": sample, **search},
             tuple(text for text in stops if text and text != _FILLER),
         )
@@ -72,9 +75,10 @@ def to_conversation(name: str, messages: Sequence[Mapping[str, Any]]) -> Convers
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         shown = [_image(name, part) for part in parts if part["type"] != "text"]
-        places = sum(part.get("text", "").count(IMAGE_PLACEHOLDER) for part in parts)
+        places = sum((part.get("text") or "").count(IMAGE_PLACEHOLDER) for part in parts)
         place = "" if places == len(shown) else IMAGE_PLACEHOLDER
-        turns.append(Turn(message["role"], "".join(part.get("text", place) for part in parts)))
+        texts = ((part.get("text") or "") if part["type"] == "text" else place for part in parts)
+        turns.append(Turn(message["role"], "".join(texts)))
         images += shown
     return Conversation(name, tuple(images), tuple(turns))
 
