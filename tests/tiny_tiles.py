@@ -161,22 +161,16 @@ def _internvl(text: str, layers: int) -> Any:
     )  # fmt: skip
 
 
-def _smolvlm(text: str, layers: int) -> Any:
-    return SmolVLMForConditionalGeneration(
-        SmolVLMConfig(
-            vision_config=_TOWER, text_config=text_config(text, layers, 288), image_token_id=IMAGE_ID, scale_factor=2,
-            pad_token_id=0, tie_word_embeddings=False,
-        )
-    )  # fmt: skip
+def _smolvlm(kind: Any, config: Any) -> Callable[[str, int], Any]:
+    def build(text: str, layers: int) -> Any:
+        return kind(
+            config(
+                vision_config=_TOWER, text_config=text_config(text, layers, 288), image_token_id=IMAGE_ID,
+                scale_factor=2, pad_token_id=0, tie_word_embeddings=False,
+            )
+        )  # fmt: skip
 
-
-def _idefics3(text: str, layers: int) -> Any:
-    return Idefics3ForConditionalGeneration(
-        Idefics3Config(
-            vision_config=_TOWER, text_config=text_config(text, layers, 288), image_token_id=IMAGE_ID, scale_factor=2,
-            pad_token_id=0, tie_word_embeddings=False,
-        )
-    )  # fmt: skip
+    return build
 
 
 def _vipllava(text: str, layers: int) -> Any:
@@ -321,8 +315,20 @@ TILED = {
     "llava_next": Tiny("llava_next", _next, _save_next, ("mistral", "llama")),
     "llava_onevision": Tiny("llava_onevision", _onevision, _save_onevision, ("qwen2",)),
     "internvl": Tiny("internvl", _internvl, _save_internvl, ("qwen2", "qwen3", "llama")),
-    "smolvlm": Tiny("smolvlm", _smolvlm, _save_smolvlm("SmolVLM"), ("llama",), *_SMOLVLM_PARTS),
-    "idefics3": Tiny("smolvlm", _idefics3, _save_smolvlm("Idefics3"), ("llama",), *_SMOLVLM_PARTS),
+    "smolvlm": Tiny(
+        "smolvlm",
+        _smolvlm(SmolVLMForConditionalGeneration, SmolVLMConfig),
+        _save_smolvlm("SmolVLM"),
+        ("llama",),
+        *_SMOLVLM_PARTS,
+    ),
+    "idefics3": Tiny(
+        "smolvlm",
+        _smolvlm(Idefics3ForConditionalGeneration, Idefics3Config),
+        _save_smolvlm("Idefics3"),
+        ("llama",),
+        *_SMOLVLM_PARTS,
+    ),
 }
 PLAIN = {
     "vipllava": Tiny("llava", _vipllava, _save_vipllava, ("llama",)),
