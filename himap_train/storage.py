@@ -59,7 +59,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise ValueError(f"{target} is a mount point, which cannot be replaced in one step: give a folder inside it")
     with _explained(target, lambda: target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(target.parent)
+        remove_leftovers(target.parent, target.name)
         temporary = _temporary(target, "tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -80,8 +80,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
-    """Take away what this user's killed processes on this machine left half-written in a folder.
+def remove_leftovers(folder: Path, name: str | None = None) -> list[Path]:
+    """Take away what this user's killed processes on this machine left half-written in a folder, of one target or all.
 
     A folder that was moved aside, and whose successor did not come, is moved back.
 
@@ -91,7 +91,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
     removed = []
     for entry in sorted(folder.glob(".*")):
         found = _TEMPORARY.fullmatch(entry.name)
-        if not found or not _is_gone(found["host"], int(found["process"])):
+        if not found or name not in (None, found["name"]) or not _is_gone(found["host"], int(found["process"])):
             continue
         if not _is_own(entry):
             continue

@@ -37,7 +37,7 @@ from himap_train.training.callbacks.checkpoints import read_checkpoint
 from himap_train.training.callbacks.interrupt import Interrupted
 from himap_train.training.run.feature_cache import fill_feature_cache
 from himap_train.training.run.finetune_cli import FinetuneCLI
-from himap_train.training.run.folder import record_run, record_schedule, release_folder, set_aside_table
+from himap_train.training.run.folder import CONFIG, record_run, record_schedule, release_folder, set_aside_table
 from himap_train.training.run.launch import end_children, is_first_process, report_error, say
 from himap_train.training.run.loggers import describe_run
 from himap_train.training.run.measured_rows import Schedules, model_config
@@ -61,6 +61,7 @@ def before_training(cli: FinetuneCLI, rows: list[Row]) -> None:
     """Write down what is run, cache image features, measure what it starts from, in a resumed run too."""
     tuner = cli.model
     if is_first_process():
+        cli.is_new = not (cli.output / CONFIG).exists()
         set_aside_table(cli.output)
         record_run(cli.output, cli.resolved_config(), tuner.schedule)
         describe_run(cli.trainer.loggers, cli.resolved_config())
@@ -166,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; the same command with --resume auto goes on", file=sys.stderr)  # Lightning's own way to end
         return 130
     except (*USER_ERRORS, MisconfigurationException) as error:
-        if cli is not None and is_first_process():
+        if cli is not None and cli.is_new and cli.trainer.global_step == 0:
             release_folder(cli.output)
         report_error(error)
         return 2

@@ -531,7 +531,13 @@ def test_rows_with_nothing_to_see_or_to_ask_are_skipped_by_name(tmp_path):
     assert task.source[0].images
     with pytest.raises(RecordError, match=r"row 1: there is nothing in `image\|images`; expected an image"):
         task.source[1]
-    with pytest.raises(RecordError, match="row 2: `question` is empty"):
+    mixed = lines(tmp_path / "own.jsonl", [{"q": "?", "a": "x", "photo": None}, {"q": "", "hint": "Look.", "a": "x"}])
+    own = open_task(str(mixed), prompt="{hint}\n{q}", answer="a", image="photo")  # a user's own rows may be text alone
+    assert asked(own) == ["?", "Look."]
+    letters = open_task(str(llava_questions(tmp_path / "l.jsonl", "")), "llava-bench")
+    with pytest.raises(RecordError, match="row 0: there is nothing in `text`; expected a question"):
+        letters.source[0]
+    with pytest.raises(RecordError, match="row 2: there is nothing in `question`; expected a question"):
         task.source[2]
 
 
@@ -556,6 +562,10 @@ def test_a_split_behind_a_file_that_has_none_is_refused(tmp_path):
         ("[0.1, 0.2, 0.3]", ["[0.1, 0.2, 0.3]"]),  # a box is one answer
         ('["a", "b"]', ["a", "b"]),
         (["1", "2"], ["1", "2"]),
+        ([0.1, 0.2, 0.3, 0.4], ["[0.1, 0.2, 0.3, 0.4]"]),
+        ([0, 2, 0, 2], ["[0, 2, 0, 2]"]),
+        ([1, 2], ["1", "2"]),
+        ('[2, "two"]', ["2", "two"]),
         (2.0, ["2"]),  # a column with gaps
         (2.5, ["2.5"]),
     ],

@@ -151,12 +151,14 @@ def test_a_second_upload_leaves_nothing_of_the_first_that_loaders_would_take(
     hub: Hub, adapter: Path, tmp_path: Path
 ) -> None:
     push_to_hub(export_merged(adapter, tmp_path / "one"), "me/model", private=False)
-    hub.files |= {"notes.md": b"mine", "himap/ranking.safetensors": b"old"}
+    hub.files |= {"notes.md": b"mine", "himap/ranking.safetensors": b"old", "himap/notes.md": b"mine"}
     shards = export_merged(adapter, tmp_path / "two", max_shard_size="100KB")
     push_to_hub(shards, "me/model", private=False)
     assert "model.safetensors" not in hub.files and "himap/ranking.safetensors" not in hub.files
     kept = {name: value for name, value in hub.files.items() if name != ".gitattributes"}
-    assert kept == {"notes.md": b"mine", **content(shards)}
+    assert kept == {"notes.md": b"mine", "himap/notes.md": b"mine", **content(shards)}
+    push_to_hub(adapter, "me/model", private=False)  # beside a whole model, which stays
+    assert kept.keys() | content(adapter).keys() == hub.files.keys() - {".gitattributes"}
 
 
 def test_public_unless_asked(hub: Hub, adapter: Path) -> None:

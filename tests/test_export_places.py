@@ -154,12 +154,26 @@ def test_of_one_file_and_shards_that_is_exported_which_transformers_loads(places
     assert torch.equal(logits(found), logits(load_llava(places / "base")[0]))
 
 
+def test_an_older_adapter_is_exported_with_the_whole_path_of_its_base(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(places)
+    old = edited(places / "adapter", tmp_path / "a", base_model_name_or_path="base")
+    written = json.loads((export_adapter(old, tmp_path / "out") / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(places / "base")
+
+
 def test_a_link_is_followed_to_its_disk_and_stays(places: Path, tmp_path: Path) -> None:
     (tmp_path / "disk" / "real").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
     export_merged(places / "adapter", tmp_path / "link")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "real" / "config.json").is_file()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["disk", "link"]
+    others = [tmp_path / ".notes.20240101.tmp", tmp_path / ".bashrc.20240101.old"]
+    for other in others:
+        other.touch()
+    export_merged(places / "adapter", tmp_path / "beside")
+    assert all(other.exists() for other in others)  # hidden files of others are none of ours
 
 
 def test_a_mount_point_is_refused_before_anything_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -221,6 +235,8 @@ def test_a_model_written_anew_keeps_its_card(places: Path, tmp_path: Path) -> No
     (source / "README.md").write_text("# What I wrote about it\n")
     half = export_merged(source, tmp_path / "half", dtype="bfloat16")
     assert (half / "README.md").read_text() == "# What I wrote about it\n"
+    (source / "README.md").write_bytes("caf\u00e9".encode("latin-1"))
+    assert (export_merged(source, tmp_path / "again") / "README.md").read_bytes() == b"caf\xe9"
 
 
 def test_an_adapter_in_the_cache_of_the_hub_is_loaded_by_its_name(
@@ -234,6 +250,11 @@ def test_an_adapter_in_the_cache_of_the_hub_is_loaded_by_its_name(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     expected, found = (logits(load_checkpoint(path)[0]) for path in (places / "adapter", "me/adapter"))
     assert torch.equal(found, expected)
+    (cache / "snapshots" / commit / "config.json").write_text("{}")  # of a model that was there before
+    assert adapter_source("me/adapter") == cache / "snapshots" / commit
+    for name in ("runs/llava 7b", "runs/llava--7b", "runs/caf\u00e9", "a/.."):
+        with pytest.raises(FileNotFoundError, match="neither in the local cache nor reachable|there is no folder"):
+            load_checkpoint(name)
 
 
 def test_a_base_that_is_not_there_is_named_beside_the_recorded_one(places: Path, tmp_path: Path) -> None:

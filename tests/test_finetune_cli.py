@@ -441,3 +441,17 @@ def test_ctrl_c_saves_and_the_printed_command_resumes(finished: Path, tiny_path:
     assert finetune(*printed[2:], "--trainer.max_steps", str(stopped + 2)) == 0
     assert torch.load(last, weights_only=True)["global_step"] >= stopped
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_start_that_lightning_refuses_leaves_the_folder_free_but_not_that_of_another(
+    tiny_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = config(tiny_path, tmp_path)
+    content["trainer"]["val_check_interval"] = 75  # of 4 batches
+    file = written(tmp_path, content)
+    assert "must be less than or equal to the number of the training batches" in error_of(capsys, "--config", file)
+    held = tmp_path / "run" / "config.yaml"
+    assert not held.exists()
+    held.write_text("a run that goes on\n")
+    error_of(capsys, "--config", file, "--resume", "auto")
+    assert held.is_file()

@@ -105,6 +105,8 @@ def test_steps_at_the_end_of_epochs_have_what_is_left(tmp_path: Path) -> None:
     steps = ("--trainer.max_steps", "10", "--trainer.max_epochs", "-1")
     assert planned(tmp_path, *LLAVA_7B, *given, *steps, "--records", "20")["duration"]["samples"] == 200
     assert planned(tmp_path, *LLAVA_7B, *given, *steps, "--records", "64000")["duration"]["samples"] == 320
+    steps = ("--trainer.max_steps", "3", "--trainer.max_epochs", "-1")
+    assert planned(tmp_path, *LLAVA_7B, *given, *steps, "--records", "40")["duration"]["samples"] == 40 + 32
 
 
 @pytest.mark.parametrize(("limit", "samples"), [("2", 64), ("0.5", 500)])

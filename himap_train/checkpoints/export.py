@@ -19,7 +19,7 @@ from himap_train.checkpoints.finite import NonFiniteError, not_finite, require_f
 from himap_train.checkpoints.merge import Merger, as_saved_here, embeddings_name, parameter_name
 from himap_train.checkpoints.ranking import read_ranking, require_ranking, write_ranking
 from himap_train.checkpoints.run_facts import run_facts
-from himap_train.checkpoints.same_base import place_of_base, require_same_base
+from himap_train.checkpoints.same_base import place_of_base, recorded_name, require_same_base
 from himap_train.checkpoints.source import adapter_source
 from himap_train.checkpoints.weight_files import TensorInfo, plan_shards, read_infos, write_shards
 from himap_train.data.end_of_answer import write_end_tokens
@@ -64,6 +64,7 @@ def export_adapter(path: Path | str, folder: Path | str, *, base: str | None = N
     config = load_config(place)
     require_same_base(adapter.base_facts, config, str(place), adapter.base)
     adapter = as_saved_here(adapter, config, place)
+    adapter = replace(adapter, peft=adapter.peft | {"base_model_name_or_path": recorded_name(adapter.base)})
     card = model_card(adapter.base, adapter.schedule, config, run_facts(source))
     adapter.write(target, card, adapter_processor(source, place, config, resized_tokens(adapter, config)))
     return target
@@ -114,7 +115,7 @@ def export_merged(
         merger.check_shapes(infos)
         config.himap = adapter.schedule.to_dict()
     shards = plan_shards([replace(info, dtype=_target(info, dtype)) for info in infos], max_shard_size)
-    _require_room(target, sum(info.bytes for shard in shards.values() for info in shard))
+    _require_room(target.resolve(), sum(info.bytes for shard in shards.values() for info in shard))
     originals = {info.name: info for info in infos}
 
     def value(planned: TensorInfo) -> Tensor:
@@ -130,10 +131,9 @@ def export_merged(
         ranking = adapter.ranking if adapter else read_ranking(source, schedule)
         require_ranking(ranking, schedule, path)
         write_ranking(temporary, ranking)
-        card = model_card(name, schedule, config, run, merged=True)
+        (temporary / "README.md").write_text(model_card(name, schedule, config, run, merged=True), encoding="utf-8")
         if adapter is None and (source / "README.md").is_file():  # the same model in another form
-            card = (source / "README.md").read_text(encoding="utf-8")
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+            shutil.copyfile(source / "README.md", temporary / "README.md")
         _empty(target)  # hours may have passed
     return target
 

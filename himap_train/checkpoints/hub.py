@@ -6,19 +6,14 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 
+from himap_train.checkpoints.adapter import BASE_FILE, CONFIG_FILE, SCHEDULE_FILE, WEIGHTS_FILE
+from himap_train.checkpoints.ranking import RANKING_FILE
 from himap_train.data.sources import HUB_NAME
+from himap_train.models.families.image_form import FORM_FILE
 
-_REPLACED = [
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "base_model.json",
-    "pruning.yaml",
-    "himap/*",
-]
-"""What an earlier upload left goes where the new one has none: loaders would take its weights."""
+_ADAPTER = [WEIGHTS_FILE, CONFIG_FILE, BASE_FILE, SCHEDULE_FILE, RANKING_FILE, FORM_FILE]
+_MODEL = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
+"""What an earlier upload left goes where the new one has none: loaders would take it."""
 
 
 def require_hub(repository: str) -> None:
@@ -55,7 +50,10 @@ def push_to_hub(folder: Path, repository: str, private: bool) -> str:
     try:
         api.create_repo(repository, private=private or None, exist_ok=True)  # None: as its owner has set
         commit = api.upload_folder(
-            repo_id=repository, folder_path=folder, commit_message="Upload with himap-train", delete_patterns=_REPLACED
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="Upload with himap-train",
+            delete_patterns=[*_ADAPTER, *(_MODEL if (folder / "config.json").is_file() else [])],
         )
     except Exception as error:  # errors of its HTTP library too, which another release may replace
         reason = " ".join([f"{type(error).__name__}:", *str(error).split()])[:300]

@@ -8,6 +8,7 @@ from typing import Literal
 from huggingface_hub import constants, get_session, hf_hub_download, snapshot_download, try_to_load_from_cache
 
 from himap_train.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE
+from himap_train.data.sources import HUB_NAME
 from himap_train.embedded.model import EMBEDDED_MODELS
 
 Weights = Literal["adapter", "last", "best"]
@@ -29,7 +30,7 @@ def adapter_source(path: Path | str, weights: Weights = "adapter") -> Path | Non
     is_adapter = path.is_file() or any((path / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
     is_run = not is_adapter and not (path / "config.json").is_file()
     is_run &= (path / "checkpoints").is_dir() or (path / "adapter").is_dir()
-    if weights != "adapter" and not is_run:
+    if weights != "adapter" and path.exists() and not is_run:
         raise ValueError(f"--weights {weights} is for the folder of a run, and {path} is none; leave it out")
     if path.suffix == ".safetensors" and path.is_file():
         raise ValueError(f"{path} is a file of weights alone; give its folder, {path.parent}")
@@ -49,14 +50,15 @@ def adapter_source(path: Path | str, weights: Weights = "adapter") -> Path | Non
 
 def _on_hub(name: str) -> Path | None:
     """The folder of an adapter on the hub, or in its cache; None for anything else."""
-    if name in EMBEDDED_MODELS or name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if name in EMBEDDED_MODELS or not HUB_NAME.fullmatch(name):
         return None
-    if isinstance(try_to_load_from_cache(name, "config.json"), str):
-        return None  # a whole model
-    if not isinstance(try_to_load_from_cache(name, CONFIG_FILE), str):
-        try:  # one attempt: the client itself tries again for half a minute where there is no network
+    try:
+        if not isinstance(try_to_load_from_cache(name, CONFIG_FILE), str):
+            if isinstance(try_to_load_from_cache(name, "config.json"), str):
+                return None  # a whole model
+            # one attempt: the client itself tries again for half a minute where there is no network
             get_session().head(constants.ENDPOINT, timeout=5)
             hf_hub_download(name, CONFIG_FILE, etag_timeout=5)
-        except Exception:  # of many kinds; what cannot be had is looked for as a model, which says why
-            return None
-    return Path(snapshot_download(name))
+        return Path(snapshot_download(name, ignore_patterns=["checkpoint*", "*.pt", "*.pth", "*.bin"]))
+    except Exception:  # of many kinds; what cannot be had is looked for as a model, which says why
+        return None

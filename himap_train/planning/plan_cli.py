@@ -139,11 +139,12 @@ class PlanCLI(FinetuneCLI):
             records = (
                 int(records * limit) if isinstance(limit, float) and limit <= 1 else min(records, int(limit) * batch)
             )
-        by_steps = [float(trainer.max_steps * run.effective_batch)] if trainer.max_steps > 0 else []
+        by_steps = [trainer.max_steps * run.effective_batch] if trainer.max_steps > 0 else []
         if by_steps and records:  # an epoch's last step has what is left
-            by_steps = [trainer.max_steps * records / -(-records // run.effective_batch)]
+            epochs, rest = divmod(trainer.max_steps, -(-records // run.effective_batch))
+            by_steps = [epochs * records + rest * run.effective_batch]
         by_epochs = [records * trainer.max_epochs] if records is not None and (trainer.max_epochs or -1) > 0 else []
-        return round(min([*by_steps, *by_epochs])) if by_steps or by_epochs else None
+        return min([*by_steps, *by_epochs], default=None)
 
     def _other_schedules(self) -> tuple[str, ...]:
         """What steps under other schedules than model.schedule mean for the numbers."""

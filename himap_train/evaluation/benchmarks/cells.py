@@ -49,11 +49,14 @@ def options_in(found: Any, where: str) -> dict[str, str]:
 def as_list(answer: Any) -> list[Any]:
     """Accepted answers: a list, also as text as in a cell of a table, or one."""
     listed = _written_out(answer) if isinstance(answer, str) and answer.startswith("[") else answer
-    if isinstance(answer, str) and not (isinstance(listed, list) and all(isinstance(one, str) for one in listed)):
-        listed = [answer]  # a text that is a list of numbers is one answer: a box
-    if not isinstance(listed, list):
-        listed = [] if answer is None else [answer]
-    return [int(one) if isinstance(one, float) and one.is_integer() else one for one in listed]
+    if isinstance(listed, list) and all(isinstance(one, str | int | float) for one in listed):
+        numbers = bool(listed) and not any(isinstance(one, str | bool) for one in listed)
+        if numbers and (len(listed) == 4 or any(isinstance(one, float) for one in listed)):
+            return [answer if isinstance(answer, str) else json.dumps(answer)]  # a box, or measures: one answer
+        return listed
+    if isinstance(answer, float) and answer.is_integer():
+        return [int(answer)]  # a column with gaps
+    return answer if isinstance(answer, list) else [] if answer is None else [answer]
 
 
 def _written_out(value: Any) -> Any:

@@ -74,7 +74,9 @@ def open_task(
         except ValueError as error:
             hint = "; rows with a question and an answer each are read by --prompt '{question}'"
             raise ValueError(f"{error}{hint if Path(data).is_file() else ''}") from error
-    free = Benchmark("{question}", ("choice" if own.get("options") else "exact",), needs_image="image" in own)
+    free = Benchmark(
+        "{question}", ("choice" if own.get("options") else "exact",), needs_image="image" in own, blind_rows=True
+    )
     entry = replace(BENCHMARKS[benchmark] if benchmark else free, **own)
     table = open_table(data, entry)
     if set(TURN_KEYS) & set(table.columns):

@@ -97,8 +97,8 @@ class BenchmarkRecords:
 
     def up_to(self, limit: int) -> int:
         """Number of questions that the first `limit` rows make: rotations of one are asked together or not at all."""
-        rows = list(dict.fromkeys(row for row, _ in self._places))[:limit]
-        return sum(row in set(rows) for row, _ in self._places)
+        rows = set(list(dict.fromkeys(row for row, _ in self._places))[:limit])
+        return sum(row in rows for row, _ in self._places)
 
     def is_rotation(self, index: int) -> bool:
         """Whether a question was made here of a row's own."""
@@ -107,9 +107,11 @@ class BenchmarkRecords:
     def _require(self, row: Mapping[str, Any], shown: bool, where: str) -> None:
         """RecordError for a row that has nothing to ask, or nothing to ask about: it would be answered blindly."""
         benchmark = self._benchmark
-        if "question" in self._prompt.names and value_in(row, benchmark.question) is None:
-            raise RecordError(f"{where}: `{column_in(row, benchmark.question)}` is empty; expected a question")
-        if not shown and benchmark.needs_image and benchmark.type != "with_image":
+        asks = [name for name in self._prompt.names if name not in _MADE]
+        asks += [benchmark.question] if "question" in self._prompt.names else []
+        if asks and all(value_in(row, name) is None for name in asks):
+            raise RecordError(f"{where}: there is nothing in `{'`, `'.join(asks)}`; expected a question")
+        if not shown and not benchmark.blind_rows:
             raise RecordError(f"{where}: there is nothing in `{benchmark.image}`; expected an image")
 
     def _check_columns(self) -> None:

@@ -38,6 +38,7 @@ class Benchmark:
         match: What an answer file and LLaVA's question file share; see `llava_files`.
         export: What a judge or server takes; see `export`.
         needs_image: A file without a column of images is not its file.
+        blind_rows: Whether rows may have no image all the same.
     """
 
     prompt: str = SHORT
@@ -59,6 +60,7 @@ class Benchmark:
     match: tuple[str, ...] = ("question_id",)
     export: str = ""
     needs_image: bool = True
+    blind_rows: bool = False
 
 
 _VQA = Benchmark(metrics=("vqa",), split="validation", answer="answers", export="vqa")
@@ -113,6 +115,7 @@ BENCHMARKS = {
         options="choices",
         numbered=True,
         type="with_image",
+        blind_rows=True,
     ),
     "chartqa": Benchmark(
         "{question}\nAnswer the question with a single word.",

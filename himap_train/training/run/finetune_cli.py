@@ -70,7 +70,12 @@ class FinetuneCLI(LightningCLI):
     Args:
         args: The command line; None for that of this process.
         around: What is done before and after training, in all processes; see `AroundTraining`.
+
+    Attributes:
+        is_new: Whether this process has made the run's folder one, in the first process.
     """
+
+    is_new = False
 
     def __init__(
         self,
