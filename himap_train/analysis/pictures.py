@@ -110,14 +110,21 @@ def draw_kept(
     scale = PANEL / max(image.size)
     large = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     views = list(dict.fromkeys(block.view for block in blocks if block.rows * block.columns))
-    height, width = large.height + MARGIN + CAPTION, large.width + MARGIN
+    font = ImageFont.load_default(16)
+    lines = [
+        [
+            _caption(view, blocks),
+            *(text + _of_view(stays, blocks, view) for text, stays in zip(texts, kept, strict=True)),
+        ]
+        for view in views
+    ]
+    widest = max(round(font.getlength(text)) for line in lines for text in line)
+    height, width = large.height + MARGIN + CAPTION, max(large.width, widest) + MARGIN
     canvas = Image.new("RGB", (MARGIN + (len(kept) + 1) * width, MARGIN + len(views) * height), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(16)
-    for row, view in enumerate(views):
+    draw = ImageDraw.Draw(canvas)
+    for row, (view, line) in enumerate(zip(views, lines, strict=True)):
         panels = [large, *(_shade(large, stays, blocks, view) for stays in kept)]
-        counts = [_of_view(stays, blocks, view) for stays in kept]
-        shown = [_caption(view, blocks), *(text + count for text, count in zip(texts, counts, strict=True))]
-        for number, (panel, text) in enumerate(zip(panels, shown, strict=True)):
+        for number, (panel, text) in enumerate(zip(panels, line, strict=True)):
             left, top = MARGIN + number * width, MARGIN + row * height
             canvas.paste(panel, (left, top))
             draw.text((left, top + large.height + 8), text, fill="black", font=font)
