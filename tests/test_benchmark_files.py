@@ -563,14 +563,14 @@ def test_a_split_behind_a_file_that_has_none_is_refused(tmp_path):
         ('["a", "b"]', ["a", "b"]),
         (["1", "2"], ["1", "2"]),
         ([0.1, 0.2, 0.3, 0.4], ["[0.1, 0.2, 0.3, 0.4]"]),
-        ([0, 2, 0, 2], ["[0, 2, 0, 2]"]),
+        ([2, 2, 3, 2], ["2", "2", "3", "2"]),  # of four annotators
         ([1, 2], ["1", "2"]),
         ('[2, "two"]', ["2", "two"]),
         (2.0, ["2"]),  # a column with gaps
         (2.5, ["2.5"]),
     ],
 )
-def test_a_list_of_numbers_is_one_answer(cell, accepted, tmp_path):
+def test_a_list_of_fractions_is_one_answer(cell, accepted, tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps([{"question": "?", "answer": cell}]))
     assert answers(open_task(str(tmp_path / "rows.json"), prompt="{question}", answer="answer")) == [accepted]
 

@@ -51,8 +51,8 @@ def as_list(answer: Any) -> list[Any]:
     listed = _written_out(answer) if isinstance(answer, str) and answer.startswith("[") else answer
     if isinstance(listed, list) and all(isinstance(one, str | int | float) for one in listed):
         numbers = bool(listed) and not any(isinstance(one, str | bool) for one in listed)
-        if numbers and (len(listed) == 4 or any(isinstance(one, float) for one in listed)):
-            return [answer if isinstance(answer, str) else json.dumps(answer)]  # a box, or measures: one answer
+        if numbers and any(isinstance(one, float) for one in listed):  # a box: one answer; whole numbers may be
+            return [answer if isinstance(answer, str) else json.dumps(answer)]  # those of several annotators
         return listed
     if isinstance(answer, float) and answer.is_integer():
         return [int(answer)]  # a column with gaps
