@@ -551,15 +551,18 @@ def test_a_split_behind_a_file_that_has_none_is_refused(tmp_path):
     parquet = next(table.rglob("*.parquet"), None)
     if parquet is not None:
         assert len(open_task(str(parquet), prompt="{question}", answer="answer").source) == 1
-        for spec in (f"{parquet}:nosuch", f"{parquet}:config:train"):
-            with pytest.raises(ValueError):
+        for spec, why in ((f"{parquet}:nosuch", "one split itself"), (f"{parquet}:config:train", "no configs")):
+            with pytest.raises(ValueError, match=why):
                 open_task(spec, prompt="{question}", answer="answer")
+        assert len(open_task(f"{parquet}:test", prompt="{question}", answer="answer").source) == 1  # by its name
 
 
 @pytest.mark.parametrize(
     ("cell", "accepted"),
     [
-        ("[0.1, 0.2, 0.3]", ["[0.1, 0.2, 0.3]"]),  # a box is one answer
+        ("[0.1, 0.2, 0.3, 1]", ["[0.1, 0.2, 0.3, 1]"]),  # a box is one answer
+        ([0.57], ["0.57"]),  # ChartQA's label
+        ([2.0] * 10, ["2"] * 10),  # of ten annotators
         ('["a", "b"]', ["a", "b"]),
         (["1", "2"], ["1", "2"]),
         ([0.1, 0.2, 0.3, 0.4], ["[0.1, 0.2, 0.3, 0.4]"]),

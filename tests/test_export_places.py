@@ -208,6 +208,9 @@ def test_weights_of_a_run_are_not_looked_for_elsewhere(places: Path, capsys: pyt
     for source in ("adapter", "merged"):
         with pytest.raises(ValueError, match=r"--weights best is for the folder of a run"):
             adapter_source(places / source, "best")
+    for source in ("embedded", "me/adapter", "runs/none"):
+        with pytest.raises(FileNotFoundError, match=f"there is no folder {source} of a run"):
+            adapter_source(source, "best")
     with pytest.raises(ValueError, match=r"a file of weights alone; give its folder"):
         adapter_source(places / "adapter" / "adapter_model.safetensors")
     options = ["--checkpoint", places / "adapter", "--weights", "last", "--output", places / "no"]

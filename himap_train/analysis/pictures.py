@@ -118,7 +118,7 @@ def draw_kept(
         ]
         for view in views
     ]
-    widest = max(round(font.getlength(text)) for line in lines for text in line)
+    widest = max((round(font.getlength(text)) for line in lines for text in line), default=0)
     height, width = large.height + MARGIN + CAPTION, max(large.width, widest) + MARGIN
     canvas = Image.new("RGB", (MARGIN + (len(kept) + 1) * width, MARGIN + len(views) * height), "white")
     draw = ImageDraw.Draw(canvas)

@@ -30,7 +30,9 @@ def adapter_source(path: Path | str, weights: Weights = "adapter") -> Path | Non
     is_adapter = path.is_file() or any((path / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
     is_run = not is_adapter and not (path / "config.json").is_file()
     is_run &= (path / "checkpoints").is_dir() or (path / "adapter").is_dir()
-    if weights != "adapter" and path.exists() and not is_run:
+    if weights != "adapter" and not path.exists():
+        raise FileNotFoundError(f"there is no folder {path} of a run, from which to take the {weights} weights")
+    if weights != "adapter" and not is_run:
         raise ValueError(f"--weights {weights} is for the folder of a run, and {path} is none; leave it out")
     if path.suffix == ".safetensors" and path.is_file():
         raise ValueError(f"{path} is a file of weights alone; give its folder, {path.parent}")
@@ -59,6 +61,6 @@ def _on_hub(name: str) -> Path | None:
             # one attempt: the client itself tries again for half a minute where there is no network
             get_session().head(constants.ENDPOINT, timeout=5)
             hf_hub_download(name, CONFIG_FILE, etag_timeout=5)
-        return Path(snapshot_download(name, ignore_patterns=["checkpoint*", "*.pt", "*.pth", "*.bin"]))
     except Exception:  # of many kinds; what cannot be had is looked for as a model, which says why
         return None
+    return Path(snapshot_download(name, ignore_patterns=["checkpoint*", "*.pt", "*.pth", "*.bin"]))

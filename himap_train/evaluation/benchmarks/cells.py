@@ -50,13 +50,16 @@ def as_list(answer: Any) -> list[Any]:
     """Accepted answers: a list, also as text as in a cell of a table, or one."""
     listed = _written_out(answer) if isinstance(answer, str) and answer.startswith("[") else answer
     if isinstance(listed, list) and all(isinstance(one, str | int | float) for one in listed):
-        numbers = bool(listed) and not any(isinstance(one, str | bool) for one in listed)
-        if numbers and any(isinstance(one, float) for one in listed):  # a box: one answer; whole numbers may be
-            return [answer if isinstance(answer, str) else json.dumps(answer)]  # those of several annotators
-        return listed
-    if isinstance(answer, float) and answer.is_integer():
-        return [int(answer)]  # a column with gaps
-    return answer if isinstance(answer, list) else [] if answer is None else [answer]
+        fractions = any(isinstance(one, float) and not one.is_integer() for one in listed)
+        if fractions and not any(isinstance(one, str) for one in listed) and len(listed) == 4:
+            return [answer if isinstance(answer, str) else json.dumps(answer)]  # a box; others are of annotators
+        return [_plain(one) for one in listed]
+    return answer if isinstance(answer, list) else [] if answer is None else [_plain(answer)]
+
+
+def _plain(value: Any) -> Any:
+    """A whole number as such, which a column with gaps holds as 2.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _written_out(value: Any) -> Any:

@@ -66,9 +66,11 @@ def open_table(spec: str, benchmark: Benchmark) -> Table:
     if is_text:
         rows = _csv_rows(path, SEPARATED[ending]) if ending in SEPARATED else read_json(path)
         return rows_table(str(path), rows, path.parent)
-    named, split = bool(split), split or benchmark.split
+    if path.is_file() and split and split not in ("train", _SHARD.sub("", path.stem)):
+        raise ValueError(f"{spec}: a parquet file is one split itself; give {path} alone")
+    split = split or benchmark.split
     if path.is_file():
-        table = _dataset_table(local_dataset(path, split, named=named), spec, path)
+        table = _dataset_table(local_dataset(path, split), spec, path)
     else:
         table = _dataset_table(_dataset(path, config or benchmark.config, split, bool(config)), spec, path)
     if benchmark.images and "image" not in table.columns:
@@ -127,9 +129,9 @@ def _csv_rows(path: Path, delimiter: str) -> list[dict[str, Any]]:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
     if not rows:
         raise ValueError(f"{path} holds no rows; expected a line of column names, and one a question")
-    by_index = {row.get("index"): row.get("image") for row in rows}
+    by_index = {str(row.get("index")).removesuffix(".0"): row.get("image") for row in rows}  # 5.0: beside gaps
     for row in rows:
-        image = by_index.get(row.get("image"), row.get("image"))
+        image = by_index.get(str(row.get("image")).removesuffix(".0"), row.get("image"))
         if image and len(image) > 255:
             try:
                 image = base64.b64decode(image, validate=True)
