@@ -587,6 +587,8 @@ def test_a_limit_cuts_no_question_in_two(tmp_path):
 def test_options_are_in_the_order_of_their_numbers_and_no_more_than_letters():
     numbered = {str(number): f"o{number}" for number in range(1, 12)}
     assert list(options_in(dict(sorted(numbered.items())), "x").values()) == [f"o{n}" for n in range(1, 12)]
+    assert options_in(["A. a cat", "(B) a dog"], "x") == {"A": "a cat", "B": "a dog"}
+    assert options_in(["A. a cat", "Be. it"], "x") == {"A": "A. a cat", "B": "Be. it"}
     with pytest.raises(RecordError, match="30 options; there are letters for 26"):
         options_in([str(number) for number in range(30)], "x")
 

@@ -43,6 +43,9 @@ def options_in(found: Any, where: str) -> dict[str, str]:
         raise RecordError(
             f"{where} holds {found!r:.60}; expected texts under letters or numbers that follow each other"
         )
+    said = [re.match(rf"\(?{label}[.):]\s+(?=\S)", str(text)) for label, text in zip(labels, texts, strict=True)]
+    if all(said):  # ["A. cat", "B. dog"]: the prompt writes the letters
+        texts = [str(text)[match.end() :] for match, text in zip(said, texts, strict=True) if match]
     return dict(zip(labels, map(str, texts), strict=True))
 
 
