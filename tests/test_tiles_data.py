@@ -315,19 +315,20 @@ def test_smolvlm_image_processors_of_another_kind_are_refused(tokens: str, loade
             SmolVLM().load_processor(str(tmp_path), model.config)
 
 
-def test_a_smolvlm_tokenizer_without_its_marks_is_refused(loaded: Any, tmp_path: Path) -> None:
-    model, processor = loaded["smolvlm"]
-    byte_tokenizer("<image>", "</s>").save_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "image", "message"),
+    [
+        ("smolvlm", "<image>", "no <fake_token_around_image>, which stands around a tile"),
+        ("internvl", "<IMG_CONTEXT>", "no <img>, which stands around"),
+    ],
+)
+def test_a_tokenizer_without_its_marks_is_refused(
+    name: str, image: str, message: str, loaded: Any, tmp_path: Path
+) -> None:
+    model, processor = loaded[name]
+    byte_tokenizer(image, "</s>").save_pretrained(tmp_path)
     processor.image_processor.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no <fake_token_around_image>, which stands around a tile"):
-        Encoder(processor).family.load_processor(str(tmp_path), model.config)
-
-
-def test_an_internvl_tokenizer_without_its_marks_is_refused(loaded: Any, tmp_path: Path) -> None:
-    model, processor = loaded["internvl"]
-    byte_tokenizer("<IMG_CONTEXT>", "</s>").save_pretrained(tmp_path)
-    processor.image_processor.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no <img>, which stands around"):
+    with pytest.raises(ValueError, match=message):
         Encoder(processor).family.load_processor(str(tmp_path), model.config)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from huggingface_hub import constants, get_session, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 
 from himap_train.checkpoints.adapter import CONFIG_FILE, WEIGHTS_FILE
 from himap_train.data.sources import HUB_NAME
 from himap_train.embedded.model import EMBEDDED_MODELS
+from himap_train.models.loading import fetch_file
 
 Weights = Literal["adapter", "last", "best"]
 """Weights of a run: the adapter that it kept, or one of its training checkpoints."""
@@ -58,9 +59,7 @@ def _on_hub(name: str) -> Path | None:
         if not isinstance(try_to_load_from_cache(name, CONFIG_FILE), str):
             if isinstance(try_to_load_from_cache(name, "config.json"), str):
                 return None  # a whole model
-            # one attempt: the client itself tries again for half a minute where there is no network
-            get_session().head(constants.ENDPOINT, timeout=5)
-            hf_hub_download(name, CONFIG_FILE, etag_timeout=5)
+            fetch_file(name, CONFIG_FILE)
     except Exception:  # of many kinds; what cannot be had is looked for as a model, which says why
         return None
     return Path(snapshot_download(name, ignore_patterns=["checkpoint*", "*.pt", "*.pth", "*.bin"]))

@@ -198,10 +198,7 @@ def resolve_model(path: str | Path) -> str:
     if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1:
         raise FileNotFoundError(f"there is no folder {path}, and it is no hub id of the form owner/name; {_ways_out()}")
     try:
-        if not isinstance(try_to_load_from_cache(str(path), "config.json"), str):
-            # One attempt: the client itself tries again for half a minute where there is no network.
-            get_session().head(constants.ENDPOINT, timeout=5)
-        hf_hub_download(str(path), "config.json", etag_timeout=5)
+        fetch_file(str(path), "config.json")
     except (GatedRepoError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(
             f"the hub does not give {path} ({type(error).__name__}); check the name, or log in with "
@@ -213,6 +210,14 @@ def resolve_model(path: str | Path) -> str:
             f"{path} is neither in the local cache nor reachable{offline}; {_ways_out(path)}"
         ) from error
     return str(path)
+
+
+def fetch_file(repository: str, name: str) -> None:
+    """Bring a file of a hub repository into the cache; raises within seconds what the client raises."""
+    if not isinstance(try_to_load_from_cache(repository, name), str):
+        # One attempt: the client itself tries again for half a minute where there is no network.
+        get_session().head(constants.ENDPOINT, timeout=5)
+    hf_hub_download(repository, name, etag_timeout=5)
 
 
 def local_folder(path: str | Path) -> Path:

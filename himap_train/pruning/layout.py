@@ -152,9 +152,9 @@ def _ranking_rows(image: Tensor, prompt: Tensor, group: Tensor, marks_tiles: boo
     """
     text = prompt & ~image & (_running_in_group(image, group) > 0)
     if marks_tiles:
-        text &= _running_in_group(image.flip(1), group.flip(1)).flip(1) == 0
+        text &= _left_in_group(image, group) == 0
     # A prompt that ends with its image (`<image>` alone, as in caption pre-training) is ranked by its last token.
-    last_prompt = prompt & (_running_in_group(prompt.flip(1), group.flip(1)).flip(1) == 1)
+    last_prompt = prompt & (_left_in_group(prompt, group) == 1)
     has_text = _running_in_group(text, group) > 0
     return text | (last_prompt & image & ~has_text)
 
@@ -165,6 +165,11 @@ def _running_in_group(mask: Tensor, group: Tensor) -> Tensor:
     new_group = torch.nn.functional.pad(group[:, 1:] != group[:, :-1], (1, 0))
     before = torch.where(new_group, total - mask.long(), 0)
     return total - before.cummax(1).values
+
+
+def _left_in_group(mask: Tensor, group: Tensor) -> Tensor:
+    """How many of `mask` lie at or behind each token within its own group. (B, S)."""
+    return _running_in_group(mask.flip(1), group.flip(1)).flip(1)
 
 
 def _count(layout: TokenLayout, supervised_images: Tensor | None) -> TokenCounts:

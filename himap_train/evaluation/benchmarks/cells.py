@@ -60,6 +60,11 @@ def as_list(answer: Any) -> list[Any]:
     return answer if isinstance(answer, list) else [] if answer is None else [_plain(answer)]
 
 
+def index_of(cell: Any) -> str:
+    """MMBench's number of a question, as text; pandas writes 5.0 in a column with gaps."""
+    return str(cell).removesuffix(".0")
+
+
 def _plain(value: Any) -> Any:
     """A whole number as such, which a column with gaps holds as 2.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value

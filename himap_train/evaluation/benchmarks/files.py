@@ -15,6 +15,7 @@ from typing import Any
 from himap_train.data.huggingface import image_columns, json_columns, plain_row
 from himap_train.data.records import RecordError
 from himap_train.data.sources import HUB_NAME, load_from_hub, local_dataset, parts_of
+from himap_train.evaluation.benchmarks.cells import index_of
 from himap_train.evaluation.benchmarks.table import Benchmark
 
 _JSON = (".json", ".jsonl", ".ndjson")
@@ -129,9 +130,9 @@ def _csv_rows(path: Path, delimiter: str) -> list[dict[str, Any]]:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
     if not rows:
         raise ValueError(f"{path} holds no rows; expected a line of column names, and one a question")
-    by_index = {str(row.get("index")).removesuffix(".0"): row.get("image") for row in rows}  # 5.0: beside gaps
+    by_index = {index_of(row.get("index")): row.get("image") for row in rows}
     for row in rows:
-        image = by_index.get(str(row.get("image")).removesuffix(".0"), row.get("image"))
+        image = by_index.get(index_of(row.get("image")), row.get("image"))
         if image and len(image) > 255:
             try:
                 image = base64.b64decode(image, validate=True)

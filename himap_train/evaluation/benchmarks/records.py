@@ -12,7 +12,7 @@ from typing import Any
 from himap_train.data.forms import checked_text
 from himap_train.data.images import image_source
 from himap_train.data.records import IMAGE_PLACEHOLDER, Conversation, RecordError, Turn
-from himap_train.evaluation.benchmarks.cells import as_list, options_in
+from himap_train.evaluation.benchmarks.cells import as_list, index_of, options_in
 from himap_train.evaluation.benchmarks.files import Table
 from himap_train.evaluation.benchmarks.table import Benchmark
 from himap_train.evaluation.choice import CIRCULAR_OFFSET
@@ -132,7 +132,7 @@ class BenchmarkRecords:
 
     def _index(self, place: int) -> int:
         """MMBench's number of a question; its row where the file has none."""
-        index = str(self._table.facts(place).get("index", place)).removesuffix(".0")  # as pandas writes it beside gaps
+        index = index_of(self._table.facts(place).get("index", place))
         return int(index) if index.isdecimal() else place
 
     def _labelled(self, row: Mapping[str, Any]) -> dict[str, str]:

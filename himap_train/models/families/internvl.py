@@ -12,7 +12,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 )
 
 from himap_train.models.families.base import AspectRatio
-from himap_train.models.families.processing import PartsProcessor, load_tokenizer
+from himap_train.models.families.processing import PartsProcessor, load_tokenizer, mark_id
 from himap_train.models.families.tiles import Tiled
 
 
@@ -30,12 +30,10 @@ class InternVL(Tiled):
     def load_processor(self, folder: str, config: Any) -> PartsProcessor:
         """From its parts; the marks around an image are named by the tokenizer."""
         tokenizer = load_tokenizer(folder)
-        ids = {}
-        for name, usual in (("start_image", "<img>"), ("end_image", "</img>")):
-            token = getattr(tokenizer, f"{name}_token", usual)
-            ids[f"{name}_id"] = tokenizer.convert_tokens_to_ids(token)
-            if ids[f"{name}_id"] in (None, tokenizer.unk_token_id):
-                raise ValueError(f"its tokenizer has no {token}, which stands around an image")
+        ids = {
+            f"{name}_id": mark_id(tokenizer, getattr(tokenizer, f"{name}_token", usual), "an image")
+            for name, usual in (("start_image", "<img>"), ("end_image", "</img>"))
+        }
         return PartsProcessor(
             family=self.name,
             source=folder,

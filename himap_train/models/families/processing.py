@@ -105,6 +105,14 @@ def load_tokenizer(source: str) -> Any:
     return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
+def mark_id(tokenizer: Any, token: str, around: str) -> int:
+    """Id of a token that stands around an image; ValueError where the tokenizer has none."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found in (None, tokenizer.unk_token_id):
+        raise ValueError(f"its tokenizer has no {token}, which stands around {around}")
+    return int(found)
+
+
 def stock_file(source: str, name: str, ours: bool = False) -> str | None:
     """A file of a folder or a hub repository, None where it has none; of ours also where the hub cannot be asked."""
     asked = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": not ours}

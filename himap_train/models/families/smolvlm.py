@@ -12,7 +12,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 from transformers.models.smolvlm.image_processing_pil_smolvlm import MAX_IMAGE_SIZE, SmolVLMImageProcessorPil
 
 from himap_train.models.families.base import AspectRatio
-from himap_train.models.families.processing import PartsProcessor, load_tokenizer
+from himap_train.models.families.processing import PartsProcessor, load_tokenizer, mark_id
 from himap_train.models.families.tiles import Tiled
 
 
@@ -45,8 +45,7 @@ class SmolVLM(Tiled):
             "around": getattr(tokenizer, "fake_image_token", "<fake_token_around_image>"),
             "whole": getattr(tokenizer, "global_image_token", "<global-img>"),
         }
-        if tokenizer.convert_tokens_to_ids(marks["around"]) in (None, tokenizer.unk_token_id):
-            raise ValueError(f"its tokenizer has no {marks['around']}, which stands around a tile")
+        mark_id(tokenizer, marks["around"], "a tile")
         images = kind.from_pretrained(folder)
         if not images.size.get("longest_edge") or not images.max_image_size.get("longest_edge"):
             raise ValueError(
@@ -123,7 +122,7 @@ def _scaled(width: int, height: int, longest: int) -> tuple[int, int]:
         width += width % 2
     width, height = max(width, 1), max(height, 1)
     ratio = width / height
-    if width >= height > 0 and width > MAX_IMAGE_SIZE:
+    if width >= height and width > MAX_IMAGE_SIZE:
         return MAX_IMAGE_SIZE, max(int(MAX_IMAGE_SIZE / ratio), 1)
     if height > width and height > MAX_IMAGE_SIZE:
         return max(int(MAX_IMAGE_SIZE * ratio), 1), MAX_IMAGE_SIZE

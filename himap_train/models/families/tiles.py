@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from himap_train.models.families.base import AspectRatio, Family, Images
@@ -79,7 +80,7 @@ class Tiled(Family):
     def limit_tiles(self, image_processor: Any, most: int) -> None:
         """Cut no picture into more tiles, the whole one left out of account."""
 
-    def token_blocks(self, processor: Any, image: Images, picture: Any) -> list[TokenBlock]:
+    def token_blocks(self, processor: Any, image: Images, picture: Image.Image) -> list[TokenBlock]:
         """A block a tile, row by row, then the thumbnail."""
         rows, columns = self.tiles(processor, picture.size)
         side = math.isqrt(int(processor.settings["tile_tokens"]))
