@@ -155,7 +155,7 @@ def test_batch_of_text_alone_runs_the_same_modules(tiny_path: str) -> None:
         getattr(base.model, name).register_forward_pre_hook(lambda *_, name=name: calls.append(name))
     for image in (True, False):
         batch = collate([sample(0, image=image)])
-        features = torch.randn(int(image), IMAGE_TOKENS, 32)
+        features = torch.randn(int(image) * IMAGE_TOKENS, 32)
         model.zero_grad()
         model.batch_loss({**batch, "images": {}, "image_features": features})[0].backward()
         missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -216,7 +216,7 @@ def test_too_small_a_disk_is_refused_with_figures(
     usage = namedtuple("usage", "total used free")
     needed = 6 * IMAGE_TOKENS * 32 * 4
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, needed - 1))
-    expected = r"6 distinct images x 16 tokens x 32 x 4 bytes = 0.0 MB .* They do not fit: .* or set it to null"
+    expected = r"6 distinct images, 96 tokens x 32 x 4 bytes = 0.0 MB .* They do not fit: .* or set it to null"
     with pytest.raises(ValueError, match=expected):
         fit(tiny_path, data, tmp_path, str(tmp_path / "cache"))
     assert not files(tmp_path)
@@ -305,25 +305,27 @@ def test_two_processes_fill_one_folder(tmp_path: Path) -> None:
     values = {f"{number:064x}": torch.full((2, 3), float(number)) for number in range(40)}
 
     def write() -> int:
-        store = FeatureStore(tmp_path, 2, 3, torch.float32)
+        store = FeatureStore(tmp_path, 3, torch.float32)
         for digest, features in values.items():
-            if digest not in store:
+            if not store.holds(digest, 2):
                 store.write(digest, features)
-        return sum(torch.equal(store.read(digest), features) for digest, features in values.items())
+        return sum(torch.equal(store.read(digest)["features"], features) for digest, features in values.items())
 
     assert in_processes(2, write) == [40, 40]
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".safetensors"]
 
 
 def test_store_reads_what_it_wrote(tmp_path: Path) -> None:
-    store = FeatureStore(tmp_path / "new", 4, 8, torch.bfloat16)
+    store = FeatureStore(tmp_path / "new", 8, torch.bfloat16)
     batch = torch.randn(3, 4, 8).bfloat16()
     for digest, features in zip(DIGESTS, batch, strict=True):
         store.write(digest, features)
-    other = FeatureStore(tmp_path / "new", 4, 8, torch.bfloat16)
-    assert all(digest in other for digest in DIGESTS)
-    assert all(torch.equal(other.read(digest), values) for digest, values in zip(DIGESTS, batch, strict=True))
-    assert f"{9:064x}" not in other and other.none().shape == (0, 4, 8)
+    other = FeatureStore(tmp_path / "new", 8, torch.bfloat16)
+    assert all(other.holds(digest, 4) for digest in DIGESTS)
+    assert all(
+        torch.equal(other.read(digest)["features"], values) for digest, values in zip(DIGESTS, batch, strict=True)
+    )
+    assert not other.holds(f"{9:064x}", 4) and not other.holds(DIGESTS[0], 99) and other.none().shape == (0, 8)
 
 
 def test_command_line_fills_and_resumes(
@@ -334,12 +336,12 @@ def test_command_line_fills_and_resumes(
     common += ["--evaluation.after", "false", "--output", str(tmp_path / "run"), "--model.lora_r", "4"]
     assert finetune(*common, "--data.cache_image_features", "true") == 0
     assert len(files(tmp_path / "run" / "image_features")) == len(NAMES)
-    assert "6 distinct images x 16 tokens x 32 x 4 bytes" in capsys.readouterr().out
+    assert "6 distinct images, 96 tokens x 32 x 4 bytes" in capsys.readouterr().out
     assert finetune(*common, "--data.cache_image_features", "null", "--resume") == 0
 
 
 def written(folder: Path, digest: str = DIGESTS[0]) -> tuple[FeatureStore, Path]:
-    store = FeatureStore(folder, 4, 8, torch.float32)
+    store = FeatureStore(folder, 8, torch.float32)
     store.write(digest, torch.ones(4, 8))
     return store, store.file(digest)
 
@@ -368,7 +370,7 @@ def test_what_cannot_be_read_now_is_not_taken_for_damaged(
         with pytest.raises(OSError, match=f"{path.name}: {os.strerror(code)}. Nothing was deleted") as caught:
             store.read(DIGESTS[0])
         assert not isinstance(caught.value, DamagedFeaturesError)
-    assert torch.equal(store.read(DIGESTS[0]), torch.ones(4, 8))
+    assert torch.equal(store.read(DIGESTS[0])["features"], torch.ones(4, 8))
 
 
 def test_a_file_that_its_owner_must_delete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

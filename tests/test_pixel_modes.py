@@ -228,10 +228,10 @@ def test_strips_are_refused_before_they_are_made_large(size: tuple[int, int], as
 
 def test_strips_are_passed_over_where_features_are_cached() -> None:
     source = Listed([talk("<image>\nWhat?", "A.", images=(Image.new("RGB", size),)) for size in (STRIPS[0], (9, 9))])
-    assert read_image(source, ("strip", 0, 0), tiny_processor(), "pad") is None
-    assert read_image(source, ("good", 1, 0), tiny_processor(), "pad") is not None
     encoder = CachedEncoder(tiny_processor(), None, "pad")
-    encoder.read_from(FeatureStore(Path("/nowhere"), 16, 8, torch.float32))
+    assert read_image(source, ("strip", 0, 0, 16), encoder) is None
+    assert read_image(source, ("good", 1, 0, 16), encoder) is not None
+    encoder.read_from(FeatureStore(Path("/nowhere"), 8, torch.float32))
     with pytest.raises(RecordError, match="134217728 pixels are the limit"):  # not that the cache lacks it
         encoder.encode(source[0])
 

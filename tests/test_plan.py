@@ -99,6 +99,19 @@ def test_cached_features_take_the_tower_out_of_the_steps(tmp_path: Path, monkeyp
     assert all(side["flops"]["vision"] > 0 for side in planned(tmp_path, *EMBEDDED)["sides"])
 
 
+def test_what_is_cached_behind_the_projector_takes_it_out_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    smolvlm = ("--config", str(CONFIGS / "smolvlm_himap.yaml"), "--data.cache_image_features", "true")
+    plan = planned(tmp_path, *smolvlm, "--model.projector", "freeze")
+    assert all(side["flops"]["vision"] == side["flops"]["projector"] == 0 for side in plan["sides"])
+    rows = planned(tmp_path, *smolvlm[:2])["sides"][1]["largest"]["checkpointing"]["one device"]
+    assert plan["sides"][1]["largest"]["checkpointing"]["one device"] > 2 * rows  # the tower's pass is not in the way
+    assert plan["sides"][1]["flops"]["decoder"] < 0.4 * plan["sides"][0]["flops"]["decoder"]
+    assert run_main("plan", *smolvlm, "--model.projector", "train") == 2
+    assert "and the projector is trained; set model.projector to freeze" in capsys.readouterr().err
+
+
 def test_steps_at_the_end_of_epochs_have_what_is_left(tmp_path: Path) -> None:
     """20 records are three batches of 8: a step of four micro-batches ends with the epoch."""
     given = ("--tflops", "1", "--data.batch_size", "8", "--trainer.accumulate_grad_batches", "4")

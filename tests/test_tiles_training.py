@@ -145,10 +145,10 @@ def test_the_recipe_trains_evaluates_and_answers(name: str, folders: Any, record
 
 
 @pytest.mark.parametrize("name", TILED)
-def test_cached_features_and_padding_are_refused_by_the_familys_name(
+def test_features_of_a_trained_projector_and_padding_are_refused_by_the_familys_name(
     name: str, folders: Any, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match=f"does not go with family {EVERY[name].family}"):
+    with pytest.raises(ValueError, match=f" with family {EVERY[name].family}"):
         check_frozen(load_llava(folders[name])[0])
     options = [
         "--model.path", folders[name], "--data.train", str(records / "records.json"), "--data.image_folder",

@@ -20,7 +20,7 @@ class Batch(TypedDict):
     input_ids: torch.Tensor  # (B, S)
     attention_mask: torch.Tensor  # (B, S), 1 where a token is
     images: dict[str, torch.Tensor]  # of all rows in order, as the family's model takes them; empty for text-only
-    image_features: NotRequired[torch.Tensor]  # (images of all rows, T, W), in place of images in every batch
+    image_features: NotRequired[torch.Tensor]  # (image tokens of all rows, W), in place of pixels in every batch
     labels: NotRequired[torch.Tensor]  # (B, S), -100 where not supervised
     answers: NotRequired[list[str]]
     dropped_exchanges: NotRequired[int]  # questions with their answers that did not fit into max_length

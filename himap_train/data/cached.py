@@ -1,4 +1,5 @@
-"""Features of images on disk, in place of pixels: a safetensors file for each image.
+"""Features of images on disk, in place of pixels: a safetensors file for each image, with its size and what else a
+model is told of it.
 
 Images are known by their content: the bytes of a file, wherever it lies, or the pixels of an image that has no file.
 So the same picture in several records or data sets is computed once, and one that has changed is computed again.
@@ -14,20 +15,17 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from himap_train.data.encode import Encoder, Sample
-from himap_train.data.images import content_digest, open_image
+from himap_train.data.images import content_digest, image_size, open_image
 from himap_train.data.records import Conversation, RecordError, Source, changes_with_epoch
-from himap_train.models.families import family_of_processor
-from himap_train.models.families.base import AspectRatio, Background
 from himap_train.storage import atomic_file
 
-_NAME, _CHECKSUM = "features", "crc32"
+_NAME, _SIZE, _CHECKSUM = "features", "size", "crc32"
 
 
 class DamagedFeaturesError(OSError):
@@ -39,36 +37,34 @@ class FeatureStore:
 
     Args:
         folder: Made when something is written. Holds features of one vision tower and one way of preprocessing.
-        tokens: T, of each image.
         width: W.
         dtype: Dtype of the features.
     """
 
-    def __init__(self, folder: Path, tokens: int, width: int, dtype: torch.dtype) -> None:
-        self.folder, self.shape, self.dtype = folder, (tokens, width), dtype
-
-    @property
-    def image_bytes(self) -> int:
-        """Bytes of one image's features."""
-        return self.shape[0] * self.shape[1] * self.dtype.itemsize
+    def __init__(self, folder: Path, width: int, dtype: torch.dtype) -> None:
+        self.folder, self.width, self.dtype = folder, width, dtype
 
     def file(self, digest: str) -> Path:
         """Where the features of an image are, or would be."""
         return self.folder / f"{digest}.safetensors"
 
-    def __contains__(self, digest: str) -> bool:
-        """Whether they are there; what a full disk or a crash has cut off is not."""
+    def image_bytes(self, tokens: int) -> int:
+        """Bytes of the features of an image of so many image tokens."""
+        return tokens * self.width * self.dtype.itemsize
+
+    def holds(self, digest: str, tokens: int) -> bool:
+        """Whether those of an image of so many tokens are there; what a full disk or a crash has cut off is not."""
         try:
-            return self.file(digest).stat().st_size > self.image_bytes
+            return self.file(digest).stat().st_size > self.image_bytes(tokens)
         except FileNotFoundError:
             return False
 
     def none(self) -> torch.Tensor:
-        """Features (0, T, W) of no image."""
-        return torch.empty(0, *self.shape, dtype=self.dtype)
+        """Features (0, W) of no image."""
+        return torch.empty(0, self.width, dtype=self.dtype)
 
-    def read(self, digest: str) -> torch.Tensor:
-        """Features (T, W) of an image.
+    def read(self, digest: str) -> dict[str, torch.Tensor]:
+        """What was written of an image: `features` (T, W), and all else by its name.
 
         Raises:
             KeyError: They are not there.
@@ -79,8 +75,8 @@ class FeatureStore:
         path = self.file(digest)
         try:
             with path.open("rb"), safe_open(path, "pt") as file:  # safetensors has one error for much
-                features: torch.Tensor = file.get_tensor(_NAME)
-                intact = (file.metadata() or {}).get(_CHECKSUM) == _checksum(features)
+                image = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, not a dict
+                intact = (file.metadata() or {}).get(_CHECKSUM) == _checksum(image)
         except FileNotFoundError:
             raise KeyError(digest) from None
         except OSError as error:
@@ -90,22 +86,22 @@ class FeatureStore:
             ) from error
         except SafetensorError:
             intact = False
-        if not intact or tuple(features.shape) != self.shape or features.dtype != self.dtype:
+        if not intact or image[_NAME].shape[1:] != (self.width,) or image[_NAME].dtype != self.dtype:
             raise DamagedFeaturesError(
                 f"{path} is damaged{_clear_away(path)}: the features in it are not those that were written. Resume the "
                 "run (--resume): it computes them again"
             )
-        return features.clone()
+        return image
 
-    def write(self, digest: str, features: torch.Tensor) -> None:
-        """Write features (T, W).
+    def write(self, digest: str, features: torch.Tensor, **more: torch.Tensor) -> None:
+        """Write features (T, W), and `more` of the same image by name.
 
         Raises:
             OSError: They could not be written, as on a full disk; nothing is left of them.
         """
-        values = features.detach().cpu().contiguous()
+        image = {name: values.detach().cpu().contiguous() for name, values in {_NAME: features, **more}.items()}
         with atomic_file(self.file(digest)) as temporary:
-            save_file({_NAME: values}, temporary, {_CHECKSUM: _checksum(values)})
+            save_file(image, temporary, {_CHECKSUM: _checksum(image)})
 
 
 def _clear_away(path: Path) -> str:
@@ -121,13 +117,18 @@ def _clear_away(path: Path) -> str:
     return " and was deleted"
 
 
-def _checksum(values: torch.Tensor) -> str:
-    return f"{zlib.crc32(values.view(torch.uint8).numpy().data):08x}"
+def _checksum(image: dict[str, torch.Tensor]) -> str:
+    """Of all values, in the order of their names."""
+    found = 0
+    for name in sorted(image):
+        found = zlib.crc32(image[name].view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
 
 
-_FEATURES = "image_features"
-Place = tuple[str, int, int]
-"""An image: its digest, the index of a record that shows it, its number among the images of that record."""
+Place = tuple[str, int, int, int]
+"""An image: its digest, the index of a record that shows it, its number among the images of that record, and how many
+image tokens it has.
+"""
 
 
 def check_same_images(source: Source, name: str) -> None:
@@ -153,26 +154,31 @@ class CachedEncoder(Encoder):
         self._store = store
 
     def encode(self, conversation: Conversation) -> Sample:
-        """As `Encoder.encode`. A conversation without images has features of none, (0, T, W)."""
+        """As `Encoder.encode`. A conversation without images has features of none, (0, W)."""
         sample = super().encode(conversation)
-        features = [image[_FEATURES] for image in sample["images"]]
-        return {**sample, "images": [], "image_features": torch.stack(features) if features else self._filled().none()}
+        images = [dict(image) for image in sample["images"]]
+        features = torch.cat([self._filled().none(), *(image.pop(_NAME) for image in images)])
+        return {**sample, "images": [image for image in images if image], "image_features": features}
 
     def _images(self, conversation: Conversation) -> tuple[list[dict[str, torch.Tensor]], list[list[int]]]:
         store, where = self._filled(), conversation.where
-        found: list[dict[str, torch.Tensor]] = []
+        found, places = list[dict[str, torch.Tensor]](), list[list[int]]()
         for image in conversation.images:
             digest = content_digest(image, where)
             try:
-                found.append({_FEATURES: store.read(digest)})
+                stored = store.read(digest)
             except KeyError:
                 super()._images(conversation)  # raises RecordError where it is broken, which is why it is not there
                 raise RuntimeError(
                     f"{where}: an image has no features in {store.folder}; it has changed since the run started, or "
                     "files were deleted there. Resume the run (--resume): it computes what is missing"
                 ) from None
-        # features of one shape stand for images of any size
-        return found, [self._place(store.shape[0], (0, 0)) for _ in found]
+            width, height = stored.pop(
+                _SIZE, torch.zeros(2, dtype=torch.int64)
+            ).tolist()  # not in files of earlier versions
+            places.append(self._place(len(stored[_NAME]), (width, height)))
+            found.append(stored)
+        return found, places
 
     def _filled(self) -> FeatureStore:
         if self._store is None:
@@ -180,8 +186,8 @@ class CachedEncoder(Encoder):
         return self._store
 
 
-def images_in(source: Source, indices: Sequence[int]) -> list[Place]:
-    """The images of some records, without those that cannot be read: training reports them."""
+def images_in(source: Source, encoder: Encoder, indices: Sequence[int]) -> list[Place]:
+    """The images of some records, without those that cannot be used: training reports them."""
     found: list[Place] = []
     for index in indices:
         try:
@@ -190,25 +196,17 @@ def images_in(source: Source, indices: Sequence[int]) -> list[Place]:
             continue
         for position, image in enumerate(conversation.images):
             with suppress(RecordError):
-                found.append((content_digest(image, conversation.where), index, position))
+                (tokens,) = encoder.image_tokens(image_size(image, conversation.where))
+                found.append((content_digest(image, conversation.where), index, position, tokens))
     return found
 
 
-def read_image(
-    source: Source, place: Place, processor: Any, aspect_ratio: AspectRatio, background: Background = "white"
-) -> dict[str, torch.Tensor] | None:
-    """An image as the model takes it; None for one that cannot be decoded.
-
-    Args:
-        source: the records.
-        place: which image.
-        processor: the checkpoint's.
-        aspect_ratio: as in training.
-        background: as in training.
-    """
-    _, index, position = place
+def read_image(source: Source, place: Place, encoder: Encoder) -> dict[str, torch.Tensor] | None:
+    """An image as the model takes it, and its `size`, (width, height); None for one that cannot be decoded."""
+    _, index, position, _ = place
     try:
-        image = open_image(source[index].images[position], f"record {index}", background)
-        return family_of_processor(processor).encode_image(processor, image, aspect_ratio)
+        image = open_image(source[index].images[position], f"record {index}", encoder.image_background)
+        made = encoder.family.encode_image(encoder.processor, image, encoder.image_aspect_ratio)
+        return {**made, _SIZE: torch.tensor(image.size)}
     except (ValueError, ArithmeticError, MemoryError):  # broken, or too long for the transform: training reports it
         return None

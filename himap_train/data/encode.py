@@ -38,7 +38,7 @@ class Sample(TypedDict):
     meta: dict[str, str]
     input_ids: torch.Tensor  # (S,)
     images: list[dict[str, torch.Tensor]]  # one for each image, as the family's model takes it
-    image_features: NotRequired[torch.Tensor]  # (images, T, W) of the vision tower, in place of images
+    image_features: NotRequired[torch.Tensor]  # (image tokens, W), in place of pixels
     labels: NotRequired[torch.Tensor]  # (S,)
     dropped_exchanges: NotRequired[int]  # questions with their answers that did not fit into max_length
     answer: NotRequired[str]

@@ -57,7 +57,8 @@ class LlavaDataModule(LightningDataModule):
         pad_to_multiple_of: round the length of batches up to a multiple; 8 suits GPUs.
         cache_image_features: keep what the frozen vision tower makes of the training images on disk, and train without
             running the tower: a folder, which several runs and machines may share, or true for one in the folder of the
-            run. It is filled before training. Large: 1.2 MB an image for LLaVA-1.5 in bf16.
+            run. It is filled before training. Large: 1.2 MB an image for LLaVA-1.5 in bf16. Of other families it is
+            what the projector makes of that, which must be frozen then: 1.6 MB an image for SmolVLM-500M.
         processor: the checkpoint's; no key of a config, `finetune.py` loads that of `model.path`.
 
     Raises:

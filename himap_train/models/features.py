@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from himap_train.models.attention import OwnAttention
 from himap_train.models.families import family_of
 from himap_train.models.families.base import Images
-from himap_train.models.families.tower_reading import feature_width, unpacked, with_readings
+from himap_train.models.families.tower_reading import feature_width, packed, unpacked, with_readings
 from himap_train.models.stock import base_model
 
 
@@ -72,8 +72,8 @@ def hidden_states(
         images: As the family's forward takes them, by keyword; None or empty for a batch of text alone.
         labels: (B, S), -100 where nothing is predicted.
         mm_encoder_outputs: Image features computed before, as the stock forward takes them.
-        image_features: (images, tokens, width), what `Family.tower_features` gave, in place of pixels: the vision tower
-            does not run. Of no images, (0, tokens, width), for a batch of text alone. Not in every family.
+        image_features: (tokens of all images, width), what `features_to_cache` gave, in place of pixels: the vision
+            tower does not run. Of no images, (0, width), for a batch of text alone.
         own_attention: What computes the attention in the kernel's place, where a schedule without stages is installed.
     """
     base = base_model(model)
@@ -83,7 +83,7 @@ def hidden_states(
     if mm_encoder_outputs is not None:
         encoded = mm_encoder_outputs["image"]
     elif image_features is not None and len(image_features) > 0:
-        encoded = _projected(base, image_features)
+        encoded = _from_cache(base, image_features)
     elif image_features is None and images:
         with own_weights_whole(base):
             encoded = family.encode_images(base, images)
@@ -91,9 +91,9 @@ def hidden_states(
         if image_features is None:
             with own_weights_whole(base):
                 encoded = _without_rows(encode_nothing(base))
-        else:
-            blank = image_features.new_zeros(1, 1, image_features.shape[-1])
-            encoded = _without_rows(_projected(base, blank))
+        elif family.projects_cached:
+            blank = image_features.new_zeros(1, image_features.shape[-1])
+            encoded = _without_rows(_from_cache(base, blank))
     inputs: dict[str, Any] = family.forward_inputs(base.config, input_ids, images) | family.position_inputs(images)
     if encoded is not None:
         inputs["mm_encoder_outputs"] = {"image": encoded}
@@ -128,12 +128,42 @@ def encode_and_read(base: Any, images: Images) -> Any:
     return with_readings(family, base, images, partial(base.get_image_features, **images, return_dict=True))
 
 
-def _projected(base: Any, image_features: Tensor) -> Any:
-    features, readings = unpacked(image_features, feature_width(base.config))
-    projected: Any = list(family_of(base).project(base, features))
-    encoded: Any = BaseModelOutputWithPooling(pooler_output=projected)
-    encoded.tower_readings = None if readings is None else readings.flatten(0, 1)
+def features_to_cache(base: Any, images: Images, readings: bool = False) -> list[Tensor]:
+    """What can be kept of each of these images in place of its pixels, (T, W): the tower's features, where the family
+    `projects_cached`; else, of one image, all that the decoder gets of it. `readings`: what the tower looks at as well,
+    as a schedule needs that `uses_tower`, which then must be installed.
+    """
+    family = family_of(base)
+    if family.projects_cached:
+        return list(family.tower_features(base, images, readings))
+    with own_weights_whole(base):
+        encoded = family.encode_images(base, images)
+    planes = encoded.pooler_output, *(getattr(encoded, "deepstack_features", None) or ())
+    features = torch.cat([_in_a_row(plane) for plane in planes], dim=-1)
+    return [packed(features, encoded.tower_readings) if readings else features]
+
+
+def _from_cache(base: Any, stored: Tensor) -> Any:
+    """Encoded images from `features_to_cache` of all of them, one behind the other."""
+    family, config = family_of(base), base.config
+    if family.projects_cached:
+        features, readings = unpacked(stored, feature_width(config))
+        planes: Any = [[family.project(base, features)]]
+    else:
+        width = config.text_config.hidden_size
+        count = 1 + len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+        features, readings = unpacked(stored.to(base.device), count * width)
+        planes = [plane if family.joins_images else [plane] for plane in features.split(width, dim=-1)]
+    encoded: Any = BaseModelOutputWithPooling(pooler_output=planes[0])
+    encoded.tower_readings = readings
+    if planes[1:]:
+        encoded.deepstack_features = planes[1:]
     return encoded
+
+
+def _in_a_row(nested: Any) -> Tensor:
+    """(N, D) of features that come an image or a tile at a time."""
+    return (nested if isinstance(nested, Tensor) else torch.cat(list(nested))).flatten(0, -2)
 
 
 def _without_rows(encoded: Any) -> Any:

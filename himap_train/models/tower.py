@@ -1,32 +1,52 @@
-"""Which vision tower it is and what it is given: all that decides the features of an image."""
+"""Which vision tower and projector they are and what they are given: all that decides the features of an image."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from himap_train.models.families import family_of
+from himap_train.models.families.base import Family
 from himap_train.models.versions import feature_layers
 
 
-def check_frozen(base: Any) -> None:
-    """Raises ValueError where features cannot be cached: the family has no fixed ones, or the tower is trained."""
-    family = family_of(base)
+def check_caches(family: Family, trains_projector: bool) -> None:
+    """Raises ValueError where a family's features cannot be cached: other images change them, or what is kept comes
+    behind a projector that is trained.
+    """
     if not family.caches_features:
         raise ValueError(
-            f"data.cache_image_features does not go with family {family.name}, whose images have features of many "
-            "shapes; set data.cache_image_features to null"
+            f"data.cache_image_features does not go with family {family.name}, which cuts an image otherwise where its "
+            "conversation has several; set data.cache_image_features to null"
         )
-    trained = [name for name, p in family.vision(base).named_parameters() if p.requires_grad]
+    if trains_projector and not family.projects_cached:
+        raise ValueError(
+            f"data.cache_image_features keeps what the projector gives with family {family.name}, and the projector is "
+            "trained; set model.projector to freeze, or data.cache_image_features to null"
+        )
+
+
+def check_frozen(base: Any) -> None:
+    """Raises ValueError where features cannot be cached, as `check_caches` says or because the tower is trained."""
+    family = family_of(base)
+    projectors = [base.get_submodule(name) for name in family.projector_names]
+    check_caches(family, any(weight.requires_grad for part in projectors for weight in part.parameters()))
+    trained = [name for name, weight in family.vision(base).named_parameters() if weight.requires_grad]
     if trained:
         raise ValueError(
             f"data.cache_image_features needs a frozen vision tower; {len(trained)} of its tensors are trained, the "
             f"first is {trained[0]}. Freeze the tower, or set data.cache_image_features to null"
         )
+
+
+def images_at_once(family: Family) -> int:
+    """How many images the tower takes at a time while features are cached; one where each has a shape of its own."""
+    return 32 if family.projects_cached else 1
 
 
 def tower_facts(base: Any, image_processor: Any, aspect_ratio: str, precision: str) -> dict[str, Any]:
@@ -49,17 +69,29 @@ def facts_key(facts: dict[str, Any]) -> str:
 
 
 def tower_digest(base: Any) -> str:
-    """SHA-256 over names, types, shapes and values of the tower's tensors.
+    """SHA-256 over names, types, shapes and values of the tensors of the tower, and of the projector where what is kept
+    comes behind it.
 
     Under ZeRO-3, where each process holds a part of them, all processes must call it.
     """
     digest = hashlib.sha256()
-    tower = family_of(base).vision(base)
-    for name, tensor in sorted([*tower.named_parameters(), *tower.named_buffers()], key=lambda item: item[0]):
+    for name, tensor in sorted(_makers(base), key=lambda item: item[0]):
         values = _whole(tensor).detach().cpu().contiguous()
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
         digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _makers(base: Any) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of all that makes cached features."""
+    family = family_of(base)
+    tower = family.vision(base)
+    yield from (*tower.named_parameters(), *tower.named_buffers())
+    if not family.projects_cached:
+        for place in family.projector_names:
+            part = base.get_submodule(place)
+            yield from ((f"{place}.{name}", tensor) for name, tensor in part.named_parameters())
+        yield from base.model.named_parameters(recurse=False)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 
 from himap_train.models.families import family_of_config
 from himap_train.models.families.sizes import VisionSizes
+from himap_train.models.tower import images_at_once
 from himap_train.planning.facts import Activations, Batch, LayerLora, ModelFacts, Numerics
 from himap_train.pruning.cost import head_width, image_tokens_per_layer, kv_width, tokens_before, widths
 from himap_train.pruning.schedule import PruningSchedule
@@ -40,6 +41,7 @@ class ActivationModel:
         attention: "sdpa" or "flash_attention_2" (a flash kernel, no S x S matrix), or "eager".
         checkpointing: Whether layers run again in the backward pass.
         loss_chunk: Supervised positions whose logits exist at a time; 0 for all.
+        cached: Whether features are, so that the tower runs before training, on few images at a time.
     """
 
     facts: ModelFacts
@@ -47,6 +49,7 @@ class ActivationModel:
     attention: str
     checkpointing: bool
     loss_chunk: int
+    cached: bool = False
 
     def __call__(self, schedule: PruningSchedule, batch: Batch) -> Activations:
         """Bytes under a schedule."""
@@ -142,7 +145,8 @@ class ActivationModel:
     def _start(self, batch: Batch) -> int:
         """The batch itself and what the projector keeps, autocast's copies of its weights included."""
         sizes, e, trained = self._sizes(batch), self.numerics.element, self.facts.trains_projector
-        image, ids = 4 * sizes.pixels + sizes.kept * e * trained, 3 * 8 * batch.length
+        given = sizes.features * e if self.cached else 4 * sizes.pixels
+        image, ids = given + sizes.kept * e * trained, 3 * 8 * batch.length
         return batch.rows * (batch.images * image + ids) + 2 * sizes.copied * (self.numerics.mixed and trained)
 
     def _shared(self, batch: Batch, after_stages: list[int]) -> int:
@@ -175,5 +179,8 @@ class ActivationModel:
 
     def _vision(self, batch: Batch) -> int:
         """The tower's pass; a batch of text runs it on one blank image."""
-        tower = self._sizes(batch).tower * self.numerics.element
+        sizes = self._sizes(batch)
+        tower = sizes.tower * self.numerics.element
+        if self.cached:
+            return images_at_once(family_of_config(self.facts.config)) * (tower + 4 * sizes.pixels)
         return max(batch.rows * batch.images, 1) * tower + self._start(batch)

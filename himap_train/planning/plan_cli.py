@@ -14,6 +14,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 from himap_train.command_line import with_underscores
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.attention import ATTENTION_IMPLEMENTATIONS
+from himap_train.models.families import family_of_config
+from himap_train.models.tower import check_caches
 from himap_train.planning.device_memory import GIB, configured_strategy
 from himap_train.planning.facts import ModelFacts, model_facts
 from himap_train.planning.run_plan import Duration, Plan, RunSettings, Sample, make_plan
@@ -104,7 +106,10 @@ class PlanCLI(FinetuneCLI):
         )
         notes: tuple[str, ...] = (f"model: {found}", f"tokens: {counted}", f"attention: {run.attention}, {kernel}")
         facts = model_facts(config, self.tuner)
-        once = ("the vision tower runs once an image, before training: it is in no step",) if run.cached else ()
+        once: tuple[str, ...] = ()
+        if run.cached:
+            check_caches(family_of_config(config), facts.trains_projector)
+            once = ("the vision tower runs once an image, before training: it is in no step",)
         notes = (*notes, *once, *self._other_schedules(), *self._at_limit(facts, run, schedule, sample))
         return self._with_duration(make_plan(facts, run, schedule, sample, notes))
 

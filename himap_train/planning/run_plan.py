@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from himap_train.models.families import family_of_config
 from himap_train.models.training_cost import TrainingFlops, backward_of_attention, training_flops
 from himap_train.planning.activations import ActivationModel
 from himap_train.planning.device_memory import GIB, STRATEGIES, StaticMemory, largest_batch, static_memory
@@ -201,7 +202,8 @@ def _side(
     per_layer = image_tokens_per_layer(schedule, facts.layers, image_tokens)
     activations, largest = {}, {}
     for checkpointing in (True, False):
-        predict = ActivationModel(facts, Numerics.of(run.precision), run.attention, checkpointing, run.loss_chunk)
+        numerics = Numerics.of(run.precision)
+        predict = ActivationModel(facts, numerics, run.attention, checkpointing, run.loss_chunk, run.cached)
         activations[checkpointing] = max((predict(schedule, row) for row in rows), key=lambda found: found.peak)
         room = int(run.gpu_memory * GIB)
         largest[checkpointing] = {
@@ -232,4 +234,7 @@ def _mean_flops(facts: ModelFacts, run: RunSettings, schedule: PruningSchedule, 
         )  # fmt: skip
         for name, value in asdict(found).items():
             total[name] = total.get(name, 0.0) + kind.share * value
-    return TrainingFlops(**{**total, "vision": 0.0 if run.cached else total["vision"]})
+    if run.cached:
+        total["vision"] = 0.0
+        total["projector"] *= family_of_config(facts.config).projects_cached
+    return TrainingFlops(**total)

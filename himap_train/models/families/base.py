@@ -46,11 +46,13 @@ class Family(ABC):
         processor_class: What `load_processor` gives.
         renumbers: Whether positions can be counted anew after a removal: not where they are 3-D.
         towers: `model_type` of the vision configs that `read_tower` reads.
-        caches_features: Whether what the tower gives can be kept on disk: one fixed shape an image, then the projector.
+        caches_features: Whether features of an image can be kept on disk: not where its neighbours change them.
+        projects_cached: Whether those are what the projector takes, which may be trained then; else what it gives.
         takes_padding: Whether `image_aspect_ratio: pad` means anything to its processor.
         resizes_images: Whether images may be made smaller, for fewer image tokens.
         counts_images: Whether an image is cut otherwise where its conversation has several.
         casts_features: Whether the stock forward gives image features the tower's dtype, not that of the embeddings.
+        joins_images: Whether the stock forward takes features of all images as one tensor, not as a list.
         marks_tiles: Whether text that asks for nothing stands between the tiles of an image.
     """
 
@@ -70,11 +72,13 @@ class Family(ABC):
     processor_class: ClassVar[type[Any]]
     renumbers: ClassVar[bool] = True
     towers: ClassVar[tuple[str, ...]] = ()
-    caches_features: ClassVar[bool] = False
+    caches_features: ClassVar[bool] = True
+    projects_cached: ClassVar[bool] = False
     takes_padding: ClassVar[bool] = False
     resizes_images: ClassVar[bool] = False
     counts_images: ClassVar[bool] = False
     casts_features: ClassVar[bool] = False
+    joins_images: ClassVar[bool] = False
     marks_tiles: ClassVar[bool] = False
 
     # The model.
@@ -102,12 +106,12 @@ class Family(ABC):
         raise TypeError(f"family {self.name} does not tell what its vision tower looks at")
 
     def tower_features(self, model: Any, images: Images, readings: bool = False) -> Tensor:
-        """What the projector takes, (images, T, W), where features are cached; `readings` packs `read_tower` beside."""
-        raise TypeError(f"family {self.name} has no features of one shape that could be cached")
+        """What the projector takes, (images, T, W), where that is cached; `readings` packs `read_tower` beside."""
+        raise TypeError(f"family {self.name} keeps no features of the tower alone")
 
     def project(self, model: Any, features: Tensor) -> Tensor:
-        """Image features (images, T, D) from those that were cached, (images, T, W)."""
-        raise TypeError(f"family {self.name} has no features of one shape that could be cached")
+        """Image features (..., D) from those of the tower (..., W), where it `projects_cached`."""
+        raise TypeError(f"family {self.name} keeps no features of the tower alone")
 
     def empty_images(self, model: Any) -> dict[str, Tensor]:
         """The smallest image there is: what a batch of text runs where other processes run images."""

@@ -21,6 +21,7 @@ class InternVL(Tiled):
 
     name: ClassVar[str] = "internvl"
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
+    joins_images: ClassVar[bool] = True
     class_token: ClassVar[bool] = True
 
     def joined(self, config: Any) -> int:

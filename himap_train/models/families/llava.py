@@ -32,7 +32,7 @@ class Llava(Family):
     name: ClassVar[str] = "llava"
     model_types: ClassVar[tuple[str, ...]] = ("llava", "vipllava")
     processor_class: ClassVar[type[Any]] = LlavaProcessor
-    caches_features: ClassVar[bool] = True
+    projects_cached: ClassVar[bool] = True
     towers: ClassVar[tuple[str, ...]] = TOWERS
     takes_padding: ClassVar[bool] = True
 
@@ -61,7 +61,7 @@ class Llava(Family):
         return packed(features, read.unflatten(0, features.shape[:2]))
 
     def project(self, model: Any, features: Tensor) -> Tensor:
-        """Image features (images, T, D) of the decoder's width from those of the tower (images, T, W)."""
+        """Image features (..., D) of the decoder's width from those of the tower (..., W)."""
         projected: Tensor = model.model.multi_modal_projector(features.to(model.device))
         return projected
 

@@ -34,6 +34,7 @@ class LlavaOnevision(Family):
     towers: ClassVar[tuple[str, ...]] = TOWERS
     processor_class: ClassVar[type[Any]] = PartsProcessor
     counts_images: ClassVar[bool] = True
+    caches_features: ClassVar[bool] = False
 
     def empty_images(self, model: Any) -> dict[str, Tensor]:
         """A blank picture of as few tiles as there can be."""

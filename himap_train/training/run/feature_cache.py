@@ -1,11 +1,12 @@
-"""Before training: what the frozen vision tower makes of each training image goes to disk, once for all runs.
+"""Before training: what the frozen vision tower makes of each training image goes to disk, once for all runs. Where
+images have features of many shapes it is what the projector makes of that, which must then be frozen too.
 
 A pass of its own rather than as training goes: then no step of any epoch runs the tower, every rank calls the same
 modules in every step, and what does not fit on the disk is known before the first. The processes of a run share the
 work; the folder may be shared by runs and machines, and what a killed run has written is not computed again.
 
-The features are those of one tower and one way of preprocessing: each has a subfolder, named by a digest of the tower's
-tensors, the image processor's settings, `image_aspect_ratio`, `image_background`, precision, feature layers and
+The features are those of one tower and one way of preprocessing: each has a subfolder, named by a digest of the tensors
+that make them, the image processor's settings, `image_aspect_ratio`, `image_background`, precision, feature layers and
 selection.
 """
 
@@ -26,12 +27,14 @@ from torch.utils.data import DataLoader
 
 from himap_train.bar import progress_bar
 from himap_train.data.cached import FeatureStore, Place, check_same_images, images_in, read_image
+from himap_train.data.encode import Encoder
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import Source
 from himap_train.models.families import family_of
+from himap_train.models.features import features_to_cache
 from himap_train.models.install import reads_tower
 from himap_train.models.stock import base_model
-from himap_train.models.tower import check_frozen, facts_key, tower_facts
+from himap_train.models.tower import check_frozen, facts_key, images_at_once, tower_facts
 from himap_train.processes import from_all
 from himap_train.storage import atomic_file, remove_leftovers
 from himap_train.training.run.launch import say, together
@@ -52,7 +55,8 @@ def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule
         data: Trains on what is filled.
 
     Raises:
-        ValueError: The tower is trained, the images change with the epoch, or the features do not fit on the disk.
+        ValueError: What makes the features is trained, the images change with the epoch, or the features do not fit on
+            the disk.
         OSError: They could not be written, or this machine does not see what another has written.
     """
     source = data.source("train")
@@ -77,15 +81,14 @@ def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule
 
 def _store(trainer: Trainer, base: Any, data: LlavaDataModule) -> FeatureStore:
     """The store of this tower."""
-    family = family_of(base)
     read = reads_tower(base)
-    blank = family.tower_features(base, family.empty_images(base), read)[0]
+    blank = features_to_cache(base, family_of(base).empty_images(base), read)[0]
     facts = tower_facts(base, data.processor.image_processor, data.image_aspect_ratio, str(trainer.precision))
     facts |= {"dtype": str(blank.dtype), "image_background": data.image_background}
     facts |= {"readings": True} if read else {}
     wanted = data.cache_image_features
     root = Path(trainer.default_root_dir) / FOLDER if wanted is True else Path(str(wanted))
-    store = FeatureStore(root / facts_key(facts), blank.shape[0], blank.shape[1], blank.dtype)
+    store = FeatureStore(root / facts_key(facts), blank.shape[1], blank.dtype)
     with together():
         if trainer.is_global_zero:
             _prepare(store, facts)
@@ -109,7 +112,7 @@ def _images(trainer: Trainer, source: Source, data: LlavaDataModule) -> list[Pla
     share = range(trainer.global_rank, size, trainer.world_size)
     found: list[Place] = []
     with progress_bar("looking through images", len(share), trainer.is_global_zero) as advance:
-        for places in _loader(share, partial(images_in, source), data):
+        for places in _loader(share, partial(images_in, source, Encoder(data.processor)), data):
             found += places
             advance(_BATCH)
     distinct: dict[str, Place] = {}
@@ -121,11 +124,12 @@ def _images(trainer: Trainer, source: Source, data: LlavaDataModule) -> list[Pla
 
 def _announced(trainer: Trainer, store: FeatureStore, places: list[Place]) -> list[Place]:
     """What is missing, after saying how much that is; ValueError in all processes where it does not fit on the disk."""
-    missing = [place for place in places if place[0] not in store]
-    needed, free = len(missing) * store.image_bytes, shutil.disk_usage(store.folder).free
-    size = f"{len(places)} distinct images x {store.shape[0]} tokens x {store.shape[1]} x {store.dtype.itemsize} bytes"
+    missing = [place for place in places if not store.holds(place[0], place[3])]
+    tokens = sum(place[3] for place in places)
+    needed, free = sum(store.image_bytes(place[3]) for place in missing), shutil.disk_usage(store.folder).free
+    size = f"{len(places)} distinct images, {tokens} tokens x {store.width} x {store.dtype.itemsize} bytes"
     figures = (
-        f"image features: {size} = {_gb(len(places) * store.image_bytes)} in {store.folder}; "
+        f"image features: {size} = {_gb(store.image_bytes(tokens))} in {store.folder}; "
         f"{len(places) - len(missing)} images are there, {_gb(needed)} to write, {_gb(free)} free"
     )
     say(figures)
@@ -148,25 +152,24 @@ def _compute(
 
     After a failure it goes on running the tower, as often as the others: under ZeRO-3 they would wait for it.
     """
+    family, last, failure = family_of(base), None, None
     own = missing[trainer.global_rank :: trainer.world_size]
-    calls = -(-len(missing[:: trainer.world_size]) // _BATCH)
-    how = (data.processor, data.image_aspect_ratio, data.image_background)
-    batches = iter(_loader(own, partial(_read, source, how), data))
-    last: Path | None = None
-    failure: OSError | None = None
-    family = family_of(base)
+    size = images_at_once(family)
+    calls = -(-len(missing[:: trainer.world_size]) // size)
+    batches = iter(_loader(own, partial(_read, source, Encoder(data.processor)), data, size))
     blank = family.empty_images(base)
     with progress_bar("caching image features", len(own), trainer.is_global_zero) as advance:
         for _ in range(calls):
-            read: list[tuple[str, dict[str, torch.Tensor] | None]] = next(batches, [])
-            good = [(digest, image["pixel_values"]) for digest, image in read if image is not None]
-            given = {"pixel_values": torch.cat([pixels for _, pixels in good]).to(base.device)} if good else blank
-            features = family.tower_features(base, given, reads_tower(base)).cpu()
-            for (digest, _), values in zip(good, features, strict=False):
+            read: list[tuple[Place, dict[str, torch.Tensor] | None]] = next(batches, [])
+            good = [(place, image) for place, image in read if image is not None]
+            names = [name for name in (good[0][1] if good else ()) if name != "size"]
+            given = {name: torch.cat([image[name] for _, image in good]).to(base.device) for name in names} or blank
+            features = features_to_cache(base, given, reads_tower(base))
+            for (place, image), values in zip(good, features, strict=False):
                 try:
-                    if failure is None and digest not in store:  # another run may have written it meanwhile
-                        store.write(digest, values)
-                    last = store.file(digest)
+                    if failure is None and not store.holds(place[0], place[3]):  # another run may have written it
+                        store.write(place[0], values, **family.position_inputs(image))
+                    last = store.file(place[0])
                 except OSError as error:
                     failure = error
             advance(len(read))
@@ -184,14 +187,14 @@ def _require_seen(store: FeatureStore, last: Path | None) -> None:
         )
 
 
-def _read(source: Source, how: Any, places: list[Place]) -> list[tuple[str, dict[str, torch.Tensor] | None]]:
-    """Digests and images, as `read_image` gives them."""
-    return [(place[0], read_image(source, place, *how)) for place in places]
+def _read(source: Source, encoder: Encoder, places: list[Place]) -> list[tuple[Place, dict[str, torch.Tensor] | None]]:
+    """Places and images, as `read_image` gives them."""
+    return [(place, read_image(source, place, encoder)) for place in places]
 
 
-def _loader(items: Any, work: Callable[[list[Any]], Any], data: LlavaDataModule) -> DataLoader[Any]:
-    """What the workers make of `_BATCH` items at a time."""
-    return DataLoader(items, _BATCH, collate_fn=work, num_workers=data.num_workers)
+def _loader(items: Any, work: Callable[[list[Any]], Any], data: LlavaDataModule, size: int = _BATCH) -> DataLoader[Any]:
+    """What the workers make of so many items at a time."""
+    return DataLoader(items, size, collate_fn=work, num_workers=data.num_workers)
 
 
 def _gb(count: int) -> str:
