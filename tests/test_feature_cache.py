@@ -52,6 +52,7 @@ class Watch(Callback):
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.validated: list[float] = []
         self.calls = self.features = 0
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
@@ -60,6 +61,9 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
         self.features += batch.get("image_features") is not None
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        self.validated += [float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/loss")]
 
     def _count(self, *_: Any) -> None:
         self.calls += 1
@@ -70,7 +74,7 @@ def fit(tiny: str, data: str, folder: Path, cache: Any, **options: Any) -> Watch
     torch.manual_seed(0)
     model = tuner(tiny, **options.pop("model", {}))
     loading = {"cache_image_features": cache, "processor": tiny_processor(), **options.pop("loading", {})}
-    module = LlavaDataModule(data, None, batch_size=2, **loading)
+    module = LlavaDataModule(data, options.pop("validation", None), batch_size=2, **loading)
     watch = Watch()
     trainer = quiet_trainer(folder, kind=FineTuneTrainer, max_epochs=2, **options)
     fill = AroundTraining(lambda: fill_feature_cache(trainer, model.peft_model, module), lambda: None)
@@ -95,6 +99,20 @@ def test_training_is_the_same_to_the_bit_and_no_step_runs_the_tower(
     assert (plain.calls, cached.calls) == (10, 0)
     assert (plain.features, cached.features) == (0, 10)
     assert len(files(tmp_path / "cache")) == len(NAMES)
+
+
+def test_validation_images_that_stay_the_same_are_cached_too(tiny_path: str, data: str, tmp_path: Path) -> None:
+    Image.new("RGB", (50, 40), (1, 2, 3)).save(tmp_path / "other.png")
+    record = llava_record("v", ["other.png"], "<image>\nWhat?", "It is.")
+    (tmp_path / "validation.json").write_text(json.dumps([record]))
+    given: dict[str, Any] = {"validation": str(tmp_path / "validation.json"), "limit_val_batches": 1.0}
+    plain, cached = (fit(tiny_path, data, tmp_path, cache, **given) for cache in (None, True))
+    assert cached.validated == plain.validated and len(plain.validated) >= 2
+    assert plain.calls > 10 and cached.calls == 0
+    assert len(files(tmp_path / "image_features")) == len(NAMES) + 1
+    given["validation"] = "embedded:validation?scenes=4"
+    drawn = fit(tiny_path, data, tmp_path, True, **given)
+    assert drawn.calls > 0 and len(files(tmp_path / "image_features")) == len(NAMES) + 1
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

@@ -16,7 +16,7 @@ from himap_train.data.encode import Encoder
 from himap_train.data.lengths import estimate_lengths
 from himap_train.data.loader import BatchLoader, Collate, Windows
 from himap_train.data.mixing import MixedRecords, mix, read_parts
-from himap_train.data.records import Source
+from himap_train.data.records import Source, changes_with_epoch
 from himap_train.data.sampling import BatchOrder, check_same_order
 from himap_train.data.skips import SkipLog
 from himap_train.data.sources import open_source
@@ -55,10 +55,10 @@ class LlavaDataModule(LightningDataModule):
             above.
         seed: seed of the order of the training data.
         pad_to_multiple_of: round the length of batches up to a multiple; 8 suits GPUs.
-        cache_image_features: keep what the frozen vision tower makes of the training images on disk, and train without
-            running the tower: a folder, which several runs and machines may share, or true for one in the folder of the
-            run. It is filled before training. Large: 1.2 MB an image for LLaVA-1.5 in bf16. Of other families it is
-            what the projector makes of that, which must be frozen then: 1.6 MB an image for SmolVLM-500M.
+        cache_image_features: keep what the frozen vision tower makes of images to train and validate on, and do not run
+            it again: a folder, which several runs and machines may share, or true for one in the folder of the run. It
+            is filled before training. Large: 1.2 MB an image for LLaVA-1.5 in bf16. Of other families it is what the
+            projector makes of that, which must be frozen then: 1.6 MB an image for SmolVLM-500M.
         processor: the checkpoint's; no key of a config, `finetune.py` loads that of `model.path`.
 
     Raises:
@@ -142,7 +142,8 @@ class LlavaDataModule(LightningDataModule):
         # Saved with what is trained, which is then asked about pictures that were made ready in the same way.
         take_form(self.processor, ImageForm(self.image_aspect_ratio, self.image_background, self.max_image_tokens))
         self._encoder = Encoder(self.processor, self.max_length)
-        self._cached_encoder = CachedEncoder(self.processor, self.max_length) if self.cache_image_features else None
+        cached = stage == "fit" and self.cache_image_features
+        self._cached_encoder = CachedEncoder(self.processor, self.max_length) if cached else None
         for split in ("train", "validation") if stage == "fit" else ():
             self.source(split)
 
@@ -158,8 +159,13 @@ class LlavaDataModule(LightningDataModule):
             self.answer_ids = report.answer_ids
         return report
 
+    def cached_splits(self) -> list[str]:
+        """Splits whose images are read from `cache_image_features`: not those that are others in each epoch."""
+        sources = {split: self.source(split) for split in ("train", "validation")}
+        return [split for split, source in sources.items() if source is not None and not changes_with_epoch(source)]
+
     def read_features(self, store: FeatureStore) -> None:
-        """Train on features of the vision tower, for which `cache_image_features` asks."""
+        """Train and validate on features of the vision tower, for which `cache_image_features` asks."""
         assert self._cached_encoder is not None
         self._cached_encoder.read_from(store)
 
@@ -189,7 +195,8 @@ class LlavaDataModule(LightningDataModule):
         if source is None:
             return []
         replicas, rank = self._replicas()
-        dataset = self._dataset("validation", source, encoder)
+        cached = self._cached_encoder if "validation" in self.cached_splits() else None
+        dataset = self._dataset("validation", source, cached or encoder)
         order = BatchOrder(len(dataset), self.eval_batch_size, shuffle=False, num_replicas=replicas, rank=rank)
         return BatchLoader(dataset, order, self._collate(keep_substitutes=False), self.num_workers)
 

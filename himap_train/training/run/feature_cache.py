@@ -1,4 +1,4 @@
-"""Before training: what the frozen vision tower makes of each training image goes to disk, once for all runs. Where
+"""Before training: what the frozen vision tower makes of each image to train and validate on goes to disk, once. Where
 images have features of many shapes it is what the projector makes of that, which must then be frozen too.
 
 A pass of its own rather than as training goes: then no step of any epoch runs the tower, every rank calls the same
@@ -45,38 +45,44 @@ _GB = 1e9
 
 
 def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule) -> None:
-    """Compute what is missing and let the training data read it; nothing where `data.cache_image_features` is off.
+    """Compute what is missing and let the data read it; nothing where `data.cache_image_features` is off.
 
     All processes of the run must call it, with the model set up for training and the data for fitting.
 
     Args:
         trainer: For precision, processes and the run's folder.
         model: LLaVA or PeftModel around one.
-        data: Trains on what is filled.
+        data: Trains on what is filled, and validates on it where its validation images stay the same.
 
     Raises:
         ValueError: What makes the features is trained, the images change with the epoch, or the features do not fit on
             the disk.
         OSError: They could not be written, or this machine does not see what another has written.
     """
-    source = data.source("train")
-    if not data.cache_image_features or source is None:
+    train = data.source("train")
+    if not data.cache_image_features or train is None:
         return
     base = base_model(model)
     check_frozen(base)
-    family = family_of(base)
-    check_same_images(source, data.spec("train"))
-    say("caching image features: looking through the images")
-    places = _images(trainer, source, data)
-    family.vision(base).eval()  # where a frozen tower belongs in training too
+    check_same_images(train, data.spec("train"))
+    family_of(base).vision(base).eval()  # where a frozen tower belongs in training too
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         store = _store(trainer, base, data)
-        missing = _announced(trainer, store, places)
-        with together():
-            last = _compute(trainer, base, source, data, store, missing)
+        for split in data.cached_splits():
+            _fill(trainer, base, data, store, split)
+    data.read_features(store)
+
+
+def _fill(trainer: Trainer, base: Any, data: LlavaDataModule, store: FeatureStore, split: str) -> None:
+    """Those of one split."""
+    source = data.source(split)
+    assert source is not None
+    say(f"caching image features: looking through the images of data.{split}")
+    missing = _announced(trainer, store, _images(trainer, source, data, split))
+    with together():
+        last = _compute(trainer, base, source, data, store, missing)
     with together():
         _require_seen(store, last)
-    data.read_features(store)
 
 
 def _store(trainer: Trainer, base: Any, data: LlavaDataModule) -> FeatureStore:
@@ -106,9 +112,9 @@ def _prepare(store: FeatureStore, facts: dict[str, Any]) -> None:
         raise OSError(f"cannot use {store.folder} (data.cache_image_features): {error}") from error
 
 
-def _images(trainer: Trainer, source: Source, data: LlavaDataModule) -> list[Place]:
+def _images(trainer: Trainer, source: Source, data: LlavaDataModule, split: str) -> list[Place]:
     """Every distinct image once, in the order of digests; each process looks through its share of the records."""
-    size = min(len(source), data.limits["train"] or len(source))
+    size = min(len(source), data.limits[split] or len(source))
     share = range(trainer.global_rank, size, trainer.world_size)
     found: list[Place] = []
     with progress_bar("looking through images", len(share), trainer.is_global_zero) as advance:
