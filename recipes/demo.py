@@ -57,7 +57,7 @@ def main(
         require_free_port(host, port)
     model, processor = load_with_schedule(schedule=schedule, **loading)
     images = {"image_aspect_ratio": image_aspect_ratio, "image_background": image_background}
-    asked = Asked(model, prompt_encoder(model, processor, max_new_tokens, **images), max_new_tokens)
+    asked = Asked(model, prompt_encoder(model, processor, **images), max_new_tokens)
     page(gradio, asked).launch(server_name=host, server_port=port, ssr_mode=False, footer_links=[])
 
 

@@ -19,9 +19,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import TextStreamer
 
 from himap_train.analysis.answered import answer_question, prompt_encoder
+from himap_train.analysis.pictures import stacked
 from himap_train.checkpoints.load import AS_SAVED, installed_schedule, load_with_schedule
 from himap_train.command_line import run_command
 from himap_train.data.plain_text import answer_text
@@ -55,7 +57,7 @@ def main(
         record: Its number.
         schedule: as-saved, none, a preset (himap, fastv, ...), a pruning.yaml, or the stages inline.
         budget: Run that schedule's layers at this flops_ratio of the prompt instead, 0.4 say; 1 is dense.
-        show_kept: Draw into this file which patches survive each stage.
+        show_kept: Draw into this file which patches survive each stage, of several images one below the other.
         image_aspect_ratio: By default as the checkpoint was trained; "pad" makes images square first, as LLaVA-1.5 was.
         image_background: Colour under a transparent image, "white" or "black"; by default as it was trained.
         max_new_tokens: Where the answer is cut.
@@ -65,10 +67,12 @@ def main(
     check_budget_argument(budget, schedule)
     conversation = ask(image, question, data, record)
     if show_kept is not None:
+        if show_kept.suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"--show-kept {show_kept} is no name of a picture: let it end in .png or .jpg")
         show_kept.parent.mkdir(parents=True, exist_ok=True)
     model, processor = load_with_schedule(schedule=schedule, **loading)
     images = {"image_aspect_ratio": image_aspect_ratio, "image_background": image_background}
-    encoder = prompt_encoder(model, processor, max_new_tokens, **images)
+    encoder = prompt_encoder(model, processor, **images)
     if budget is not None:
         run_at_budget(model, budget, *encoder.prompt_tokens(conversation))
     runs = installed_schedule(model)
@@ -83,7 +87,7 @@ def main(
     if show_kept is not None:
         if not found.pictures:
             raise ValueError("--show-kept: where the image tokens of this model lie in a picture is not known")
-        found.pictures[0].save(show_kept)
+        stacked(found.pictures).save(show_kept)
         print(f"kept patches drawn in {show_kept}", file=sys.stderr)
 
 

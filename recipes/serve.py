@@ -62,10 +62,12 @@ def main(
         raise ValueError(f'serving needs more ({error}): pip install "himap-train[serve]"') from error
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError(f"--batch-size {batch_size} and --max-new-tokens {max_new_tokens} must be 1 or more")
+    if image_folder is not None and not image_folder.is_dir():
+        raise ValueError(f"--image-folder {image_folder} is no folder")
     require_free_port(host, port)
     model, processor = load_with_schedule(checkpoint, schedule, **loading)
     images = {"image_aspect_ratio": image_aspect_ratio, "image_background": image_background}
-    encoder = prompt_encoder(model, processor, 1, **images)
+    encoder = prompt_encoder(model, processor, **images)
     reader = Reader(name or checkpoint, encoder, max_new_tokens, image_folder, private_addresses)
     app = build_app(reader, Batches(model, processor, batch_size), {"pruning": installed_schedule(model).to_dict()})
     uvicorn.run(app, host=host, port=port, timeout_graceful_shutdown=5)

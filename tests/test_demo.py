@@ -23,7 +23,7 @@ SCHEDULE = PruningSchedule((PruningStage(2, "instruction", 0.5), PruningStage(4,
 @pytest.fixture(scope="module")
 def asked():
     model = install_pruning(tiny_llava(), SCHEDULE)
-    return recipe_module("demo").Asked(model, prompt_encoder(model, tiny_processor(), 4), 4)
+    return recipe_module("demo").Asked(model, prompt_encoder(model, tiny_processor()), 4)
 
 
 @pytest.fixture

@@ -173,6 +173,11 @@ def test_generate_without_an_image_takes_an_embedded_scene(checkpoint, capsys):
     assert "USER: And now?" in capsys.readouterr().out
 
 
+def test_an_answer_ends_with_the_context(checkpoint, capsys):
+    assert run_recipe("generate", "--checkpoint", checkpoint, "--max-new-tokens", "100000") == 0
+    assert len(capsys.readouterr().out) > 300
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -183,7 +188,8 @@ def test_generate_without_an_image_takes_an_embedded_scene(checkpoint, capsys):
         (["--schedule", "himpa"], "did you mean 'himap'"),
         (["--schedule", "own.yaml"], "own.yaml"),
         (["--show-kept", "kept.png"], "the schedule is dense"),
-        (["--max-new-tokens", "500"], "the prompt takes"),
+        (["--show-kept", "kept", "--schedule", "himap"], "--show-kept kept is no name of a picture"),
+        (["--question", "What? " * 100], "the prompt takes"),
         (["--schedule", '{"stages": [{"layer": 9, "criterion": "uniform", "keep_ratio": 0.5}]}'], "layers 0 to 5"),
     ],
 )

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from himap_train.data.records import Conversation, Turn
 from himap_train.data.scene_questions import SceneQuestions
 from himap_train.evaluation.answering import answer_batch
 from himap_train.evaluation.lmms_eval.requests import Answering
+from himap_train.serving import app as app_module
 from himap_train.serving import batches as batches_module
 from himap_train.serving import requests
 from himap_train.serving.batches import Answer, Batches
@@ -69,7 +71,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def reader(model):
-    return Reader("tiny", prompt_encoder(model, tiny_processor(), 1), 64)
+    return Reader("tiny", prompt_encoder(model, tiny_processor()), 64)
 
 
 # ---- what is asked ----
@@ -134,7 +136,10 @@ def test_options_of_an_answer(reader):
         ({"messages": [user("Hi")], "max_tokens": 0}, "'max_tokens' is 0; expected int from 1"),
         ({"messages": [user("Hi")], "max_tokens": True}, "'max_tokens' is True"),
         ({"messages": [user("Hi")], "stop": [""]}, "'stop' is"),
-        ({"messages": [user("Hi " * 600)]}, "the request: the prompt takes 18"),
+        ({"messages": [user("Hi " * 600)]}, r"takes 18\d+ tokens.* max_length is 511, the model's context less one"),
+        ({"messages": [{**user("Hi"), "images": ["aGk="]}]}, r"messages\[0\] has the unknown key 'images'"),
+        ({"messages": [user("Hi")], "stream": "false"}, "'stream' is 'false'; expected true or false"),
+        ({"messages": [user("Hi")], "stream_options": 5}, "'stream_options' is 5; expected an object"),
         ({"messages": [user({"url": data_url(image(0))}, "<image> what?")]}, "2 <image> in the conversation but 1"),
         ({"messages": [user({"url": "data:image/png;base64,bm8gcGljdHVyZQ=="})]}, "is not an image file"),
         ({"messages": [user({"url": "data:image/png;base64,???"})]}, r"messages\[0\]: .*base64"),
@@ -160,7 +165,8 @@ def site():
 
     class Pages(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response({"/image?x=1": 200, "/away": 302}.get(self.path, 404))
+            known = {"/image?x=1": 200, "/%C3%A4%20b%20c.png?x=%C3%A4": 200, "/?x=1": 200, "/away": 302}
+            self.send_response(known.get(self.path, 404))
             self.send_header("Location", "http://169.254.169.254/secret")
             self.end_headers()
             self.wfile.write(b"bytes of an image")
@@ -181,14 +187,17 @@ def test_files_are_read_from_an_allowed_folder_alone(tmp_path):
     with pytest.raises(ValueError, match="here: files are refused; .*--image-folder"):
         image_of(inside, "here")
     assert image_of(inside, "here", tmp_path / "shown") == tmp_path / "shown/a b.png"
-    with pytest.raises(ValueError, match="leaves the image folder"):
-        image_of(outside, "here", tmp_path / "shown")
+    (tmp_path / "shown/link").symlink_to("/proc/self/cwd")
+    for url in (outside, f"file://{tmp_path}/shown/link"):  # not a word of where it leads
+        with pytest.raises(ValueError, match=r"^here: 'file://.*' is not in the folder that this server reads$"):
+            image_of(url, "here", tmp_path / "shown")
 
 
 def test_private_addresses_are_not_asked_unless_allowed(site):
     with pytest.raises(ValueError, match="127.0.0.1 has no public address"):
         image_of(f"{site}/image?x=1", "here")
-    assert image_of(f"{site}/image?x=1", "here", private=True) == b"bytes of an image"
+    for page in ("/image?x=1", "/ä b%20c.png?x=ä", "?x=1"):
+        assert image_of(f"{site}{page}", "here", private=True) == b"bytes of an image"
     with pytest.raises(ValueError, match="answered 302: ask for http://169"):
         image_of(f"{site}/away", "here", private=True)
     with pytest.raises(ValueError, match="answered 404"):
@@ -311,17 +320,17 @@ def test_nobody_listening_ends_an_answer():
 def embedded():
     model, processor = load_with_schedule("embedded", "himap")
     source = SceneQuestions("test", scenes=6)
-    encoder = prompt_encoder(model, processor, 1)
+    encoder = prompt_encoder(model, processor)
     return model, processor, [encoder.encode_prompt(source[number]) for number in range(6)]
 
 
-def ask(served, *requests, size=4):
+def ask(served, *requests, answer=answer_batch):
     """The texts of requests that arrive together, and the size of each batch that was run."""
     sizes = []
 
     def counted(model, processor, batch, *rest):
         sizes.append(len(batch["ids"]))
-        return answer_batch(model, processor, batch, *rest)
+        return answer(model, processor, batch, *rest)
 
     async def text(answer):
         try:
@@ -373,6 +382,56 @@ def test_one_that_breaks_the_model_leaves_the_others_their_answers(embedded):
     texts, sizes = ask(served, (samples[1], 16, GREEDY, None), (broken, 16, GREEDY, None))
     assert texts[0] == "top center" and isinstance(texts[1], RuntimeError) and "no answer: " in str(texts[1])
     assert ask(served, (samples[1], 16, GREEDY, None))[0] == ["top center"]
+
+
+def test_a_batch_without_memory_is_freed_before_its_requests_are_tried_alone(embedded):
+    class Large:
+        pass
+
+    held, found = [], []
+
+    def full(model, processor, batch, most, search):
+        found.append([reference() is not None for reference in held])
+        large = Large()
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("no room")
+
+    model, processor, samples = embedded
+    ask(Batches(model, processor, 4), (samples[0], 4, GREEDY, None), (samples[1], 4, GREEDY, None), answer=full)
+    assert found[:2] == [[], [False]] and len(found) == 3
+
+
+def test_who_leaves_while_waiting_is_not_answered(embedded, monkeypatch):
+    model, processor, samples = embedded
+    answered = []
+    busy = threading.Event()
+
+    def slow(model, processor, batch, most, search):
+        busy.set()
+        time.sleep(0.3)
+        answered.append(len(batch["input_ids"]))
+
+    monkeypatch.setattr(batches_module, "answer_batch", slow)
+
+    class Left:
+        async def receive(self):
+            return {"type": "http.disconnect"}
+
+    class Stays:
+        async def receive(self):
+            await asyncio.Event().wait()
+
+    async def run():
+        served = Batches(model, processor, 1)
+        asked = [Asked(sample, Answering(4, GREEDY, ()), None) for sample in samples[:4]]
+        first = asyncio.create_task(app_module._whole(served.ask(asked[0]), Stays()))
+        await asyncio.to_thread(busy.wait)
+        gone = [await app_module._whole(served.ask(one), Left()) for one in asked[1:3]]
+        await app_module._whole(served.ask(asked[3]), Stays())
+        await first
+        return gone
+
+    assert asyncio.run(run()) == ["", ""] and answered == [1, 1]
 
 
 # ---- the recipe ----

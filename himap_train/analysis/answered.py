@@ -56,7 +56,7 @@ def answer_question(
         encoder: From `prompt_encoder`.
         conversation: The images and the question; a last answer is left out.
         schedule: What runs.
-        max_new_tokens: Where the answer is cut.
+        max_new_tokens: Where the answer is cut, at the end of the model's context too.
         search: As in `answer_batch`.
 
     Raises:
@@ -65,6 +65,8 @@ def answer_question(
     """
     processor = encoder.processor
     sample = encoder.encode_prompt(conversation)
+    if encoder.max_length is not None:
+        max_new_tokens = min(max_new_tokens, encoder.max_length + 1 - len(sample["input_ids"]))
     batch = collate([sample], pad_token_id_of(processor.tokenizer), padding_side="left")
     stock = pruning_of(model) is None
     if stock:
@@ -86,7 +88,7 @@ def answer_question(
     return Answered(text, tokens, seconds, pictures)
 
 
-def prompt_encoder(model: nn.Module, processor: Any, max_new_tokens: int, **images: Any) -> Encoder:
-    """An encoder of prompts that leave room for an answer; `images` are the options of `Encoder` about images."""
+def prompt_encoder(model: nn.Module, processor: Any, **images: Any) -> Encoder:
+    """Of prompts that leave room for one token of an answer; `images` are the options of `Encoder` about images."""
     base: Any = base_model(model)
-    return Encoder(processor, base.config.text_config.max_position_embeddings - max_new_tokens, **images)
+    return Encoder(processor, base.config.text_config.max_position_embeddings - 1, **images)

@@ -108,7 +108,8 @@ def draw_kept(
     if wrong:
         raise ValueError(f"token {wrong[0]} lies outside the {tokens} tokens of the image")
     scale = PANEL / max(image.size)
-    large = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
+    large = image.resize(size, Image.Resampling.BICUBIC)
     views = list(dict.fromkeys(block.view for block in blocks if block.rows * block.columns))
     font = ImageFont.load_default(16)
     lines = [
@@ -128,6 +129,14 @@ def draw_kept(
             left, top = MARGIN + number * width, MARGIN + row * height
             canvas.paste(panel, (left, top))
             draw.text((left, top + large.height + 8), text, fill="black", font=font)
+    return canvas
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """One below the other."""
+    canvas = Image.new("RGB", (max(one.width for one in pictures), sum(one.height for one in pictures)), "white")
+    for number, picture in enumerate(pictures):
+        canvas.paste(picture, (0, sum(one.height for one in pictures[:number])))
     return canvas
 
 

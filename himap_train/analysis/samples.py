@@ -63,7 +63,7 @@ def take_samples(
     groups = _candidates(told.result.predictions) if told else {None: list(range(_CANDIDATES))}
     questions = _read(source, {index for group in groups.values() for index in group})
     new = 1 if told else max_new_tokens
-    encoder = prompt_encoder(model, processor, new, **images)
+    encoder = prompt_encoder(model, processor, **images)
     samples = []
     for right, group in groups.items():
         usable = [questions[index] for index in group if index in questions]

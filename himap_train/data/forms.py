@@ -180,7 +180,7 @@ def _image(part: Mapping[str, Any], following: int, where: str) -> Any:
     if isinstance(value, str) and value.startswith("data:"):
         head, _, packed = value.partition(",")
         try:
-            return base64.b64decode(packed, validate=True)
+            return base64.b64decode("".join(packed.split()), validate=True)  # tools write it in lines
         except ValueError as error:
             raise RecordError(f"{where}: the image {head!r:.60} is not base64: {error}") from None
     if value is not None:

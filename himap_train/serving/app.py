@@ -46,8 +46,7 @@ def build_app(reader: Reader, batches: Batches, about: Mapping[str, Any]) -> Any
         body = await _body(request)
         answer = batches.ask(await asyncio.to_thread(reader, body))
         if body.get("stream"):
-            options = body.get("stream_options")
-            usage = isinstance(options, Mapping) and options.get("include_usage") is True
+            usage = (body.get("stream_options") or {}).get("include_usage") is True
             return StreamingResponse(_events(answer, reader.name, usage), media_type="text/event-stream")
         message = {"role": "assistant", "content": await _whole(answer, request)}
         choices = [{"index": 0, "message": message, "finish_reason": answer.finish}]
@@ -69,18 +68,25 @@ async def _body(request: Any) -> Any:
         data += part
         if len(data) > 2 * MOST_BYTES:
             raise ValueError(f"the request has more than {2 * MOST_BYTES >> 20} MiB")
-    return json.loads(data)
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("the request is nested too deeply") from None
 
 
 async def _whole(answer: Answer, request: Any) -> str:
-    """The text of an answer, which ends where nobody waits for it any more."""
-    pieces, said = aiter(answer), list[str]()
-    async for piece in pieces:
-        said.append(piece)
-        if await request.is_disconnected():
-            await pieces.aclose()  # type: ignore[attr-defined]
-            break
-    return "".join(said)
+    """The text of an answer, which ends, or is never begun, where nobody waits for it any more."""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        answer.leave()
+
+    watching = asyncio.create_task(watch())
+    try:
+        return "".join([piece async for piece in answer])
+    finally:
+        watching.cancel()
 
 
 async def _events(answer: Answer, model: str, usage: bool) -> AsyncIterator[str]:

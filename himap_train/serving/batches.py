@@ -61,6 +61,11 @@ class Answer:
         finish = "stop" if ended else "length" if len(self.tokens) >= answering.max_new_tokens else ""
         self._give(text[: min(stops)] if stops else text if finish else self._certain(text), finish)
 
+    def leave(self) -> None:
+        """Nobody waits for it any more."""
+        self.finish = self.finish or "gone"
+        self.send(None)
+
     def end(self) -> None:
         """Where generation has ended for a reason that is not this answer's, such as a `max_time`."""
         if not self.finish:
@@ -134,26 +139,31 @@ class Batches:
 
         if not answers:
             return
-        first = answers[0].asked
+        alone = False
         try:
-            pad = pad_token_id_of(self._processor.tokenizer)
-            batch = collate([answer.asked.sample for answer in answers], pad, padding_side="left")
-            most = max(answer.asked.answering.max_new_tokens for answer in answers)
-            search = {**first.answering.search, "stopping_criteria": StoppingCriteriaList([step])}
-            with evaluation_mode(self._model), torch.random.fork_rng(enabled=first.seed is not None):
-                if first.seed is not None:
-                    torch.manual_seed(first.seed)
-                answer_batch(self._model, self._processor, batch, most, search)
-            for answer in answers:
-                answer.end()
+            self._generate(answers, step)
         except Exception as error:  # whatever one request does to the model, the next one is answered
-            if len(answers) > 1 and not any(answer.tokens for answer in answers):  # it may be one that spoils the rest
+            alone = len(answers) > 1 and not any(answer.tokens for answer in answers)  # one may spoil the rest
+            if not alone:
+                logger.exception("a batch of %d failed", len(answers))
                 for answer in answers:
-                    self._answer([answer])
-                return
-            logger.exception("a batch of %d failed", len(answers))
+                    answer.send(error)
+        if alone:  # outside: the error holds what the batch had in memory
             for answer in answers:
-                answer.send(error)
+                self._answer([answer])
+
+    def _generate(self, answers: list[Answer], step: Any) -> None:
+        first = answers[0].asked
+        pad = pad_token_id_of(self._processor.tokenizer)
+        batch = collate([answer.asked.sample for answer in answers], pad, padding_side="left")
+        most = max(answer.asked.answering.max_new_tokens for answer in answers)
+        search = {**first.answering.search, "stopping_criteria": StoppingCriteriaList([step])}
+        with evaluation_mode(self._model), torch.random.fork_rng(enabled=first.seed is not None):
+            if first.seed is not None:
+                torch.manual_seed(first.seed)
+            answer_batch(self._model, self._processor, batch, most, search)
+        for answer in answers:
+            answer.end()
 
 
 def _share(one: Asked, other: Asked) -> bool:

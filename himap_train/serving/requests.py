@@ -5,6 +5,7 @@ Its images are bytes, files of a folder that was allowed, or lie at public addre
 
 from __future__ import annotations
 
+import logging
 import socket
 import ssl
 from collections.abc import Mapping
@@ -15,9 +16,9 @@ from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from threading import Event, Lock, Timer
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
-from himap_train.data.encode import Encoder, Sample
+from himap_train.data.encode import Encoder, Sample, SampleTooLongError
 from himap_train.data.forms import turns_of
 from himap_train.data.images import resolve_image_path
 from himap_train.data.records import Conversation, ImageSource
@@ -26,6 +27,10 @@ from himap_train.pruning.names import check_keys
 
 MOST_BYTES = 32 * 2**20
 _SECONDS = 20.0
+_KEPT = "%/:?#[]@!$&'()*+,;=~"
+"""What a URL may hold as it is; of all else the code is sent, as browsers do."""
+
+logger = logging.getLogger(__name__)
 
 
 def image_of(image: Any, where: str, folder: Path | None = None, private: bool = False) -> ImageSource:
@@ -47,7 +52,11 @@ def image_of(image: Any, where: str, folder: Path | None = None, private: bool =
         if url.startswith("file:"):
             if folder is None:
                 raise ValueError("files are refused; the server reads those of a folder with --image-folder")
-            return resolve_image_path(unquote(urlsplit(url).path), folder, where)
+            try:
+                return resolve_image_path(unquote(urlsplit(url).path), folder, where)
+            except ValueError as error:  # says where links of this machine lead, which is no client's affair
+                logger.warning("%s", error)
+                raise ValueError(f"{url[:60]!r} is not in the folder that this server reads") from None
         return _fetched(url, private)
     except (ValueError, OSError, HTTPException) as error:
         raise ValueError(f"{where}: {error or type(error).__name__}") from error
@@ -71,7 +80,7 @@ def _fetched(url: str, private: bool) -> bytes:
     try:
         if parts.scheme == "https":
             connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=parts.hostname)
-        path = parts._replace(scheme="", netloc="", fragment="").geturl() or "/"
+        path = quote(parts.path or "/", safe=_KEPT) + (f"?{quote(parts.query, safe=_KEPT)}" if parts.query else "")
         connection.request("GET", path, headers={"User-Agent": "himap-train"})
         answer = connection.getresponse()
         if answer.status != 200:
@@ -175,6 +184,10 @@ class Reader:
         for key, only in _ONE_VALUE.items():
             if given.get(key, only) != only:
                 raise ValueError(f"{key!r} can only be {only!r} here")
+        if not isinstance(given.get("stream", False), bool):
+            raise ValueError(f"'stream' is {given['stream']!r:.40}; expected true or false")
+        if not isinstance(given.get("stream_options", {}), Mapping):
+            raise ValueError(f"'stream_options' is {given['stream_options']!r:.40}; expected an object")
         length = number(given, "max_completion_tokens", 1, 2**31) or number(given, "max_tokens", 1, 2**31)
         temperature = number(given, "temperature", 0, 100, float) or 0
         top_p = number(given, "top_p", 0, 1, float)
@@ -189,15 +202,19 @@ class Reader:
             raise ValueError(f"'stop' is {stop!r:.60}; expected a text or a list of texts")
         seed = number(given, "seed", -(2**63), 2**63 - 1)
         conversation = self._conversation(given.get("messages"))
-        with self._lock:  # tokenizers are for one thread at a time
-            sample = self._encoder.encode_prompt(conversation)
+        try:
+            with self._lock:  # tokenizers are for one thread at a time
+                sample = self._encoder.encode_prompt(conversation)
+        except SampleTooLongError as error:
+            said, _, _ = str(error).partition("; set a larger")  # a trainer's way out
+            raise SampleTooLongError(f"{said}, the model's context less one token of an answer") from None
         room = (self._encoder.max_length or 2**31) + 1 - len(sample["input_ids"])
         return Asked(sample, Answering(min(length or self._max_new_tokens, room), search, tuple(stops)), seed)
 
     def _conversation(self, messages: Any) -> Conversation:
         if not isinstance(messages, list) or not messages:
             raise ValueError("'messages' is missing or empty")
-        given = [_system(message) for message in messages]
+        given = [_as_turn(message, f"messages[{number}]") for number, message in enumerate(messages)]
         turns, shown = turns_of({"messages": given}, "the request")
         if turns[-1].role != "user":
             raise ValueError("the last message is not the user's: there is nothing to answer")
@@ -207,10 +224,14 @@ class Reader:
         return Conversation("request", images, turns, place="the request")
 
 
-def _system(message: Any) -> Any:
-    """A message, of the system where it is the developer's."""
-    is_developer = isinstance(message, Mapping) and message.get("role") == "developer"
-    return {**message, "role": "system"} if is_developer else message
+def _as_turn(message: Any, where: str) -> Any:
+    """A message, of the system where it is the developer's; what would be ignored is refused here too."""
+    if not isinstance(message, Mapping):
+        return message
+    given = {key: value for key, value in message.items() if key in ("role", "content") or value not in (None, [])}
+    check_keys(where, given, ("role", "content", "name", "refusal", "annotations", "weight"))
+    given.pop("weight", None)  # of an answer that is learned
+    return {**given, "role": "system"} if given.get("role") == "developer" else given
 
 
 def number(given: Mapping[str, Any], key: str, least: float, most: float, kind: type = int) -> Any:
