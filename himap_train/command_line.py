@@ -156,7 +156,7 @@ def new_output_folder(folder: Path, files: Sequence[str], overwrite: bool) -> Ca
     Raises:
         FileExistsError: There are some.
     """
-    found = [folder / name for name in files if (folder / name).exists()]
+    found = [folder / name for name in dict.fromkeys(files) if (folder / name).exists()]
     if found and not overwrite:
         raise FileExistsError(
             f"{folder} already holds results ({', '.join(path.name for path in found)}); choose another --output, "

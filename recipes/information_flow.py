@@ -31,7 +31,7 @@ from himap_train.evaluation.samples import open_samples
 from himap_train.evaluation.tables import write_json
 from himap_train.models.stock import base_model
 from himap_train.search.flow import mean_image_to_text, reason, suggest
-from himap_train.search.search_folder import print_flow, schedule_file
+from himap_train.search.search_folder import print_flow, schedule_file, schedules_in
 from himap_train.search.space import Space
 
 FACTS = "flow.json"
@@ -65,7 +65,7 @@ def main(
         seed: Seed of the drawn samples, and of the cuts' controls.
         **opened: Options of `open_samples`.
     """
-    files = (FLOW, KNOCKOUTS, FACTS, PICTURE, MAP, schedule_file(budget))
+    files = (FLOW, KNOCKOUTS, FACTS, PICTURE, MAP, schedule_file(budget), *schedules_in(output))
     clear = new_output_folder(output, files, overwrite)
     model, _, drawn = open_samples(samples=samples, batch_size=batch_size, seed=seed, each_turn=True, **opened)
     config: Any = base_model(model).config
@@ -105,7 +105,8 @@ def main(
 def write_suggestion(given: Sequence[float], config: Any, budget: float, tokens: dict[str, int], output: Path) -> None:
     """A schedule for a budget, by what image tokens give at each layer, where one can meet it."""
     try:
-        space = Space(config, budget, tokens["image_tokens"], tokens["text_tokens"])
+        stages = min(2, max(config.text_config.num_hidden_layers - 1, 1))
+        space = Space(config, budget, tokens["image_tokens"], tokens["text_tokens"], stages)
     except ValueError as error:
         print(f"no schedule is suggested for --budget {budget}: {error}", file=sys.stderr)
         return

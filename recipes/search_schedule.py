@@ -28,7 +28,15 @@ from himap_train.models.stock import base_model, text_decoder
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.search.flow import mean_image_to_text
 from himap_train.search.proposals import Method, search_budget
-from himap_train.search.search_folder import FACTS, TRIALS, print_flow, print_search, save_search, schedule_file
+from himap_train.search.search_folder import (
+    FACTS,
+    TRIALS,
+    print_flow,
+    print_search,
+    save_search,
+    schedule_file,
+    schedules_in,
+)
 from himap_train.search.space import Space
 from himap_train.search.trials import Objective, Trials
 
@@ -65,7 +73,7 @@ def main(
     if (budget is None) == (not budgets):
         raise ValueError(f"budget is {budget} and budgets is {budgets}; give --budget 0.4 or --budgets [0.25,0.4]")
     wanted = list(dict.fromkeys(budgets or [budget or 0.0]))
-    clear = new_output_folder(output, (*map(schedule_file, wanted), TRIALS, FACTS), overwrite)
+    clear = new_output_folder(output, (*map(schedule_file, wanted), *schedules_in(output), TRIALS, FACTS), overwrite)
     start = time.perf_counter()
     model, _, drawn = open_samples(seed=seed, each_turn=False, **opened)
     config = base_model(model).config

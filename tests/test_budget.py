@@ -23,6 +23,14 @@ def test_at_its_own_cost_a_schedule_is_itself() -> None:
     assert schedule.cost(LLAVA_7B).image_tokens_per_layer == HIMAP.cost(LLAVA_7B).image_tokens_per_layer
 
 
+def test_one_token_is_said_as_its_share() -> None:
+    one, none = (
+        PruningSchedule((PruningStage(2, "image", keep_count=count),)).cost(LLAVA_7B).flops_ratio for count in (1, 0)
+    )
+    schedule = PruningSchedule((PruningStage(2, "image", 0.5),)).at_budget(LLAVA_7B, 0.8 * one + 0.2 * none)
+    assert [stage.keep_ratio for stage in schedule.stages] == [1 / 576]
+
+
 def test_one_is_dense_and_strength_two_leaves_no_image_token() -> None:
     assert HIMAP.at_budget(LLAVA_7B, 1.0) == PruningSchedule()
     assert at_strength(HIMAP, 0.0) == PruningSchedule()

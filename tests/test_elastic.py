@@ -228,6 +228,9 @@ def test_impossible_budgets_name_the_least(config: Any) -> None:
     ELASTIC.check_possible(HIMAP, config, TOKENS)
     with pytest.raises(ValueError, match=rf"pruning.elastic.budgets: .*at least {least:.3f}.* 16 image and 8 text"):
         replace(ELASTIC, budgets=(0.1, 0.9)).check_possible(HIMAP, config, TOKENS)
+    late = replace(HIMAP.scaled_to(6), enter=1, stages=(PruningStage(2, "image", 0.5),))
+    with pytest.raises(ValueError, match="pruning.elastic.budgets: the budget 0.8875 is above .* enter at layer 1"):
+        replace(ELASTIC, budgets=(0.7, 1.0)).check_possible(late, config, TOKENS)
 
 
 def test_tokens_are_given_both_or_measured() -> None:

@@ -146,12 +146,12 @@ def test_a_run_of_the_command_line(tiny_path: str, tmp_path: Path) -> None:
     assert logged(run, "keep_ratio/layer00") == [1.0] * 6
     frozen = {stage["layer"]: stage["keep_ratio"] for stage in saved["stages"]}
     assert logged(run, "keep_ratio/layer01")[-1] == pytest.approx(frozen.get(1, 1.0))
-    assert logged(run, "train/flops_ratio")[-1] == pytest.approx(0.97)
+    assert logged(run, "train/flops_ratio")[-1] == pytest.approx(0.97, abs=0.01)  # what whole tokens cost
 
 
 def test_a_ranking_before_the_first_layer_learns_beside_the_ratios(tiny_path: str, tmp_path: Path) -> None:
     """It chooses from the start, is saved with what was frozen, taken over and chosen by again."""
-    given = {"layer": 0, "criterion": "learned", "keep_ratio": 0.8}
+    given = {"layer": 0, "criterion": {"name": "learned", "width": 16}, "keep_ratio": 0.8}
     settings = SETTINGS | {"start": {"stages": [given, *START["stages"]]}, "budget": 0.85}
     groups = {"learnable": settings, "learn_ranking": {"updates": 2}}
     assert finetune("--config", config(tiny_path, tmp_path, groups, **NO_SCHEDULE)) == 0
@@ -168,7 +168,7 @@ def test_a_ranking_before_the_first_layer_learns_beside_the_ratios(tiny_path: st
     early = tuner(tiny_path, schedule=None)
     early.configure_model()  # before anybody knows what is given
     fit_windows(early, tmp_path / "early", [LearnKeepRatios(again, lambda measured: TOKENS)])
-    assert early.schedule.stages[0].criterion == "learned"
+    assert early.schedule.stages[0].method.learns
     more = tuner(tiny_path, schedule=None, init_adapter=str(run / "adapter"))
     fit_windows(more, tmp_path / "more", [LearnKeepRatios(again, lambda measured: TOKENS)])
     taken = scorers_of(text_decoder(more.peft_model))[0].state_dict()
@@ -205,7 +205,9 @@ def test_criteria_come_from_the_start(start: Any, given: dict[str, Any], expecte
     settings = Learnable(budget=0.6, first_layer=1, start=named, **given)
     config = LlamaConfig(num_hidden_layers=8, hidden_size=64, intermediate_size=128)
     found = settings.ratios(SimpleNamespace(text_config=config), (100, 20))
-    assert (found.switch_layer, *found.criteria) == (expected or (3, "image", "last_token"))
+    assert (found.switch_layer, *map(lambda one: getattr(one, "name", one), found.criteria)) == (
+        expected or (3, "image", "last_token")
+    )
 
 
 MIXED = {
@@ -232,6 +234,11 @@ STAGES = {"model": {"schedule": {"stages": [{"layer": 1, "criterion": "image", "
         ({"warmup": -1}, NO_SCHEDULE, "pruning.learnable.warmup is -1"),
         ({"step_size": 0}, NO_SCHEDULE, "pruning.learnable.step_size is 0"),
         ({"start": MIXED, "switch_layer": None}, NO_SCHEDULE, "ranks by image, instruction, image in turn"),
+        (
+            {"start": {"stages": [{"layer": 2, "criterion": {"name": "image", "window": 2}, "keep_ratio": 0.5}]}},
+            NO_SCHEDULE,
+            "criterion 'image(window=2)' chooses a set whose members depend on its size",
+        ),
         ({"shallow": "instructions"}, NO_SCHEDULE, "did you mean 'instruction'"),
         ({"budgt": 0.5}, NO_SCHEDULE, "pruning.learnable.budget"),
     ],

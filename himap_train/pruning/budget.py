@@ -87,7 +87,8 @@ def nearest(
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) > flops_ratio else (low, middle)
     # Counts are whole tokens, so the cost falls in steps: one of the two sides of the last step.
-    return at(min(low, high, key=lambda strength: abs(cost(strength) - flops_ratio)))
+    found = at(min(low, high, key=lambda strength: abs(cost(strength) - flops_ratio)))
+    return replace(found, stages=tuple(_one_at_least(stage, image_tokens) for stage in found.stages))
 
 
 def check_budget(flops_ratio: float, least: float, first_layer: int) -> None:
@@ -109,6 +110,12 @@ def check_budget(flops_ratio: float, least: float, first_layer: int) -> None:
         )
     if flops_ratio > 1.0:
         raise ValueError(f"the budget {flops_ratio} is above 1, which is dense; expected a share of the dense FLOPs")
+
+
+def _one_at_least(stage: PruningStage, image_tokens: int) -> PruningStage:
+    """What keeps a token of this many, however small its ratio, says so: of more tokens it is then the same share."""
+    tiny = stage.keep_ratio is not None and 0 < stage.keep_ratio * image_tokens < 1
+    return stage.keeping(1 / image_tokens) if tiny else stage
 
 
 def _at_strength(stage: PruningStage, strength: float) -> PruningStage:

@@ -27,6 +27,11 @@ def schedule_file(budget: float) -> str:
     return f"schedule-{budget:.2f}.yaml" if round(budget, 2) == budget else f"schedule-{budget:g}.yaml"
 
 
+def schedules_in(folder: Path) -> list[str]:
+    """Names of the schedules that a search has left, whatever their budgets."""
+    return [path.name for path in folder.glob("schedule-*.yaml")]
+
+
 def save_search(
     found: Sequence[Trials], folder: Path, facts: dict[str, Any], samples: EncodedSamples, flow: Sequence[float]
 ) -> None:

@@ -14,19 +14,20 @@ gradient, whatever the strategy does with parameters. Numbers in the end are a p
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from himap_train.pruning.budget import at_strength, check_budget, nearest
-from himap_train.pruning.cost import layer_flops
+from himap_train.pruning.budget import check_budget
+from himap_train.pruning.cost import choosing_flops, image_tokens_per_layer, layer_flops
+from himap_train.pruning.learned.freezing import frozen_schedule
+from himap_train.pruning.methods.base import Method
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.stage import PruningStage
 
 _HALVINGS, _STEEPEST = 60, 1e4
-_FINEST, _OFF = 1e-4, 0.005
-"""A tolerance below which all layers differ, and how far above its target a frozen schedule may be: a few tokens."""
 _ELSEWHERE = 0.1
 """Share of the tokens that a start spreads over all layers: what is zero would never grow."""
 _MEAN_DECAY, _SQUARE_DECAY = 0.9, 0.99
@@ -58,8 +59,8 @@ class KeepRatios:
         budget: float,
         first_layer: int,
         switch_layer: int,
-        shallow: str = "instruction",
-        deep: str = "image",
+        shallow: str | Method = "instruction",
+        deep: str | Method = "image",
         image_tokens: int = 576,
         text_tokens: int = 115,
         step_size: float = 0.05,
@@ -81,7 +82,10 @@ class KeepRatios:
         self.image_tokens, self.text_tokens = image_tokens, text_tokens
         self.step_size = step_size
         self._check_criteria()
-        self._given = self._given_stages(start)
+        if image_tokens == 0:
+            raise ValueError("no record has an image: there is nothing to prune")
+        self._form = self._given_form(start)
+        self._given_choosing = self._choosing(self._form)
         check_budget(budget, least=self._flops_ratio(self._kept(self._everything_leaves())), first_layer=first_layer)
         most = self._flops_ratio(self._kept(self._nothing_leaves()))
         if budget > most:
@@ -97,38 +101,42 @@ class KeepRatios:
         if schedule is None:
             return torch.zeros(number, dtype=torch.float64)
         kept = torch.ones(number, dtype=torch.float64)
-        for stage in schedule.stages[len(self._given) :]:
+        for stage in schedule.stages[len(self._form.stages) :]:
             kept[stage.layer - self.first_layer :] = (stage.keep_ratio or 0.0) / self._entering
         kept[-1] = 0.0  # the last share is that of all that is left
         before = torch.cat([kept.new_ones(1), kept[:-1]])
         return ((1 - _ELSEWHERE) * (before - kept) + _ELSEWHERE / number).log()
 
-    def _given_stages(self, schedule: PruningSchedule | None) -> tuple[PruningStage, ...]:
-        """The stages before the first layer that learns."""
+    def _given_form(self, schedule: PruningSchedule | None) -> PruningSchedule:
+        """What is not learned: the stages before the first layer that learns, and how positions are counted."""
         if schedule is None:
-            return ()
+            return PruningSchedule()
         schedule.validate_for(self.layers)
+        if schedule.enter:
+            raise ValueError(
+                f"start has image tokens enter at layer {schedule.enter}: ratios are learned from layer 0 on"
+            )
         given = tuple(stage for stage in schedule.stages if stage.layer < self.first_layer)
         unfit = any(stage.keep_ratio is None or stage.waits for stage in schedule.stages)
         unfit = unfit or any(stage.method.learns for stage in schedule.stages[len(given) :])
-        if schedule.enter or unfit or any(stage.removes_all for stage in given):
+        if unfit or any(stage.removes_all for stage in given):
             raise ValueError(
                 f"start has the stages {schedule.to_dict()['stages']}; expected a keep_ratio in each, above 0 before "
                 f"first_layer {self.first_layer}, none that waits, and no learned ranking from there on"
             )
-        return given
+        return PruningSchedule(given, positions=schedule.positions)
 
     @property
     def _entering(self) -> float:
         """Share of the image tokens that the first layer that learns is given."""
-        return (self._given[-1].keep_ratio or 0.0) if self._given else 1.0
+        return (self._form.stages[-1].keep_ratio or 0.0) if self._form.stages else 1.0
 
     def _check_criteria(self) -> None:
         for criterion in self.criteria:
             method = PruningStage(self.first_layer, criterion, 1.0).method  # refuses unknown ones
             if method.merges or not method.ranks:
                 raise ValueError(
-                    f"criterion {criterion!r} chooses a set whose members depend on its size, so a keep ratio has no "
+                    f"criterion {str(method)!r} chooses a set whose members depend on its size, so a keep ratio has no "
                     "gradient under it; give one that ranks, such as instruction or image"
                 )
 
@@ -141,7 +149,7 @@ class KeepRatios:
         layers = range(self.first_layer, self.layers)
         kept = ratios.tolist()
         learned = (PruningStage(layer, self._criterion(layer), kept[layer]) for layer in layers)
-        return PruningSchedule((*self._given, *learned))
+        return replace(self._form, stages=(*self._form.stages, *learned))
 
     def step(self, gradient: Tensor) -> None:
         """Move the shares against a gradient of the loss; one that is not finite moves nothing.
@@ -164,44 +172,17 @@ class KeepRatios:
             self._weights = self._weights - self.step_size * mean / scale
 
     def freeze(self, tolerance: float = 0.02) -> PruningSchedule:
-        """A plain schedule with few stages that meets the target.
-
-        Args:
-            tolerance: Neighbouring layers whose ratios differ by less than this fraction of the original image tokens
-                run on the same tokens, their mean; the whole is then scaled to the target again. Where so few leave
-                that the target cannot be met so (a stage that is given may leave little to remove), a smaller one.
-        """
-        found = self._frozen(tolerance)
-        while tolerance > _FINEST and self._cost(found) > self.target + _OFF:
-            tolerance /= 2
-            found = self._frozen(tolerance)
-        return found
-
-    def _cost(self, schedule: PruningSchedule) -> float:
-        return schedule.cost(self.config, self.image_tokens, self.text_tokens).flops_ratio
-
-    def _frozen(self, tolerance: float) -> PruningSchedule:
-        runs: list[list[float]] = [[self._entering]]
-        starts = [0]
-        for layer, ratio in enumerate(self.ratios().tolist()[self.first_layer :], self.first_layer):
-            if runs[-1][0] - ratio > tolerance:
-                runs.append([])
-                starts.append(layer)
-            runs[-1].append(ratio)
-        levels = [sum(run) / len(run) for run in runs]
+        """A plain schedule with few stages that meets the target, see `freezing`."""
         stages = [
-            PruningStage(layer, self._criterion(layer), 0.0 if level * self.image_tokens < 0.5 else level)
-            for layer, level in zip(starts[1:], levels[1:], strict=True)
+            PruningStage(layer, self._criterion(layer), ratio)
+            for layer, ratio in enumerate(self.ratios().tolist()[self.first_layer :], self.first_layer)
         ]
-        learned = PruningSchedule(tuple(stages))
+        sample = (self.image_tokens, self.text_tokens)
+        return frozen_schedule(self._form, stages, self._entering, self.config, self.target, sample, tolerance)
 
-        def frozen(strength: float) -> PruningSchedule:
-            scaled = (
-                stage for stage in at_strength(learned, strength).stages if (stage.keep_ratio or 0.0) < self._entering
-            )
-            return PruningSchedule((*self._given, *scaled))
-
-        return nearest(frozen, self.config, self.target, self.image_tokens, self.text_tokens)
+    def cost(self, schedule: PruningSchedule) -> float:
+        """`flops_ratio` of the sample that the budget is for."""
+        return schedule.cost(self.config, self.image_tokens, self.text_tokens).flops_ratio
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers."""
@@ -212,7 +193,7 @@ class KeepRatios:
         self._weights, self._mean = state["weights"].clone(), state["mean"].clone()
         self._square, self._steps = float(state["square"]), int(state["steps"])
 
-    def _criterion(self, layer: int) -> str:
+    def _criterion(self, layer: int) -> str | Method:
         return self.criteria[layer >= self.switch_layer]
 
     def _shares(self) -> Tensor:
@@ -238,13 +219,18 @@ class KeepRatios:
 
     def _kept(self, shares: Tensor) -> Tensor:
         kept = torch.ones(self.layers, dtype=torch.float64)
-        for stage in self._given:
+        for stage in self._form.stages:
             kept[stage.layer :] = stage.keep_ratio or 0.0
         kept[self.first_layer :] *= (1 - shares[:-1].cumsum(0)).clamp(0, 1)
         return kept
 
     def _flops_ratio(self, ratios: Tensor) -> float:
-        """Smooth in the ratios; ranking, less than a hundredth, is left to `freeze`."""
+        """Smooth in the ratios; ranking at every learned layer, of which few are left then, is left to `freeze`."""
         lengths = self.text_tokens + self.image_tokens * ratios
         flops = [layer_flops(self.config, length) for length in lengths.tolist()]
-        return sum(flops) / (self.layers * layer_flops(self.config, self.text_tokens + self.image_tokens))
+        dense = self.layers * layer_flops(self.config, self.text_tokens + self.image_tokens)
+        return (sum(flops) + self._given_choosing) / dense
+
+    def _choosing(self, schedule: PruningSchedule) -> float:
+        layers = image_tokens_per_layer(schedule, self.layers, self.image_tokens)
+        return choosing_flops(schedule, self.config, layers, self.image_tokens, self.text_tokens)

@@ -119,7 +119,7 @@ class LearnKeepRatios(Callback):
         for layer in range(self.ratios.layers):
             ratio = stages.get(layer, ratio)
             figures[f"keep_ratio/layer{layer:02d}"] = ratio
-        pl_module.log_dict({**figures, "train/flops_ratio": self.ratios.target})
+        pl_module.log_dict({**figures, "train/flops_ratio": self.ratios.cost(schedule)})
 
     def state_dict(self) -> dict[str, Any]:
         """The shares and their moments."""

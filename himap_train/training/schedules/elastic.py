@@ -79,6 +79,11 @@ class Elastic:
                 f"as what it teaches: expected a budget from {high} (the end of {key}.budgets) to 1 (dense)"
             )
 
+    def budget(self, place: int) -> float:
+        """The budget at a place of the grid, 0 to `GRID`."""
+        low, high = self.budgets
+        return low + (high - low) * place / GRID
+
     def check_possible(self, schedule: PruningSchedule, config: Any, tokens: tuple[int, int]) -> None:
         """Refuse budgets that a decoder cannot meet with this schedule's layers.
 
@@ -91,7 +96,8 @@ class Elastic:
             ValueError: Saying the least possible budget, or the most.
         """
         try:
-            for budget in self.budgets:
+            low, high = self.budgets
+            for budget in sorted({low, high, *(self.budget(place) for place in range(GRID + 1))}):
                 schedule.at_budget(config, budget, *tokens)
         except ValueError as error:
             raise ValueError(
@@ -123,16 +129,11 @@ class ElasticSteps:
 
         self._at_budget = at_budget
 
-    def budget(self, place: int) -> float:
-        """The budget at a place of the grid, 0 to `GRID`."""
-        low, high = self.settings.budgets
-        return low + (high - low) * place / GRID
-
     def draw(self, step: int) -> tuple[float, bool]:
         """The budget of an optimizer step, and whether it has a teacher: from (seed, step) alone."""
         chance = np.random.default_rng([_STREAM, self.seed, step])
         dense, place, taught = chance.random(), int(chance.integers(GRID + 1)), chance.random()
-        budget = 1.0 if dense < self.settings.dense_share else self.budget(place)
+        budget = 1.0 if dense < self.settings.dense_share else self.settings.budget(place)
         distillation = self.settings.self_distillation
         return budget, distillation is not None and budget < distillation.teacher and taught < distillation.share
 
@@ -149,7 +150,7 @@ class ElasticSteps:
     def __str__(self) -> str:
         """What it costs beside training at one budget."""
         low, high = self.settings.budgets
-        pruned = sum(self._at_budget(self.budget(place))[1] for place in range(GRID + 1)) / (GRID + 1)
+        pruned = sum(self._at_budget(self.settings.budget(place))[1] for place in range(GRID + 1)) / (GRID + 1)
         dense = self.settings.dense_share
         text = (
             f"elastic: budgets {low} to {high}, dense in {dense:.0%} of the steps; on average a pass costs "

@@ -8,12 +8,13 @@ step by step `himap_train.training.callbacks.learn_ratios`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from himap_train.pruning.keep import Count
 from himap_train.pruning.learned.ratios import KeepRatios
+from himap_train.pruning.methods.base import Method
 from himap_train.pruning.reading import fitted_schedule
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.schedules.requirements import require_positive, require_share
@@ -80,7 +81,7 @@ class Learnable:
     def given(self, layers: int) -> PruningSchedule:
         """What stands before the first layer that learns, in a decoder of so many layers."""
         start = self._start(layers) or PruningSchedule()
-        return PruningSchedule(tuple(stage for stage in start.stages if stage.layer < self.first_layer))
+        return replace(start, stages=tuple(stage for stage in start.stages if stage.layer < self.first_layer))
 
     def check_possible(self, schedule: PruningSchedule, config: Any, tokens: tuple[int, int]) -> None:
         """Refuse layers that a decoder does not have and a budget that it cannot meet; as `ratios`, before training."""
@@ -102,18 +103,22 @@ class Learnable:
                 f"pruning.learnable: {error} (for a sample of {tokens[0]} image and {tokens[1]} text tokens)"
             ) from error
 
-    def _switch_and_criteria(self, start: PruningSchedule | None, layers: int) -> tuple[int, str, str]:
+    def _switch_and_criteria(
+        self, start: PruningSchedule | None, layers: int
+    ) -> tuple[int, str | Method, str | Method]:
         """What is given; for the rest what ranks in `start`, or in HiMAP."""
+        shallow: str | Method
+        deep: str | Method
         learned = [] if start is None else [stage for stage in start.stages if stage.layer >= self.first_layer]
         if not learned:
             switch, shallow, deep = max(self.first_layer, layers // 4), "instruction", "image"
         else:
-            found = [stage.criterion for stage in learned]
-            changes = [after.layer for before, after in pairwise(learned) if after.criterion != before.criterion]
+            found = [stage.method for stage in learned]
+            changes = [after.layer for before, after in pairwise(learned) if after.method != before.method]
             if len(changes) > 1 and None in (self.switch_layer, self.shallow, self.deep):
                 raise ValueError(
-                    f"start ranks by {', '.join(found)} in turn; what is learned ranks by one criterion before a layer "
-                    "and by one from there on: give switch_layer, shallow and deep, or another start"
+                    f"start ranks by {', '.join(map(str, found))} in turn; what is learned ranks by one criterion "
+                    "before a layer and by one from there on: give switch_layer, shallow and deep, or another start"
                 )
             switch, shallow, deep = changes[0] if changes else self.first_layer, found[0], found[-1]
         given = self.switch_layer
