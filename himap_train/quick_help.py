@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -43,6 +44,8 @@ def answer_help(recipe: str) -> None:
     if given == ["--help", "all"] and options_of(Path(recipe)):
         sys.argv.pop()
         return
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends it, as with other programs
     print(help_text(Path(recipe), max(shutil.get_terminal_size().columns, 40)))
     raise SystemExit(0)
 
