@@ -105,6 +105,10 @@ def test_what_is_cached_behind_the_projector_takes_it_out_too(
     smolvlm = ("--config", str(CONFIGS / "smolvlm_himap.yaml"), "--data.cache_image_features", "true")
     plan = planned(tmp_path, *smolvlm, "--model.projector", "freeze")
     assert all(side["flops"]["vision"] == side["flops"]["projector"] == 0 for side in plan["sides"])
+    hours = ("--records", "3600", "--tflops", "1")
+    every, cached = (planned(tmp_path, *smolvlm[:2], *hours, *more) for more in ((), smolvlm[2:]))
+    pruned, seen_once = every["sides"][1]["flops"], cached["sides"][1]
+    assert seen_once["gpu_hours"] == pytest.approx((pruned["total"] - pruned["projector"]) / 1e12)  # an epoch
     rows = planned(tmp_path, *smolvlm[:2])["sides"][1]["largest"]["checkpointing"]["one device"]
     assert plan["sides"][1]["largest"]["checkpointing"]["one device"] > 2 * rows  # the tower's pass is not in the way
     assert plan["sides"][1]["flops"]["decoder"] < 0.4 * plan["sides"][0]["flops"]["decoder"]

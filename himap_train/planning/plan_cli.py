@@ -109,37 +109,44 @@ class PlanCLI(FinetuneCLI):
         once: tuple[str, ...] = ()
         if run.cached:
             check_caches(family_of_config(config), facts.trains_projector)
-            once = ("the vision tower runs once an image, before training: it is in no step",)
+            once = (
+                "the vision tower runs once an image, before training: in the hours, each record's images counted once",
+            )
         notes = (*notes, *once, *self._other_schedules(), *self._at_limit(facts, run, schedule, sample))
         return self._with_duration(make_plan(facts, run, schedule, sample, notes))
 
     def _with_duration(self, plan: Plan) -> Plan:
         """How long it takes, or what is missing to know."""
-        samples, tflops = self._samples(plan.run), self.config.tflops
+        records, tflops = self._records(), self.config.tflops
+        samples = self._samples(plan.run, records)
         known = tflops or self.config.measured
         if samples is None or not known:
             needed = {"--records N": samples is None, "--tflops N (reached by one GPU) or --measured": not known}
             missing = " and ".join(name for name, lacks in needed.items() if lacks)
             return replace(plan, notes=(*plan.notes, f"for hours and cost give {missing}"))
+        bare = make_plan(plan.facts, replace(plan.run, cached=False), plan.sides[-1].schedule, plan.sample)
         if self.config.measured:
             self.data.processor, self.data.cache_image_features = processor_of(self.config.model.path), None
             self.data.group_by_length = False  # the longest come first there, and these few are to be of any length
             seconds = seconds_a_sample(self.tuner, self.data, self.config.trainer)
-            ran = make_plan(plan.facts, replace(plan.run, cached=False), plan.sides[-1].schedule, plan.sample)
-            tflops = ran.sides[-1].flops.total / seconds / 1e12
-        return replace(plan, duration=Duration(samples, tflops, self.config.gpu_price))
+            tflops = bare.sides[-1].flops.total / seconds / 1e12
+        once = bare.sides[-1].flops.vision if plan.run.cached else 0.0
+        return replace(plan, duration=Duration(samples, tflops, self.config.gpu_price, once * (records or samples)))
 
-    def _samples(self, run: RunSettings) -> int | None:
+    def _records(self) -> int | None:
+        """Records to train on; None where nobody knows."""
+        records: int | None = self.config.records
+        if records is not None:
+            return records
+        try:
+            source = self.data.source("train")
+        except (OSError, ValueError):
+            return None
+        return None if source is None else min(len(source), self.data.limits["train"] or len(source))
+
+    def _samples(self, run: RunSettings, records: int | None) -> int | None:
         """Samples of the whole run, as `max_steps` or `max_epochs` ends it; None where nobody knows."""
-        trainer, records = self.config.trainer, self.config.records
-        batch = run.batch_size * run.devices
-        if records is None:
-            try:
-                source = self.data.source("train")
-            except (OSError, ValueError):
-                source = None
-            if source is not None:
-                records = min(len(source), self.data.limits["train"] or len(source))
+        trainer, batch = self.config.trainer, run.batch_size * run.devices
         if records is not None and (limit := trainer.overfit_batches or trainer.limit_train_batches) is not None:
             records = (
                 int(records * limit) if isinstance(limit, float) and limit <= 1 else min(records, int(limit) * batch)

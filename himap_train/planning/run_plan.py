@@ -122,15 +122,17 @@ class Duration:
         samples: That are trained on, each time anew.
         tflops: TFLOP/s that one GPU reaches.
         price: Of a GPU for an hour; None where it is not known.
+        before: FLOPs before the first step, of image features that are cached.
     """
 
     samples: int
     tflops: float
     price: float | None = None
+    before: float = 0.0
 
     def gpu_hours(self, side: Side) -> float:
         """Hours of one GPU, of all GPUs together."""
-        return self.samples * side.flops.total / (self.tflops * 1e12) / 3600
+        return (self.before + self.samples * side.flops.total) / (self.tflops * 1e12) / 3600
 
 
 @dataclass(frozen=True)
