@@ -110,6 +110,12 @@ def test_validation_images_that_stay_the_same_are_cached_too(tiny_path: str, dat
     assert cached.validated == plain.validated and len(plain.validated) >= 2
     assert plain.calls > 10 and cached.calls == 0
     assert len(files(tmp_path / "image_features")) == len(NAMES) + 1
+    more = [llava_record(name, [name], "<image>\nWhat?", "It is.") for name in ("other.png", *NAMES[:5], "last.png")]
+    Image.new("RGB", (50, 40), (3, 2, 1)).save(tmp_path / "last.png")
+    (tmp_path / "validation.json").write_text(json.dumps(more))
+    few: dict[str, Any] = given | {"limit_val_batches": 2}  # of two each: the last is never looked at
+    assert fit(tiny_path, data, tmp_path, str(tmp_path / "few"), **few).calls == 0
+    assert len(files(tmp_path / "few")) == len(NAMES) + 1
     given["validation"] = "embedded:validation?scenes=4"
     drawn = fit(tiny_path, data, tmp_path, True, **given)
     assert drawn.calls > 0 and len(files(tmp_path / "image_features")) == len(NAMES) + 1
@@ -239,6 +245,12 @@ def test_too_small_a_disk_is_refused_with_figures(
         fit(tiny_path, data, tmp_path, str(tmp_path / "cache"))
     assert not files(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, needed))
+    Image.new("RGB", (50, 40), (1, 2, 3)).save(tmp_path / "other.png")
+    record = llava_record("v", ["other.png"], "<image>\nWhat?", "It is.")
+    (tmp_path / "validation.json").write_text(json.dumps([record]))
+    with pytest.raises(ValueError, match="7 distinct images.*data.validation_limit"):  # before a file is written
+        fit(tiny_path, data, tmp_path, True, validation=str(tmp_path / "validation.json"), limit_val_batches=1.0)
+    assert not files(tmp_path)
     fit(tiny_path, data, tmp_path, str(tmp_path / "cache"))
 
 

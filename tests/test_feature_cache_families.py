@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from test_feature_cache import Watch
 from tiny_qwen import KINDS, save_qwen
 from tiny_tiles import EVERY, TILED
-from training_toys import quiet_trainer
+from training_toys import finetune, quiet_trainer
 
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.families import family_of
@@ -29,7 +29,7 @@ from himap_train.training.run.launch import AroundTraining, FineTuneTrainer
 SHAPES = [[(40, 25)], [(16, 16)], [], [(20, 50), (30, 30)], [(64, 20)], [(57, 57)]]
 SCHEDULE = {"stages": [{"layer": 1, "criterion": "instruction", "keep_ratio": 0.5}]}
 
-CACHED = [*KINDS, *(name for name in TILED if EVERY[name].family != "llava_onevision")]
+CACHED = [*KINDS, "vipllava", *(name for name in TILED if EVERY[name].family != "llava_onevision")]
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_training_is_the_same_and_no_step_runs_the_tower(
     assert plain.calls >= 6 and cached.calls == 0
     kept = list((tmp_path / "cached").rglob("*.safetensors"))
     tokens = {len(load_file(file)["features"]) for file in kept}
-    assert len(kept) == sum(map(len, SHAPES)) and len(tokens) > 1
+    assert len(kept) == sum(map(len, SHAPES)) and (len(tokens) > 1) == (name != "vipllava")
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
@@ -105,6 +105,17 @@ def test_what_makes_the_features_must_be_frozen(records: str, tmp_path: Path) ->
     one = model_folder("llava_onevision", tmp_path / "one")
     with pytest.raises(ValueError, match="family llava_onevision, which cuts an image otherwise where its conv"):
         fit(one, records, tmp_path / "run", True)
+
+
+def test_what_cannot_be_cached_is_refused_before_anything_is_loaded_and_by_rehearsals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model.path", model_folder("smolvlm", tmp_path / "model"), "--data.cache_image_features", "true"]
+    for more in ([], ["--rehearse"]):
+        assert finetune(*options, "--model.projector", "train", "--output", str(tmp_path / "run"), *more) == 2
+        said = capsys.readouterr()
+        assert "and the projector is trained; set model.projector to freeze" in said.err and not said.out
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_projector_has_features_of_its_own(tmp_path: Path) -> None:

@@ -116,6 +116,16 @@ def test_what_is_cached_behind_the_projector_takes_it_out_too(
     assert "and the projector is trained; set model.projector to freeze" in capsys.readouterr().err
 
 
+def test_cached_features_are_in_memory_in_place_of_pixels(tmp_path: Path) -> None:
+    """2,340 tokens 4096 wide in bf16 weigh more than five tiles of 336 x 336 pixels in fp32."""
+    options = ("--config", str(CONFIGS / "llava_next_himap.yaml"), "--model.projector", "freeze")
+    plain, cached = (planned(tmp_path, *options, "--data.cache_image_features", value) for value in ("null", "true"))
+    for before, after in zip(plain["sides"], cached["sides"], strict=True):
+        saved = [side["activations"]["checkpointing"]["saved"] for side in (before, after)]
+        rows = plain["run"]["batch_size"]
+        assert saved[1] - saved[0] == rows * (2340 * 4096 * 2 - 4 * 5 * 3 * 336**2)
+
+
 def test_steps_at_the_end_of_epochs_have_what_is_left(tmp_path: Path) -> None:
     """20 records are three batches of 8: a step of four micro-batches ends with the epoch."""
     given = ("--tflops", "1", "--data.batch_size", "8", "--trainer.accumulate_grad_batches", "4")

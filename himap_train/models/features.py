@@ -15,8 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from himap_train.models.attention import OwnAttention
 from himap_train.models.families import family_of
 from himap_train.models.families.base import Images
-from himap_train.models.families.tower_reading import feature_width, packed, unpacked, with_readings
+from himap_train.models.families.tower_reading import packed, unpacked, with_readings
 from himap_train.models.stock import base_model
+from himap_train.models.tower import cached_width
 
 
 def weights_are_spread(base: nn.Module) -> bool:
@@ -146,14 +147,11 @@ def features_to_cache(base: Any, images: Images, readings: bool = False) -> list
 def _from_cache(base: Any, stored: Tensor) -> Any:
     """Encoded images from `features_to_cache` of all of them, one behind the other."""
     family, config = family_of(base), base.config
+    features, readings = unpacked(stored.to(base.device), cached_width(config))
     if family.projects_cached:
-        features, readings = unpacked(stored, feature_width(config))
-        planes: Any = [[family.project(base, features)]]
-    else:
-        width = config.text_config.hidden_size
-        count = 1 + len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
-        features, readings = unpacked(stored.to(base.device), count * width)
-        planes = [plane if family.joins_images else [plane] for plane in features.split(width, dim=-1)]
+        features = family.project(base, features)
+    joined = family.joins_images(config)
+    planes: Any = [plane if joined else [plane] for plane in features.split(config.text_config.hidden_size, dim=-1)]
     encoded: Any = BaseModelOutputWithPooling(pooler_output=planes[0])
     encoded.tower_readings = readings
     if planes[1:]:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from himap_train.models.families import family_of
+from himap_train.models.families import family_of, family_of_config
 from himap_train.models.families.base import Family
+from himap_train.models.families.tower_reading import feature_width
 from himap_train.models.versions import feature_layers
 
 
@@ -42,6 +43,14 @@ def check_frozen(base: Any) -> None:
             f"data.cache_image_features needs a frozen vision tower; {len(trained)} of its tensors are trained, the "
             f"first is {trained[0]}. Freeze the tower, or set data.cache_image_features to null"
         )
+
+
+def cached_width(config: Any) -> int:
+    """Numbers kept of an image token: what the projector takes, or what it gives, with DeepStack's planes."""
+    if family_of_config(config).projects_cached:
+        return feature_width(config)
+    planes = 1 + len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    return int(planes * config.text_config.hidden_size)
 
 
 def images_at_once(family: Family) -> int:

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from himap_train.models.families import family_of_config
+from himap_train.models.families.base import Family
 from himap_train.models.families.sizes import VisionSizes
-from himap_train.models.tower import images_at_once
+from himap_train.models.tower import cached_width, images_at_once
 from himap_train.planning.facts import Activations, Batch, LayerLora, ModelFacts, Numerics
 from himap_train.pruning.cost import head_width, image_tokens_per_layer, kv_width, tokens_before, widths
 from himap_train.pruning.schedule import PruningSchedule
@@ -139,13 +140,22 @@ class ActivationModel:
 
     def _sizes(self, batch: Batch) -> VisionSizes:
         """Sizes of one image."""
-        config = self.facts.config
-        return family_of_config(config).vision_sizes(config, round(batch.image_tokens / max(batch.images, 1)))
+        return self._family.vision_sizes(self.facts.config, self._tokens(batch))
+
+    @property
+    def _family(self) -> Family:
+        return family_of_config(self.facts.config)
+
+    @staticmethod
+    def _tokens(batch: Batch) -> int:
+        """Image tokens of one image."""
+        return round(batch.image_tokens / max(batch.images, 1))
 
     def _start(self, batch: Batch) -> int:
         """The batch itself and what the projector keeps, autocast's copies of its weights included."""
         sizes, e, trained = self._sizes(batch), self.numerics.element, self.facts.trains_projector
-        given = sizes.features * e if self.cached else 4 * sizes.pixels
+        stored = self._tokens(batch) * cached_width(self.facts.config) * e
+        given = stored if self.cached else 4 * sizes.pixels
         image, ids = given + sizes.kept * e * trained, 3 * 8 * batch.length
         return batch.rows * (batch.images * image + ids) + 2 * sizes.copied * (self.numerics.mixed and trained)
 
@@ -175,12 +185,15 @@ class ActivationModel:
 
     def _features(self, batch: Batch) -> int:
         """Image features that transformers holds until the decoder returns."""
-        return batch.rows * batch.images * self._sizes(batch).features * self.numerics.element
+        held = self._sizes(batch).features
+        if self.cached:  # what the projector gives now, if it runs at all
+            held = self._tokens(batch) * self._text.hidden_size * self._family.projects_cached
+        return batch.rows * batch.images * held * self.numerics.element
 
     def _vision(self, batch: Batch) -> int:
         """The tower's pass; a batch of text runs it on one blank image."""
         sizes = self._sizes(batch)
         tower = sizes.tower * self.numerics.element
         if self.cached:
-            return images_at_once(family_of_config(self.facts.config)) * (tower + 4 * sizes.pixels)
+            return images_at_once(self._family) * (tower + 4 * sizes.pixels)
         return max(batch.rows * batch.images, 1) * tower + self._start(batch)

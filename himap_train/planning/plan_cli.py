@@ -72,7 +72,7 @@ class PlanCLI(FinetuneCLI):
         """No folder is claimed, nothing is resumed."""
         model, trainer = self.config.model, self.config.trainer
         settle_trainer(trainer)
-        refuse_together(trainer.strategy, model, self.config.data.cache_image_features, trainer.precision)
+        refuse_together(self.config)
         if model.vision_tower != "freeze" or model.decoder != "lora":
             raise ValueError("plan.py plans LoRA on the decoder: without model.vision_tower and model.decoder")
         if self.config.rehearse:

@@ -52,7 +52,6 @@ class Family(ABC):
         resizes_images: Whether images may be made smaller, for fewer image tokens.
         counts_images: Whether an image is cut otherwise where its conversation has several.
         casts_features: Whether the stock forward gives image features the tower's dtype, not that of the embeddings.
-        joins_images: Whether the stock forward takes features of all images as one tensor, not as a list.
         marks_tiles: Whether text that asks for nothing stands between the tiles of an image.
     """
 
@@ -78,7 +77,6 @@ class Family(ABC):
     resizes_images: ClassVar[bool] = False
     counts_images: ClassVar[bool] = False
     casts_features: ClassVar[bool] = False
-    joins_images: ClassVar[bool] = False
     marks_tiles: ClassVar[bool] = False
 
     # The model.
@@ -112,6 +110,10 @@ class Family(ABC):
     def project(self, model: Any, features: Tensor) -> Tensor:
         """Image features (..., D) from those of the tower (..., W), where it `projects_cached`."""
         raise TypeError(f"family {self.name} keeps no features of the tower alone")
+
+    def joins_images(self, config: Any) -> bool:
+        """Whether the stock forward takes features of all images as one tensor, not as a list."""
+        return False
 
     def empty_images(self, model: Any) -> dict[str, Tensor]:
         """The smallest image there is: what a batch of text runs where other processes run images."""

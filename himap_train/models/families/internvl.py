@@ -21,8 +21,11 @@ class InternVL(Tiled):
 
     name: ClassVar[str] = "internvl"
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
-    joins_images: ClassVar[bool] = True
     class_token: ClassVar[bool] = True
+
+    def joins_images(self, config: Any) -> bool:
+        """As tiles."""
+        return True
 
     def joined(self, config: Any) -> int:
         """Two, as its pixels are shuffled."""

@@ -36,6 +36,10 @@ class Llava(Family):
     towers: ClassVar[tuple[str, ...]] = TOWERS
     takes_padding: ClassVar[bool] = True
 
+    def joins_images(self, config: Any) -> bool:
+        """VipLLaVA's does."""
+        return bool(config.model_type == "vipllava")
+
     def read_tower(self, model: Any, images: Images, states: Any) -> Tensor:
         """Image by image."""
         return read_crops(model.config, self.vision(model), states, *class_token(model.config)).flatten(0, 1)

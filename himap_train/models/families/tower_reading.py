@@ -96,4 +96,4 @@ def unpacked(stored: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
     """Features (..., `width`), and the readings where `packed` has put them beside."""
     if stored.shape[-1] == width:
         return stored, None
-    return stored[..., :width], stored[..., width:].contiguous().view(torch.float32)
+    return stored[..., :width].contiguous(), stored[..., width:].contiguous().view(torch.float32)

@@ -13,6 +13,7 @@ selection.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import shutil
 from collections.abc import Callable
@@ -67,22 +68,18 @@ def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule
     check_same_images(train, data.spec("train"))
     family_of(base).vision(base).eval()  # where a frozen tower belongs in training too
     with torch.no_grad(), trainer.precision_plugin.forward_context():
-        store = _store(trainer, base, data)
+        store, found = _store(trainer, base, data), dict[str, list[Place]]()
         for split in data.cached_splits():
-            _fill(trainer, base, data, store, split)
+            say(f"caching image features: looking through the images of data.{split}")
+            known = {place[0] for places in found.values() for place in places}
+            found[split] = [place for place in _images(trainer, data, split) if place[0] not in known]
+        missing = _announced(trainer, store, [place for places in found.values() for place in places])
+        for split, places in found.items():
+            with together():
+                last = _compute(trainer, base, data, split, store, [place for place in places if place[0] in missing])
+            with together():
+                _require_seen(store, last)
     data.read_features(store)
-
-
-def _fill(trainer: Trainer, base: Any, data: LlavaDataModule, store: FeatureStore, split: str) -> None:
-    """Those of one split."""
-    source = data.source(split)
-    assert source is not None
-    say(f"caching image features: looking through the images of data.{split}")
-    missing = _announced(trainer, store, _images(trainer, source, data, split))
-    with together():
-        last = _compute(trainer, base, source, data, store, missing)
-    with together():
-        _require_seen(store, last)
 
 
 def _store(trainer: Trainer, base: Any, data: LlavaDataModule) -> FeatureStore:
@@ -112,9 +109,23 @@ def _prepare(store: FeatureStore, facts: dict[str, Any]) -> None:
         raise OSError(f"cannot use {store.folder} (data.cache_image_features): {error}") from error
 
 
-def _images(trainer: Trainer, source: Source, data: LlavaDataModule, split: str) -> list[Place]:
-    """Every distinct image once, in the order of digests; each process looks through its share of the records."""
+def _used(trainer: Trainer, data: LlavaDataModule, split: str) -> int:
+    """How many records of a split are looked at in the run, from the first on."""
+    source = data.source(split)
+    assert source is not None
     size = min(len(source), data.limits[split] or len(source))
+    limit = trainer.limit_val_batches if split == "validation" else None
+    if limit is None:
+        return size
+    together = data.eval_batch_size * trainer.world_size
+    batches = limit if isinstance(limit, int) else math.ceil(limit * size / together)
+    return min(size, batches * together)
+
+
+def _images(trainer: Trainer, data: LlavaDataModule, split: str) -> list[Place]:
+    """Every distinct image once, in the order of digests; each process looks through its share of the records."""
+    source, size = data.source(split), _used(trainer, data, split)
+    assert source is not None
     share = range(trainer.global_rank, size, trainer.world_size)
     found: list[Place] = []
     with progress_bar("looking through images", len(share), trainer.is_global_zero) as advance:
@@ -128,8 +139,8 @@ def _images(trainer: Trainer, source: Source, data: LlavaDataModule, split: str)
     return [distinct[digest] for digest in sorted(distinct)]
 
 
-def _announced(trainer: Trainer, store: FeatureStore, places: list[Place]) -> list[Place]:
-    """What is missing, after saying how much that is; ValueError in all processes where it does not fit on the disk."""
+def _announced(trainer: Trainer, store: FeatureStore, places: list[Place]) -> set[str]:
+    """Digests of what is missing, after saying how much it is; ValueError in all processes where it does not fit."""
     missing = [place for place in places if not store.holds(place[0], place[3])]
     tokens = sum(place[3] for place in places)
     needed, free = sum(store.image_bytes(place[3]) for place in missing), shutil.disk_usage(store.folder).free
@@ -143,22 +154,23 @@ def _announced(trainer: Trainer, store: FeatureStore, places: list[Place]) -> li
     if needed > free:
         failure = (
             f"{figures}. They do not fit: give data.cache_image_features a folder on a larger disk, use fewer records "
-            "(data.train_limit), or set it to null to run the vision tower in every step"
+            "(data.train_limit, data.validation_limit), or set it to null to run the vision tower in every step"
         )
     failure = trainer.strategy.broadcast(failure)
     if failure:
         raise ValueError(failure)
-    return missing
+    return {place[0] for place in missing}
 
 
 def _compute(
-    trainer: Trainer, base: Any, source: Source, data: LlavaDataModule, store: FeatureStore, missing: list[Place]
+    trainer: Trainer, base: Any, data: LlavaDataModule, split: str, store: FeatureStore, missing: list[Place]
 ) -> Path | None:
     """Write this process's share of the missing images: the file of the last one.
 
     After a failure it goes on running the tower, as often as the others: under ZeRO-3 they would wait for it.
     """
-    family, last, failure = family_of(base), None, None
+    family, source, last, failure = family_of(base), data.source(split), None, None
+    assert source is not None
     own = missing[trainer.global_rank :: trainer.world_size]
     size = images_at_once(family)
     calls = -(-len(missing[:: trainer.world_size]) // size)

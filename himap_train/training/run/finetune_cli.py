@@ -153,7 +153,7 @@ class FinetuneCLI(LightningCLI):
         trainer = self.config.trainer
         require_known(trainer.strategy)
         settle_trainer(trainer)
-        refuse_together(trainer.strategy, self.config.model, self.config.data.cache_image_features, trainer.precision)
+        refuse_together(self.config)
         require_installed(self.config.loggers)
         if self.config.keep == "best":
             require_best(self.config.data.validation, self.config.pruning.learnable, trainer.limit_val_batches)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ProgressBar, WeightAveraging
 from lightning.pytorch.strategies import StrategyRegistry
 
+from himap_train.models.families import family_of_config
+from himap_train.models.loading import load_config, resolve_model
+from himap_train.models.tower import check_caches
 from himap_train.training.precision import full_precision
 from himap_train.training.zero.strategy import ZeroStrategy
 
@@ -89,26 +93,23 @@ def settle_trainer(trainer: Any) -> None:
         raise ValueError("trainer.enable_checkpointing=false: a run keeps last.ckpt to go on from; leave it out")
 
 
-def refuse_together(strategy: Any, model: Any, cache_image_features: Any, precision: Any) -> None:
-    """Raises ValueError where settings do not go together, before anything is loaded.
-
-    Args:
-        strategy: The value of `trainer.strategy`.
-        model: The group `model`.
-        cache_image_features: The value of `data.cache_image_features`.
-        precision: The value of `trainer.precision`.
-    """
-    name, quantize = strategy_name(strategy), model.quantize
+def refuse_together(config: Any) -> None:
+    """Raises ValueError where settings of a parsed config do not go together, before weights are loaded."""
+    model, cached, precision = config.model, config.data.cache_image_features, config.trainer.precision
+    name, quantize = strategy_name(config.trainer.strategy), model.quantize
     if precision in ("bf16-true", "16-true"):
         raise ValueError(
             f"trainer.precision={precision} would train in half precision, where small updates are rounded away: give "
             "bf16-mixed, which holds frozen weights in bfloat16 too and trained ones in fp32, or 32-true"
         )
-    if model.vision_tower != "freeze" and cache_image_features:
+    if model.vision_tower != "freeze" and cached:
         raise ValueError(
             f"model.vision_tower={model.vision_tower} changes image features, and data.cache_image_features "
             "keeps them as they were: set data.cache_image_features to null, or model.vision_tower to freeze"
         )
+    if cached:
+        with suppress(FileNotFoundError):  # told where the model is looked for
+            check_caches(family_of_config(load_config(resolve_model(model.path))), model.projector != "freeze")
     if quantize is not None and model.decoder == "train":
         raise ValueError(
             f"model.quantize={quantize} does not go with model.decoder=train: quantised weights cannot be trained. "
