@@ -14,6 +14,7 @@ from typing import Any
 from himap_train.analysis.report import REPORT
 from himap_train.evaluation.accuracy_against_cost import point
 
+_FINETUNE = Path(__file__).resolve().parents[1] / "recipes/finetune.py"
 METRICS = "metrics.json"
 CONFIGS = ("configs/quickstart.yaml", "configs/adapted.yaml")
 """Configs of every fine-tuning in the README's tables."""
@@ -70,7 +71,7 @@ def _fine_tune(folder: Path, options: Sequence[str]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(asked, encoding="utf-8")
     again = ["--resume", "auto"] if (folder / "config.yaml").exists() else []
-    command = [sys.executable, "recipes/finetune.py", *options, "--output", str(folder), *again]
+    command = [sys.executable, str(_FINETUNE), *options, "--output", str(folder), *again]
     with folder.with_name(f"{folder.name}.log").open("w", encoding="utf-8") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)

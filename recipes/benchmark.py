@@ -17,6 +17,7 @@ answer_help(__file__)
 
 import sys
 from dataclasses import asdict
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from himap_train.benchmark.measurements import planned, run_all
 from himap_train.benchmark.sizes import find_size
 from himap_train.benchmark.timing import Clock
 from himap_train.benchmark.workload import Workload
+from himap_train.checkpoints.load import usable_device
 from himap_train.command_line import new_output_folder, run_command
 
 ALL = [name for name in METHODS if name != DENSE]
@@ -94,13 +96,20 @@ def main(
         **jobs: Options of `run_job`.
 
     Raises:
-        ValueError: A name is unknown or a shape impossible.
+        ValueError: A name is unknown, a shape impossible, or an option would be ignored.
     """
     if job and series:
         raise ValueError("--job times whole fine-tunings and --series steps: give one of them")
+    usual = signature(run_job).parameters
+    if (given := [name for name, value in jobs.items() if value != usual[name].default]) and not job:
+        raise ValueError(f"{', '.join(f'--{name}' for name in given)} without --job true")
+    if series_values is not None and len(series) != 1:
+        raise ValueError(f"--series_values are those of one series, and --series is {series}")
+    if rounds < 1:
+        raise ValueError(f"--rounds is {rounds}; expected 1 or more")
     if threads is not None:
         torch.set_num_threads(threads)
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    place = usable_device(device)
     settings = Settings(
         size=find_size(size, layers),
         whole=whole_model,
@@ -116,6 +125,8 @@ def main(
     points = planned(settings, workload, methods, measures) if methods and not job else []
     for axis in series:
         points += planned(settings, workload, series_methods, series_measures, axis, series_values)
+    if not job and not any(point.rows for point in points):
+        raise ValueError(f"nothing to measure: --methods {methods} are held against {DENSE}; name another, or --series")
     clear = new_output_folder(output, JOB_FILES if job else FILES, overwrite)
 
     shown = {"size": size, **asdict(workload), "dtype": dtype, "attention": attention, "rounds": rounds, "clock": clock}
@@ -127,8 +138,10 @@ def main(
         facts |= {"load_after": load_average(), "settings": shown | jobs}
         print(save_job(facts, done, output))
         return
-    found = run_all(points)
+    found, facts["out_of_memory"] = run_all(points)
     facts["load_after"] = load_average()
+    if not found:
+        raise ValueError(f"nothing had room in memory: {'; '.join(facts['out_of_memory'])}")
     clear()
     print(save(facts, found, output))
     print(f"saved in {output}")

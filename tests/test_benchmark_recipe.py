@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from recipes_cli import run_recipe
 
+from himap_train.benchmark.bench import Bench
 from himap_train.benchmark.contenders import METHODS
 
 SHAPE = ("--size", "tiny", "--rounds", "1", "--image_tokens", "48", "--text_before", "4", "--text_after", "8")
@@ -92,6 +94,16 @@ def test_a_whole_model_runs_its_tower(tmp_path: Path) -> None:
         (("--whole_model", "true"), "no multiple of 576"),
         (("--whole_model", "true", "--image_tokens", "576", "--series", "[image_tokens]"), "=144 is no multiple of"),
         (("--job", "true", "--series", "[batch]"), "give one of them"),
+        (("--job", "true", "--image_tokens", "576", "--job_methods", "[]"), "--job_methods is empty"),
+        (("--job", "true", "--image_tokens", "576", "--job_methods", "[masking]"), "masking: timed in steps alone"),
+        (("--job", "true", "--image_tokens", "576", "--job_methods", "[stock,learning]"), "stock, learning: timed in"),
+        (("--job_records", "3"), "--job_records without --job true"),
+        (("--series", "[batch,depth]", "--series_values", "[1]"), "--series_values are those of one series"),
+        (("--series_values", "[1]"), "--series_values are those of one series"),
+        (("--rounds", "0"), "--rounds is 0"),
+        (("--methods", "[dense]"), "nothing to measure: --methods ['dense'] are held against dense"),
+        (("--device", "nothing"), "device 'nothing' cannot be used here"),
+        (("--attention", "flash_attention_2", "--methods", "[himap]"), "attention 'flash_attention_2': "),
         (("--series", "[text_tokens]", "--series_values", "[3]"), "cannot be run"),
     ],
 )
@@ -101,6 +113,21 @@ def test_what_cannot_be_measured_is_refused_first(
     assert run_recipe("benchmark", *SHAPE, "--output", tmp_path / "out", *options) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "benchmark.json").exists()
+
+
+def test_a_row_without_memory_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Bench.row
+
+    def full(self: Bench, measure: str, method: str, **more: Any) -> Any:
+        if method == "masking":
+            raise torch.OutOfMemoryError("no room")
+        return row(self, measure, method, **more)
+
+    monkeypatch.setattr(Bench, "row", full)
+    given = ("--methods", "[masking,himap]", "--measures", "[prefill]")
+    assert run_recipe("benchmark", *SHAPE, "--output", tmp_path, *given) == 0
+    assert [found["method"] for found in json.loads((tmp_path / "benchmark.json").read_text())["rows"]] == ["himap"]
+    assert "Out of memory: prefill, masking." in (tmp_path / "benchmark.md").read_text()
 
 
 def test_results_are_not_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,6 +139,11 @@ def test_losses_of_strategies_are_compared(short: Any) -> None:
     assert found.options[0][-2:] == ["--x", "1"] and "--trainer.max_steps" in found.options[0]
 
 
+def test_losses_without_the_first_run_to_be_held_against_fail(short: Any) -> None:
+    rows = short(Runs("torch.OutOfMemoryError: CUDA", [2.0, 1.0]), {"a": [], "b": []})
+    assert rows["b: losses"].holds is False and rows["b: losses"].found == "not compared: a did not run"
+
+
 @pytest.mark.parametrize(("losses", "falls"), [([2.0, 1.9], True), ([2.0, 2.1], False), ([2.0, float("nan")], False)])
 def test_the_loss_over_4_bits_must_fall(short: Any, losses: list[float], falls: bool) -> None:
     rows = short(Runs(losses), {"QLoRA step": ["--model.quantize", "4bit"]})
@@ -148,14 +153,16 @@ def test_the_loss_over_4_bits_must_fall(short: Any, losses: list[float], falls: 
 @pytest.mark.parametrize(
     ("said", "row"),
     [
-        ("error: quantize=4bit needs bitsandbytes", Check("a: not run", "error: quantize=4bit needs bitsandbytes")),
+        ("error: 4bit needs bitsandbytes: pip install x", Check("a: not run", "error: 4bit needs bitsandbytes: pip")),
+        ("error: data.batch_size is 0", Check("a: broken", "error: data.batch_size is 0", holds=False)),
         ("torch.OutOfMemoryError: CUDA", Check("a: not run", "torch.OutOfMemoryError: CUDA")),
-        ("KeyError", Check("broken", "RuntimeError: the run ", holds=False)),
+        ("KeyError", Check("a: broken", "KeyError", holds=False)),
     ],
 )
-def test_a_run_that_ends_early_says_why(short: Any, said: str, row: Check) -> None:
+def test_a_run_that_ends_early_says_why(short: Any, said: str, row: Check, capsys: pytest.CaptureFixture[str]) -> None:
     (found,) = short(Runs(said), {"a": []}).values()
     assert (found.what, found.holds) == (row.what, row.holds) and found.found.startswith(row.found)
+    assert said in capsys.readouterr().err  # the log goes with its folder
 
 
 @pytest.mark.parametrize("holds", [True, False])
@@ -163,7 +170,7 @@ def test_the_recipe_prints_a_table_and_its_status(
     models: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], holds: bool
 ) -> None:
     monkeypatch.setitem(sizes.SIZES, "tiny", TINY)
-    monkeypatch.setattr(gpu_runs, "fine_tune_all", Runs("error: no bitsandbytes"))
+    monkeypatch.setattr(gpu_runs, "fine_tune_all", Runs("error: no bitsandbytes: pip install it"))
     monkeypatch.setattr(gpu_checks, "full_size", lambda *_: [Check("a | b", "1", "2", holds)])
     given = ["--models", f"[{models['llava']}]", "--device", "cpu", "--kernel", "eager", "--size", "tiny"]
     with pytest.raises(SystemExit) if not holds else nullcontext(SystemExit(1)) as stop:
@@ -171,7 +178,7 @@ def test_the_recipe_prints_a_table_and_its_status(
     assert getattr(stop, "value", stop).code == 1
     out = capsys.readouterr().out
     assert "| llava, 4 layers | eager: kept tokens | the same | those of sdpa | holds |" in out
-    assert "| tiny, 4 layers | QLoRA step: not run | error: no bitsandbytes |  |  |" in out
+    assert "| tiny, 4 layers | QLoRA step: not run | error: no bitsandbytes: pip install it |  |  |" in out
     assert f"| llava | a \\| b | 1 | 2 | {'holds' if holds else 'FAILS'} |" in out
     assert "\ngpu: None\n" in out and out.count("FAILS") == (not holds)
 

@@ -152,6 +152,29 @@ def test_schedules_by_name_mapping_or_none(given: Any) -> None:
     assert pruning_of(model).schedule == fitted_schedule(given, 6)
 
 
+def test_a_compiled_model_prunes_through_either_name() -> None:
+    model = tiny_llava()
+    compiled: Any = torch.compile(model, backend="eager")
+    install_pruning(compiled, two_stages())
+    case = make_case(model, RAGGED)
+    with torch.no_grad():
+        pruned, through = (called(**case.inputs()).logits for called in (model, compiled))
+        assert pruning_of(compiled) is pruning_of(model) is not None
+        remove_pruning(compiled)
+        stock, again = (called(**case.inputs()).logits for called in (model, compiled))
+    assert torch.allclose(through, pruned, atol=1e-5) and torch.allclose(again, stock, atol=1e-5)
+    assert pruning_of(model) is None and not torch.allclose(pruned, stock, atol=1e-3)
+
+
+def test_layers_on_several_gpus_are_refused() -> None:
+    model = tiny_llava()
+    model.hf_device_map = {"model.vision_tower": 0, "model.language_model": 1, "lm_head": "cpu"}
+    with pytest.raises(ValueError, match=r"layers lie on several GPUs \(0, 1, by its device_map\)"):
+        install_pruning(model, two_stages())
+    model.hf_device_map = {"model": 0, "lm_head": "cpu"}
+    assert pruning_of(install_pruning(model, two_stages())) is not None
+
+
 def test_installing_again_replaces_the_schedule() -> None:
     model = install_pruning(tiny_llava(), two_stages("last_token", "stride"))
     case = make_case(model, RAGGED)

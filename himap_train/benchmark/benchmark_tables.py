@@ -51,6 +51,8 @@ def save(facts: dict[str, Any], found: Sequence[tuple[Point, dict[str, Any]]], f
         lines = [[str(row["value"]), row["measure"], *_cells(row)] for row in along]
         header = [axis, "measure", *_HEADER]
         parts.append(f"## Along {axis.replace('_', ' ')}\n\n{markdown_lines(header, lines)}")
+    if facts.get("out_of_memory"):
+        parts.append(f"Out of memory: {'; '.join(facts['out_of_memory'])}.\n")
     return write_results(folder, FILES, facts | {"rows": rows, "series": series}, "\n".join(parts))
 
 

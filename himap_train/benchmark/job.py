@@ -25,7 +25,7 @@ from himap_train.bar import progress_bar
 from himap_train.benchmark import job_peers
 from himap_train.benchmark.bench import Settings
 from himap_train.benchmark.benchmark_tables import heading, spread, write_results
-from himap_train.benchmark.contenders import DENSE, find_method
+from himap_train.benchmark.contenders import DENSE, LEARNING, STOCK, find_method
 from himap_train.benchmark.sizes import TOKENS_PER_IMAGE, build_model
 from himap_train.benchmark.timing import Pairs, Spread
 from himap_train.benchmark.workload import Workload
@@ -122,13 +122,16 @@ def run_job(
         raise ValueError(f"images of a job have {TOKENS_PER_IMAGE} tokens, not image_tokens={workload.image_tokens}")
     if job_records % workload.batch or job_epochs * job_records < 2 * workload.batch:
         raise ValueError(f"{job_epochs} x {job_records} records are no two or more whole batches of {workload.batch}")
-    schedules = {
-        name: find_method(name, settings.size.layers).schedule.to_dict() for name in contenders if name not in PEERS
-    }
+    if not contenders:
+        raise ValueError(f"--job_methods is empty; give methods, {DENSE}, {HF_TRAINER} or {TRL}")
+    methods = {name: find_method(name, settings.size.layers) for name in contenders if name not in PEERS}
+    if steps := [name for name, method in methods.items() if method.peer or name in (STOCK, LEARNING)]:
+        raise ValueError(f"{', '.join(steps)}: timed in steps alone, no job can run it; leave it out of --job_methods")
+    schedules = {name: method.schedule.to_dict() for name, method in methods.items()}
     if TRL in contenders and subprocess.run([peer_python, "-c", "import trl"], capture_output=True).returncode:
         raise ValueError(f"{peer_python} has no TRL: give --peer_python of an environment that has, or leave out trl")
     order = [index for batch in BatchOrder(job_records, workload.batch, seed=settings.seed) for _, index in batch]
-    shared = {"order": order, "threads": threads, "clock": settings.clock}
+    shared = {"order": order, "threads": threads, "clock": settings.clock, "device": settings.device}
     found: Results = {name: [] for name in contenders}
     with TemporaryDirectory(dir=folder) as place:
         make_job(Path(place), settings, workload, job_records)
@@ -151,7 +154,9 @@ def run_job(
 
 def _run(job: dict[str, Any], file: Path, peer_python: str) -> dict[str, Any]:
     file.write_text(json.dumps(job), encoding="utf-8")
-    one_gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]  # Trainer would spread a batch over all
+    number = torch.device(job["device"]).index or 0
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    one_gpu = seen[number] if number < len(seen) and seen[0] else str(number)  # Trainer would spread a batch over all
     script, environment = Path(job_peers.__file__), {**os.environ, "CUDA_VISIBLE_DEVICES": one_gpu}
     if job["contender"] in PEERS:  # -P: or files beside the script could be taken for modules of the same name
         command = [peer_python, "-P", str(script)]
@@ -211,4 +216,5 @@ def _sameness(found: Results) -> str:
     losses = {name: runs[0]["losses"][0] for name, runs in found.items() if name in (*PEERS, DENSE)}
     if len({*trained.values()}) > 1 or (losses and max(losses.values()) > 1.001 * min(losses.values())):
         return f"NOT the same job: trained numbers {trained}, first losses {losses}."
-    return f"All train {trained.popitem()[1]} numbers; those that prune nothing have the same first loss."
+    same = "; those that prune nothing have the same first loss" if len(losses) > 1 else ""
+    return f"All train {trained.popitem()[1]} numbers{same}."

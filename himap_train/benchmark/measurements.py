@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+
+import torch
 
 from himap_train.bar import progress_bar
 from himap_train.benchmark.bench import Bench, Settings
@@ -104,20 +107,30 @@ def _rows(
     return [(measure, method.name) for measure in ordered for method in found if measure in method.measures]
 
 
-def run_all(points: Sequence[Point]) -> list[tuple[Point, dict[str, Any]]]:
-    """Measure it all, with a bar on a terminal and a line for each row elsewhere; rows are those of `Bench`."""
-    found: list[tuple[Point, dict[str, Any]]] = []
+def run_all(points: Sequence[Point]) -> tuple[list[tuple[Point, dict[str, Any]]], list[str]]:
+    """Measure it all, with a bar on a terminal and a line for each row elsewhere.
+
+    Returns:
+        Rows, those of `Bench`, and what had no room in memory.
+    """
+    found, too_large = list[tuple[Point, dict[str, Any]]](), list[str]()
     shown = sys.stderr.isatty()
     with progress_bar("pairs", sum(len(point.rows) * point.settings.rounds for point in points), shown) as advance:
         for point in points:
             bench = Bench(point.settings, point.workload)
             for measure, method in point.rows:
-                row = bench.row(measure, method, each=partial(advance, 1))
-                found.append((point, row))
+                name = f"{point.axis} {point.value}, {measure}, {method}" if point.axis else f"{measure}, {method}"
+                row: dict[str, Any] | None = None
+                with suppress(torch.OutOfMemoryError):  # the other rows are worth having
+                    row = bench.row(measure, method, each=partial(advance, 1))
+                if row is None:
+                    too_large.append(name)
+                    free_memory()
+                else:
+                    found.append((point, row))
                 if not shown:
-                    place = f"{point.axis} {point.value}, " if point.axis else ""
-                    told = f"{place}{measure}, {method}: {row['ratio'].median:.3f} of dense"
-                    print(told, file=sys.stderr, flush=True)
+                    told = f"{row['ratio'].median:.3f} of dense" if row else "out of memory"
+                    print(f"{name}: {told}", file=sys.stderr, flush=True)
             del bench
             free_memory()
-    return found
+    return found, too_large

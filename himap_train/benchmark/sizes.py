@@ -110,9 +110,16 @@ def build_model(
     device: str = "cpu",
     attention: str = "sdpa",
 ) -> LlavaForConditionalGeneration:
-    """A model with random weights, in evaluation mode, made on its device; a `whole` one has a tower worth timing."""
+    """A model with random weights, in evaluation mode, made on its device; a `whole` one has a tower worth timing.
+
+    Raises:
+        ValueError: The attention kernel is not installed, or unknown.
+    """
     config: Any = model_config(size, whole)
-    with torch.device(device):
-        model: Any = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
+    try:
+        with torch.device(device):
+            model: Any = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
+    except ImportError as error:
+        raise ValueError(f"attention {attention!r}: {error}") from error
     model.generation_config.update(pad_token_id=0, eos_token_id=None, do_sample=False)  # never stops early
     return model.eval()

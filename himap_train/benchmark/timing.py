@@ -76,12 +76,13 @@ def time_once(task: Task, device: torch.device, clock: Clock = "wall") -> float:
     with task.within():
         task.prepare()
         if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize(device)
-            start.record()
-            task.run()
-            end.record()
-            torch.cuda.synchronize(device)
+            with torch.cuda.device(device):  # events are of the current one's stream
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda.synchronize(device)
+                start.record()
+                task.run()
+                end.record()
+                torch.cuda.synchronize(device)
             return start.elapsed_time(end) / 1000 / task.parts
         began = now()
         task.run()

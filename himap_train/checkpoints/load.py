@@ -164,14 +164,20 @@ def load_with_schedule(
         FileNotFoundError: The checkpoint or the schedule's file is not there.
         ValueError: The schedule is unknown or does not fit the decoder.
     """
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else _usable(device)
+    place = usable_device(device)
     model: Any
     model, processor = load_checkpoint(checkpoint, schedule, dtype=dtype)
     return model.to(place).eval(), processor
 
 
-def _usable(device: str) -> str:
-    """A device that this machine has."""
+def usable_device(device: str) -> str:
+    """A device that this machine has; "auto" is the GPU where there is one.
+
+    Raises:
+        ValueError: It has no such device.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

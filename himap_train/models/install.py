@@ -62,6 +62,7 @@ def install_pruning(model: nn.Module, schedule: PruningSchedule | ScheduleArgume
     base, decoder = base_model(model), text_decoder(model)
     family = family_of(base)
     check_decoder(family, decoder)
+    require_one_gpu(base)
     if not isinstance(schedule, PruningSchedule):
         schedule = fitted_schedule(schedule, decoder.config.num_hidden_layers)
     check_schedule(family, base, schedule)
@@ -101,6 +102,17 @@ def put_back(model: nn.Module, pruning: InstalledPruning | None) -> None:
     if pruning is not None:
         install_pruning(model, pruning.schedule)
         text_decoder(model).himap_pruning = pruning
+
+
+def require_one_gpu(base: nn.Module) -> None:
+    """Raise ValueError where accelerate spreads a model's layers over several GPUs."""
+    spread = {str(place) for place in (getattr(base, "hf_device_map", None) or {}).values()} - {"cpu", "disk"}
+    if len(spread) > 1:
+        raise ValueError(
+            f"the model's layers lie on several GPUs ({', '.join(sorted(spread))}, by its device_map), and the layer "
+            "loop runs on one: load it onto one (device_map={'': 0}), in 4 bits where it is too large; to train over "
+            "several, ZeRO-3 (configs/deepspeed/zero3.yaml)"
+        )
 
 
 def check_decoder(family: Family, decoder: nn.Module) -> None:

@@ -88,12 +88,26 @@ _signature = cache(inspect.signature)
 def whole_forward(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:
     """The forward of the whole model: what its labels supervise is told to the decoder, images are not predicted."""
     given, pruning = method.given(args, kwargs), method.pruning
+    _require_own_gpu(method.module, given)
     with forward_of_whole(supervised_by(given)):
         if pruning is None or pruning.schedule.dense or all(given.get(name) is None for name in LABELS):
             return method.before(*args, **kwargs)
         said = given.get("image_token_mask")
         image = _image_tokens(method.module.model, given) if said is None else said
         return method.before(**given | ({} if image is None else labels_of_text(given, image.bool())))
+
+
+def _require_own_gpu(model: Any, given: dict[str, Any]) -> None:
+    """RuntimeError in a replica of `nn.DataParallel`, whose methods are those of the model it was copied from."""
+    tokens = given.get("input_ids")
+    if tokens is None or tokens.device.type != "cuda" or getattr(model, "hf_device_map", None):
+        return
+    if model.device.type == "cuda" and tokens.device != model.device:
+        raise RuntimeError(
+            f"tokens are on {tokens.device} and the pruned model on {model.device}. Where nn.DataParallel spread a "
+            "batch (Hugging Face's Trainer does, started by plain python with several GPUs): start with torchrun or "
+            "accelerate launch, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
 
 
 def inner_forward(method: OwnMethod, *args: Any, **kwargs: Any) -> Any:

@@ -16,7 +16,9 @@ def base_model(model: nn.Module) -> Any:
     Raises:
         TypeError: If there is none.
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    given: Any = getattr(model, "_orig_mod", model)  # compiled: attributes belong on what it calls
+    base: Any = given.get_base_model() if isinstance(given, PeftModel) else given
+    base = getattr(base, "_orig_mod", base)
     family_of(base)
     return base
 
