@@ -26,6 +26,8 @@ from himap_train.training.module import LlavaFineTuner
 from himap_train.training.run.feature_cache import fill_feature_cache
 from himap_train.training.run.launch import AroundTraining, FineTuneTrainer
 
+pytestmark = pytest.mark.core
+
 SHAPES = [[(40, 25)], [(16, 16)], [], [(20, 50), (30, 30)], [(64, 20)], [(57, 57)]]
 SCHEDULE = {"stages": [{"layer": 1, "criterion": "instruction", "keep_ratio": 0.5}]}
 
