@@ -100,9 +100,10 @@ def main(
     """
     if job and series:
         raise ValueError("--job times whole fine-tunings and --series steps: give one of them")
-    usual = signature(run_job).parameters
-    if (given := [name for name, value in jobs.items() if value != usual[name].default]) and not job:
-        raise ValueError(f"{', '.join(f'--{name}' for name in given)} without --job true")
+    _refuse_ignored({**jobs, "job_methods": job_methods} if not job else {}, "without --job true")
+    _refuse_ignored({"methods": methods, "measures": measures} if job else {}, "beside --job true, which ignores them")
+    along = {"series_methods": series_methods, "series_measures": series_measures}
+    _refuse_ignored(along if not series else {}, "without --series")
     if series_values is not None and len(series) != 1:
         raise ValueError(f"--series_values are those of one series, and --series is {series}")
     if rounds < 1:
@@ -145,6 +146,12 @@ def main(
     clear()
     print(save(facts, found, output))
     print(f"saved in {output}")
+
+
+def _refuse_ignored(options: dict[str, Any], how: str) -> None:
+    usual = {**signature(run_job).parameters, **signature(main).parameters}
+    if given := [f"--{name}" for name, value in options.items() if value != usual[name].default]:
+        raise ValueError(f"{', '.join(given)} {how}")
 
 
 if __name__ == "__main__":

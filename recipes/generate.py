@@ -67,7 +67,7 @@ def main(
     check_budget_argument(budget, schedule)
     conversation = ask(image, question, data, record)
     if show_kept is not None:
-        if show_kept.suffix.lower() not in Image.registered_extensions():
+        if Image.registered_extensions().get(show_kept.suffix.lower()) not in Image.SAVE:
             raise ValueError(f"--show-kept {show_kept} is no name of a picture: let it end in .png or .jpg")
         show_kept.parent.mkdir(parents=True, exist_ok=True)
     model, processor = load_with_schedule(schedule=schedule, **loading)

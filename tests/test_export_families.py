@@ -41,7 +41,7 @@ from himap_train.models.families import FAMILIES, family_of
 from himap_train.models.install import install_pruning, pruning_of, remove_pruning
 from himap_train.models.loading import load_llava
 from himap_train.models.lora import attach_lora
-from himap_train.planning.typical_sample import find_config
+from himap_train.models.published import find_config
 from himap_train.pruning.schedule import PruningSchedule
 
 pytestmark = pytest.mark.core

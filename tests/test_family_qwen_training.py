@@ -21,9 +21,9 @@ from himap_train.evaluation.evaluate import evaluate
 from himap_train.models.families import family_of, family_of_config
 from himap_train.models.features import encode_nothing, hidden_states
 from himap_train.models.lora import attach_lora, trainable_report
+from himap_train.models.published import find_config
 from himap_train.models.stock import base_model
 from himap_train.models.tower import check_frozen
-from himap_train.planning.typical_sample import find_config
 
 pytestmark = pytest.mark.core
 

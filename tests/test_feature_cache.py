@@ -116,6 +116,12 @@ def test_validation_images_that_stay_the_same_are_cached_too(tiny_path: str, dat
     few: dict[str, Any] = given | {"limit_val_batches": 2}  # of two each: the last is never looked at
     assert fit(tiny_path, data, tmp_path, str(tmp_path / "few"), **few).calls == 0
     assert len(files(tmp_path / "few")) == len(NAMES) + 1
+    # A broken record at their end has the next one in its place.
+    broken = [*more[:3], llava_record("broken", ["none.png"], "<image>\nWhat?", "It is."), more[6], *more[3:6]]
+    (tmp_path / "validation.json").write_text(json.dumps(broken))
+    few["loading"] = {"max_skipped": 1}
+    assert fit(tiny_path, data, tmp_path, str(tmp_path / "few"), **few).calls == 0
+    assert len(files(tmp_path / "few")) == len(NAMES) + 2
     given["validation"] = "embedded:validation?scenes=4"
     drawn = fit(tiny_path, data, tmp_path, True, **given)
     assert drawn.calls > 0 and len(files(tmp_path / "image_features")) == len(NAMES) + 1

@@ -191,6 +191,22 @@ def test_nothing_is_removed_twice_and_positions_are_those_of_the_start() -> None
         learner(least - 0.01, first_layer=10, switch_layer=10, start=start)
 
 
+@pytest.mark.parametrize(("tokens", "given"), [((16, 8), 0.1), ((16, 8), 0.05), ((49, 10), 0.3), ((64, 20), 0.01)])
+def test_small_images_have_no_stage_that_removes_nothing_and_what_is_given_stays(
+    tokens: tuple[int, int], given: float
+) -> None:
+    stage = PruningStage(0, "divprune", given)
+    sample = dict(zip(TOKENS, tokens, strict=True))
+    least, most = (
+        PruningSchedule((stage, *more)).cost(CONFIG, **sample).flops_ratio
+        for more in ((PruningStage(2, "image", 0.0),), ())
+    )
+    for share in (0.1, 0.4, 0.6):
+        frozen = learner(least + share * (most - least), start=PruningSchedule((stage,)), **sample).freeze()
+        counts = [round((one.keep_ratio or 0.0) * tokens[0]) for one in frozen.stages[1:]]
+        assert frozen.stages[0] == stage and len(set(counts)) == len(counts)
+
+
 @pytest.mark.parametrize("tolerance", [0.02, 0.3])
 def test_what_is_frozen_meets_the_budget_where_little_is_left_to_remove(tolerance: float) -> None:
     """The given stage nearly meets it: all that is learned differs by less than the tolerance."""

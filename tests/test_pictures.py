@@ -189,6 +189,7 @@ def test_an_answer_ends_with_the_context(checkpoint, capsys):
         (["--schedule", "own.yaml"], "own.yaml"),
         (["--show-kept", "kept.png"], "the schedule is dense"),
         (["--show-kept", "kept", "--schedule", "himap"], "--show-kept kept is no name of a picture"),
+        (["--show-kept", "kept.fits", "--schedule", "himap"], "--show-kept kept.fits is no name of a picture"),
         (["--question", "What? " * 100], "the prompt takes"),
         (["--schedule", '{"stages": [{"layer": 9, "criterion": "uniform", "keep_ratio": 0.5}]}'], "layers 0 to 5"),
     ],

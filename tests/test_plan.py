@@ -17,9 +17,9 @@ from himap_train import PruningSchedule
 from himap_train.command_line import config_first
 from himap_train.data.encode import Encoder
 from himap_train.models.loading import load_config, load_processor
+from himap_train.models.published import find_config
 from himap_train.planning.device_memory import STRATEGIES
 from himap_train.planning.plan_cli import PlanCLI, run_settings
-from himap_train.planning.typical_sample import find_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LLAVA_7B = ("--config", str(CONFIGS / "llava_himap.yaml"))

@@ -99,6 +99,7 @@ def test_results_that_are_there_stay(tmp_path: Path, capsys) -> None:
     assert search(tmp_path, "--budget", 0.4) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert (tmp_path / "schedule-0.40.yaml").read_text() == "mine"
+    (tmp_path / "schedule-mine.yaml").write_text("mine")  # which no search has written
     assert search(tmp_path, "--budget", 0.5) == 2  # of whatever budget
     assert search(tmp_path, "--budget", 0.5, "--overwrite", "true") == 0
-    assert [path.name for path in tmp_path.glob("schedule-*")] == ["schedule-0.50.yaml"]
+    assert sorted(path.name for path in tmp_path.glob("schedule-*")) == ["schedule-0.50.yaml", "schedule-mine.yaml"]

@@ -24,10 +24,10 @@ from himap_train.models.families import family_of, family_of_config
 from himap_train.models.install import install_pruning, pruning_of
 from himap_train.models.loading import load_llava, stock_model
 from himap_train.models.lora import attach_lora, trainable_report
+from himap_train.models.published import find_config
 from himap_train.models.stock import base_model
 from himap_train.models.tower import check_frozen, tower_facts
 from himap_train.models.training_cost import tokens_of_image
-from himap_train.planning.typical_sample import find_config
 from himap_train.pruning.reading import read_schedule
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.stage import PruningStage

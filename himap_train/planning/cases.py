@@ -14,11 +14,12 @@ from himap_train.models.families import family_of_config
 from himap_train.models.foresight import make_scorers
 from himap_train.models.install import install_pruning
 from himap_train.models.loading import EMBEDDED, load_config, load_llava, resolve_model
+from himap_train.models.published import find_config
 from himap_train.models.stock import text_decoder
 from himap_train.models.training_cost import tokens_of_image
 from himap_train.models.versions import checkpoint_activations
 from himap_train.planning.facts import Batch
-from himap_train.planning.typical_sample import SUPERVISED, TEXT_TOKENS, find_config
+from himap_train.planning.typical_sample import SUPERVISED, TEXT_TOKENS
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.module import LlavaFineTuner
 from himap_train.training.precision import weights_dtype

@@ -15,12 +15,13 @@ from himap_train.command_line import with_underscores
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.attention import ATTENTION_IMPLEMENTATIONS
 from himap_train.models.families import family_of_config
+from himap_train.models.published import find_config
 from himap_train.models.tower import check_caches
 from himap_train.planning.device_memory import GIB, configured_strategy
 from himap_train.planning.facts import ModelFacts, model_facts
 from himap_train.planning.run_plan import Duration, Plan, RunSettings, Sample, make_plan
 from himap_train.planning.throughput import seconds_a_sample
-from himap_train.planning.typical_sample import find_config, read_sample
+from himap_train.planning.typical_sample import read_sample
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.training.init_adapter import processor_of
 from himap_train.training.module import LlavaFineTuner

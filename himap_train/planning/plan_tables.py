@@ -100,7 +100,7 @@ def _fits(plan: Plan) -> Table:
 def _duration(plan: Plan, duration: Duration) -> Table:
     hours = [duration.gpu_hours(side) for side in plan.sides]
     rows = [
-        ["TFLOP", *(f"{duration.samples * side.flops.total / 1e12:,.3g}" for side in plan.sides)],
+        ["TFLOP", *(f"{duration.flops(side) / 1e12:,.3g}" for side in plan.sides)],
         ["GPU hours", *(f"{of_all:,.3g}" for of_all in hours)],
         [f"hours on {plan.run.devices} GPUs", *(f"{of_all / plan.run.devices:,.3g}" for of_all in hours)],
     ]

@@ -130,9 +130,13 @@ class Duration:
     price: float | None = None
     before: float = 0.0
 
+    def flops(self, side: Side) -> float:
+        """Of the whole run."""
+        return self.before + self.samples * side.flops.total
+
     def gpu_hours(self, side: Side) -> float:
         """Hours of one GPU, of all GPUs together."""
-        return (self.before + self.samples * side.flops.total) / (self.tflops * 1e12) / 3600
+        return self.flops(side) / (self.tflops * 1e12) / 3600
 
 
 @dataclass(frozen=True)

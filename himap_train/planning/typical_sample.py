@@ -1,18 +1,13 @@
-"""Where a plan's numbers come from: the model's config.json, and the conversations of the training data.
-
-Neither needs weights. Where no hub can be reached, this package knows the architectures in `assets/configs`.
-"""
+"""Where a plan's numbers of tokens come from: the conversations of the training data."""
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig
 
 from himap_train.data.check import spread_over
 from himap_train.data.encode import Encoder
@@ -22,37 +17,13 @@ from himap_train.data.tokens import ConversationTokenizer
 from himap_train.models.families import family_of_config
 from himap_train.models.families.image_form import check_limit, limit_images
 from himap_train.models.families.processing import FILES
-from himap_train.models.loading import load_config, load_processor, resolve_model
+from himap_train.models.loading import load_processor, resolve_model
 from himap_train.models.training_cost import tokens_of_image
 from himap_train.planning.run_plan import Kind, Sample
 
-_BUILT_IN = Path(__file__).parents[1] / "assets/configs"
 TEXT_TOKENS, SUPERVISED = 115, 60
 """Of a question and an answer under LLaVA-1.5's system prompt, where no data can be read."""
 _READ = 400
-
-
-def find_config(path: str) -> tuple[Any, str]:
-    """The configuration of a model, and where it was found.
-
-    Args:
-        path: As `model.path`.
-
-    Raises:
-        FileNotFoundError: It is neither a folder nor on the hub nor one of the architectures in this package.
-        ValueError: It is of no known family.
-    """
-    try:
-        folder = resolve_model(path)
-    except FileNotFoundError as error:
-        written = (json.loads(file.read_text(encoding="utf-8")) for file in sorted(_BUILT_IN.glob("*.json")))
-        known = {config.pop("_name_or_path"): config for config in written}
-        if path not in known:
-            raise FileNotFoundError(
-                f"{error}. Planning needs its config.json alone; without the hub it knows {', '.join(known)}"
-            ) from error
-        return AutoConfig.for_model(**known[path]), f"{path} cannot be reached: its published architecture"
-    return load_config(folder), f"config.json of {path}"
 
 
 def read_sample(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from himap_train.pruning.keep import Ratio
@@ -63,7 +62,11 @@ def at_budget(
         raise ValueError(
             f"a dense schedule has no layers to remove tokens at for the budget {flops_ratio}: give stages"
         )
-    at = partial(at_strength, schedule)
+
+    def at(strength: float) -> PruningSchedule:
+        found = at_strength(schedule, strength)
+        return replace(found, stages=tuple(one_at_least(stage, image_tokens) for stage in found.stages))
+
     least, most = (at(strength).cost(config, image_tokens, text_tokens).flops_ratio for strength in (2.0, 0.0))
     check_budget(flops_ratio, least=least, first_layer=schedule.stages[0].layer)
     if flops_ratio > most:
@@ -87,8 +90,7 @@ def nearest(
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) > flops_ratio else (low, middle)
     # Counts are whole tokens, so the cost falls in steps: one of the two sides of the last step.
-    found = at(min(low, high, key=lambda strength: abs(cost(strength) - flops_ratio)))
-    return replace(found, stages=tuple(_one_at_least(stage, image_tokens) for stage in found.stages))
+    return at(min(low, high, key=lambda strength: abs(cost(strength) - flops_ratio)))
 
 
 def check_budget(flops_ratio: float, least: float, first_layer: int) -> None:
@@ -112,7 +114,7 @@ def check_budget(flops_ratio: float, least: float, first_layer: int) -> None:
         raise ValueError(f"the budget {flops_ratio} is above 1, which is dense; expected a share of the dense FLOPs")
 
 
-def _one_at_least(stage: PruningStage, image_tokens: int) -> PruningStage:
+def one_at_least(stage: PruningStage, image_tokens: int) -> PruningStage:
     """What keeps a token of this many, however small its ratio, says so: of more tokens it is then the same share."""
     tiny = stage.keep_ratio is not None and 0 < stage.keep_ratio * image_tokens < 1
     return stage.keeping(1 / image_tokens) if tiny else stage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +30,7 @@ def schedule_file(budget: float) -> str:
 
 def schedules_in(folder: Path) -> list[str]:
     """Names of the schedules that a search has left, whatever their budgets."""
-    return [path.name for path in folder.glob("schedule-*.yaml")]
+    return [path.name for path in folder.glob("schedule-*.yaml") if re.fullmatch(r"schedule-[\d.e-]+\.yaml", path.name)]
 
 
 def save_search(

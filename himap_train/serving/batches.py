@@ -75,7 +75,8 @@ class Answer:
         """What of an answer's text was not sent yet; its end too, where there is a reason to finish."""
         piece = text.rstrip()[self._sent :]
         self._sent += len(piece)
-        self.finish = finish
+        if finish:
+            self.finish = self.finish or finish
         if piece:
             self.send(piece)
         if finish:

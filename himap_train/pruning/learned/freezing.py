@@ -7,7 +7,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from himap_train.pruning.budget import at_strength, nearest
+import torch
+
+from himap_train.pruning.budget import at_strength, nearest, one_at_least
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.stage import PruningStage
 
@@ -39,7 +41,7 @@ def frozen_schedule(
     """
     while True:
         stages = _levels(learned, entering, sample[0], tolerance)
-        at = partial(_scaled, given, PruningSchedule(tuple(stages)), entering)
+        at = partial(_scaled, given, PruningSchedule(tuple(stages)), sample[0])
         found = nearest(at, config, target, *sample)
         if tolerance <= _FINEST or found.cost(config, *sample).flops_ratio <= target + _OFF:
             return found
@@ -65,11 +67,13 @@ def _levels(
     ]
 
 
-def _scaled(given: PruningSchedule, learned: PruningSchedule, left: float, strength: float) -> PruningSchedule:
-    """What is learned at a strength, behind what is given, without stages that would remove nothing."""
-    stages = list(given.stages)
-    for stage in at_strength(learned, strength).stages:
-        if (ratio := stage.keep_ratio or 0.0) < left:
+def _scaled(given: PruningSchedule, learned: PruningSchedule, image_tokens: int, strength: float) -> PruningSchedule:
+    """What is learned at a strength, behind what is given, without stages that would remove no whole token."""
+    stages, whole = list(given.stages), torch.tensor(image_tokens)
+    left = int(stages[-1].most(whole)) if stages else image_tokens
+    for scaled in at_strength(learned, strength).stages:
+        stage = one_at_least(scaled, image_tokens)
+        if (count := int(stage.most(whole))) < left:
             stages.append(stage)
-            left = ratio
+            left = count
     return replace(given, stages=tuple(stages))

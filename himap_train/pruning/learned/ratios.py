@@ -113,9 +113,7 @@ class KeepRatios:
             return PruningSchedule()
         schedule.validate_for(self.layers)
         if schedule.enter:
-            raise ValueError(
-                f"start has image tokens enter at layer {schedule.enter}: ratios are learned from layer 0 on"
-            )
+            raise ValueError(f"start has image tokens enter at layer {schedule.enter}; leave `enter` out of it")
         given = tuple(stage for stage in schedule.stages if stage.layer < self.first_layer)
         unfit = any(stage.keep_ratio is None or stage.waits for stage in schedule.stages)
         unfit = unfit or any(stage.method.learns for stage in schedule.stages[len(given) :])

@@ -31,6 +31,7 @@ from himap_train.data.cached import FeatureStore, Place, check_same_images, imag
 from himap_train.data.encode import Encoder
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import Source
+from himap_train.data.skips import skip_limit
 from himap_train.models.families import family_of
 from himap_train.models.features import features_to_cache
 from himap_train.models.install import reads_tower
@@ -110,7 +111,7 @@ def _prepare(store: FeatureStore, facts: dict[str, Any]) -> None:
 
 
 def _used(trainer: Trainer, data: LlavaDataModule, split: str) -> int:
-    """How many records of a split are looked at in the run, from the first on."""
+    """How many records of a split are looked at in a run, from the first on, also in the place of a broken one."""
     source = data.source(split)
     assert source is not None
     size = min(len(source), data.limits[split] or len(source))
@@ -119,7 +120,7 @@ def _used(trainer: Trainer, data: LlavaDataModule, split: str) -> int:
         return size
     together = data.eval_batch_size * trainer.world_size
     batches = limit if isinstance(limit, int) else math.ceil(limit * size / together)
-    return min(size, batches * together)
+    return min(size, batches * together + skip_limit(size, data.max_skipped) + 1) if batches else 0
 
 
 def _images(trainer: Trainer, data: LlavaDataModule, split: str) -> list[Place]:

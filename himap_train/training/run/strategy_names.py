@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ProgressB
 from lightning.pytorch.strategies import StrategyRegistry
 
 from himap_train.models.families import family_of_config
-from himap_train.models.loading import load_config, resolve_model
+from himap_train.models.published import find_config
 from himap_train.models.tower import check_caches
 from himap_train.training.precision import full_precision
 from himap_train.training.zero.strategy import ZeroStrategy
@@ -109,7 +109,7 @@ def refuse_together(config: Any) -> None:
         )
     if cached:
         with suppress(FileNotFoundError):  # told where the model is looked for
-            check_caches(family_of_config(load_config(resolve_model(model.path))), model.projector != "freeze")
+            check_caches(family_of_config(find_config(model.path)[0]), model.projector != "freeze")
     if quantize is not None and model.decoder == "train":
         raise ValueError(
             f"model.quantize={quantize} does not go with model.decoder=train: quantised weights cannot be trained. "
