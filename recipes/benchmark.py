@@ -100,10 +100,11 @@ def main(
     """
     if job and series:
         raise ValueError("--job times whole fine-tunings and --series steps: give one of them")
-    _refuse_ignored({**jobs, "job_methods": job_methods} if not job else {}, "without --job true")
-    _refuse_ignored({"methods": methods, "measures": measures} if job else {}, "beside --job true, which ignores them")
+    steps = {"methods": methods, "measures": measures}
     along = {"series_methods": series_methods, "series_measures": series_measures}
-    _refuse_ignored(along if not series else {}, "without --series")
+    _refuse_ignored(not job, {**jobs, "job_methods": job_methods}, "without --job true")
+    _refuse_ignored(job, steps, "beside --job true, which ignores them")
+    _refuse_ignored(not series, along, "without --series")
     if series_values is not None and len(series) != 1:
         raise ValueError(f"--series_values are those of one series, and --series is {series}")
     if rounds < 1:
@@ -148,9 +149,10 @@ def main(
     print(f"saved in {output}")
 
 
-def _refuse_ignored(options: dict[str, Any], how: str) -> None:
+def _refuse_ignored(ignored: bool, options: dict[str, Any], how: str) -> None:
     usual = {**signature(run_job).parameters, **signature(main).parameters}
-    if given := [f"--{name}" for name, value in options.items() if value != usual[name].default]:
+    given = [f"--{name}" for name, value in options.items() if value != usual[name].default]
+    if ignored and given:
         raise ValueError(f"{', '.join(given)} {how}")
 
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from tiny import tiny_processor
 from tiny_tiles import EVERY
 
-from himap_train.data.cached import CachedEncoder, FeatureStore, read_image
+from himap_train.data.cached import CachedEncoder, FeatureStore, Place, read_image
 from himap_train.data.encode import Encoder
 from himap_train.data.forms import read_record
 from himap_train.data.images import content_digest, image_size, open_image
@@ -229,8 +229,8 @@ def test_strips_are_refused_before_they_are_made_large(size: tuple[int, int], as
 def test_strips_are_passed_over_where_features_are_cached() -> None:
     source = Listed([talk("<image>\nWhat?", "A.", images=(Image.new("RGB", size),)) for size in (STRIPS[0], (9, 9))])
     encoder = CachedEncoder(tiny_processor(), None, "pad")
-    assert read_image(source, ("strip", 0, 0, 16), encoder) is None
-    assert read_image(source, ("good", 1, 0, 16), encoder) is not None
+    assert read_image(source, Place("strip", 0, 0, 16), encoder) is None
+    assert read_image(source, Place("good", 1, 0, 16), encoder) is not None
     encoder.read_from(FeatureStore(Path("/nowhere"), 8, torch.float32))
     with pytest.raises(RecordError, match="134217728 pixels are the limit"):  # not that the cache lacks it
         encoder.encode(source[0])

@@ -12,7 +12,7 @@ from torch import nn
 
 from himap_train.analysis.pictures import kept_pictures
 from himap_train.data.batches import collate, pad_token_id_of
-from himap_train.data.encode import Encoder
+from himap_train.data.encode import Encoder, Sample
 from himap_train.data.images import open_image
 from himap_train.data.records import Conversation
 from himap_train.evaluation.answering import answer_batch, evaluation_mode
@@ -65,8 +65,7 @@ def answer_question(
     """
     processor = encoder.processor
     sample = encoder.encode_prompt(conversation)
-    if encoder.max_length is not None:
-        max_new_tokens = min(max_new_tokens, encoder.max_length + 1 - len(sample["input_ids"]))
+    max_new_tokens = min(max_new_tokens, room_for_answer(encoder, sample))
     batch = collate([sample], pad_token_id_of(processor.tokenizer), padding_side="left")
     stock = pruning_of(model) is None
     if stock:
@@ -86,6 +85,11 @@ def answer_question(
     except ValueError:  # tokens in no grid: the answer is worth something without its pictures
         pictures = []
     return Answered(text, tokens, seconds, pictures)
+
+
+def room_for_answer(encoder: Encoder, sample: Sample) -> int:
+    """Tokens that an answer to a prompt of `prompt_encoder` can have in the model's context."""
+    return (encoder.max_length or 2**31) + 1 - len(sample["input_ids"])
 
 
 def prompt_encoder(model: nn.Module, processor: Any, **images: Any) -> Encoder:

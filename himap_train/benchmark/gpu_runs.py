@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from himap_train.analysis.report import read_curves
 from himap_train.benchmark.gpu_checks import HALF, PRECISION, Check, close
-from himap_train.benchmark.sizes import Size, build_model
+from himap_train.benchmark.sizes import Size, save_whole
 from himap_train.benchmark.timing import free_memory
-from himap_train.embedded.build import build_processor
 from himap_train.experiments import fine_tune_all
 
 _OPTIONS = """--data.train embedded:train --data.validation null --evaluation.before false --evaluation.after false
@@ -27,11 +25,8 @@ def runs(size: Size, folder: Path, device: str, steps: int, settings: Mapping[st
     other end is a row that fails, and so are losses that have nothing to be held against. The folder is for the model
     and its runs.
     """
-    processor = build_processor((), image_size=336, patch_size=14)
-    size = replace(size, vocabulary=max(size.vocabulary, len(processor.tokenizer)))
-    build_model(size, whole=True, dtype=HALF, device=device).save_pretrained(folder / "model")
+    save_whole(folder / "model", size, dtype=HALF, device=device)
     free_memory()  # those that train on the same GPU need it
-    processor.save_pretrained(folder / "model")
     common = [*_OPTIONS.split(), PRECISION, "--model.path", str(folder / "model"), "--trainer.max_steps", str(steps)]
     first: tuple[str, torch.Tensor] | None = None
     ended: list[str] = []

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,16 +25,15 @@ from himap_train.benchmark import job_peers
 from himap_train.benchmark.bench import Settings
 from himap_train.benchmark.benchmark_tables import heading, spread, write_results
 from himap_train.benchmark.contenders import DENSE, LEARNING, STOCK, find_method
-from himap_train.benchmark.sizes import TOKENS_PER_IMAGE, build_model
+from himap_train.benchmark.sizes import TOKENS_PER_IMAGE, save_whole
 from himap_train.benchmark.timing import Pairs, Spread
 from himap_train.benchmark.workload import Workload
 from himap_train.data.sampling import BatchOrder
-from himap_train.embedded.build import build_processor
 from himap_train.embedded.scene_source import Scenes
 from himap_train.evaluation.tables import markdown_lines
 
 HF_TRAINER, TRL = PEERS = ("hf-trainer", "trl")
-_IMAGE_SIZE, _PATCH, _PICTURE = 336, 14, (640, 480)
+_PICTURE = 640, 480
 _TEMPLATE_TOKENS, _WORDS = 9, "abcdefghijklmnopqrstuvwxyz"
 _PRECISION = {torch.float32: "32-true", torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
 JOB_FILES = ("job.json", "job.md")
@@ -47,11 +45,8 @@ Results = dict[str, list[dict[str, Any]]]
 
 def make_job(folder: Path, settings: Settings, workload: Workload, records: int) -> None:
     """Fill a folder: `model` with random weights, photos of 640x480 in `images`, and a LLaVA file, `train.json`."""
-    processor = build_processor(_WORDS, _IMAGE_SIZE, _PATCH)
-    size = replace(settings.size, vocabulary=max(settings.size.vocabulary, len(processor.tokenizer)))
     torch.manual_seed(settings.seed)
-    build_model(size, whole=True, dtype=settings.dtype).save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    save_whole(folder / "model", settings.size, _WORDS, dtype=settings.dtype)
     scenes, noise = Scenes("train", settings.seed), np.random.default_rng(settings.seed)
     asked, rows = max(workload.text_tokens - workload.answer - _TEMPLATE_TOKENS, 1), []
     (folder / "images").mkdir()

@@ -6,17 +6,21 @@ and a tower that never runs stands in for it, so that no time or memory of a tow
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from himap_train.embedded.build import build_processor
 from himap_train.pruning.names import nearest
 
 IMAGE_ID = 4
-TOKENS_PER_IMAGE = 576
-"""Tokens of a 336-pixel image in 14-pixel patches."""
+_IMAGE_SIZE, _PATCH = 336, 14
+TOKENS_PER_IMAGE = (_IMAGE_SIZE // _PATCH) ** 2
+"""576, of a 336-pixel image in 14-pixel patches."""
 
 
 @dataclass(frozen=True)
@@ -123,3 +127,11 @@ def build_model(
         raise ValueError(f"attention {attention!r}: {error}") from error
     model.generation_config.update(pad_token_id=0, eos_token_id=None, do_sample=False)  # never stops early
     return model.eval()
+
+
+def save_whole(folder: Path, size: Size, words: Sequence[str] = (), **made: Any) -> None:
+    """Save a whole model of `build_model`, and a processor of these words, each of whose tokens it has a row for."""
+    processor = build_processor(words, _IMAGE_SIZE, _PATCH)
+    size = replace(size, vocabulary=max(size.vocabulary, len(processor.tokenizer)))
+    build_model(size, whole=True, **made).save_pretrained(folder)
+    processor.save_pretrained(folder)

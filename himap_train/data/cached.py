@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,9 @@ from himap_train.data.images import content_digest, image_size, open_image
 from himap_train.data.records import Conversation, RecordError, Source, changes_with_epoch
 from himap_train.storage import atomic_file
 
-_NAME, _SIZE, _CHECKSUM = "features", "size", "crc32"
+SIZE = "size"
+"""Under which name the (width, height) of an image stands beside its features."""
+_NAME, _CHECKSUM = "features", "crc32"
 
 
 class DamagedFeaturesError(OSError):
@@ -125,10 +128,20 @@ def _checksum(image: dict[str, torch.Tensor]) -> str:
     return f"{found:08x}"
 
 
-Place = tuple[str, int, int, int]
-"""An image: its digest, the index of a record that shows it, its number among the images of that record, and how many
-image tokens it has.
-"""
+class Place(NamedTuple):
+    """Where an image is found.
+
+    Attributes:
+        digest: What it is known by.
+        record: Index of a record that shows it.
+        number: Its number among the images of that record.
+        tokens: How many image tokens it has.
+    """
+
+    digest: str
+    record: int
+    number: int
+    tokens: int
 
 
 def check_same_images(source: Source, name: str) -> None:
@@ -174,7 +187,7 @@ class CachedEncoder(Encoder):
                     "files were deleted there. Resume the run (--resume): it computes what is missing"
                 ) from None
             width, height = stored.pop(
-                _SIZE, torch.zeros(2, dtype=torch.int64)
+                SIZE, torch.zeros(2, dtype=torch.int64)
             ).tolist()  # not in files of earlier versions
             places.append(self._place(len(stored[_NAME]), (width, height)))
             found.append(stored)
@@ -197,16 +210,16 @@ def images_in(source: Source, encoder: Encoder, indices: Sequence[int]) -> list[
         for position, image in enumerate(conversation.images):
             with suppress(RecordError):
                 (tokens,) = encoder.image_tokens(image_size(image, conversation.where))
-                found.append((content_digest(image, conversation.where), index, position, tokens))
+                found.append(Place(content_digest(image, conversation.where), index, position, tokens))
     return found
 
 
 def read_image(source: Source, place: Place, encoder: Encoder) -> dict[str, torch.Tensor] | None:
     """An image as the model takes it, and its `size`, (width, height); None for one that cannot be decoded."""
-    _, index, position, _ = place
     try:
-        image = open_image(source[index].images[position], f"record {index}", encoder.image_background)
+        image = source[place.record].images[place.number]
+        image = open_image(image, f"record {place.record}", encoder.image_background)
         made = encoder.family.encode_image(encoder.processor, image, encoder.image_aspect_ratio)
-        return {**made, _SIZE: torch.tensor(image.size)}
+        return {**made, SIZE: torch.tensor(image.size)}
     except (ValueError, ArithmeticError, MemoryError):  # broken, or too long for the transform: training reports it
         return None

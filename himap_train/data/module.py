@@ -159,10 +159,10 @@ class LlavaDataModule(LightningDataModule):
             self.answer_ids = report.answer_ids
         return report
 
-    def cached_splits(self) -> list[str]:
+    def cached_sources(self) -> dict[str, Source]:
         """Splits whose images are read from `cache_image_features`: not those that are others in each epoch."""
-        sources = {split: self.source(split) for split in ("train", "validation")}
-        return [split for split, source in sources.items() if source is not None and not changes_with_epoch(source)]
+        opened = ((split, self.source(split)) for split in ("train", "validation"))
+        return {split: source for split, source in opened if source is not None and not changes_with_epoch(source)}
 
     def read_features(self, store: FeatureStore) -> None:
         """Train and validate on features of the vision tower, for which `cache_image_features` asks."""
@@ -195,7 +195,7 @@ class LlavaDataModule(LightningDataModule):
         if source is None:
             return []
         replicas, rank = self._replicas()
-        cached = self._cached_encoder if "validation" in self.cached_splits() else None
+        cached = self._cached_encoder if "validation" in self.cached_sources() else None
         dataset = self._dataset("validation", source, cached or encoder)
         order = BatchOrder(len(dataset), self.eval_batch_size, shuffle=False, num_replicas=replicas, rank=rank)
         return BatchLoader(dataset, order, self._collate(keep_substitutes=False), self.num_workers)

@@ -14,9 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from himap_train.command_line import with_underscores
 from himap_train.data.module import LlavaDataModule
 from himap_train.models.attention import ATTENTION_IMPLEMENTATIONS
-from himap_train.models.families import family_of_config
 from himap_train.models.published import find_config
-from himap_train.models.tower import check_caches
 from himap_train.planning.device_memory import GIB, configured_strategy
 from himap_train.planning.facts import ModelFacts, model_facts
 from himap_train.planning.run_plan import Duration, Plan, RunSettings, Sample, make_plan
@@ -109,7 +107,6 @@ class PlanCLI(FinetuneCLI):
         facts = model_facts(config, self.tuner)
         once: tuple[str, ...] = ()
         if run.cached:
-            check_caches(family_of_config(config), facts.trains_projector)
             once = (
                 "the vision tower runs once an image, before training: in the hours, each record's images counted once",
             )
@@ -125,7 +122,9 @@ class PlanCLI(FinetuneCLI):
             needed = {"--records N": samples is None, "--tflops N (reached by one GPU) or --measured": not known}
             missing = " and ".join(name for name, lacks in needed.items() if lacks)
             return replace(plan, notes=(*plan.notes, f"for hours and cost give {missing}"))
-        bare = make_plan(plan.facts, replace(plan.run, cached=False), plan.sides[-1].schedule, plan.sample)
+        bare = plan
+        if plan.run.cached:
+            bare = make_plan(plan.facts, replace(plan.run, cached=False), plan.sides[-1].schedule, plan.sample)
         if self.config.measured:
             self.data.processor, self.data.cache_image_features = processor_of(self.config.model.path), None
             self.data.group_by_length = False  # the longest come first there, and these few are to be of any length

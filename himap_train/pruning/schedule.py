@@ -152,6 +152,10 @@ class PruningSchedule:
                     f"layer, or scale the schedule with schedule.scaled_to({num_layers})"
                 )
 
+    def before(self, layer: int) -> PruningSchedule:
+        """The same with the stages before a layer alone."""
+        return replace(self, stages=tuple(stage for stage in self.stages if stage.layer < layer))
+
     def scaled_to(self, num_layers: int, reference_layers: int = PRESET_LAYERS) -> PruningSchedule:
         """The same schedule at the same relative depth of another decoder.
 

@@ -18,6 +18,7 @@ from threading import Event, Lock, Timer
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+from himap_train.analysis.answered import room_for_answer
 from himap_train.data.encode import Encoder, Sample, SampleTooLongError
 from himap_train.data.forms import turns_of
 from himap_train.data.images import resolve_image_path
@@ -208,7 +209,7 @@ class Reader:
         except SampleTooLongError as error:
             said, _, _ = str(error).partition("; set a larger")  # a trainer's way out
             raise SampleTooLongError(f"{said}, the model's context less one token of an answer") from None
-        room = (self._encoder.max_length or 2**31) + 1 - len(sample["input_ids"])
+        room = room_for_answer(self._encoder, sample)
         return Asked(sample, Answering(min(length or self._max_new_tokens, room), search, tuple(stops)), seed)
 
     def _conversation(self, messages: Any) -> Conversation:

@@ -20,7 +20,6 @@ _FINEST, _OFF = 1e-4, 0.005
 def frozen_schedule(
     given: PruningSchedule,
     learned: Sequence[PruningStage],
-    entering: float,
     config: Any,
     target: float,
     sample: tuple[int, int],
@@ -31,7 +30,6 @@ def frozen_schedule(
     Args:
         given: Stages that stay as they are, in front.
         learned: One at each layer behind them; their ratios never grow.
-        entering: Share of the image tokens that `given` leaves.
         config: As in `schedule.cost`.
         target: `flops_ratio` that it must have.
         sample: Image tokens and others of the sample that this is of.
@@ -40,12 +38,17 @@ def frozen_schedule(
             target cannot be met so (a stage that is given may leave little to remove), a smaller one.
     """
     while True:
-        stages = _levels(learned, entering, sample[0], tolerance)
+        stages = _levels(learned, share_left(given), sample[0], tolerance)
         at = partial(_scaled, given, PruningSchedule(tuple(stages)), sample[0])
         found = nearest(at, config, target, *sample)
         if tolerance <= _FINEST or found.cost(config, *sample).flops_ratio <= target + _OFF:
             return found
         tolerance /= 2
+
+
+def share_left(schedule: PruningSchedule) -> float:
+    """Share of the image tokens that is left behind all stages, whose ratios are known."""
+    return (schedule.stages[-1].keep_ratio or 0.0) if schedule.stages else 1.0
 
 
 def _levels(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from himap_train.pruning.budget import check_budget
 from himap_train.pruning.cost import choosing_flops, image_tokens_per_layer, layer_flops
-from himap_train.pruning.learned.freezing import frozen_schedule
+from himap_train.pruning.learned.freezing import frozen_schedule, share_left
 from himap_train.pruning.methods.base import Method
 from himap_train.pruning.schedule import PruningSchedule
 from himap_train.pruning.stage import PruningStage
@@ -114,20 +114,20 @@ class KeepRatios:
         schedule.validate_for(self.layers)
         if schedule.enter:
             raise ValueError(f"start has image tokens enter at layer {schedule.enter}; leave `enter` out of it")
-        given = tuple(stage for stage in schedule.stages if stage.layer < self.first_layer)
+        given = schedule.before(self.first_layer)
         unfit = any(stage.keep_ratio is None or stage.waits for stage in schedule.stages)
-        unfit = unfit or any(stage.method.learns for stage in schedule.stages[len(given) :])
-        if unfit or any(stage.removes_all for stage in given):
+        unfit = unfit or any(stage.method.learns for stage in schedule.stages[len(given.stages) :])
+        if unfit or any(stage.removes_all for stage in given.stages):
             raise ValueError(
                 f"start has the stages {schedule.to_dict()['stages']}; expected a keep_ratio in each, above 0 before "
                 f"first_layer {self.first_layer}, none that waits, and no learned ranking from there on"
             )
-        return PruningSchedule(given, positions=schedule.positions)
+        return given
 
     @property
     def _entering(self) -> float:
         """Share of the image tokens that the first layer that learns is given."""
-        return (self._form.stages[-1].keep_ratio or 0.0) if self._form.stages else 1.0
+        return share_left(self._form)
 
     def _check_criteria(self) -> None:
         for criterion in self.criteria:
@@ -176,7 +176,7 @@ class KeepRatios:
             for layer, ratio in enumerate(self.ratios().tolist()[self.first_layer :], self.first_layer)
         ]
         sample = (self.image_tokens, self.text_tokens)
-        return frozen_schedule(self._form, stages, self._entering, self.config, self.target, sample, tolerance)
+        return frozen_schedule(self._form, stages, self.config, self.target, sample, tolerance)
 
     def cost(self, schedule: PruningSchedule) -> float:
         """`flops_ratio` of the sample that the budget is for."""

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from himap_train.bar import progress_bar
-from himap_train.data.cached import FeatureStore, Place, check_same_images, images_in, read_image
+from himap_train.data.cached import SIZE, FeatureStore, Place, check_same_images, images_in, read_image
 from himap_train.data.encode import Encoder
 from himap_train.data.module import LlavaDataModule
 from himap_train.data.records import Source
@@ -69,15 +69,17 @@ def fill_feature_cache(trainer: Trainer, model: nn.Module, data: LlavaDataModule
     check_same_images(train, data.spec("train"))
     family_of(base).vision(base).eval()  # where a frozen tower belongs in training too
     with torch.no_grad(), trainer.precision_plugin.forward_context():
-        store, found = _store(trainer, base, data), dict[str, list[Place]]()
-        for split in data.cached_splits():
+        store, sources, found = _store(trainer, base, data), data.cached_sources(), dict[str, list[Place]]()
+        for split, source in sources.items():
             say(f"caching image features: looking through the images of data.{split}")
-            known = {place[0] for places in found.values() for place in places}
-            found[split] = [place for place in _images(trainer, data, split) if place[0] not in known]
+            known = {place.digest for places in found.values() for place in places}
+            seen = _images(trainer, source, data, _used(trainer, source, data, split))
+            found[split] = [place for place in seen if place.digest not in known]
         missing = _announced(trainer, store, [place for places in found.values() for place in places])
-        for split, places in found.items():
+        for split, source in sources.items():
+            wanted = [place for place in found[split] if place.digest in missing]
             with together():
-                last = _compute(trainer, base, data, split, store, [place for place in places if place[0] in missing])
+                last = _compute(trainer, base, source, data, store, wanted)
             with together():
                 _require_seen(store, last)
     data.read_features(store)
@@ -110,10 +112,8 @@ def _prepare(store: FeatureStore, facts: dict[str, Any]) -> None:
         raise OSError(f"cannot use {store.folder} (data.cache_image_features): {error}") from error
 
 
-def _used(trainer: Trainer, data: LlavaDataModule, split: str) -> int:
+def _used(trainer: Trainer, source: Source, data: LlavaDataModule, split: str) -> int:
     """How many records of a split are looked at in a run, from the first on, also in the place of a broken one."""
-    source = data.source(split)
-    assert source is not None
     size = min(len(source), data.limits[split] or len(source))
     limit = trainer.limit_val_batches if split == "validation" else None
     if limit is None:
@@ -123,10 +123,10 @@ def _used(trainer: Trainer, data: LlavaDataModule, split: str) -> int:
     return min(size, batches * together + skip_limit(size, data.max_skipped) + 1) if batches else 0
 
 
-def _images(trainer: Trainer, data: LlavaDataModule, split: str) -> list[Place]:
-    """Every distinct image once, in the order of digests; each process looks through its share of the records."""
-    source, size = data.source(split), _used(trainer, data, split)
-    assert source is not None
+def _images(trainer: Trainer, source: Source, data: LlavaDataModule, size: int) -> list[Place]:
+    """Every distinct image of the first `size` records once, in the order of digests; each process looks through its
+    share of them.
+    """
     share = range(trainer.global_rank, size, trainer.world_size)
     found: list[Place] = []
     with progress_bar("looking through images", len(share), trainer.is_global_zero) as advance:
@@ -136,15 +136,15 @@ def _images(trainer: Trainer, data: LlavaDataModule, split: str) -> list[Place]:
     distinct: dict[str, Place] = {}
     for part in from_all(found):
         for place in part:
-            distinct[place[0]] = min(place, distinct.get(place[0], place))
+            distinct[place.digest] = min(place, distinct.get(place.digest, place))
     return [distinct[digest] for digest in sorted(distinct)]
 
 
 def _announced(trainer: Trainer, store: FeatureStore, places: list[Place]) -> set[str]:
     """Digests of what is missing, after saying how much it is; ValueError in all processes where it does not fit."""
-    missing = [place for place in places if not store.holds(place[0], place[3])]
-    tokens = sum(place[3] for place in places)
-    needed, free = sum(store.image_bytes(place[3]) for place in missing), shutil.disk_usage(store.folder).free
+    missing = [place for place in places if not store.holds(place.digest, place.tokens)]
+    tokens, lacking = (sum(place.tokens for place in part) for part in (places, missing))
+    needed, free = store.image_bytes(lacking), shutil.disk_usage(store.folder).free
     size = f"{len(places)} distinct images, {tokens} tokens x {store.width} x {store.dtype.itemsize} bytes"
     figures = (
         f"image features: {size} = {_gb(store.image_bytes(tokens))} in {store.folder}; "
@@ -160,18 +160,17 @@ def _announced(trainer: Trainer, store: FeatureStore, places: list[Place]) -> se
     failure = trainer.strategy.broadcast(failure)
     if failure:
         raise ValueError(failure)
-    return {place[0] for place in missing}
+    return {place.digest for place in missing}
 
 
 def _compute(
-    trainer: Trainer, base: Any, data: LlavaDataModule, split: str, store: FeatureStore, missing: list[Place]
+    trainer: Trainer, base: Any, source: Source, data: LlavaDataModule, store: FeatureStore, missing: list[Place]
 ) -> Path | None:
     """Write this process's share of the missing images: the file of the last one.
 
     After a failure it goes on running the tower, as often as the others: under ZeRO-3 they would wait for it.
     """
-    family, source, last, failure = family_of(base), data.source(split), None, None
-    assert source is not None
+    family, last, failure = family_of(base), None, None
     own = missing[trainer.global_rank :: trainer.world_size]
     size = images_at_once(family)
     calls = -(-len(missing[:: trainer.world_size]) // size)
@@ -181,14 +180,14 @@ def _compute(
         for _ in range(calls):
             read: list[tuple[Place, dict[str, torch.Tensor] | None]] = next(batches, [])
             good = [(place, image) for place, image in read if image is not None]
-            names = [name for name in (good[0][1] if good else ()) if name != "size"]
+            names = [name for name in (good[0][1] if good else ()) if name != SIZE]
             given = {name: torch.cat([image[name] for _, image in good]).to(base.device) for name in names} or blank
             features = features_to_cache(base, given, reads_tower(base))
             for (place, image), values in zip(good, features, strict=False):
                 try:
-                    if failure is None and not store.holds(place[0], place[3]):  # another run may have written it
-                        store.write(place[0], values, **family.position_inputs(image))
-                    last = store.file(place[0])
+                    if failure is None and not store.holds(place.digest, place.tokens):  # another run may have
+                        store.write(place.digest, values, **family.position_inputs(image))
+                    last = store.file(place.digest)
                 except OSError as error:
                     failure = error
             advance(len(read))

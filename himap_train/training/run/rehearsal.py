@@ -110,7 +110,7 @@ def _learnable(config: Namespace, small: Any, text: int, scaled: bool) -> None:
         _scale_learnable(learnable, layers)
     if 1 <= learnable.first_layer < layers and 0.0 < learnable.budget < 1.0:  # else refused later, with a message
         start = PruningSchedule() if learnable.start is None else read_schedule(learnable.start)
-        given = (stage for stage in start.stages if stage.layer < learnable.first_layer and stage.keep_ratio)
+        given = (stage for stage in start.before(learnable.first_layer).stages if stage.keep_ratio)
         nothing = PruningSchedule((*given, PruningStage(learnable.first_layer, "uniform", 0.0)))
         least = nothing.cost(small, tokens_of_image(small), text).flops_ratio
         if learnable.budget < least:

@@ -8,7 +8,7 @@ step by step `himap_train.training.callbacks.learn_ratios`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -80,8 +80,7 @@ class Learnable:
 
     def given(self, layers: int) -> PruningSchedule:
         """What stands before the first layer that learns, in a decoder of so many layers."""
-        start = self._start(layers) or PruningSchedule()
-        return replace(start, stages=tuple(stage for stage in start.stages if stage.layer < self.first_layer))
+        return (self._start(layers) or PruningSchedule()).before(self.first_layer)
 
     def check_possible(self, schedule: PruningSchedule, config: Any, tokens: tuple[int, int]) -> None:
         """Refuse layers that a decoder does not have and a budget that it cannot meet; as `ratios`, before training."""
